@@ -1,0 +1,14 @@
+"""Errors whose message is meant for the person at the keyboard: one line that names the culprit and the way out."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: what is wrong, in which file or argument, and what to do about it."""
+
+
+class MissingExtraError(ImportError):
+    """An optional package is needed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs the package {package}: pip install 'diffmem[{extra}]'")

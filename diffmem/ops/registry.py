@@ -1,0 +1,103 @@
+"""Which implementations an op has, which of them work here, and which one is used.
+
+Nothing falls back silently: an implementation is chosen by the first entry of the op's list that is available for the device,
+and `explain` says why the others before it are not. Forcing one that is unavailable raises with that reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from diffmem.errors import InputError
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    `unavailable(device_type)` returns None where it can run, else the reason in one phrase.
+    """
+
+    name: str
+    description: str
+    unavailable: Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's implementations, best first. The last one, `reference`, always works."""
+
+    name: str
+    implementations: tuple[Implementation, ...] = field(default=())
+
+    def choose(self, device_type: str, impl: str | None = None) -> str:
+        """The implementation to use on `device_type` ("cpu", "cuda"); `impl` forces one by name."""
+        names = [candidate.name for candidate in self.implementations]
+        if impl is not None:
+            if impl not in names:
+                raise InputError(f"{self.name} has no implementation {impl!r}; choose from {', '.join(names)}")
+            reason = self.implementations[names.index(impl)].unavailable(device_type)
+            if reason is not None:
+                raise InputError(f"{self.name}: implementation {impl!r} cannot be used here: {reason}")
+            return impl
+        for candidate in self.implementations:
+            if candidate.unavailable(device_type) is None:
+                return candidate.name
+        raise InputError(f"{self.name} has no implementation for device {device_type!r}")
+
+    def explain(self, device_type: str) -> str:
+        """One line: what is used on `device_type`, and why not what comes before it."""
+        chosen = self.choose(device_type)
+        passed_over = []
+        for candidate in self.implementations:
+            if candidate.name == chosen:
+                return f"{chosen} ({candidate.description})" + "".join(f"; not {text}" for text in passed_over)
+            passed_over.append(f"{candidate.name}: {candidate.unavailable(device_type)}")
+        raise AssertionError("choose() returns a listed implementation")
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    OPS[op.name] = op
+    return op
+
+
+def always(device_type: str) -> None:
+    """Available everywhere."""
+    return None
+
+
+def native_unavailable(device_type: str) -> str | None:
+    """Why the compiled core cannot serve `device_type`, or None."""
+    if device_type == "cpu":
+        return None if native_module() is not None else build_info()["native_reason"]
+    if device_type == "cuda":
+        module = native_module()
+        return None if module is not None and module.with_cuda else build_info()["cuda_reason"]
+    return f"the compiled core does not know device {device_type!r}"
+
+
+@cache
+def native_module():
+    """The compiled core, or None where it was not built."""
+    try:
+        from diffmem import _C
+    except ImportError:
+        return None
+    return _C
+
+
+@cache
+def build_info() -> dict:
+    """What the installation built and why not what it did not: native, native_reason, cuda, cuda_reason."""
+    path = Path(__file__).parents[1] / "_build_info.json"
+    if not path.exists():
+        reason = "diffmem was not installed (pip install .)"
+        return {"native": False, "native_reason": reason, "cuda": False, "cuda_reason": reason}
+    return json.loads(path.read_text())

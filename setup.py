@@ -1,0 +1,123 @@
+"""Build of the compiled core `diffmem._C` (CMake + Ninja + pybind11).
+
+The build needs neither torch nor a GPU. Two environment variables steer it:
+
+DIFFMEM_NATIVE = auto | on | off
+    auto (default): build the core; where that fails (no C++20 compiler, say), install without it and say why.
+    on: a failing build fails the installation. off: do not build; the PyTorch implementations are used.
+DIFFMEM_CUDA = auto | on | off
+    auto (default): compile the CUDA sources where nvcc is found. on: fail without nvcc. off: CPU only.
+
+What was built, and why not what was not, is written to `diffmem/_build_info.json`, which `diffmem info` prints.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def option(name: str) -> str:
+    value = os.environ.get(name, "auto").lower()
+    if value not in ("auto", "on", "off"):
+        raise SystemExit(f"{name}={value}: choose auto, on or off")
+    return value
+
+
+NATIVE, CUDA = option("DIFFMEM_NATIVE"), option("DIFFMEM_CUDA")
+
+
+class BuildFailed(Exception):
+    """The native core could not be built; the message is the reason in one line."""
+
+
+def tool(name: str) -> str:
+    """Path of a build tool: the one beside this Python (a build environment's), else the one on PATH."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if not found:
+        raise BuildFailed(f"{name} was not found")
+    return found
+
+
+def run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildFailed(f"{Path(command[0]).name} failed: {error}") from error
+
+
+class BuildNative(build_ext):
+    """Configure and build with CMake, then put the module where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        info = {"native": False, "native_reason": "", "cuda": False, "cuda_reason": ""}
+        try:
+            info.update(self.cmake(Path(self.get_ext_fullpath(ext.name)).resolve()))
+        except BuildFailed as failure:
+            if NATIVE == "on":
+                raise SystemExit(f"DIFFMEM_NATIVE=on, but the core was not built: {failure}") from failure
+            info["native_reason"] = info["cuda_reason"] = str(failure)
+            print(f"warning: diffmem is installed without its compiled core: {failure}", file=sys.stderr)
+        write_build_info(self.package_folder(), info)
+
+    def cmake(self, target: Path) -> dict:
+        import pybind11  # present in every build environment that pyproject.toml describes
+
+        # One folder for all builds of this checkout, so that rebuilding after an edit is quick.
+        build = Path(os.environ.get("DIFFMEM_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
+        build.mkdir(parents=True, exist_ok=True)
+        status = build / "diffmem_build_info.json"
+        status.unlink(missing_ok=True)
+        configure = [
+            tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DDIFFMEM_CUDA={CUDA}",
+        ]  # fmt: skip
+        run(configure)
+        run([tool("cmake"), "--build", str(build)])
+        module = next(build.glob("_C*.so"), None) or next(build.glob("_C*.pyd"), None)
+        if module is None:
+            raise BuildFailed("CMake ended without building the module _C")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced, not overwritten: a process that has the old module mapped keeps it.
+        shutil.copy2(module, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)
+        return json.loads(status.read_text())
+
+    def package_folder(self) -> Path:
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        return ROOT / "diffmem" if in_place else Path(self.build_lib).resolve() / "diffmem"
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+class BuildPython(build_py):
+    """Where no extension is asked for, the reason still has to be on record."""
+
+    def run(self) -> None:
+        super().run()
+        if NATIVE == "off":
+            reason = "DIFFMEM_NATIVE=off when it was installed"
+            folder = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
+            info = {"native": False, "native_reason": reason, "cuda": False, "cuda_reason": reason}
+            write_build_info(folder / "diffmem", info)
+
+
+def write_build_info(folder: Path, info: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+setup(
+    ext_modules=[] if NATIVE == "off" else [Extension("diffmem._C", sources=[], optional=False)],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)
