@@ -1,0 +1,87 @@
+"""The one form in which images travel through diffmem: an `ImageSet`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from diffmem.errors import InputError
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that could not be read and was passed over because the caller asked for that (`skip_bad`)."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with their names and labels.
+
+    images: [N, C, H, W] uint8 (grey levels 0–255), or float32/float64; it may be a memory map and is never written to.
+    names:  N file names relative to the source, or None where the source has none (arrays).
+    labels: int64 [N] class indices, float32 [N, L] vectors, or None.
+    source: where they came from, in words fit for a report.
+    skipped: files that were passed over.
+    """
+
+    images: np.ndarray
+    names: Sequence[str] | None = None
+    labels: np.ndarray | None = None
+    source: str = "array"
+    skipped: tuple[SkippedFile, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4:
+            raise InputError(f"{self.source}: images must have 4 axes [N, C, H, W], got shape {self.images.shape}")
+        if self.images.dtype not in (np.uint8, np.float32, np.float64):
+            raise InputError(f"{self.source}: images must be uint8, float32 or float64, got {self.images.dtype}")
+        for what, values in (("names", self.names), ("labels", self.labels)):
+            if values is not None and len(values) != len(self.images):
+                raise InputError(f"{self.source}: {len(values)} {what} for {len(self.images)} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def dimension(self) -> int:
+        """C·H·W, the d of the papers."""
+        channels, height, width = self.image_shape
+        return channels * height * width
+
+    def name(self, index: int) -> str:
+        """What to call image `index` in a report."""
+        return self.names[index] if self.names is not None else f"#{index}"
+
+    def select(self, indices: Sequence[int] | np.ndarray | slice) -> ImageSet:
+        """The images at `indices`, with their names and labels, in that order."""
+        rows = np.arange(len(self))[indices]
+        return replace(
+            self,
+            images=self.images[indices],
+            names=None if self.names is None else [self.names[row] for row in rows],
+            labels=None if self.labels is None else self.labels[rows],
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, dtype, pixels and labels (not names): equal for equal contents, wherever they lie."""
+        digest = hashlib.sha256(repr((self.images.shape, self.images.dtype.str)).encode())
+        for block in range(0, len(self), 4096):
+            digest.update(np.ascontiguousarray(self.images[block : block + 4096]).data)
+        if self.labels is not None:
+            digest.update(repr((self.labels.shape, self.labels.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()

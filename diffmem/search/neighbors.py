@@ -1,0 +1,36 @@
+"""What a search answers: for each query, its k nearest training images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The k nearest training images of each of Q queries, nearest first; equal distances go to the lower index.
+
+    indices: int64 [Q, k], into the training set.
+    squared_distances: [Q, k] squared Euclidean distances, int64 and exact for uint8 images, float64 for floats.
+    dimension: d, the number of values of one image.
+    mirrored: bool [Q, k], True where the mirrored query was the nearer one; None where mirroring was not asked for.
+    """
+
+    indices: np.ndarray
+    squared_distances: np.ndarray
+    dimension: int
+    mirrored: np.ndarray | None = None
+
+    @property
+    def distances(self) -> np.ndarray:
+        """Euclidean distances, float64 [Q, k]."""
+        return np.sqrt(self.squared_distances.astype(np.float64))
+
+    @property
+    def rms(self) -> np.ndarray:
+        """Distance / √d: the root mean square difference per value (grey levels for uint8), float64 [Q, k]."""
+        return np.sqrt(self.squared_distances / np.float64(self.dimension))
+
+    def __len__(self) -> int:
+        return len(self.indices)
