@@ -18,6 +18,8 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
     if isinstance(images, ImageSet):
         images = images.images
     if isinstance(images, np.ndarray):
+        if any(stride < 0 for stride in images.strides):  # a mirrored view; torch has no negative strides
+            images = images.copy()
         with warnings.catch_warnings():  # a read-only memory map is only read here
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             images = torch.from_numpy(images)
