@@ -90,7 +90,8 @@ def test_names_are_text_not_markup(tmp_path):
     assert "<i>bad</i>.png" in page.text
     assert page.links == []
     assert "1 groups" not in page.text
-    rows = list(csv.reader(open(tmp_path / "samples.csv", newline="", encoding="utf-8")))  # noqa: SIM115
+    with open(tmp_path / "samples.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
     assert [row[1] for row in rows[1:]] == hostile
 
 
