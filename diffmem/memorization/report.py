@@ -299,6 +299,7 @@ def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, 
         if unseen is not None or threshold is not None:
             axes.legend(frameon=False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
