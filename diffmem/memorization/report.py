@@ -146,6 +146,7 @@ def render(audit: Audit) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.filters["filename"] = lambda name: name.rstrip("/").rsplit("/", 1)[-1]  # the whole name is its tooltip
     environment.filters["thousands"] = lambda number: f"{number:,}"
     return environment.get_template("report.html.j2").render(
         audit=audit,
