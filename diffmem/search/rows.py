@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 
 import numpy as np
@@ -32,6 +33,14 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
     if images.dtype not in (torch.uint8, torch.float32, torch.float64):
         raise InputError(f"{what} must be uint8, float32 or float64, got {images.dtype}")
     return images.reshape(len(images), -1)
+
+
+def fingerprint(rows: torch.Tensor) -> str:
+    """SHA-256 over shape, dtype and values: equal for equal rows, wherever they lie."""
+    digest = hashlib.sha256(repr((tuple(rows.shape), str(rows.dtype))).encode())
+    for start in range(0, len(rows), 4096):
+        digest.update(np.ascontiguousarray(rows[start : start + 4096].numpy()).data)
+    return digest.hexdigest()
 
 
 def mirror(images: np.ndarray) -> np.ndarray:
