@@ -264,11 +264,8 @@ def _floats(rows: torch.Tensor) -> np.ndarray:
 
 def _sample(total: int, size: int) -> np.ndarray:
     """`size` evenly spaced indices, all of them where there are fewer."""
-    return (
-        np.unique(np.linspace(0, total - 1, min(size, total)).round().astype(np.int64))
-        if total and size
-        else np.empty(0, np.int64)
-    )
+    size = min(size, total)
+    return np.arange(size) * total // size if size else np.empty(0, np.int64)
 
 
 def _training_points(faiss, index) -> int:
