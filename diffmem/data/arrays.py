@@ -1,7 +1,7 @@
 """Arrays of images: numpy arrays and torch tensors, `.npy`, `.npz`, `.pt` and `.safetensors` files.
 
-Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy`, `.pt` or `.safetensors` file
-stays memory-mapped, also where its axes are NHWC (then the images are a view with its axes permuted).
+Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy` file stays memory-mapped;
+where its axes are NHWC, the images are a view with its axes permuted.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def to_numpy(value: Any) -> np.ndarray:
 def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | None = None) -> np.ndarray:
     """`array` as images [N, C, H, W] of dtype uint8, float32 or float64; a view where possible.
 
-    The channel axis is the one of length 1, 3 or 4. Where both ends fit, `layout` ("NCHW" or "NHWC") decides, or what a file
-    format lays down (`assume`); else that is an error. [N, H, W] is grey. Half precision becomes float32.
+    The channel axis is the one of length 1, 3 or 4. Where both ends fit, `layout` ("NCHW" or "NHWC") decides, or what a
+    file format lays down (`assume`); else that is an error. [N, H, W] is grey. Half precision becomes float32. Raises
+    `InputError` for anything that is not images.
     """
     if array.ndim == 2:
         raise InputError(

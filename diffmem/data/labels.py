@@ -16,8 +16,9 @@ DATASET_JSON = "dataset.json"
 def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndarray | None:
     """The labels of the files `names`, in their order: int64 [N], float32 [N, L], or None for `{"labels": null}`.
 
-    `data` holds `{"labels": [[name, label], …]}`, a label being a whole number or a list of numbers. Labels of files that
-    are not among `names` are passed over; a file without a label is an error. `where` names the source in messages.
+    `data` holds `{"labels": [[name, label], …]}`, a label being a whole number or a list of numbers. Labels of files
+    that are not among `names` are passed over; a file without a label is an error. `where` names the source in
+    messages. Raises `InputError`.
     """
     where = f"{where}: {DATASET_JSON}"
     try:

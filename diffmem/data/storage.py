@@ -40,8 +40,8 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype | type = np.uint8) -> np.nd
 
 
 def temporary_file(size: int) -> BinaryIO:
-    """An unnamed file of `size` bytes whose space is really there: a full disk must not show up as a bus error later."""
-    file = tempfile.TemporaryFile(prefix="diffmem-")
+    """An unnamed file of `size` bytes whose space is really there: a full disk must not become a bus error later."""
+    file = tempfile.TemporaryFile(prefix="diffmem-")  # noqa: SIM115 (lives as long as the array over it)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -87,7 +87,7 @@ class Gathering:
         self._blocks.append(block)
         # At the end the blocks are copied into one array, so that together they take twice their size.
         if self._file is None and crowds_memory(2 * self._bytes):
-            self._file = tempfile.TemporaryFile(prefix="diffmem-")
+            self._file = tempfile.TemporaryFile(prefix="diffmem-")  # noqa: SIM115 (lives as long as the array)
         if self._file is not None:
             for waiting in self._blocks:
                 self._file.write(np.ascontiguousarray(waiting).data)

@@ -30,8 +30,8 @@ def read_stream(
 ) -> Arrays:
     """All images of `source` (at most `limit`), with labels where every item brings them.
 
-    An item is an image or a batch, alone, as a pair with its label(s), or in a mapping with `image(s)` and `label(s)`. An image is
-    a Pillow image or an array or tensor of three axes, a batch is an array or tensor of four.
+    An item is an image or a batch, alone, as a pair with its labels, or in a mapping with `image(s)` and `label(s)`. An
+    image is a Pillow image or an array or tensor of three axes, a batch is an array or tensor of four.
     """
     items: Iterable[Any] = (source[index] for index in range(len(source))) if is_map_dataset(source) else source
     total = len(source) if is_map_dataset(source) else 0
@@ -45,8 +45,8 @@ def read_stream(
         first = block if first is None else first
         if (block.shape[1:], block.dtype) != (first.shape[1:], first.dtype):
             raise InputError(
-                f"{where}: image {done} is {block.dtype} of shape {block.shape[1:]}, those before are {first.dtype} of shape"
-                f" {first.shape[1:]}: bring them to one form (resize=N, color='rgb' or 'grey')"
+                f"{where}: image {done} is {block.dtype} of shape {block.shape[1:]}, those before are {first.dtype} of"
+                f" shape {first.shape[1:]}: bring them to one form (resize=N, color='rgb' or 'grey')"
             )
         if (block_labels is None) != (done > 0 and not labels) and done:
             raise InputError(f"{where}: some items have labels, and image {done} breaks the pattern")
