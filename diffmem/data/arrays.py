@@ -1,7 +1,7 @@
 """Arrays of images: numpy arrays and torch tensors, `.npy`, `.npz`, `.pt` and `.safetensors` files.
 
-Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy` file stays memory-mapped;
-where its axes are NHWC, the images are a view with its axes permuted.
+Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy` file stays mapped to
+memory; where its axes are NHWC, the images are a view with its axes permuted.
 """
 
 from __future__ import annotations
