@@ -69,8 +69,10 @@ class BuildNative(build_ext):
         write_build_info(self.package_folder(), info)
 
     def cmake(self, target: Path) -> dict:
-        import pybind11  # present in every build environment that pyproject.toml describes
-
+        try:
+            import pybind11  # present in every build environment that pyproject.toml describes
+        except ImportError as error:
+            raise BuildFailed("pybind11 was not found") from error
         # One folder for all builds of this checkout, so that rebuilding after an edit is quick.
         build = Path(os.environ.get("DIFFMEM_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
         build.mkdir(parents=True, exist_ok=True)

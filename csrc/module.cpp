@@ -11,8 +11,9 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of diffmem; use it through diffmem.ops and diffmem.search.";
 
-  m.def("cpu_level", [] { return std::string(diffmem::cpu::name(diffmem::cpu::level())); },
-        "Instruction set in use: portable, avx2 or avx512 (DIFFMEM_CPU lowers it).");
+  m.def(
+      "cpu_level", [] { return std::string(diffmem::cpu::name(diffmem::cpu::level())); },
+      "Instruction set in use: portable, avx2 or avx512 (DIFFMEM_CPU lowers it).");
   m.def("cpu_features", &diffmem::cpu::features, "Relevant processor features found.");
 #ifdef DIFFMEM_WITH_CUDA
   m.attr("with_cuda") = true;

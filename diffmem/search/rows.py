@@ -1,0 +1,39 @@
+"""Images as rows: what the search sees of an image set, an array or a tensor."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+
+from diffmem.data import ImageSet
+from diffmem.errors import InputError
+
+Images = ImageSet | np.ndarray | torch.Tensor
+
+
+def as_rows(images: Images, what: str = "images") -> torch.Tensor:
+    """The images as [N, d] rows, uint8, float32 or float64, sharing memory with the input where its layout allows."""
+    if isinstance(images, ImageSet):
+        images = images.images
+    if isinstance(images, np.ndarray):
+        if any(stride < 0 for stride in images.strides):  # a mirrored view; torch has no negative strides
+            images = images.copy()
+        with warnings.catch_warnings():  # a read-only memory map is only read here
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            images = torch.from_numpy(images)
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"{what} must be an ImageSet, an array or a tensor, got {type(images).__name__}")
+    if images.ndim < 2:
+        raise InputError(
+            f"{what} must have an axis for the images and at least one more, got shape {tuple(images.shape)}"
+        )
+    if images.dtype not in (torch.uint8, torch.float32, torch.float64):
+        raise InputError(f"{what} must be uint8, float32 or float64, got {images.dtype}")
+    return images.reshape(len(images), -1)
+
+
+def mirror(images: np.ndarray) -> np.ndarray:
+    """The images [N, C, H, W] mirrored left to right."""
+    return np.ascontiguousarray(images[..., ::-1])
