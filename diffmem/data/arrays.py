@@ -7,6 +7,7 @@ memory; where its axes are NHWC, the images are a view with its axes permuted.
 from __future__ import annotations
 
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -177,7 +178,9 @@ def read_pt(path: Path, key: str | None, layout: str | None) -> Arrays:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols: what matters ends in an error
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: damaged, or holds pickled Python objects, which are never loaded: save a tensor, or a dict of"

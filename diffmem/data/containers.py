@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from diffmem.data.decode import MAX_FILE_BYTES, BadImage, image_suffixes
-from diffmem.data.labels import DATASET_JSON, as_labels, parse_dataset_json
+from diffmem.data.labels import DATASET_JSON, as_labels, parse_dataset_json, printable
 from diffmem.errors import InputError, MissingExtraError
 
 _MAX_JSON_BYTES = 2**30
@@ -48,11 +48,6 @@ def _piece_key(piece: str) -> tuple:
         value = piece.lstrip("0")
         return (0, len(value), value, piece)
     return (1, piece)
-
-
-def printable(name: str) -> str:
-    """`name` fit for reports and JSON, where a file's name is not valid text."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_image_name(name: str) -> bool:

@@ -160,7 +160,7 @@ def _finish(images: ImageSet, options: PixelOptions, limit: int | None, progress
 def _size(resize: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if resize is None:
         return None
-    size = (resize, resize) if isinstance(resize, int) else tuple(resize)
+    size = tuple(resize) if isinstance(resize, (tuple, list)) else (resize, resize)
     if len(size) != 2 or not all(isinstance(length, int) and 1 <= length <= 8192 for length in size):
         raise InputError(f"resize must be N or (height, width), each within 1 … 8192, got {resize!r}")
     return size
