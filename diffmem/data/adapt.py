@@ -16,8 +16,8 @@ _BLOCK_BYTES = 2**24
 def adapt(images: np.ndarray, options: PixelOptions, where: str, progress: Progress) -> np.ndarray:
     """`images` [N, C, H, W] in the wanted colour and size, of the same dtype; the same array where nothing changes.
 
-    Grey is Pillow's integer ITU-R 601 luma for uint8 and 0.299 R + 0.587 G + 0.114 B for floats. Sizes change by Lanczos
-    resampling with antialiasing, for floats in float32.
+    Grey is Pillow's integer ITU-R 601 luma for uint8 and 0.299 R + 0.587 G + 0.114 B for floats. Sizes change by
+    Lanczos resampling with antialiasing, for floats in float32. Raises `InputError` for colours that cannot be had.
     """
     count, channels, height, width = images.shape
     wanted = {None: channels, "grey": 1, "rgb": 3}[options.color]

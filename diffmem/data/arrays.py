@@ -1,12 +1,13 @@
 """Arrays of images: numpy arrays and torch tensors, `.npy`, `.npz`, `.pt` and `.safetensors` files.
 
-Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy`, `.pt` or `.safetensors` file
-stays memory-mapped, also where its axes are NHWC (then the images are a view with its axes permuted).
+Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy` file stays mapped to
+memory; where its axes are NHWC, the images are a view with its axes permuted.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -49,8 +50,9 @@ def to_numpy(value: Any) -> np.ndarray:
 def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | None = None) -> np.ndarray:
     """`array` as images [N, C, H, W] of dtype uint8, float32 or float64; a view where possible.
 
-    The channel axis is the one of length 1, 3 or 4. Where both ends fit or neither, `layout` ("NCHW" or "NHWC") decides, or
-    what is laid down for the source (`assume`: NCHW for arrays in memory); else that is an error. [N, H, W] is grey. Half precision becomes float32.
+    The channel axis is the one of length 1, 3 or 4. Where both ends fit or neither, `layout` ("NCHW" or "NHWC") decides,
+    or what is laid down for the source (`assume`: NCHW for arrays in memory); else that is an error. [N, H, W] is grey.
+    Half precision becomes float32. Raises `InputError` for anything that is not images.
     """
     if array.ndim == 2:
         raise InputError(
@@ -176,7 +178,9 @@ def read_pt(path: Path, key: str | None, layout: str | None) -> Arrays:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols: what matters ends in an error
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: damaged, or holds pickled Python objects, which are never loaded: save a tensor, or a dict of"

@@ -1,10 +1,10 @@
 """The packed copy of a folder or archive of image files: one memory-mappable file beside the source.
 
-`train.zip` gets `train.zip.diffmem-<settings>.safetensors` next to it (one per combination of the settings that change the
-pixels). Neither name nor date make it trusted: it holds the SHA-256 of the source's contents (an archive's bytes; a folder's
-file names and bytes) and of its own pixels and labels, and is used only where both are what they should be. Anything else is
-decoded anew and replaces it. Where it cannot be written, the images are returned all the same, with a line in
-`ImageSet.notes` that says so.
+`train.zip` gets `train.zip.diffmem-<settings>.safetensors` next to it (one per combination of the settings that change
+the pixels). Neither name nor date make it trusted: it holds the SHA-256 of the source's contents (an archive's bytes; a
+folder's file names and bytes) and of its own pixels and labels, and is used only where both are what they should be.
+Anything else is decoded anew and replaces it. Where it cannot be written, the images are returned all the same, with a
+line in `ImageSet.notes` that says so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Containers of image files: folders, zip archives (read in place, never extracted), saved Hugging Face datasets.
 
-Each offers `description`, `names`, `labels` and `read(index)`; `decode_pool` turns them into pixels. Files come in natural
-order of their names (`img2.png` before `img10.png`; folder by folder), which for zero-padded names is the plain order.
-Hidden files, and what macOS leaves behind, are passed over.
+Each offers `description`, `names`, `labels` and `read(index)`; `decode_pool` turns them into pixels. Files come in
+natural order of their names (`img2.png` before `img10.png`; folder by folder), which for zero-padded names is the plain
+order. Hidden files, and what macOS leaves behind, are passed over.
 """
 
 from __future__ import annotations
@@ -10,25 +10,37 @@ from __future__ import annotations
 import os
 import re
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from diffmem.data.decode import MAX_FILE_BYTES, BadImage, image_suffixes
-from diffmem.data.labels import DATASET_JSON, as_labels, parse_dataset_json
+from diffmem.data.labels import DATASET_JSON, as_labels, parse_dataset_json, printable
 from diffmem.errors import InputError, MissingExtraError
 
 _MAX_JSON_BYTES = 2**30
 _PIECES = re.compile(r"[0-9]+|[^0-9]+")
+# A zip entry's own header, of which only the lengths of its name and its extra field are needed.
+_LOCAL_HEADER = struct.Struct("<26xHH")
 _BAD_ENTRY = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 
 
 def natural_key(name: str) -> list[list[tuple]]:
     """Sorts path names folder by folder, runs of digits by their value."""
-    return [[_piece_key(piece) for piece in _PIECES.findall(component)] for component in name.split("/")]
+    *folders, base = name.split("/")
+    return [*map(_folder_key, folders), _component_key(base)]
+
+
+def _component_key(component: str) -> list[tuple]:
+    return [_piece_key(piece) for piece in _PIECES.findall(component)]
+
+
+_folder_key = lru_cache(maxsize=1024)(_component_key)
 
 
 def _piece_key(piece: str) -> tuple:
@@ -38,15 +50,12 @@ def _piece_key(piece: str) -> tuple:
     return (1, piece)
 
 
-def printable(name: str) -> str:
-    """`name` fit for reports and JSON, where a file's name is not valid text."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def _is_image_name(name: str) -> bool:
-    folder, _, base = name.rpartition("/")
-    hidden = base.startswith(".") or "__MACOSX" in folder.split("/")
-    return not hidden and os.path.splitext(base)[1].lower() in image_suffixes()
+    stem, dot, suffix = name.rpartition(".")
+    if f"{dot}{suffix.lower()}" not in image_suffixes():
+        return False
+    folder, _, base = stem.rpartition("/")
+    return base != "" and not base.startswith(".") and "__MACOSX" not in folder.split("/")
 
 
 class Folder:
@@ -142,9 +151,25 @@ class ZipArchive:
         if entry.file_size > MAX_FILE_BYTES:
             raise BadImage(f"declares {entry.file_size / 1e6:,.0f} MB, more than any image that is read")
         try:
-            return self._zip.read(entry)
+            return self._unpacked(entry)
         except _BAD_ENTRY as error:
             raise BadImage(f"cannot be unpacked: {error}") from None
+
+    def _unpacked(self, entry: zipfile.ZipInfo) -> bytes:
+        """What `ZipFile.read` gives, at a fifth of its cost and without its lock, for the usual two methods."""
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return self._zip.read(entry)
+        descriptor = self._zip.fp.fileno()
+        header = os.pread(descriptor, _LOCAL_HEADER.size, entry.header_offset)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            raise zipfile.BadZipFile("its header is damaged")
+        start = entry.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+        data = os.pread(descriptor, entry.compress_size, start)
+        if entry.compress_type == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.file_size + 1)
+        if len(data) != entry.file_size or zlib.crc32(data) != entry.CRC:
+            raise zipfile.BadZipFile("its contents do not match their checksum")
+        return data
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -159,6 +184,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         ) from None
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     ends = [entry.header_offset + entry.compress_size for entry in entries]
+    if entries and (entries[0].header_offset < 0 or max(ends) > path.stat().st_size):
+        raise InputError(f"{path}: not a whole zip archive (its entries reach beyond its end): fetch or pack it anew")
     for entry, end, following in zip(entries, ends, entries[1:], strict=False):
         if end > following.header_offset:
             names = f"{printable(entry.filename)} and {printable(following.filename)}"

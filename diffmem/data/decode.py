@@ -3,10 +3,10 @@
 The rules, in one place, for every source of encoded images:
 
 - grey (L, and 1-bit as 0/255) has one channel; RGB and palette images have three; CMYK, YCbCr and HSV become RGB;
-- an alpha channel (or a palette with transparency) is dropped where every pixel is opaque and refused where one is not:
-  pixels under transparency mean nothing until somebody chooses a background;
-- 16-bit grey is accepted where eight bits hold it exactly (every level a multiple of 257, which becomes level / 257) and
-  refused otherwise; 16-bit colour is refused, since Pillow would drop its low byte silently;
+- an alpha channel (or a palette with transparency) is dropped where every pixel is opaque and refused where one is
+  not: pixels under transparency mean nothing until somebody chooses a background;
+- 16-bit grey is accepted where eight bits hold it exactly (every level a multiple of 257, which becomes level / 257)
+  and refused otherwise; 16-bit colour is refused, since Pillow would drop its low byte silently;
 - an animation, or a file of several pages, is refused, since no frame is more right than the others (a photograph with
   an embedded preview, MPO, is its main picture);
 - EXIF orientation and colour profiles are ignored: the pixels are those stored in the file, as training code sees them;
@@ -30,7 +30,7 @@ MAX_PIXELS = 64 * 2**20
 # Nothing that an image within MAX_PIXELS needs: 4 bytes a pixel, stored raw, and a header.
 MAX_FILE_BYTES = 4 * MAX_PIXELS + 2**20
 
-# Formats whose plugins start another program (EPS), only hold a place for a decoder that Pillow lacks, or are no pictures.
+# Formats whose plugins start another program (EPS), hold a place for a decoder that Pillow lacks, or are no pictures.
 _REFUSED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"})
 _USUAL_FORMATS = ("JPEG", "PNG")
 
@@ -111,7 +111,7 @@ def as_grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def convert(image: Image.Image, options: PixelOptions) -> Image.Image:
-    """`image` (mode "L" or "RGB") in the wanted colour and size; grey by ITU-R 601 luma, sizes by Lanczos resampling."""
+    """`image` (mode "L" or "RGB") in the wanted colour and size: grey by ITU-R 601 luma, sizes by Lanczos."""
     if options.color == "grey" and image.mode == "RGB":
         image = image.convert("L")
     elif options.color == "rgb" and image.mode == "L":

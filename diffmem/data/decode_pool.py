@@ -1,9 +1,9 @@
 """Decoding a whole source of encoded images on all cores, into one array.
 
-Small images are decoded by processes, not threads: a 32×32 JPEG spends more time in Pillow's Python than in libjpeg, and
-threads would wait for each other there (measured on two cores: no gain at all). Each process runs `serve` below: blocks of
-encoded images come in on its standard input, pixels go out on its standard output; it opens no file. They are started as
-plain Python processes, so that neither a script without a main guard nor a running CUDA context is disturbed, and only
+Images are decoded by processes, not threads: a 32×32 JPEG spends more time in Pillow's Python than in libjpeg, and
+threads would wait for each other there (measured on two cores: no gain at all). Each process runs `serve` below: blocks
+of encoded images come in on its standard input, pixels go out on its standard output; it opens no file. They are plain
+Python processes, so that neither a script without a main guard nor a running CUDA context is disturbed, and start only
 when the first blocks, decoded in this process, have shown that the work is worth their start.
 """
 
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -212,10 +212,8 @@ def _decode_in_processes(
             for process in processes:
                 process.wait()
                 for pipe in (process.stdin, process.stdout):
-                    try:
+                    with suppress(OSError):  # what was left in the pipe's buffer has nowhere to go
                         pipe.close()
-                    except OSError:  # what was left in the pipe's buffer had nowhere to go
-                        pass
 
         processes: list[subprocess.Popen] = []
         cleanup.callback(end, processes)

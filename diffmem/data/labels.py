@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,20 @@ import numpy as np
 from diffmem.errors import InputError
 
 DATASET_JSON = "dataset.json"
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(name: str) -> str:
+    """A file's `name` fit for one line of a report: control characters and bytes that are no text are escaped."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
 def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndarray | None:
     """The labels of the files `names`, in their order: int64 [N], float32 [N, L], or None for `{"labels": null}`.
 
-    `data` holds `{"labels": [[name, label], …]}`, a label being a whole number or a list of numbers. Labels of files that
-    are not among `names` are passed over; a file without a label is an error. `where` names the source in messages.
+    `data` holds `{"labels": [[name, label], …]}`, a label being a whole number or a list of numbers. Labels of files
+    that are not among `names` are passed over; a file without a label is an error. `where` names the source in
+    messages. Raises `InputError`.
     """
     where = f"{where}: {DATASET_JSON}"
     try:
@@ -35,7 +43,7 @@ def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndar
     for position, entry in enumerate(entries):
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise InputError(f'{where}: entry {position} of "labels" is not a [name, label] pair: {_short(entry)}')
-        name, label = entry
+        name, label = printable(entry[0]), entry[1]
         if by_name.setdefault(name, label) != label:
             raise InputError(f"{where} gives {name} two labels: {_short(by_name[name])} and {_short(label)}")
     missing = [name for name in names if name not in by_name]

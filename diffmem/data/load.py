@@ -48,24 +48,24 @@ def load_images(
 ) -> ImageSet:
     """The images of `source` as an `ImageSet`: uint8 [N, C, H, W] (float32 or float64 where the source holds floats).
 
-    source: a folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a single image
-        file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`,
-        `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array,
-        a torch tensor, a torch dataset, an iterable of images or batches (alone or with labels), or an `ImageSet`.
-        Labels and file names are kept. What counts as a file's pixels is laid down in `diffmem.data.decode`.
+    source: a folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a single
+        image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`,
+        `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy
+        array, a torch tensor, a torch dataset, an iterable of images or batches (alone or with labels), or an
+        `ImageSet`. Labels and file names are kept. What counts as a file's pixels: see `diffmem.data.decode`.
     resize: N for N×N, or (height, width): Lanczos resampling with antialiasing, not keeping the aspect ratio.
-    color: "grey" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for grey images); None leaves them as they are.
+    color: "grey" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for grey images); None changes nothing.
     limit: only the first so many (files, where the source is made of files).
     skip_bad: pass over files that cannot be used; they are listed in `ImageSet.skipped`.
-    cache: keep a packed copy beside a folder, zip or dataset of files and use it while the source's contents are the same
-        (see `diffmem.data.cache`); the copy lies in a memory-mapped file. Arrays have nothing to cache.
+    cache: keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
+        contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
     key: which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, or "train"
         (default), "test" or "all" of CIFAR-10's archive.
     layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
     progress: called as `progress(stage, done, total)`.
 
-    Raises `InputError` (one line: what, where, what to do) and `MissingExtraError`. Arrays of more than a quarter of the
-    machine's memory lie in a memory-mapped temporary file. The images must not be written to.
+    Raises `InputError` (one line: what, where, what to do) and `MissingExtraError`. Arrays of more than a quarter of
+    the machine's memory lie in a memory-mapped temporary file. The images must not be written to.
     """
     options = PixelOptions(color, _size(resize))
     if color not in (None, "grey", "rgb"):
@@ -138,8 +138,8 @@ def _array_file(path: Path, key: str | None, layout: str | None, progress: Progr
     readers = {".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".safetensors": read_safetensors}
     if path.suffix.lower() not in readers:
         raise InputError(
-            f"{path}: not a kind of file that holds images here: a folder, an image, .zip, .npz, .npy, .pt, .safetensors"
-            " or cifar-10-python.tar.gz can be read"
+            f"{path}: not a kind of file that is read: give a folder, an image, .zip, .npz, .npy, .pt, .safetensors or"
+            " cifar-10-python.tar.gz"
         )
     return readers[path.suffix.lower()](path, key, layout)
 
@@ -162,7 +162,7 @@ def _finish(images: ImageSet, options: PixelOptions, limit: int | None, progress
 def _size(resize: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if resize is None:
         return None
-    size = (resize, resize) if isinstance(resize, int) else tuple(resize)
+    size = tuple(resize) if isinstance(resize, (tuple, list)) else (resize, resize)
     if len(size) != 2 or not all(isinstance(length, int) and 1 <= length <= 8192 for length in size):
         raise InputError(f"resize must be N or (height, width), each within 1 … 8192, got {resize!r}")
     return size

@@ -35,13 +35,13 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype | type = np.uint8) -> np.nd
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     if not crowds_memory(size):
         return np.empty(shape, dtype)
-    file = temporary_file(size)
-    return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    with temporary_file(size) as file:  # the mapping outlives the open file
+        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
 
 
 def temporary_file(size: int) -> BinaryIO:
-    """An unnamed file of `size` bytes whose space is really there: a full disk must not show up as a bus error later."""
-    file = tempfile.TemporaryFile(prefix="diffmem-")
+    """An unnamed file of `size` bytes whose space is really there: a full disk must not become a bus error later."""
+    file = tempfile.TemporaryFile(prefix="diffmem-")  # noqa: SIM115 (the caller's)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -71,7 +71,10 @@ def discard_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 class Gathering:
-    """Blocks of equally shaped rows of unknown number, gathered into one array: in memory, then in a file."""
+    """Blocks of equally shaped rows of unknown number, gathered into one array: in memory, then in a file.
+
+    A context manager; the array outlives it.
+    """
 
     def __init__(self) -> None:
         self._blocks: list[np.ndarray] = []
@@ -80,6 +83,13 @@ class Gathering:
         self._dtype: np.dtype | None = None
         self._bytes = 0
 
+    def __enter__(self) -> Gathering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def append(self, block: np.ndarray) -> None:
         """Add rows of the first block's dtype and row shape (the caller checks that)."""
         self._shape, self._dtype = block.shape[1:], block.dtype
@@ -87,7 +97,7 @@ class Gathering:
         self._blocks.append(block)
         # At the end the blocks are copied into one array, so that together they take twice their size.
         if self._file is None and crowds_memory(2 * self._bytes):
-            self._file = tempfile.TemporaryFile(prefix="diffmem-")
+            self._file = tempfile.TemporaryFile(prefix="diffmem-")  # noqa: SIM115 (closed by __exit__)
         if self._file is not None:
             for waiting in self._blocks:
                 self._file.write(np.ascontiguousarray(waiting).data)

@@ -30,40 +30,44 @@ def read_stream(
 ) -> Arrays:
     """All images of `source` (at most `limit`), with labels where every item brings them.
 
-    An item is an image or a batch, alone, as a pair with its label(s), or in a mapping with `image(s)` and `label(s)`. An image is
-    a Pillow image or an array or tensor of three axes, a batch is an array or tensor of four.
+    An item is an image or a batch, alone, as a pair with its labels, or in a mapping with `image(s)` and `label(s)`. An
+    image is a Pillow image or an array or tensor of three axes, a batch is an array or tensor of four.
     """
     items: Iterable[Any] = (source[index] for index in range(len(source))) if is_map_dataset(source) else source
     total = len(source) if is_map_dataset(source) else 0
     total = min(total, limit) if limit is not None and total else total
-    images, labels, done = Gathering(), [], 0
-    first: np.ndarray | None = None
-    for block, block_labels in _blocks(items, options, layout, where):
-        if limit is not None and done + len(block) > limit:
-            block = block[: limit - done]
-            block_labels = None if block_labels is None else block_labels[: limit - done]
-        first = block if first is None else first
-        if (block.shape[1:], block.dtype) != (first.shape[1:], first.dtype):
-            raise InputError(
-                f"{where}: image {done} is {block.dtype} of shape {block.shape[1:]}, those before are {first.dtype} of shape"
-                f" {first.shape[1:]}: bring them to one form (resize=N, color='rgb' or 'grey')"
-            )
-        if (block_labels is None) != (done > 0 and not labels) and done:
-            raise InputError(f"{where}: some items have labels, and image {done} breaks the pattern")
-        images.append(block)
-        if block_labels is not None:
-            labels.append(block_labels)
-        done += len(block)
-        progress("reading images", done, max(total, done))
-        if done == limit:
-            break
-    if first is None or done == 0:
-        raise InputError(f"{where}: no images in it")
+    labels: list[np.ndarray] = []
+    done, first = 0, None
+    with Gathering() as images:
+        for block, block_labels in _blocks(items, options, layout, where):
+            if limit is not None and done + len(block) > limit:
+                block = block[: limit - done]
+                block_labels = None if block_labels is None else block_labels[: limit - done]
+            if first is None:
+                first, labelled = block, block_labels is not None
+            if (block.shape[1:], block.dtype) != (first.shape[1:], first.dtype):
+                form, expected = f"{block.dtype} {block.shape[1:]}", f"{first.dtype} {first.shape[1:]}"
+                raise InputError(
+                    f"{where}: image {done} is {form}, those before are {expected}: bring them to one form"
+                    " (resize=N, color='rgb' or 'grey')"
+                )
+            if labelled != (block_labels is not None):
+                raise InputError(f"{where}: some images have labels and some, like image {done}, differ in that")
+            images.append(block)
+            if block_labels is not None:
+                labels.append(block_labels)
+            done += len(block)
+            progress("reading images", done, max(total, done))
+            if done == limit:
+                break
+        if done == 0:
+            raise InputError(f"{where}: no images in it")
+        gathered = images.array()
     try:
         joined = np.concatenate(labels) if labels else None
     except ValueError:
         raise InputError(f"{where}: labels of different shapes") from None
-    return Arrays(images.array(), None if joined is None else check_labels(joined, done, where))
+    return Arrays(gathered, None if joined is None else check_labels(joined, done, where))
 
 
 def _blocks(

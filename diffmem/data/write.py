@@ -35,8 +35,8 @@ def write_edm_zip(image_set: ImageSet, path: str | os.PathLike, *, progress: Pro
     """Write `image_set` as EDM's dataset archive: `00000/img00000000.png` … and `dataset.json` with the labels.
 
     Images are stored as PNG, entries carry a fixed date: the same pixels and labels give the same bytes (with the same
-    version of Pillow and zlib). File names are those of EDM's layout, not those of the set. Raises `InputError` for float
-    images and for other than 1 or 3 channels.
+    version of Pillow and zlib). File names are those of EDM's layout, not those of the set. Raises `InputError` for
+    float images and for other than 1 or 3 channels.
     """
     path = Path(path)
     _require_uint8(image_set, path, channels=(1, 3))
@@ -55,7 +55,7 @@ def write_npz(
     *,
     progress: Progress = silent,
 ) -> None:
-    """Write `image_set` as `.npz`: `images` uint8 [N, C, H, W], and `labels`, `names`, `seeds` (int64 [N]) where there are any.
+    """Write `image_set` as `.npz`: `images` uint8 [N, C, H, W], with `labels`, `names` and `seeds` where there are any.
 
     Raises `InputError` for float images and for seeds that do not fit.
     """
@@ -80,10 +80,10 @@ def write_folder(
     *,
     progress: Progress = silent,
 ) -> None:
-    """Write `image_set` as a new folder of PNG, `000000/000000.png` being seed 0, with `dataset.json` where there are labels.
+    """Write `image_set` as a new folder of PNG, `000000/000000.png` being seed 0, with `dataset.json` for labels.
 
-    Seed s lies in the sub-folder of its thousand, `{s − s mod 1000:06d}/{s:06d}.png`; `seeds` are 0 … N−1 unless given. Raises
-    `InputError` for float images, for other than 1 or 3 channels, and where `path` exists and is not an empty folder.
+    Seed s lies in the sub-folder of its thousand, `{s − s mod 1000:06d}/{s:06d}.png`; `seeds` are 0 … N−1 unless given.
+    Raises `InputError` for float images, for other than 1 or 3 channels, and where `path` exists and is not empty.
     """
     path = Path(path)
     _require_uint8(image_set, path, channels=(1, 3))
@@ -102,7 +102,8 @@ def write_folder(
 def _require_uint8(image_set: ImageSet, path: Path, channels: tuple[int, ...] | None = None) -> None:
     if image_set.images.dtype != np.uint8:
         raise InputError(
-            f"{path}: only uint8 images are written, these are {image_set.images.dtype}: bring them to grey levels 0–255 first"
+            f"{path}: only uint8 images are written, these are {image_set.images.dtype}:"
+            " bring them to grey levels 0–255 first"
         )
     if channels is not None and image_set.image_shape[0] not in channels:
         raise InputError(
