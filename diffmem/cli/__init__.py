@@ -44,8 +44,8 @@ def main(args: list[str] | None = None) -> None:
     """
     status = _run(args)
     if status == INTERRUPTED:
-        # CPython ends a process by SIGINT, whatever its exit status, when an interrupt once passed through an exec() (as
-        # those of dataclasses during an import). So it is ended here, after what is owed at exit is done.
+        # CPython ends a process by SIGINT, whatever its exit status, when an interrupt once passed through an exec()
+        # (as those of dataclasses during an import). So it is ended here, after what is owed at exit is done.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
