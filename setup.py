@@ -57,8 +57,9 @@ def run(command: list[str]) -> None:
     if done.returncode != 0:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         first = next((number for number, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
-        # CMake prints where before what: "CMake Error at CMakeLists.txt:4 (project):", then the message.
-        reason = " ".join(lines[first : first + 3])[:240]
+        if lines[first].startswith("CMake Error at"):  # where; the lines after it say what
+            first += 1
+        reason = " ".join(lines[first : first + 2])[:240]
         raise BuildFailed(f"{Path(command[0]).name} failed: {reason}")
 
 
