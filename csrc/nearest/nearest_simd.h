@@ -55,7 +55,7 @@ void scan(std::size_t steps, const std::int16_t* strip, const std::int32_t* thre
       for (int i = 0; i < V::kStripRows; ++i) {
         const typename V::Int a = V::broadcast(pair_at(a_pairs + 2 * i));
         for (int v = 0; v < kVectors; ++v) acc[i][v] = V::madd(acc[i][v], a, b[v]);
-      }
+        }
     }
     for (int i = 0; i < V::kStripRows; ++i) {
       const typename V::Int threshold = V::broadcast(thresholds[i]);

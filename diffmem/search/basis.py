@@ -1,8 +1,8 @@
 """Leading principal components of a training set, as the filtered search needs them.
 
-The search asks one thing of the basis for its answers to be exact: a spectral norm of at most 1 (csrc/nearest/nearest.h).
-That is proven here from the rows as they are used. How close they come to the true components only decides how much
-is pruned, so float32 and a randomized method are good enough.
+The search asks one thing of the basis for its answers to be exact: a spectral norm of at most 1
+(csrc/nearest/nearest.h). That is proven here from the rows as they are used. How close they come to the true components
+only decides how much is pruned, so float32 and a randomized method are good enough.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 SAMPLE = 4096  # rows the components are computed from
 SAMPLE_VALUES = 1 << 26  # and at most that many values: wide images are sampled less
 EXTRA = 8  # dimensions beyond those asked for (Halko, Martinsson & Tropp 2011, section 4.2)
-POWER_ITERATIONS = 1
+POWER_ITERATIONS = 2
 
 
 def sample_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -27,8 +27,8 @@ def sample_rows(rows: torch.Tensor) -> torch.Tensor:
 def principal_components(centred: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` leading right singular vectors of `centred` [n, d], nearly orthonormal rows, float32 [<= count, d].
 
-    Randomized subspace iteration: Halko, Martinsson & Tropp, Finding structure with randomness, SIAM Review 2011, algorithms
-    4.4 and 5.1. Fewer rows come back where n or d is smaller.
+    Randomized subspace iteration: Halko, Martinsson & Tropp, Finding structure with randomness, SIAM Review 2011,
+    algorithms 4.4 and 5.1. Fewer rows come back where n or d is smaller.
     """
     n, d = centred.shape
     width = min(count + EXTRA, n, d)
@@ -69,7 +69,7 @@ def byte_basis(rows: torch.Tensor, coordinates: int) -> ByteBasis:
     mean = sample.mean(dim=0).round_()
     components = principal_components(sample.sub_(mean), coordinates).double()
     p = torch.zeros(coordinates, rows.shape[1], dtype=torch.float64)
-    # The largest scale at which every entry fits int16 and no product overflows, less what rounding to integers can add.
+    # The largest scale at which every entry fits int16 and no product overflows, less what rounding can add.
     longest = components.abs().sum(dim=1).max().clamp(min=1e-9)
     largest = components.abs().max().clamp(min=1e-9)
     scale = min(float((2.0**24 - 1 - rows.shape[1]) / longest), float(32766 / largest))

@@ -29,7 +29,7 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
         )
     if images.dtype not in (torch.uint8, torch.float32, torch.float64):
         raise InputError(f"{what} must be uint8, float32 or float64, got {images.dtype}")
-    return images.reshape(len(images), -1)
+    return images.flatten(1)
 
 
 def mirror(images: np.ndarray) -> np.ndarray:
