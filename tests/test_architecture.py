@@ -28,7 +28,7 @@ LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2",
 
 def room_of(path: Path) -> str:
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "" if first == "__init__" else first
+    return "" if first in ("__init__", "__main__") else first
 
 
 def imported_modules(tree: ast.AST) -> list[str]:

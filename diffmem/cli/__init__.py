@@ -11,6 +11,7 @@ import click
 import diffmem
 from diffmem.cli.audit import audit_command
 from diffmem.cli.demo import demo_command
+from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
 from diffmem.errors import InputError, MissingExtraError
@@ -72,5 +73,6 @@ def _run(args: list[str] | None) -> int:
 def _fail(message: str, status: int) -> int:
     if debugging():
         traceback.print_exc()
-    click.echo(f"diffmem: {' '.join(message.split())}", err=True)
+    if is_first_rank():
+        click.echo(f"diffmem: {' '.join(message.split())}", err=True)
     return status

@@ -17,13 +17,10 @@ from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
 from diffmem.memorization.statistics import wilson_interval
 from diffmem.progress import Progress, silent
-from diffmem.search import DuplicateGroups, Neighbors, TrainingIndex, find_duplicates
-from diffmem.search.rows import mirror
+from diffmem.search import DistinctNeighbors, DuplicateGroups, Neighbors, SearchIndex, TrainingIndex, find_duplicates
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
-
-WIDEST_QUERY = 64  # neighbours asked for at once before duplicates are excluded instead
 
 
 @dataclass(frozen=True)
@@ -182,6 +179,7 @@ def audit(
     holdout: ImageSource | None = None,
     flip: bool = False,
     device: str = "auto",
+    index: SearchIndex | None = None,
     progress: Progress | None = None,
 ) -> Audit:
     """Which generated images are copies of training images, by the nearest / second-nearest rule.
@@ -197,6 +195,8 @@ def audit(
         identical images.
     flip: compare mirrored generated images too (for models trained with horizontal flips).
     device: "cpu", "cuda", or "auto".
+    index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`); default a new
+        `TrainingIndex`. Anything but FAISS is exact.
     progress: a callback (`diffmem.progress`), or None.
     Raises InputError (a ValueError) for empty sets, sets that do not fit together, values that are not finite, and
     fewer than two distinct training images.
@@ -223,19 +223,23 @@ def audit(
             f"all {len(training)} training images are duplicates of each other within radius {duplicate_radius}: "
             "choose a smaller duplicate radius"
         )
-    search = _Search(TrainingIndex(training, device=device), training, groups, flip, progress)
+    if index is None:
+        index = TrainingIndex(training, device=device)
+    elif len(index) != len(training):
+        raise InputError(f"the index holds {len(index):,} images, the training set {len(training):,}: build it anew")
+    search = DistinctNeighbors(index, training.images, groups, flip=flip, progress=progress)
     settings = {
         "threshold": str(exact_threshold),
         "duplicates": duplicates,
         "duplicate_radius": float(duplicate_radius),
         "flip": flip,
-        "device": str(search.index.device),
+        "device": str(index.device),
         "training": _describe(training),
     }
 
     def judge(images: ImageSet, unseen_audit: Audit | None = None) -> Audit:
-        raw = search.nearest(images)
-        chosen = search.collapse(images, raw) if duplicates == "collapse" else raw
+        raw = search.nearest(images.images)
+        chosen = search.outside_duplicates(images.images, raw) if duplicates == "collapse" else raw
         return Audit(
             memorized=ratio_rule(chosen.squared_distances, exact_threshold),
             raw_memorized=ratio_rule(raw.squared_distances, exact_threshold),
@@ -249,84 +253,6 @@ def audit(
         )
 
     return judge(generated, None if unseen is None else judge(unseen))
-
-
-class _Search:
-    """Nearest training images with mirrored queries and duplicate groups taken into account."""
-
-    def __init__(
-        self, index: TrainingIndex, training: ImageSet, groups: DuplicateGroups, flip: bool, progress: Progress
-    ):
-        self.index, self.training, self.groups, self.flip, self.progress = index, training, groups, flip, progress
-
-    def nearest(self, images: ImageSet, k: int = 2) -> Neighbors:
-        """The k nearest training images, each at the smaller of its distances to the image and to the mirrored
-        image."""
-        return self._nearest(self.index, images.images, k)
-
-    def _nearest(self, index: TrainingIndex, images: np.ndarray, k: int) -> Neighbors:
-        straight = index.query(images, k, progress=self.progress)
-        if not self.flip:
-            return straight
-        # The k nearest by the smaller distance are among the k nearest of the two orientations: an image of that
-        # answer has fewer than k images before it in its own orientation's order, as each of those comes before it
-        # in the joint order too.
-        return _merge_orientations(straight, index.query(mirror(images), k, progress=self.progress))
-
-    def collapse(self, images: ImageSet, raw: Neighbors) -> Neighbors:
-        """`raw` with each second neighbour replaced by the nearest image outside the group of the first."""
-        group_of = self.groups.group_of
-        result = _copy(raw)
-        open_rows = np.flatnonzero(group_of[raw.indices[:, 0]] == group_of[raw.indices[:, 1]])
-        for k in (8, WIDEST_QUERY):
-            if len(open_rows) == 0 or k > len(self.index):
-                break
-            wider = self._nearest(self.index, images.images[open_rows], k)
-            outside = group_of[wider.indices] != group_of[wider.indices[:, :1]]
-            found = outside.any(axis=1)
-            _set_second(result, open_rows[found], wider, np.flatnonzero(found), outside.argmax(axis=1)[found])
-            open_rows = open_rows[~found]
-        # Groups so large that they fill the widest query: leave each out of the training set in turn.
-        for group in np.unique(group_of[raw.indices[open_rows, 0]]):
-            rows = open_rows[group_of[raw.indices[open_rows, 0]] == group]
-            others = np.flatnonzero(group_of != group)
-            nearest = self._nearest(TrainingIndex(self.training.images[others], device=str(self.index.device)),
-                                    images.images[rows], 1)  # fmt: skip
-            nearest = Neighbors(others[nearest.indices], nearest.squared_distances, nearest.dimension, nearest.mirrored)
-            _set_second(result, rows, nearest, np.arange(len(rows)), np.zeros(len(rows), np.int64))
-        return result
-
-
-def _copy(neighbors: Neighbors) -> Neighbors:
-    mirrored = None if neighbors.mirrored is None else neighbors.mirrored.copy()
-    return Neighbors(neighbors.indices.copy(), neighbors.squared_distances.copy(), neighbors.dimension, mirrored)
-
-
-def _set_second(
-    target: Neighbors, rows: np.ndarray, source: Neighbors, source_rows: np.ndarray, columns: np.ndarray
-) -> None:
-    target.indices[rows, 1] = source.indices[source_rows, columns]
-    target.squared_distances[rows, 1] = source.squared_distances[source_rows, columns]
-    if target.mirrored is not None:
-        target.mirrored[rows, 1] = source.mirrored[source_rows, columns]
-
-
-def _merge_orientations(straight: Neighbors, mirrored: Neighbors) -> Neighbors:
-    """The k nearest distinct images of both answers, by (distance, index); an unmirrored match goes before a
-    mirrored one."""
-    k = straight.indices.shape[1]
-    indices = np.hstack([straight.indices, mirrored.indices])
-    squared = np.hstack([straight.squared_distances, mirrored.squared_distances])
-    flags = np.repeat([[False, True]], k, axis=1).repeat(len(indices), axis=0)
-    order = np.lexsort((flags, indices, squared), axis=1)
-    indices, squared, flags = (np.take_along_axis(values, order, 1) for values in (indices, squared, flags))
-    # An image found in both orientations counts once, where it is nearer.
-    repeated = np.zeros(indices.shape, bool)
-    for column in range(1, indices.shape[1]):
-        repeated[:, column] = (indices[:, :column] == indices[:, column : column + 1]).any(axis=1)
-    keep = np.argsort(repeated, axis=1, kind="stable")[:, :k]
-    indices, squared, flags = (np.take_along_axis(values, keep, 1) for values in (indices, squared, flags))
-    return Neighbors(indices, squared, straight.dimension, flags)
 
 
 def _check_sets(images: ImageSet, training: ImageSet, what: str) -> None:

@@ -13,10 +13,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from diffmem.errors import InputError
 from diffmem.ops.registry import native_module
 from diffmem.progress import Progress, silent
-from diffmem.search.basis import ByteBasis, FloatBasis, byte_basis, float_basis
+from diffmem.search.basis import ByteBasis, FloatBasis, byte_basis, check_finite, float_basis
 
 PANEL = 16  # points side by side, kPanel of csrc/nearest/kernels.h
 ROW = 64  # int16 values of a fine row, kRow
@@ -116,7 +115,7 @@ class FilteredRows:
     def within_reach(self, queries: torch.Tensor) -> torch.Tensor:
         """Which float rows have a code, bool [Q]. Raises InputError for values that are not finite."""
         norms = (queries.double() - torch.from_numpy(self.basis.mean)).norm(dim=1)
-        check_finite(norms)
+        check_finite(norms.square())
         return norms < self.largest_norm
 
     def encode(self, queries: torch.Tensor) -> Code:
@@ -155,7 +154,7 @@ def build(rows: torch.Tensor, components: int | None = None, progress: Progress 
         basis = float_basis(rows, levels * LEVEL_COORDINATES)
         mean = torch.from_numpy(basis.mean)
         norms = torch.cat([(block.double() - mean).norm(dim=1) for block in rows.split(_block(d))])
-        check_finite(norms)
+        check_finite(norms.square())
         largest = 2 * float(
             norms.max()
         )  # queries farther out than twice the training rows are searched without the code
@@ -188,12 +187,6 @@ def build(rows: torch.Tensor, components: int | None = None, progress: Progress 
         centroid_bias=_padded(-(np.square(centroids.astype(np.int64)).sum(axis=1) >> 1).astype(np.int32)),
         starts=starts,
     )
-
-
-def check_finite(norms: torch.Tensor) -> None:
-    """Raises InputError unless every norm, and its square, is a finite number."""
-    if not bool(torch.isfinite(norms.square()).all()):
-        raise InputError("images hold NaN, infinity, or values too large to be squared: clean or rescale them")
 
 
 def _block(d: int) -> int:

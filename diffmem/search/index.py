@@ -20,9 +20,7 @@ from diffmem.search.rows import Images, as_rows
 METHODS = ("auto", "filtered", "dense", "torch", "reference")
 SMALL = 1024  # training sets below this are searched densely by "auto": a code would not pay for itself
 PROBE = 64  # queries of a block that are tried first when it is open whether the bounds prune
-ALLOWANCE = (
-    0.25  # share of pairs refined beyond which "auto" gives a block up: an exact distance costs about 3 dense ones
-)
+ALLOWANCE = 0.25  # share of pairs refined beyond which "auto" gives a block up: refining costs about 3 dense pairs
 FILTERED_PAIRS = 1 << 31  # pairs per call of the core, between which progress is told and Ctrl-C is heeded
 DENSE_PRODUCTS = 1 << 39
 QUERY_BLOCK = 4096

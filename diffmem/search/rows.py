@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 
 import numpy as np
@@ -18,6 +19,8 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
     if isinstance(images, ImageSet):
         images = images.images
     if isinstance(images, np.ndarray):
+        if any(stride < 0 for stride in images.strides):  # a mirrored view; torch has no negative strides
+            images = images.copy()
         with warnings.catch_warnings():  # a read-only memory map is only read here
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             images = torch.from_numpy(images)
@@ -30,6 +33,14 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
     if images.dtype not in (torch.uint8, torch.float32, torch.float64):
         raise InputError(f"{what} must be uint8, float32 or float64, got {images.dtype}")
     return images.flatten(1)
+
+
+def fingerprint(rows: torch.Tensor) -> str:
+    """SHA-256 over shape, dtype and values: equal for equal rows, wherever they lie."""
+    digest = hashlib.sha256(repr((tuple(rows.shape), str(rows.dtype))).encode())
+    for start in range(0, len(rows), 4096):
+        digest.update(np.ascontiguousarray(rows[start : start + 4096].numpy()).data)
+    return digest.hexdigest()
 
 
 def mirror(images: np.ndarray) -> np.ndarray:

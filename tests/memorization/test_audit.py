@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.memorization import audit as audit_module
+from diffmem.search import distinct
 
 
 def plain_audit(generated, training, threshold, duplicates, radius, flip):
@@ -59,7 +59,7 @@ def test_equals_the_definition(seed, threshold, duplicates, radius, flip, widest
     training, generated = images[:16], images[16:]
     options = {"threshold": threshold, "duplicates": duplicates, "duplicate_radius": radius, "flip": flip}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit_module, "WIDEST_QUERY", widest)  # so that large groups are left out as a whole, too
+        patch.setattr(distinct, "WIDEST_QUERY", widest)  # so that large groups are left out as a whole, too
         try:
             result = diffmem.audit(generated, training, **options)
         except InputError as error:
@@ -149,8 +149,8 @@ small = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 3, 2, 2)
         (small[:, :1], small, {}, "--color"),
         (small[..., :1], small, {}, "--resize 2"),
         (small.astype(np.float32), small, {}, "float32.*uint8"),
-        (small[:0], small, {}, "empty"),
-        (small, small[:0], {}, "empty"),
+        (small[:0], small, {}, "no images"),
+        (small, small[:0], {}, "no images"),
         (np.full((1, 3, 2, 2), np.nan, np.float32), small.astype(np.float32), {}, "NaN"),
         (small, small, {"duplicates": "ignore"}, "collapse"),
         (small, small, {"duplicate_radius": -1}, "radius"),

@@ -15,9 +15,8 @@ pytestmark = pytest.mark.skipif(native_module() is None, reason="diffmem was ins
 
 def images(n: int = 1500, dtype: str = "uint8") -> np.ndarray:
     rng = np.random.default_rng(0)
-    return (
-        (rng.normal(size=(n, 4)) @ rng.normal(size=(4, 48)) * 10 + 128).clip(0, 255).astype(dtype).reshape(n, 3, 4, 4)
-    )
+    values = rng.normal(size=(n, 4)) @ rng.normal(size=(4, 48)) * 10 + 128
+    return values.clip(0, 255).astype(dtype).reshape(n, 3, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])

@@ -102,7 +102,7 @@ class _Products:
 
     def _squared_norms(self, centred: torch.Tensor) -> torch.Tensor:
         # Integers below 2^53 are exact in float64, so these norms are exact for uint8 rows.
-        norms = centred.double().square_().sum(dim=1)
+        norms = centred.double().square().sum(dim=1)
         if not bool(torch.isfinite(norms).all()):
             raise InputError("images hold NaN, infinity, or values too large to be squared: clean or rescale them")
         return norms

@@ -1,0 +1,272 @@
+"""Decoding a whole source of encoded images on all cores, into one array.
+
+Images are decoded by processes, not threads: a 32×32 JPEG spends more time in Pillow's Python than in libjpeg, and
+threads would wait for each other there (measured on two cores: no gain at all). Each process runs `serve` below: blocks
+of encoded images come in on its standard input, pixels go out on its standard output; it opens no file. They are plain
+Python processes, so that neither a script without a main guard nor a running CUDA context is disturbed, and start only
+when the first blocks, decoded in this process, have shown that the work is worth their start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from diffmem.data.decode import BadImage, Outcome, PixelOptions, decode_into
+from diffmem.data.image_set import SkippedFile
+from diffmem.data.storage import allocate, discard_rows
+from diffmem.errors import InputError
+from diffmem.progress import Progress
+
+STAGE = "reading images"
+# What starting a process costs; work that is over sooner is done here.
+IN_PROCESS_SECONDS = 0.3
+_BLOCK_BYTES = 2**20
+_BLOCK_IMAGES = 256
+
+
+class EncodedImages(Protocol):
+    """Image files in some container: `names`, what the container is called, and the bytes of each file."""
+
+    description: str
+    names: Sequence[str]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of file `index`; raises `BadImage`, and may be called from several threads."""
+        ...
+
+
+def decode_all(
+    source: EncodedImages, options: PixelOptions, *, limit: int | None, skip_bad: bool, progress: Progress
+) -> tuple[np.ndarray, np.ndarray, tuple[SkippedFile, ...]]:
+    """The images (uint8 [n, C, H, W]), the index in `source.names` of each, and the files passed over.
+
+    Raises `InputError` at the first file that cannot be used (unless `skip_bad`), where sizes or channels are mixed,
+    and where no image is left.
+    """
+    total = len(source.names) if limit is None else min(limit, len(source.names))
+    if total == 0:
+        raise InputError(f"{source.description}: no images in it")
+    tally = _Tally(source, skip_bad, progress, total)
+    first, shape = _first_good(source, options, tally, total)
+    images = allocate((total, *shape))
+    tally.shape = shape
+    size = min(_BLOCK_IMAGES, max(1, _BLOCK_BYTES // (shape[0] * shape[1] * shape[2])))
+    blocks = iter([range(start, min(start + size, total)) for start in range(first, total, size)])
+
+    progress(STAGE, 0, total)
+    started = time.monotonic()
+    for block in blocks:
+        data, unread = _read_block(source, block)
+        tally.add(block, unread, decode_into(images[block.start : block.stop], data, options))
+        workers = min(_cores(), -(-(total - block.stop) // size))
+        if workers > 1 and time.monotonic() - started > IN_PROCESS_SECONDS:
+            _decode_in_processes(source, options, images, blocks, workers, tally)
+            break
+    progress(STAGE, total, total)
+
+    bad = np.array(sorted(tally.bad), dtype=np.int64)
+    skipped = tuple(SkippedFile(source.names[index], tally.bad[index]) for index in bad)
+    return discard_rows(images, bad), np.setdiff1d(np.arange(total), bad), skipped
+
+
+class _Tally:
+    """Outcomes as they come in: raises for the first one that ends the reading, and reports progress."""
+
+    def __init__(self, source: EncodedImages, skip_bad: bool, progress: Progress, total: int):
+        self.source, self.skip_bad, self.progress, self.total = source, skip_bad, progress, total
+        self.shape: tuple[int, int, int] | None = None
+        self.bad: dict[int, str] = {}
+        self.shapes: dict[tuple[int, int, int], list[int]] = {}
+        self.done = 0
+        self.last_report = time.monotonic()
+
+    def refuse(self, index: int, reason: str) -> None:
+        if not self.skip_bad:
+            raise InputError(
+                f"{self.source.description}: {self.source.names[index]} {reason}"
+                " — repair or remove it, or pass skip_bad=True (--skip-bad) to go on without such files"
+            )
+        self.bad[index] = reason
+
+    def add(self, block: range, unread: dict[int, str], outcomes: Sequence[Outcome]) -> None:
+        for index, outcome in zip(block, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self.refuse(index, unread.get(index, outcome))
+            else:
+                self.shapes.setdefault(tuple(outcome), []).append(index)
+        if any(shape != self.shape for shape in self.shapes):
+            raise InputError(f"{self.source.description}: {_mixed(self.shapes, self.source.names)}")
+        self.done += len(block)
+        if time.monotonic() - self.last_report > 0.1:
+            self.progress(STAGE, self.done, self.total)
+            self.last_report = time.monotonic()
+
+
+def _mixed(shapes: dict[tuple[int, int, int], list[int]], names: Sequence[str]) -> str:
+    """One line for images that do not fit together, from the indices seen for each shape."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    by_channels: dict[int, list[int]] = {}
+    for (channels, height, width), indices in shapes.items():
+        by_size.setdefault((height, width), []).extend(indices)
+        by_channels.setdefault(channels, []).extend(indices)
+
+    def listing(groups: dict, label: Callable[..., str]) -> str:
+        ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1][0]))
+        shown = [f"{len(indices):,} of {label(what)} ({names[min(indices)]})" for what, indices in ordered[:4]]
+        return ", ".join(shown) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+
+    seen = f"among the first {sum(map(len, shapes.values())):,} images read"
+    if len(by_size) > 1:
+        sizes = listing(by_size, lambda size: f"{size[1]}×{size[0]}")
+        return f"images of mixed sizes, {seen} {sizes}: pass resize=N (--resize N) to bring them to one size"
+    colors = listing(by_channels, lambda channels: "grey" if channels == 1 else "colour")
+    return f"grey and colour images are mixed, {seen} {colors}: pass color='rgb' or color='grey' to make them alike"
+
+
+def _first_good(
+    source: EncodedImages, options: PixelOptions, tally: _Tally, total: int
+) -> tuple[int, tuple[int, int, int]]:
+    """Index and shape of the first image that can be decoded: it decides what the others must look like."""
+    probe = np.empty((1, 1, 1, 1), dtype=np.uint8)
+    for index in range(total):
+        try:
+            outcome = decode_into(probe, [source.read(index)], options)[0]
+        except BadImage as bad:
+            outcome = str(bad)
+        if not isinstance(outcome, str):
+            return index, outcome
+        tally.refuse(index, outcome)
+        tally.done += 1
+    name, reason = source.names[0], tally.bad[0]
+    raise InputError(
+        f"{source.description}: none of its {total:,} files is a usable image; the first, {name}, {reason}"
+    )
+
+
+def _read_block(source: EncodedImages, block: range) -> tuple[list[bytes], dict[int, str]]:
+    """The files' bytes (empty where a file cannot be read) and why those could not be read."""
+    data, unread = [], {}
+    for index in block:
+        try:
+            data.append(source.read(index))
+        except BadImage as bad:
+            data.append(b"")
+            unread[index] = str(bad)
+    return data, unread
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _decode_in_processes(
+    source: EncodedImages,
+    options: PixelOptions,
+    images: np.ndarray,
+    blocks: Iterator[range],
+    workers: int,
+    tally: _Tally,
+) -> None:
+    """Decode the remaining `blocks` into `images`; a thread per process feeds it, this thread counts and reports."""
+    results: queue.SimpleQueue = queue.SimpleQueue()
+    lock, stop = threading.Lock(), threading.Event()
+    waiting = list(blocks)
+    expected = len(waiting)
+    waiting.reverse()
+
+    def feed(process: subprocess.Popen) -> None:
+        block = range(0)
+        try:
+            while not stop.is_set():
+                with lock:
+                    if not waiting:
+                        return
+                    block = waiting.pop()
+                data, unread = _read_block(source, block)
+                rows = images[block.start : block.stop]
+                results.put((block, unread, _ask(process.stdin, process.stdout, data, rows, options)))
+        except Exception as error:
+            results.put((block, error, None))
+
+    with ExitStack() as cleanup:
+        threads: list[threading.Thread] = []
+
+        def end(processes: list[subprocess.Popen]) -> None:
+            stop.set()
+            for process in processes:
+                process.kill()
+            for thread in threads:
+                thread.join()
+            for process in processes:
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    with suppress(OSError):  # what was left in the pipe's buffer has nowhere to go
+                        pipe.close()
+
+        processes: list[subprocess.Popen] = []
+        cleanup.callback(end, processes)
+        for _ in range(workers):
+            processes.append(_start())
+            threads.append(threading.Thread(target=feed, args=(processes[-1],), daemon=True))
+            threads[-1].start()
+        for _ in range(expected):
+            block, unread, outcomes = results.get()
+            if isinstance(unread, (EOFError, OSError)):
+                first, last = source.names[block.start], source.names[block.stop - 1]
+                raise InputError(
+                    f"{source.description}: a decoding process died somewhere between {first} and {last}"
+                    " (out of memory, or a file that crashes its decoder)"
+                )
+            if isinstance(unread, Exception):
+                raise unread
+            tally.add(block, unread, outcomes)
+
+
+def _start() -> subprocess.Popen:
+    program = f"import sys; sys.path[:] = {sys.path!r}; from diffmem.data.decode_pool import serve; serve()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=2**20
+    )
+
+
+def _ask(stdin: BinaryIO, stdout: BinaryIO, data: Sequence[bytes], rows: np.ndarray, options: PixelOptions) -> list:
+    """Send one block to a process; its pixels land in `rows`. Raises `EOFError` or `OSError` if the process is gone."""
+    request = {"lengths": [len(item) for item in data], "shape": rows.shape[1:], "color": options.color}
+    request["size"] = options.size
+    stdin.write(json.dumps(request).encode() + b"\n")
+    for item in data:
+        stdin.write(item)
+    stdin.flush()
+    reply = stdout.readline()
+    if not reply.endswith(b"\n") or stdout.readinto(memoryview(rows).cast("B")) != rows.nbytes:
+        raise EOFError
+    return json.loads(reply)
+
+
+def serve() -> None:
+    """What a decoding process does: blocks from standard input to pixels on standard output, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and ends this process
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # a plugin that prints must not talk into the pixels
+    while line := stdin.readline():
+        request = json.loads(line)
+        size = request["size"]
+        options = PixelOptions(request["color"], None if size is None else tuple(size))
+        data = [stdin.read(length) for length in request["lengths"]]
+        rows = np.empty((len(data), *request["shape"]), dtype=np.uint8)
+        outcomes = decode_into(rows, data, options)
+        stdout.write(json.dumps(outcomes).encode() + b"\n")
+        stdout.write(memoryview(rows).cast("B"))
+        stdout.flush()
