@@ -101,11 +101,11 @@ void bind_nearest(py::module_& m) {
       "nearest_search_dense",
       [](const nearest::Rows& rows, const nearest::Rows& queries, int k, Address distances, Address indices,
          int threads) {
-        const nearest::Answer answer{at<std::int64_t>(distances), nullptr, at<std::int64_t>(indices)};
+        const nearest::Answer answer{at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)};
         nearest::search_dense(rows, queries, k, answer, threads);
       },
       unlocked, py::arg("rows"), py::arg("queries"), py::arg("k"), py::arg("distances"), py::arg("indices"),
-      py::arg("threads"), "Exact k nearest uint8 rows by integer products.");
+      py::arg("threads"), "Exact k nearest rows by all pairs.");
 }
 
 }  // namespace

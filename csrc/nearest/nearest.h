@@ -123,7 +123,8 @@ struct Work {
 Work search_filtered(const Index& index, const Rows& queries, const Code& code, int k, double allowance,
                      const Answer& out, int threads);
 
-// Dense search of uint8 rows.
+// Dense search: integer products of all pairs of uint8 rows, differences of all pairs where they would not fit int32
+// (d > 65,536) and of float rows.
 void search_dense(const Rows& rows, const Rows& queries, int k, const Answer& out, int threads);
 
 }  // namespace diffmem::nearest

@@ -633,46 +633,46 @@ constexpr std::int64_t kDenseChunk = 1536;         // queries whose strips share
 constexpr std::int64_t kDenseStrips = 16;
 constexpr std::int64_t kDensePanels = 16;
 
+template <class Row>
 class Dense {
  public:
+  using Distance = DistanceOf<Row>;
+
   Dense(const Rows& rows, const Rows& queries, int k) : rows_(rows), queries_(queries), k_(k), kernels_(kernels()) {}
 
-  void run(std::int64_t* out, std::int64_t* out_index, int threads) {
-    const bool products = rows_.d <= kLargestProduct && queries_.count > kernels_.strip_rows / 2;
+  void run(Distance* out, std::int64_t* out_index, int threads) {
     const std::int64_t unit = kDensePanels * kPanel;
     const Cut cut(queries_.count, kDenseChunk, divide_up(rows_.count, unit), threads);
-    Lists<std::int64_t> lists(cut.ranges, queries_.count, k_);
+    Lists<Distance> lists(cut.ranges, queries_.count, k_);
     parallel(cut.chunks * cut.ranges, threads, [&](std::int64_t item) {
       const std::int64_t first = item % cut.chunks * cut.chunk;
       const std::int64_t count = std::min(cut.chunk, queries_.count - first);
       const std::int64_t range = item / cut.chunks;
       const std::int64_t from = range * cut.range * unit;
       const std::int64_t to = std::min((range + 1) * cut.range * unit, rows_.count);
-      if (products) {
-        by_products(first, count, from, to, range, lists);
-      } else {
-        by_differences(first, count, from, to, range, lists);
+      if constexpr (std::is_same_v<Row, std::uint8_t>) {
+        if (rows_.d <= kLargestProduct && queries_.count > kernels_.strip_rows / 2) {
+          by_products(first, count, from, to, range, lists);
+          return;
+        }
       }
+      by_differences(first, count, from, to, range, lists);
     });
     lists.merge(out, out_index);
   }
 
  private:
-  void offer(std::int64_t range, std::int64_t q, std::int64_t value, std::int64_t i, Lists<std::int64_t>& lists) {
-    Best<std::int64_t> best = lists.get(range, q);
-    if (best.offer(value, i)) lists.put(range, q, best);
-  }
-
   void by_differences(std::int64_t first, std::int64_t count, std::int64_t from, std::int64_t to, std::int64_t range,
-                      Lists<std::int64_t>& lists) {
-    const std::int64_t block = std::clamp<std::int64_t>((1 << 17) / rows_.d, 1, 64);
+                      Lists<Distance>& lists) {
+    constexpr std::int64_t kBytes = 1 << 17;  // of training rows that all queries of the chunk meet in the L2 cache
+    const std::int64_t block = std::clamp<std::int64_t>(kBytes / (rows_.d * sizeof(Row)), 1, 64);
     for (std::int64_t i = from; i < to; i += block) {
       for (std::int64_t q = first; q < first + count; ++q) {
+        Best<Distance> best = lists.get(range, q);
         for (std::int64_t j = i; j < std::min(to, i + block); ++j) {
-          const std::int64_t limit = lists.get(range, q).worst();
-          const std::int64_t value = kernels_.distance_u8(row<std::uint8_t>(queries_, q), row<std::uint8_t>(rows_, j), rows_.d, limit);
-          if (value <= limit) offer(range, q, value, j, lists);
+          best.offer(distance(kernels_, row<Row>(queries_, q), row<Row>(rows_, j), rows_.d, best.worst()), j);
         }
+        lists.put(range, q, best);
       }
     }
   }
@@ -759,7 +759,11 @@ Work search_filtered(const Index& index, const Rows& queries, const Code& code, 
 }
 
 void search_dense(const Rows& rows, const Rows& queries, int k, const Answer& out, int threads) {
-  Dense(rows, queries, k).run(out.integer, out.index, threads);
+  switch (rows.type) {
+    case Type::u8: return Dense<std::uint8_t>(rows, queries, k).run(out.integer, out.index, threads);
+    case Type::f32: return Dense<float>(rows, queries, k).run(out.real, out.index, threads);
+    default: return Dense<double>(rows, queries, k).run(out.real, out.index, threads);
+  }
 }
 
 }  // namespace diffmem::nearest

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffmem.errors import InputError
-
 SAMPLE = 4096  # rows the components are computed from
 SAMPLE_VALUES = 1 << 26  # and at most that many values: wide images are sampled less
 EXTRA = 8  # dimensions beyond those asked for (Halko, Martinsson & Tropp 2011, section 4.2)
@@ -24,12 +22,6 @@ def sample_rows(rows: torch.Tensor) -> torch.Tensor:
     """Evenly spaced rows of the training set."""
     wanted = min(len(rows), SAMPLE, max(64, SAMPLE_VALUES // rows.shape[1]))
     return rows[np.linspace(0, len(rows) - 1, wanted).astype(np.int64)]
-
-
-def check_finite(squared_norms: torch.Tensor) -> None:
-    """Raises InputError unless every squared norm is a finite number."""
-    if not bool(torch.isfinite(squared_norms).all()):
-        raise InputError("images hold NaN, infinity, or values too large to be squared: clean or rescale them")
 
 
 def principal_components(centred: torch.Tensor, count: int) -> torch.Tensor:
@@ -104,7 +96,6 @@ class FloatBasis:
 def float_basis(rows: torch.Tensor, coordinates: int) -> FloatBasis:
     """Basis of `coordinates` rows for the float rows [N, d]; rows beyond the rank of the sample are zero."""
     sample = sample_rows(rows).double()
-    check_finite(sample.square().sum(dim=1))
     mean = sample.mean(dim=0)
     centred = sample - mean
     # Scaled to a largest magnitude of 1, so that float32 neither overflows nor underflows.

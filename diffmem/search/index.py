@@ -15,7 +15,7 @@ from diffmem.ops.registry import native_module, native_unavailable
 from diffmem.progress import Progress, silent
 from diffmem.search import filtered, stored
 from diffmem.search.neighbors import Neighbors
-from diffmem.search.rows import Images, as_rows
+from diffmem.search.rows import Images, as_rows, check_finite
 
 METHODS = ("auto", "filtered", "dense", "torch", "reference")
 SMALL = 1024  # training sets below this are searched densely by "auto": a code would not pay for itself
@@ -98,6 +98,8 @@ class TrainingIndex:
                 raise InputError(f"method {method!r} cannot be used here: {why_not}")
             if why_not is not None:
                 method = "torch"
+        if method not in ("torch", "reference"):  # these look for themselves
+            check_finite(self.rows, "training images")
         self.method = method
         self.stats = QueryStats(method, 0, len(rows))
         self._dense_seconds_per_pair: float | None = None
@@ -181,6 +183,7 @@ class _Search:
             return self._op(queries, self.index.method)
         if queries.stride(1) != 1:
             queries = queries.contiguous()
+        check_finite(queries, "query images")
         if self.index.filtered is None:
             return self._dense(queries)
         if self.index.method == "filtered":
@@ -236,7 +239,7 @@ class _Search:
         near = None if queries.dtype == torch.uint8 else index.within_reach(queries)
         if near is not None and not bool(near.all()):
             # Farther out than the code reaches: no training image is near, and there are few such queries.
-            answers = self._filtered(queries[near], allowance), self._op(queries[~near], "torch")
+            answers = self._filtered(queries[near], allowance), self._dense(queries[~near])
             if answers[0] is None:
                 return None
             squared, indices = (np.empty((len(queries), self.k), part.dtype) for part in answers[1])
@@ -258,12 +261,10 @@ class _Search:
         return squared, indices
 
     def _dense(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        self.dense_queries += len(queries)
-        if queries.dtype != torch.uint8:
-            return self._op(queries, "torch")
         start = time.perf_counter()
         answer = search_dense(self.index.rows, queries, self.k)
         self._count("dense", time.perf_counter() - start)
+        self.dense_queries += len(queries)
         return answer
 
     def _dense_seconds_per_pair(self, queries: torch.Tensor) -> float:
@@ -271,17 +272,14 @@ class _Search:
         if self.index._dense_seconds_per_pair is None:
             rows, some = self.index.rows[:2048], queries[:96]
             start = time.perf_counter()
-            if queries.dtype == torch.uint8:
-                search_dense(rows, some, 1)
-            else:
-                nearest(some, rows, 1, impl="torch")
+            search_dense(rows, some, 1)
             self.index._dense_seconds_per_pair = (time.perf_counter() - start) / (len(rows) * len(some))
         return self.index._dense_seconds_per_pair
 
 
 def search_dense(rows: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances and indices [Q, k] by integer products of all pairs of uint8 rows."""
-    squared = np.empty((len(queries), k), np.int64)
+    """Squared distances and indices [Q, k] from all pairs of rows."""
+    squared = np.empty((len(queries), k), np.int64 if queries.dtype == torch.uint8 else np.float64)
     indices = np.empty((len(queries), k), np.int64)
     native_module().nearest_search_dense(
         filtered.native_rows(rows),

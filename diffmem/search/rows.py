@@ -43,6 +43,15 @@ def fingerprint(rows: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def check_finite(rows: torch.Tensor, what: str) -> None:
+    """Raises InputError where float rows [N, d] hold values that are not finite, or too large to be squared."""
+    if rows.dtype == torch.uint8:
+        return
+    for block in rows.split(max(1, (1 << 24) // rows.shape[1])):
+        if not bool(torch.isfinite(block.double().square().sum())):
+            raise InputError(f"{what} hold NaN, infinity, or values too large to be squared: clean or rescale them")
+
+
 def mirror(images: np.ndarray) -> np.ndarray:
     """The images [N, C, H, W] mirrored left to right."""
     return np.ascontiguousarray(images[..., ::-1])
