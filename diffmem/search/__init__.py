@@ -3,7 +3,7 @@
 from diffmem.search.distinct import DistinctNeighbors, SearchIndex
 from diffmem.search.duplicates import DuplicateGroups, find_duplicates
 from diffmem.search.faiss_index import FaissIndex, FaissStats
-from diffmem.search.index import TrainingIndex
+from diffmem.search.index import QueryStats, TrainingIndex
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.sharded import ShardedIndex
 
@@ -13,6 +13,7 @@ __all__ = [
     "FaissIndex",
     "FaissStats",
     "Neighbors",
+    "QueryStats",
     "SearchIndex",
     "ShardedIndex",
     "TrainingIndex",
