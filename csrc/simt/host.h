@@ -20,6 +20,7 @@
 #include <barrier>
 #include <thread>
 #else
+#include <setjmp.h>
 #include <ucontext.h>
 #endif
 
@@ -96,6 +97,21 @@ class Barrier {
 };
 
 #else
+
+// A place where execution can go on. A context is needed to enter a new stack; from then on _setjmp and _longjmp
+// switch without the system call that swapcontext makes.
+struct Fiber {
+  ucontext_t entry = {};
+  jmp_buf place = {};
+  bool entered = false;
+};
+
+inline void switch_fiber(Fiber& from, Fiber& to) {
+  if (_setjmp(from.place) != 0) return;
+  if (to.entered) _longjmp(to.place, 1);
+  to.entered = true;
+  setcontext(&to.entry);
+}
 
 // All fibers of a block share one OS thread; `wait` hands control back to the scheduler until the phase has changed.
 class Barrier {
@@ -189,7 +205,7 @@ struct Lane {
   std::vector<PendingCopy> copies;       // asynchronous copies not yet delivered, oldest first
   std::vector<std::size_t> copy_groups;  // where each committed group ends in `copies`
 #ifndef DIFFMEM_SIMT_THREADS
-  ucontext_t context = {};
+  Fiber fiber;
   const Barrier* waiting_for = nullptr;
   unsigned waiting_phase = 0;
   bool finished = false;
@@ -241,7 +257,7 @@ inline void run_block(std::vector<Lane>& lanes, const std::function<void()>& ker
 #else
 
 inline constexpr std::size_t kStackBytes = 256 * 1024;
-inline thread_local ucontext_t scheduler;
+inline thread_local Fiber scheduler;
 inline thread_local const std::function<void()>* running_kernel = nullptr;
 inline thread_local std::exception_ptr failure;
 
@@ -253,8 +269,7 @@ inline void Barrier::wait() {
   }
   lane->waiting_for = this;
   lane->waiting_phase = phase;
-  Lane* self = lane;
-  swapcontext(&self->context, &scheduler);
+  switch_fiber(lane->fiber, scheduler);
 }
 
 inline void fiber_main() {
@@ -265,22 +280,23 @@ inline void fiber_main() {
     failure = std::current_exception();
   }
   lane->finished = true;
-  swapcontext(&lane->context, &scheduler);  // never resumed
+  switch_fiber(lane->fiber, scheduler);  // for good
 }
 
-inline void make_fiber(ucontext_t& context, unsigned char* stack) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = kStackBytes;
-  context.uc_link = nullptr;
-  makecontext(&context, fiber_main, 0);
+inline void make_fiber(Fiber& fiber, unsigned char* stack) {
+  getcontext(&fiber.entry);
+  fiber.entry.uc_stack.ss_sp = stack;
+  fiber.entry.uc_stack.ss_size = kStackBytes;
+  fiber.entry.uc_link = nullptr;
+  makecontext(&fiber.entry, fiber_main, 0);
 }
 
 inline void run_block(std::vector<Lane>& lanes, const std::function<void()>& kernel) {
   const std::unique_ptr<unsigned char[]> stacks(new unsigned char[lanes.size() * kStackBytes]);
   running_kernel = &kernel;
+  scheduler.entered = true;
   failure = nullptr;
-  for (std::size_t i = 0; i < lanes.size(); ++i) make_fiber(lanes[i].context, stacks.get() + i * kStackBytes);
+  for (std::size_t i = 0; i < lanes.size(); ++i) make_fiber(lanes[i].fiber, stacks.get() + i * kStackBytes);
   std::size_t unfinished = lanes.size();
   for (bool ascending = true; unfinished > 0; ascending = !ascending) {
     bool progress = false;
@@ -290,7 +306,7 @@ inline void run_block(std::vector<Lane>& lanes, const std::function<void()>& ker
       next.waiting_for = nullptr;
       progress = true;
       lane = &next;
-      swapcontext(&scheduler, &next.context);
+      switch_fiber(scheduler, next.fiber);
       lane = nullptr;
       if (failure) std::rethrow_exception(failure);
       unfinished -= next.finished;

@@ -108,7 +108,7 @@ int main() {
     offsets.push_back(static_cast<std::int64_t>(candidates.size()));
   }
   std::vector<std::int64_t> indices(query_count * k), distances(query_count * k);
-  if (nearest_search(queries.data(), query_count, images.data(), n, d, k, 2, indices.data(), distances.data()) != 0 ||
+  if (nearest_search(queries.data(), query_count, images.data(), n, d, k, 1, indices.data(), distances.data()) != 0 ||
       indices != expected)
     return 3;
   indices.assign(indices.size(), 0);
