@@ -76,8 +76,7 @@ constexpr int64_t kMaxNarrow = 66051;   // floor((2³² − 1) / 255²)
 constexpr int64_t kMaxWide = 16909060;  // floor((2⁴⁰ − 1) / 255²)
 constexpr int64_t kMaxQueries = 0x7fffffff;
 
-// ---- sorted lists across the lanes of a warp
-// -------------------------------------------------------------------------
+// ---- sorted lists across the lanes of a warp -----------------------------------------------------------------------
 
 struct Ranked {
   int64_t distance, index;
@@ -138,8 +137,7 @@ __device__ __forceinline__ void write_list(const WarpList<Ranked>& list, int k, 
 __device__ __forceinline__ int lane_number() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_number() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-// ---- search: the products and their epilogue
-// -------------------------------------------------------------------------
+// ---- search: the products and their epilogue -----------------------------------------------------------------------
 
 struct SearchArguments {
   const int8_t* queries;
@@ -407,8 +405,7 @@ __global__ void __launch_bounds__(kThreads, 1) search_kernel(const SearchArgumen
         split_lists[row * static_cast<int64_t>(arguments.splits) * k + i] = lists[row * list_stride + i];
 }
 
-// ---- search: joining the splits
-// --------------------------------------------------------------------------------------
+// ---- search: joining the splits ------------------------------------------------------------------------------------
 
 struct MergeArguments {
   const Key* lists;
@@ -442,8 +439,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeArguments ar
   write_list(best, k, arguments.indices + query * k, arguments.distances + query * k);
 }
 
-// ---- centring
-// --------------------------------------------------------------------------------------------------------
+// ---- centring ------------------------------------------------------------------------------------------------------
 
 // One warp per image. Word is uint32_t where every image starts and ends at a multiple of 4 bytes, else uint8_t.
 template <class Word>
@@ -469,8 +465,7 @@ __global__ void __launch_bounds__(kThreads)
   if (lane_number() == 0) norms[image] = norm;
 }
 
-// ---- refinement
-// ------------------------------------------------------------------------------------------------------
+// ---- refinement ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t squared_difference(uint32_t a, uint32_t b, uint32_t sum) {
   const uint32_t difference = __vabsdiffu4(a, b);
@@ -547,8 +542,7 @@ __global__ void __launch_bounds__(kThreads, 3) refine_kernel(const RefineArgumen
   write_list(best, k, arguments.indices + query * k, arguments.distances + query * k);
 }
 
-// ---- launchers
-// -------------------------------------------------------------------------------------------------------
+// ---- launchers -----------------------------------------------------------------------------------------------------
 
 bool aligned(const void* pointer, std::uintptr_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;

@@ -27,7 +27,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
   if (reinterpret_cast<std::uintptr_t>(to) % kBytes != 0 || reinterpret_cast<std::uintptr_t>(from) % kBytes != 0)
     fail("copy_async: an address is not aligned to the size of the copy");
   std::memset(to, kPoison, kBytes);
-  lane->copies.push_back({to, valid ? from : nullptr, kBytes});
+  lane().copies.push_back({to, valid ? from : nullptr, kBytes});
 #endif
 }
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ void copy_async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
 #else
-  lane->copy_groups.push_back(lane->copies.size());
+  lane().copy_groups.push_back(lane().copies.size());
 #endif
 }
 
@@ -44,19 +44,19 @@ __device__ __forceinline__ void copy_async_wait() {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 #else
-  const std::size_t groups = lane->copy_groups.size();
+  const std::size_t groups = lane().copy_groups.size();
   if (groups <= kNewest) return;
-  const std::size_t arrived = lane->copy_groups[groups - kNewest - 1];
+  const std::size_t arrived = lane().copy_groups[groups - kNewest - 1];
   for (std::size_t i = 0; i < arrived; ++i) {
-    const PendingCopy& copy = lane->copies[i];
+    const PendingCopy& copy = lane().copies[i];
     if (copy.from)
       std::memcpy(copy.to, copy.from, copy.bytes);
     else
       std::memset(copy.to, 0, copy.bytes);
   }
-  lane->copies.erase(lane->copies.begin(), lane->copies.begin() + static_cast<std::ptrdiff_t>(arrived));
-  lane->copy_groups.erase(lane->copy_groups.begin(), lane->copy_groups.end() - kNewest);
-  for (std::size_t& end : lane->copy_groups) end -= arrived;
+  lane().copies.erase(lane().copies.begin(), lane().copies.begin() + static_cast<std::ptrdiff_t>(arrived));
+  lane().copy_groups.erase(lane().copy_groups.begin(), lane().copy_groups.end() - kNewest);
+  for (std::size_t& end : lane().copy_groups) end -= arrived;
 #endif
 }
 

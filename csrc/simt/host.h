@@ -2,6 +2,8 @@
 // runtime calls that launchers make. Included by simt.h, which says what is modelled and what is not.
 #pragma once
 
+#include <ucontext.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
@@ -16,16 +18,13 @@
 #include <string>
 #include <type_traits>
 #include <vector>
-#ifdef DIFFMEM_SIMT_THREADS
-#include <barrier>
-#include <thread>
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
 #else
 #include <setjmp.h>
-#include <ucontext.h>
 #endif
 
-// ---- vocabulary of the language and the runtime
-// ----------------------------------------------------------------------
+// ---- vocabulary of the language and the runtime --------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -69,72 +68,102 @@ inline constexpr unsigned char kPoison = 0xCD;
 inline constexpr std::size_t kSharedLimit = 227 * 1024;  // the most that any of our architectures gives to one block
 inline constexpr std::size_t kGuard = 256;  // poisoned bytes behind dynamic shared memory, checked after a block
 
-inline int multiprocessors = 4;  // what cudaDeviceGetAttribute says; tests set it to steer how work is split
+// A kernel broke a rule; `launch` throws this on to its caller.
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("simt: " + what); }
 
-// A kernel broke a rule. In the plain build `launch` throws this out to its caller; with OS threads the process ends.
-[[noreturn]] inline void fail(const std::string& what) {
-#ifdef DIFFMEM_SIMT_THREADS
-  std::fprintf(stderr, "simt: %s\n", what.c_str());
-  std::abort();
+// ---- threads of a block: fibers ------------------------------------------------------------------------------------
+
+// Under ThreadSanitizer the stand-in's own bookkeeping, which all fibers share on one OS thread, is not looked at.
+#ifdef __SANITIZE_THREAD__
+#define SIMT_UNWATCHED __attribute__((no_sanitize("thread")))
 #else
-  throw std::runtime_error("simt: " + what);
+#define SIMT_UNWATCHED
 #endif
-}
 
-// ---- threads of a block
-// ----------------------------------------------------------------------------------------------
+#ifdef __SANITIZE_THREAD__
 
-#ifdef DIFFMEM_SIMT_THREADS
-
-class Barrier {
+// ThreadSanitizer knows a fiber as a thread of its own. They are dear to make, so the lanes of all blocks share one
+// set. Only the first and the last switch of a lane order anything: what the launcher did comes before, what the lane
+// did comes before what follows the block.
+class FiberIdentities {
  public:
-  explicit Barrier(int members) : barrier_(members) {}
-  void wait() { barrier_.arrive_and_wait(); }
-  void leave() { barrier_.arrive_and_drop(); }
+  ~FiberIdentities() {
+    for (void* each : identities_) __tsan_destroy_fiber(each);
+  }
+  void* get(std::size_t index) {
+    while (identities_.size() <= index) identities_.push_back(__tsan_create_fiber(0));
+    return identities_[index];
+  }
 
  private:
-  std::barrier<> barrier_;
+  std::vector<void*> identities_;
 };
+inline thread_local FiberIdentities fiber_identities;
+
+struct Fiber {
+  ucontext_t context = {};
+  void* identity = nullptr;
+  bool entered = false;
+  void prepare(std::size_t index) { identity = fiber_identities.get(index); }
+  void prepare_scheduler() {
+    identity = __tsan_get_current_fiber();
+    entered = true;
+  }
+};
+
+SIMT_UNWATCHED inline void switch_fiber(Fiber& from, Fiber& to, bool last = false) {
+  const bool first = !to.entered;
+  to.entered = true;
+  __tsan_switch_to_fiber(to.identity, first || last ? 0 : __tsan_switch_to_fiber_no_sync);
+  swapcontext(&from.context, &to.context);
+}
 
 #else
 
-// A place where execution can go on. A context is needed to enter a new stack; from then on _setjmp and _longjmp
-// switch without the system call that swapcontext makes.
+// A context is needed to enter a new stack; from then on _setjmp and _longjmp switch without the system call that
+// swapcontext makes.
 struct Fiber {
-  ucontext_t entry = {};
+  ucontext_t context = {};
   jmp_buf place = {};
   bool entered = false;
+  void prepare(std::size_t) {}
+  void prepare_scheduler() { entered = true; }
 };
 
-inline void switch_fiber(Fiber& from, Fiber& to) {
+inline void switch_fiber(Fiber& from, Fiber& to, bool = false) {
   if (_setjmp(from.place) != 0) return;
   if (to.entered) _longjmp(to.place, 1);
   to.entered = true;
-  setcontext(&to.entry);
+  setcontext(&to.context);
 }
 
-// All fibers of a block share one OS thread; `wait` hands control back to the scheduler until the phase has changed.
+#endif
+
+// `wait` hands control to the scheduler until all members have arrived; members that leave are waited for no longer.
+// For ThreadSanitizer, what comes before an arrival happens before what comes after the waits of that phase; a fiber
+// may arrive at the next phase before another has left this one, so each of the two has an address of its own.
 class Barrier {
  public:
   explicit Barrier(int members) : members_(members) {}
   void wait();
-  void leave() {
+  SIMT_UNWATCHED void leave() {
     --members_;
     if (members_ > 0 && arrived_ == members_) next_phase();
   }
-  unsigned phase() const { return phase_; }
+  SIMT_UNWATCHED unsigned phase() const { return phase_; }
 
  private:
-  void next_phase() {
+  SIMT_UNWATCHED void next_phase() {
     arrived_ = 0;
     ++phase_;
   }
   int members_;
   int arrived_ = 0;
   unsigned phase_ = 0;
-};
-
+#ifdef __SANITIZE_THREAD__
+  char order_[2] = {};
 #endif
+};
 
 enum class Collective : int { none, sync, shuffle, ballot, matrix_load, matrix_product };
 
@@ -204,15 +233,14 @@ struct Lane {
   unsigned block_votes = 0;
   std::vector<PendingCopy> copies;       // asynchronous copies not yet delivered, oldest first
   std::vector<std::size_t> copy_groups;  // where each committed group ends in `copies`
-#ifndef DIFFMEM_SIMT_THREADS
   Fiber fiber;
   const Barrier* waiting_for = nullptr;
   unsigned waiting_phase = 0;
   bool finished = false;
-#endif
 };
 
-inline thread_local Lane* lane = nullptr;  // the CUDA thread that is running
+inline thread_local Lane* running_lane = nullptr;
+SIMT_UNWATCHED inline Lane& lane() { return *running_lane; }  // the CUDA thread that is running
 
 // Offsets of static shared variables: one per SIMT_STATIC_SHARED in the program, fixed before main.
 inline std::size_t static_shared_bytes = 0;
@@ -225,97 +253,95 @@ template <class Type, class Place>
 struct StaticShared {
   static_assert(std::is_trivially_default_constructible_v<Type>, "shared variables are not initialised");
   static inline const std::size_t offset = reserve_static_shared(sizeof(Type));
-  static Type& get() { return *reinterpret_cast<Type*>(lane->block->static_shared.get() + offset); }
+  static Type& get() { return *reinterpret_cast<Type*>(lane().block->static_shared.get() + offset); }
 };
 
 template <class Type>
 Type& dynamic_shared() {
-  if (lane->block->dynamic_size < sizeof(Type))
+  if (lane().block->dynamic_size < sizeof(Type))
     fail("the launch gives less dynamic shared memory than the kernel uses");
-  return *reinterpret_cast<Type*>(lane->block->dynamic_shared.get());
+  return *reinterpret_cast<Type*>(lane().block->dynamic_shared.get());
 }
-
-inline void leave_block() {
-  lane->warp->barrier.leave();
-  lane->block->barrier.leave();
-}
-
-#ifdef DIFFMEM_SIMT_THREADS
-
-inline void run_block(std::vector<Lane>& lanes, const std::function<void()>& kernel) {
-  std::vector<std::thread> threads;
-  threads.reserve(lanes.size());
-  for (Lane& each : lanes)
-    threads.emplace_back([&each, &kernel] {
-      lane = &each;
-      kernel();
-      leave_block();
-    });
-  for (std::thread& thread : threads) thread.join();
-}
-
-#else
 
 inline constexpr std::size_t kStackBytes = 256 * 1024;
 inline thread_local Fiber scheduler;
 inline thread_local const std::function<void()>* running_kernel = nullptr;
 inline thread_local std::exception_ptr failure;
 
-inline void Barrier::wait() {
+SIMT_UNWATCHED inline void Barrier::wait() {
   const unsigned phase = phase_;
+#ifdef __SANITIZE_THREAD__
+  __tsan_release(&order_[phase % 2]);
+#endif
   if (++arrived_ == members_) {
     next_phase();
-    return;
+  } else {
+    Lane& self = lane();
+    self.waiting_for = this;
+    self.waiting_phase = phase;
+    switch_fiber(self.fiber, scheduler);
   }
-  lane->waiting_for = this;
-  lane->waiting_phase = phase;
-  switch_fiber(lane->fiber, scheduler);
+#ifdef __SANITIZE_THREAD__
+  __tsan_acquire(&order_[phase % 2]);
+#endif
+}
+
+SIMT_UNWATCHED inline void finish_lane() {
+  Lane& self = lane();
+  self.finished = true;
+  switch_fiber(self.fiber, scheduler, true);
 }
 
 inline void fiber_main() {
   try {
     (*running_kernel)();
-    leave_block();
+    lane().warp->barrier.leave();
+    lane().block->barrier.leave();
   } catch (...) {
     failure = std::current_exception();
   }
-  lane->finished = true;
-  switch_fiber(lane->fiber, scheduler);  // for good
+  finish_lane();
 }
 
-inline void make_fiber(Fiber& fiber, unsigned char* stack) {
-  getcontext(&fiber.entry);
-  fiber.entry.uc_stack.ss_sp = stack;
-  fiber.entry.uc_stack.ss_size = kStackBytes;
-  fiber.entry.uc_link = nullptr;
-  makecontext(&fiber.entry, fiber_main, 0);
+inline void make_fiber(Fiber& fiber, std::size_t index, unsigned char* stack) {
+  fiber.prepare(index);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
 }
+
+// Lets a lane run until it waits or ends. False if it still waits or had ended before.
+SIMT_UNWATCHED inline bool run_lane(Lane& next) {
+  if (next.finished || (next.waiting_for && next.waiting_for->phase() == next.waiting_phase)) return false;
+  next.waiting_for = nullptr;
+  running_lane = &next;
+  switch_fiber(scheduler, next.fiber);
+  return true;
+}
+
+SIMT_UNWATCHED inline bool has_finished(const Lane& lane) { return lane.finished; }
 
 inline void run_block(std::vector<Lane>& lanes, const std::function<void()>& kernel) {
   const std::unique_ptr<unsigned char[]> stacks(new unsigned char[lanes.size() * kStackBytes]);
   running_kernel = &kernel;
-  scheduler.entered = true;
   failure = nullptr;
-  for (std::size_t i = 0; i < lanes.size(); ++i) make_fiber(lanes[i].fiber, stacks.get() + i * kStackBytes);
+  scheduler.prepare_scheduler();
+  for (std::size_t i = 0; i < lanes.size(); ++i) make_fiber(lanes[i].fiber, i, stacks.get() + i * kStackBytes);
   std::size_t unfinished = lanes.size();
   for (bool ascending = true; unfinished > 0; ascending = !ascending) {
     bool progress = false;
     for (std::size_t i = 0; i < lanes.size(); ++i) {
       Lane& next = lanes[ascending ? i : lanes.size() - 1 - i];
-      if (next.finished || (next.waiting_for && next.waiting_for->phase() == next.waiting_phase)) continue;
-      next.waiting_for = nullptr;
+      if (!run_lane(next)) continue;
       progress = true;
-      lane = &next;
-      switch_fiber(scheduler, next.fiber);
-      lane = nullptr;
       if (failure) std::rethrow_exception(failure);
-      unfinished -= next.finished;
+      unfinished -= has_finished(next);
     }
     if (!progress) fail("the threads of a block wait at different barriers, and none can go on");
   }
 }
-
-#endif
 
 // Runs the kernel for every block of the grid, one block after the other, and returns when all is done.
 template <class... Parameters, class... Arguments>
@@ -346,20 +372,19 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
   return cudaSuccess;
 }
 
-// ---- warp collectives
-// ------------------------------------------------------------------------------------------------
+// ---- warp collectives ----------------------------------------------------------------------------------------------
 
 // Every lane gives a value; afterwards each may read any lane's value with `peek` until its next exchange but one.
 template <class Type>
 const Slot* exchange(Collective collective, const Type& value) {
   static_assert(std::is_trivially_copyable_v<Type> && sizeof(Type) <= sizeof(Slot::bytes));
-  const unsigned turn = ++lane->exchanges;
-  Slot* slots = lane->warp->slots[turn % 2];
-  Slot& mine = slots[lane->number];
+  const unsigned turn = ++lane().exchanges;
+  Slot* slots = lane().warp->slots[turn % 2];
+  Slot& mine = slots[lane().number];
   mine.collective = collective;
   mine.turn = turn;
   std::memcpy(mine.bytes, &value, sizeof(Type));
-  lane->warp->barrier.wait();
+  lane().warp->barrier.wait();
   for (int other = 0; other < kWarp; ++other) {
     if (slots[other].turn != turn) fail("a warp collective was not reached by all lanes of the warp");
     if (slots[other].collective != collective) fail("lanes of one warp met in different collectives");
@@ -388,32 +413,34 @@ Type shuffle(unsigned mask, Type value, int from) {
 // All threads of the block add; the sum is returned to all. A slot is cleared one vote after its use: by then everybody
 // has read it, and nobody can be two votes further on.
 inline int block_vote(int value) {
-  Block& block = *lane->block;
-  const unsigned turn = lane->block_votes++;
-  block.votes[turn % 3].fetch_add(value);
+  Block& block = *lane().block;
+  const unsigned turn = lane().block_votes++;
+  block.votes[turn % 3].fetch_add(value, std::memory_order_relaxed);
   block.barrier.wait();
-  block.votes[(turn + 2) % 3].store(0);
-  return block.votes[turn % 3].load();
+  block.votes[(turn + 2) % 3].store(0, std::memory_order_relaxed);
+  return block.votes[turn % 3].load(std::memory_order_relaxed);
 }
 
 }  // namespace simt
 
-#define threadIdx (::simt::lane->thread)
-#define blockIdx (::simt::lane->block->index)
-#define blockDim (::simt::lane->block->shape)
-#define gridDim (::simt::lane->block->grid)
+#define threadIdx (::simt::lane().thread)
+#define blockIdx (::simt::lane().block->index)
+#define blockDim (::simt::lane().block->shape)
+#define gridDim (::simt::lane().block->grid)
 
 #define SIMT_STATIC_SHARED(Type, name) \
   struct name##_place {};              \
   Type& name = ::simt::StaticShared<Type, name##_place>::get()
 #define SIMT_DYNAMIC_SHARED(Type, name) Type& name = ::simt::dynamic_shared<Type>()
 
+// DIFFMEM_SIMT_MULTIPROCESSORS (default 4) steers how launchers split their work.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = simt::multiprocessors;
+  const char* text = std::getenv("DIFFMEM_SIMT_MULTIPROCESSORS");
+  *value = text ? std::atoi(text) : 4;
   return cudaSuccess;
 }
 
-inline void __syncthreads() { simt::lane->block->barrier.wait(); }
+inline void __syncthreads() { simt::lane().block->barrier.wait(); }
 inline int __syncthreads_or(int predicate) { return simt::block_vote(predicate != 0) != 0; }
 inline int __syncthreads_count(int predicate) { return simt::block_vote(predicate != 0); }
 inline void __syncwarp(unsigned mask = simt::kFullMask) {
@@ -427,15 +454,15 @@ Type __shfl_sync(unsigned mask, Type value, int from) {
 }
 template <class Type>
 Type __shfl_xor_sync(unsigned mask, Type value, int bits) {
-  return simt::shuffle(mask, value, simt::lane->number ^ bits);
+  return simt::shuffle(mask, value, simt::lane().number ^ bits);
 }
 template <class Type>
 Type __shfl_up_sync(unsigned mask, Type value, unsigned by) {
-  return simt::shuffle(mask, value, simt::lane->number - static_cast<int>(by));
+  return simt::shuffle(mask, value, simt::lane().number - static_cast<int>(by));
 }
 template <class Type>
 Type __shfl_down_sync(unsigned mask, Type value, unsigned by) {
-  return simt::shuffle(mask, value, simt::lane->number + static_cast<int>(by));
+  return simt::shuffle(mask, value, simt::lane().number + static_cast<int>(by));
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
@@ -449,8 +476,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == simt::kFullMask; }
 
-// ---- intrinsics
-// ------------------------------------------------------------------------------------------------------
+// ---- intrinsics ----------------------------------------------------------------------------------------------------
 
 using std::max;
 using std::min;

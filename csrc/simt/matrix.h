@@ -26,8 +26,8 @@ __device__ __forceinline__ void load_matrix_x4(std::uint32_t (&parts)[4], const 
   if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) fail("load_matrix_x4: a row is not aligned to 16 bytes");
   const Slot* slots = exchange(Collective::matrix_load, row);
   for (int matrix = 0; matrix < 4; ++matrix) {
-    const void* source = peek<const void*>(slots, 8 * matrix + lane->number / 4);
-    parts[matrix] = static_cast<const std::uint32_t*>(source)[lane->number % 4];
+    const void* source = peek<const void*>(slots, 8 * matrix + lane().number / 4);
+    parts[matrix] = static_cast<const std::uint32_t*>(source)[lane().number % 4];
   }
 #endif
 }
@@ -43,7 +43,7 @@ __device__ __forceinline__ void multiply_add_s8(std::int32_t (&c)[4], const std:
     std::uint32_t a[4], b[2];
   };
   const Slot* slots = exchange(Collective::matrix_product, Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const int g = lane->number / 4, t = lane->number % 4;
+  const int g = lane().number / 4, t = lane().number % 4;
   for (int part = 0; part < 4; ++part) {  // columns of A and B in the order in which the lanes 4g…4g+3 hold them
     const Fragments rows = peek<Fragments>(slots, 4 * g + part);
     for (int j = 0; j < 2; ++j) {

@@ -16,10 +16,11 @@
 //   as 0xCD bytes, so missing initialisation shows. An asynchronous copy turns its target into 0xCD when it is issued
 //   and delivers at the last moment that the program allows, so a missing wait shows. Stores behind the end of dynamic
 //   shared memory, lanes of a warp that meet in different collectives, and barriers that some threads never reach are
-//   reported. The plain build runs the threads of a block as fibers on one OS thread, alternately in ascending
-//   and descending order, so that a dependence on order shows. With DIFFMEM_SIMT_THREADS every CUDA thread is an OS
-//   thread and barriers are std::barrier: compiled with -fsanitize=thread, a missing __syncthreads or __syncwarp is a
-//   data race that is reported (there are no implicit warp-synchronous guarantees: lanes of a warp race as well).
+//   reported. The threads of a block are fibers on one
+// OS thread, run alternately in ascending and descending order, so that a dependence on order shows. Compiled with
+// -fsanitize=thread every CUDA thread is a thread to ThreadSanitizer, ordered by the block's and the warps' barriers
+// alone: a missing __syncthreads or __syncwarp is reported as a data race, whatever the order in which the fibers
+// happened to run (lanes of a warp race as well: nothing is implicitly synchronous).
 //
 // What it cannot
 //   Inline PTX (behind wrappers with a plain equivalent); races between blocks (they run one after the other); the
