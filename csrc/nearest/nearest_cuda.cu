@@ -162,6 +162,9 @@ struct SearchMemory {
   uint32_t buffered[Tile::kQueries];                     // keys offered to `buffer` since it was last emptied
 };
 
+static_assert(sizeof(SearchMemory<Narrow>) <= 99 * 1024 && sizeof(SearchMemory<Wide>) <= 99 * 1024,
+              "what one block can have on the smallest architecture in use (sm_86, sm_89, sm_120)");
+
 // Byte offset of 16-byte chunk `chunk` of row `row` in a stage. Eight consecutive rows at one chunk, and two
 // consecutive rows at all chunks, fall into eight different groups of four banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) {

@@ -83,8 +83,7 @@ inline constexpr std::size_t kGuard = 256;  // poisoned bytes behind dynamic sha
 #ifdef __SANITIZE_THREAD__
 
 // ThreadSanitizer knows a fiber as a thread of its own. They are dear to make, so the lanes of all blocks share one
-// set. Only the first and the last switch of a lane order anything: what the launcher did comes before, what the lane
-// did comes before what follows the block.
+// set. Switches order nothing; barriers do, and the start and the end of a block.
 class FiberIdentities {
  public:
   ~FiberIdentities() {
@@ -103,20 +102,17 @@ inline thread_local FiberIdentities fiber_identities;
 struct Fiber {
   ucontext_t context = {};
   void* identity = nullptr;
-  bool entered = false;
   void prepare(std::size_t index) { identity = fiber_identities.get(index); }
-  void prepare_scheduler() {
-    identity = __tsan_get_current_fiber();
-    entered = true;
-  }
+  void prepare_scheduler() { identity = __tsan_get_current_fiber(); }
 };
 
-SIMT_UNWATCHED inline void switch_fiber(Fiber& from, Fiber& to, bool last = false) {
-  const bool first = !to.entered;
-  to.entered = true;
-  __tsan_switch_to_fiber(to.identity, first || last ? 0 : __tsan_switch_to_fiber_no_sync);
+SIMT_UNWATCHED inline void switch_fiber(Fiber& from, Fiber& to) {
+  __tsan_switch_to_fiber(to.identity, __tsan_switch_to_fiber_no_sync);
   swapcontext(&from.context, &to.context);
 }
+
+inline void comes_before(void* place) { __tsan_release(place); }  // what was done so far …
+inline void comes_after(void* place) { __tsan_acquire(place); }   // … and what is done from now on
 
 #else
 
@@ -130,12 +126,15 @@ struct Fiber {
   void prepare_scheduler() { entered = true; }
 };
 
-inline void switch_fiber(Fiber& from, Fiber& to, bool = false) {
+inline void switch_fiber(Fiber& from, Fiber& to) {
   if (_setjmp(from.place) != 0) return;
   if (to.entered) _longjmp(to.place, 1);
   to.entered = true;
   setcontext(&to.context);
 }
+
+inline void comes_before(void*) {}
+inline void comes_after(void*) {}
 
 #endif
 
@@ -160,9 +159,7 @@ class Barrier {
   int members_;
   int arrived_ = 0;
   unsigned phase_ = 0;
-#ifdef __SANITIZE_THREAD__
   char order_[2] = {};
-#endif
 };
 
 enum class Collective : int { none, sync, shuffle, ballot, matrix_load, matrix_product };
@@ -270,9 +267,7 @@ inline thread_local std::exception_ptr failure;
 
 SIMT_UNWATCHED inline void Barrier::wait() {
   const unsigned phase = phase_;
-#ifdef __SANITIZE_THREAD__
-  __tsan_release(&order_[phase % 2]);
-#endif
+  comes_before(&order_[phase % 2]);
   if (++arrived_ == members_) {
     next_phase();
   } else {
@@ -281,18 +276,20 @@ SIMT_UNWATCHED inline void Barrier::wait() {
     self.waiting_phase = phase;
     switch_fiber(self.fiber, scheduler);
   }
-#ifdef __SANITIZE_THREAD__
-  __tsan_acquire(&order_[phase % 2]);
-#endif
+  comes_after(&order_[phase % 2]);
 }
+
+inline thread_local char block_start, block_end;
 
 SIMT_UNWATCHED inline void finish_lane() {
   Lane& self = lane();
   self.finished = true;
-  switch_fiber(self.fiber, scheduler, true);
+  comes_before(&block_end);
+  switch_fiber(self.fiber, scheduler);
 }
 
 inline void fiber_main() {
+  comes_after(&block_start);
   try {
     (*running_kernel)();
     lane().warp->barrier.leave();
@@ -329,6 +326,7 @@ inline void run_block(std::vector<Lane>& lanes, const std::function<void()>& ker
   failure = nullptr;
   scheduler.prepare_scheduler();
   for (std::size_t i = 0; i < lanes.size(); ++i) make_fiber(lanes[i].fiber, i, stacks.get() + i * kStackBytes);
+  comes_before(&block_start);
   std::size_t unfinished = lanes.size();
   for (bool ascending = true; unfinished > 0; ascending = !ascending) {
     bool progress = false;
@@ -341,6 +339,7 @@ inline void run_block(std::vector<Lane>& lanes, const std::function<void()>& ker
     }
     if (!progress) fail("the threads of a block wait at different barriers, and none can go on");
   }
+  comes_after(&block_end);
 }
 
 // Runs the kernel for every block of the grid, one block after the other, and returns when all is done.

@@ -4,7 +4,7 @@
 // host.h, a stand-in for the part of CUDA that our kernels use, and the very same source runs on the CPU, block after
 // block. Everything that exists in only one of the two worlds is behind one of these names:
 //
-//   SIMT_STATIC_SHARED(Type, name)   a __shared__ variable of a trivial type
+//   SIMT_STATIC_SHARED(Type, name)   a __shared__ variable of a trivial type (an alias, for an array)
 //   SIMT_DYNAMIC_SHARED(Type, name)  a reference to the launch's dynamic shared memory, seen as one Type
 //   simt::launch(...)                a checked kernel launch; returns the cudaError_t of this launch, never an older
 //   one matrix.h                         tensor-core products and their fragment loads async_copy.h copies from global

@@ -2,6 +2,7 @@
 // -DNEAREST_SIMT_MAIN a program that sends one small problem through every kernel, for ThreadSanitizer.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <string>
 #include <utility>
@@ -79,6 +80,7 @@ struct Array {  // 64-byte aligned, full of garbage
 }  // namespace
 
 int main() {
+  setenv("DIFFMEM_SIMT_MULTIPROCESSORS", "1", 1);  // one split: a block meets more than one tile
   const int64_t queries = 2, n = 300, d = 68;
   const int k = 3;
   Array<std::uint8_t> query_images(queries * d), training_images(n * d);

@@ -1,4 +1,4 @@
-"""Exact nearest training images on a CUDA device: torch tensors in and out, the kernels of `csrc/nearest/nearest_cuda.cu` inside.
+"""Exact nearest training images on a CUDA device: torch tensors around the kernels of `csrc/nearest/nearest_cuda.cu`.
 
 Work is enqueued on torch's current stream of the tensors' device and nothing here waits for it.
 """
@@ -43,7 +43,12 @@ def centre(images: torch.Tensor) -> CentredImages:
     norms = torch.empty(n, dtype=torch.int64, device=images.device)
     with torch.cuda.device(images.device):
         core.nearest_cuda_centre(
-            images=images.data_ptr(), n=n, d=d, centred=values.data_ptr(), norms=norms.data_ptr(), stream=_stream(images)
+            images=images.data_ptr(),
+            n=n,
+            d=d,
+            centred=values.data_ptr(),
+            norms=norms.data_ptr(),
+            stream=_stream(images),
         )
     return CentredImages(values, norms, d)
 
@@ -94,14 +99,14 @@ def nearest_cuda(
 def refine_cuda(
     queries: torch.Tensor, training: torch.Tensor, candidate_indices: torch.Tensor, offsets: torch.Tensor, k: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices int64 [Q, k] and exact squared distances int64 [Q, k] of each query's k nearest candidates, nearest first.
+    """Indices int64 [Q, k] and exact squared distances int64 [Q, k] of each query's k nearest candidates.
 
-    A candidate listed twice counts once; equal distances go to the lower index. Where a query has fewer than k candidates the
-    rest is index −1 at distance 2⁶³ − 1.
+    Nearest first; equal distances go to the lower index; a candidate listed twice counts once. Where a query has fewer
+    than k candidates the rest is index −1 at distance 2⁶³ − 1.
 
     queries: uint8 [Q, ...], training: uint8 [N, ...], contiguous, on one CUDA device.
-    candidate_indices: int64 [M], into `training`; those of query q are candidate_indices[offsets[q] : offsets[q + 1]]. Indices
-        outside 0 … N − 1 are passed over (looking for them here would wait for the device).
+    candidate_indices: int64 [M], into `training`; those of query q are candidate_indices[offsets[q] : offsets[q + 1]].
+        Indices outside 0 … N − 1 are passed over (looking for them here would wait for the device).
     offsets: int64 [Q + 1], ascending, from 0 to M (not checked, for the same reason).
     k: 1 … 64.
     Raises InputError for wrong dtypes, devices, layouts, sizes or k, RuntimeError where CUDA refuses the work.
