@@ -12,6 +12,8 @@ import torch
 from diffmem.errors import InputError
 from diffmem.ops.registry import build_info, native_module
 
+DEVICE_TYPE = "cuda"
+
 
 @dataclass(frozen=True)
 class CentredImages:
@@ -36,8 +38,14 @@ def centre(images: torch.Tensor) -> CentredImages:
     images: uint8 [N, ...] on a CUDA device, contiguous.
     Raises InputError for another dtype, device or layout, RuntimeError where CUDA refuses the work.
     """
+    return _centre(images, "images")
+
+
+def _centre(images: torch.Tensor | CentredImages, name: str) -> CentredImages:
+    if isinstance(images, CentredImages):
+        return images
     core = _core()
-    _require(images, "images", torch.uint8, at_least=2)
+    _require(images, name, torch.uint8, at_least=2)
     n, d = len(images), _dimension(images)
     values = torch.empty((n, core.nearest_cuda_centred_row(d=d)), dtype=torch.int8, device=images.device)
     norms = torch.empty(n, dtype=torch.int64, device=images.device)
@@ -66,8 +74,7 @@ def nearest_cuda(
     Raises InputError for wrong dtypes, devices, layouts, sizes or k, RuntimeError where CUDA refuses the work.
     """
     core = _core()
-    queries = queries if isinstance(queries, CentredImages) else centre(queries)
-    training = training if isinstance(training, CentredImages) else centre(training)
+    queries, training = _centre(queries, "queries"), _centre(training, "training")
     device = _same_device(queries.values, training.values)
     d = _same_dimension(queries.dimension, training.dimension)
     _check_k(core, k)
@@ -155,7 +162,7 @@ def _stream(tensor: torch.Tensor) -> int:
 
 
 def _require(tensor: torch.Tensor, name: str, dtype: torch.dtype, at_least: int = 1) -> None:
-    if tensor.device.type != "cuda":
+    if tensor.device.type != DEVICE_TYPE:
         raise InputError(f"{name} must be on a CUDA device, but it is on {tensor.device}: move it with .cuda()")
     if tensor.dtype != dtype:
         raise InputError(f"{name} must be {dtype}, got {tensor.dtype}")
