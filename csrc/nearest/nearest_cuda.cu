@@ -165,11 +165,23 @@ struct SearchMemory {
 static_assert(sizeof(SearchMemory<Narrow>) <= 99 * 1024 && sizeof(SearchMemory<Wide>) <= 99 * 1024,
               "what one block can have on the smallest architecture in use (sm_86, sm_89, sm_120)");
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a stage. Eight consecutive rows at one chunk, and two
-// consecutive rows at all chunks, fall into eight different groups of four banks.
-__device__ __forceinline__ int swizzled(int row, int chunk) {
+// Byte offset of 16-byte chunk `chunk` of row `row` in a stage. What eight threads touch at once, eight rows at one
+// chunk (fragment loads) or two rows at all chunks (copies), falls into eight different groups of four banks.
+__host__ __device__ constexpr int swizzled(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ ((row >> 1) & 3)) * 16);
 }
+constexpr bool free_of_bank_conflicts() {
+  for (int start = 0; start < 64; ++start) {
+    int loaded = 0, copied = 0;
+    for (int i = 0; i < 8; ++i) {
+      loaded |= 1 << swizzled(start / 4 * 8 + i, start % 4) / 16 % 8;
+      copied |= 1 << swizzled(start * 2 + i / 4, i % 4) / 16 % 8;
+    }
+    if (loaded != 255 || copied != 255) return false;
+  }
+  return true;
+}
+static_assert(free_of_bank_conflicts());
 
 // Starts copying 64 bytes of each of kRows rows; rows from `valid_rows` on become zero.
 template <int kRows>
@@ -335,7 +347,8 @@ __global__ void __launch_bounds__(kThreads, 1) search_kernel(const SearchArgumen
       }
     }
 
-    // Distances, and for each of this thread's rows a mask of the columns that reach the threshold.
+    // Distances, and for each of this thread's rows a mask of the columns below the threshold. An image as far away as
+    // the k-th best of the earlier tiles loses the tie, for its index is higher: duplicates cost nothing.
     uint32_t pending[Sums::kRows][2];
     Distance image_norm[Sums::kColumns][2];
 #pragma unroll
@@ -357,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1) search_kernel(const SearchArgumen
             Distance& distance = value[i][j][half * 2 + e];
             if constexpr (!Tile::kWide) distance = static_cast<Distance>(sums.sum[i][j][half * 2 + e]);
             distance = query_norm + image_norm[j][e] - 2 * distance;
-            mask |= static_cast<uint32_t>(distance <= limit) << (j * 2 + e);
+            mask |= static_cast<uint32_t>(distance < limit) << (j * 2 + e);
           }
         pending[i][half] = mask;
       }
