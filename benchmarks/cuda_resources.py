@@ -71,7 +71,7 @@ def readable_name(mangled: str) -> str:
 def compile_for(architecture: int, output: Path) -> str:
     """Compiles SOURCE to the cubin `output` with warnings as errors; returns what ptxas reports."""
     command = [
-        "nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-Werror", "all-warnings",
+        "nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-Werror", "all-warnings",
         "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-cubin", str(SOURCE), "-o", str(output),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

@@ -3,7 +3,7 @@
 // search. A block of 8 warps holds a tile of queries and walks over a range of training images. Each tile of products,
 // 128 queries × 256 images, is accumulated in registers: a warp owns 64 × 64 of it as 4 × 8 tensor-core products of
 // 16 × 8 × 32 bytes. Both operands pass through a ring of three stages of 64 bytes per row in shared memory, filled by
-// asynchronous copies two stages ahead (also across tiles, so that the epilogue hides nothing but itself), with the
+// asynchronous copies two stages ahead (also across tiles, so that memory works during the epilogue), with the
 // 16-byte chunks of a row permuted so that neither the copies nor the fragment loads conflict in a bank.
 //
 // The epilogue turns products into distances in registers and compares each with its query's k-th best distance so far.
@@ -17,20 +17,25 @@
 // d = 66,051 the distance is below 2³² and is computed modulo 2³² (`Narrow`); beyond, sums are moved to 64 bits every
 // 65,536 bytes and distances have 40 bits (`Wide`, smaller tiles because the wide sums need registers).
 //
-// Floors, for Q queries, N images, d bytes (dense peaks by NVIDIA's data sheets; A100 80 GB SXM: 624 Tera-operations/s
-// in int8, 2.04 TB/s; H100 SXM: 1979, 3.35): 2·Q·N·d operations, and N·d bytes from memory where the queries stay in
-// L2.
-//   10,000 × 50,000, d = 3072: 3.07·10¹² operations: A100 4.9 ms, H100 1.6 ms; bytes: 0.08 ms, 0.05 ms. Arithmetic
-//   decides. 32 × 50,000, d = 3072:     a 128-row tile is computed: 0.04 TOp: A100 0.06 ms, H100 0.02 ms; bytes: 0.08,
-//   0.05 ms. Memory decides.
+// Floors, for Q queries, N images of d bytes: 2·Q·N·d operations, and N·d bytes from memory where the queries stay in
+// L2. Dense int8 peak and memory by NVIDIA's data sheets: A100 SXM 80 GB 624·10¹²/s, 2.04·10¹² B/s; H100 SXM 1979
+// and 3.35.
+//
+//   10,000 queries in 50,000 images, d = 3072: 3.07·10¹² operations, A100 4.9 ms, H100 1.6 ms;
+//   154 MB, A100 0.08 ms, H100 0.05 ms: arithmetic decides.
+//
+//   32 queries, where a tile of 128 is computed: 0.04·10¹² operations, A100 0.06 ms, H100 0.02 ms;
+//   154 MB as above: memory decides.
+//
 // Predictions, not measurements: 60–70 % of the peak on A100 (7–8 ms). mma.sync reaches about 60 % of what wgmma does
-// on Hopper, so 35–45 % there (3.5–4.5 ms). On sm_100 and newer int8 products of this kind are legacy instructions: it
-// runs, and how fast is to be measured. The epilogue costs 3 instructions per product sum, 2 % at d = 3072, but half of
-// the time at d = 64. Small batches: 60–70 % of the bandwidth.
+// on Hopper, so 35–45 % there (3.5–4.5 ms). From sm_100 on, int8 products of this kind are legacy instructions: how
+// fast they are is to be measured. The epilogue costs about 3 instructions per sum: 2 % of the time at d = 3072, half
+// of it at d = 64. Small batches: 60–70 % of the bandwidth.
 //
 // refine. One block per query, one candidate per warp at a time; absolute differences of four bytes at once
-// (__vabsdiffu4) squared and added by __dp4a. The floor is d bytes per pair: 6.6·10⁸ pairs/s on A100 and 1.1·10⁹ on
-// H100 at d = 3072; prediction 70 % of that for lists of some hundred candidates, less for very short ones.
+// (__vabsdiffu4, one instruction up to sm_100, several on sm_120) squared and added by __dp4a. The floor is d bytes per
+// pair: 6.6·10⁸ pairs/s on A100 and 1.1·10⁹ on H100 at d = 3072. Prediction: 70 % of that for lists of some hundred
+// candidates, less for very short ones.
 #include "nearest/nearest_cuda.h"
 #include "simt/async_copy.h"
 #include "simt/matrix.h"
@@ -54,8 +59,7 @@ constexpr int kRowBytes = 64;  // of one stage; centred rows are padded to a mul
 constexpr int kStages = 3;
 constexpr int kBuffer = 16;          // keys that a query's buffer takes before it has to be emptied
 constexpr int kSharedNeighbors = 4;  // lists of up to this length lie in shared memory, longer ones in the workspace
-constexpr int kChunksPerSum =
-    1024;  // stages after which Wide moves its sums to 64 bits: 65,536 products of at most 2¹⁴
+constexpr int kChunksPerSum = 1024;  // stages after which Wide moves its sums, 65,536 products ≤ 2¹⁴, to 64 bits
 constexpr Key kNoKey = ~Key{0};
 constexpr int64_t kNoDistance = 0x7fffffffffffffff;
 

@@ -36,9 +36,6 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -481,7 +478,6 @@ using std::max;
 using std::min;
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 
@@ -513,10 +509,6 @@ Type __ldg(const Type* address) {
 template <class Type>
 Type atomicAdd(Type* address, Type value) {
   return std::atomic_ref<Type>(*address).fetch_add(value, std::memory_order_relaxed);
-}
-template <class Type>
-Type atomicExch(Type* address, Type value) {
-  return std::atomic_ref<Type>(*address).exchange(value, std::memory_order_relaxed);
 }
 template <class Type>
 Type atomicMin(Type* address, Type value) {

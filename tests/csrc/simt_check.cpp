@@ -30,6 +30,21 @@ __global__ void collectives_kernel(int* out) {
   mine[7] = static_cast<int>(blockIdx.x + 10 * blockIdx.y);
 }
 
+// out [8]: atomics over two blocks of 64 threads, which start at 0, 100, 0; then plain intrinsics
+__global__ void intrinsics_kernel(int* out) {
+  const int number = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  atomicAdd(&out[0], number);
+  atomicMin(&out[1], 50 - number);
+  atomicMax(&out[2], number);
+  if (number == 0) {
+    out[3] = __dp4a(static_cast<int>(0x80ff7f01u), static_cast<int>(0x80020305u), 7);
+    out[4] = static_cast<int>(__dp4a(0x80ff7f01u, 0x80020305u, 7u));
+    out[5] = static_cast<int>(__vabsdiffu4(0x00ff7f01u, 0xff000280u));
+    out[6] = __popc(0xf0f0u) * 100 + __clz(0x00ff) + __clz(0);
+    out[7] = __ffs(8) * 100 + __ffs(0) + min(3, max(1, 2));
+  }
+}
+
 // a int8 [16, 32], b int8 [8, 32], c int32 [16, 8]: c += a bᵀ
 __global__ void product_kernel(const unsigned char* a, const unsigned char* b, int* c) {
   struct Tile {
@@ -129,6 +144,8 @@ const char* launch(Arguments... arguments) {
 extern "C" {
 
 const char* check_collectives(int* out) { return launch(collectives_kernel, dim3(2, 2), dim3(64), 0, nullptr, out); }
+
+const char* check_intrinsics(int* out) { return launch(intrinsics_kernel, dim3(2), dim3(64), 0, nullptr, out); }
 
 const char* check_product(const unsigned char* a, const unsigned char* b, int* c) {
   return launch(product_kernel, dim3(1), dim3(32), 0, nullptr, a, b, c);

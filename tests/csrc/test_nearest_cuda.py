@@ -333,9 +333,24 @@ def test_torch_functions(on_the_stand_in):
     for given_ in (images_, prepared):
         found = cuda.nearest_cuda(asked, given_, 3)
         np.testing.assert_array_equal(np.stack([each.numpy() for each in found]), expected)
+    assert [each.shape for each in cuda.nearest_cuda(asked[:0], prepared, 3)] == [(0, 3), (0, 3)]
     offsets = torch.tensor([0, 90, 180, 270])
     found = cuda.refine_cuda(asked, images_, torch.arange(90).repeat(3), offsets, 3)
     np.testing.assert_array_equal(np.stack([each.numpy() for each in found]), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("queries", "n", "d", "k"), [(300, 5000, 768, 2), (1, 4097, 61, 64), (129, 300, 66052, 5)])
+def test_on_a_gpu(queries, n, d, k):
+    rng = np.random.default_rng(d)
+    training = images("near ties", n, d, rng)
+    asked = np.concatenate([training[: queries // 2], images("noise", queries - queries // 2, d, rng)])
+    expected = [by_definition(each[None], training, k) for each in asked]
+    expected = np.stack([np.concatenate([each[part] for each in expected]) for part in (0, 1)])
+    on_device = torch.from_numpy(asked).cuda(), torch.from_numpy(training).cuda()
+    candidates, offsets = torch.arange(n).repeat(queries).cuda(), (torch.arange(queries + 1) * n).cuda()
+    for found in (cuda.nearest_cuda(*on_device, k), cuda.refine_cuda(*on_device, candidates, offsets, k)):
+        np.testing.assert_array_equal(torch.stack(found).cpu().numpy(), expected)
 
 
 def test_torch_functions_refuse_what_they_cannot_use(on_the_stand_in, monkeypatch):
@@ -419,7 +434,7 @@ def test_matrix_unit_and_dot_products_are_used(compiled, tmp_path):
     tool = shutil.which("nvdisasm", path=os.pathsep.join(places))
     if tool is None:
         ptx = tmp_path / "kernels.ptx"
-        command = ["nvcc", "-std=c++20", f"-I{CSRC}", "-arch=compute_80", "-ptx", str(SOURCES[0]), "-o", str(ptx)]
+        command = ["nvcc", "-std=c++17", f"-I{CSRC}", "-arch=compute_80", "-ptx", str(SOURCES[0]), "-o", str(ptx)]
         subprocess.run(command, check=True)
         codes = [re.split(r"\.entry ", ptx.read_text())[1:]]
         product, dot = "mma.sync.aligned.m16n8k32.row.col.s32.s8", "dp4a.u32"

@@ -14,7 +14,7 @@ def library(tmp_path_factory):
     library = ctypes.CDLL(
         str(compile_host([HERE / "simt_check.cpp"], tmp_path_factory.mktemp("simt") / "check.so", PLAIN))
     )
-    for name in ("collectives", "product", "garbage", "rule"):
+    for name in ("collectives", "intrinsics", "product", "garbage", "rule"):
         getattr(library, f"check_{name}").restype = ctypes.c_char_p
     return library
 
@@ -42,6 +42,14 @@ def test_collectives_and_indices(library):
     )
     np.testing.assert_array_equal(out[..., :7], np.broadcast_to(expected, (2, 2, 64, 7)))
     np.testing.assert_array_equal(out[..., 7], np.broadcast_to([[[0], [1]], [[10], [11]]], (2, 2, 64)))
+
+
+def test_atomics_and_intrinsics(library):
+    out = np.array([0, 100, 0, -1, -1, -1, -1, -1], np.int32)
+    assert library.check_intrinsics(pointer(out)) == b"no error"
+    signed, unsigned = 128 * 128 - 2 + 127 * 3 + 5 + 7, 128 * 128 + 255 * 2 + 127 * 3 + 5 + 7
+    expected = [127 * 64, 50 - 127, 127, signed, unsigned, 0xFFFF7D7F - 2**32, 800 + 24 + 32, 400 + 0 + 2]
+    assert out.tolist() == expected
 
 
 def test_matrix_product(library):
