@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -11,6 +12,7 @@ import click
 import diffmem
 from diffmem.cli.audit import audit_command
 from diffmem.cli.demo import demo_command
+from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
 from diffmem.errors import InputError, MissingExtraError
@@ -40,7 +42,15 @@ def main(args: list[str] | None = None) -> None:
 
     0 success, 1 failure (or a gate that closed), 2 wrong usage, 130 interrupted.
     """
-    sys.exit(_run(args))
+    status = _run(args)
+    if status == INTERRUPTED:
+        # CPython ends a process by SIGINT, whatever its exit status, when an interrupt once passed through an exec()
+        # (as those of dataclasses during an import). So it is ended here, after what is owed at exit is done.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(args: list[str] | None) -> int:
@@ -72,5 +82,6 @@ def _run(args: list[str] | None) -> int:
 def _fail(message: str, status: int) -> int:
     if debugging():
         traceback.print_exc()
-    click.echo(f"diffmem: {' '.join(message.split())}", err=True)
+    if is_first_rank():
+        click.echo(f"diffmem: {' '.join(message.split())}", err=True)
     return status

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
 from diffmem.errors import InputError
 
@@ -86,6 +87,7 @@ def audit_command(
       diffmem audit samples/ cifar10-train.zip --holdout cifar10-test.zip --out report
       diffmem audit samples.npz training.zip --json | jq .ratio
       diffmem audit samples.zip training.zip --fail-above 0.01    a gate for a pipeline
+      torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
     """
     import torch
 
@@ -93,28 +95,36 @@ def audit_command(
     from diffmem.memorization import audit
     from diffmem.memorization.report import check_output_folder
     from diffmem.progress import progress_bars
+    from diffmem.search import ShardedIndex
 
     torch.set_flush_denormal(True)
-    if out is not None:
+    if out is not None and is_first_rank():
         check_output_folder(out)
-    with progress_bars() as progress:
+    with process_group() as distributed, progress_bars(is_first_rank()) as progress:
 
         def load(source: str, first: int | None = None):
             options = {"resize": resize, "color": color, "skip_bad": skip_bad, "cache": cache}
-            return load_images(source, limit=first, progress=progress, **options)
+            images = load_images(source, limit=first, progress=progress, **options)
+            for note in images.notes if is_first_rank() else ():
+                click.echo(f"note: {note}", err=True)
+            return images
 
+        generated, training = load(generated, limit), load(training)
         result = audit(
-            load(generated, limit),
-            load(training),
+            generated,
+            training,
             threshold=threshold,
             duplicates=duplicates,
             duplicate_radius=duplicate_radius,
             holdout=None if holdout is None else load(holdout),
             flip=flip,
             device=device,
+            index=ShardedIndex(training, device=device) if distributed else None,
             progress=progress,
         )
-        report = None if out is None else result.save(out)
+    if not is_first_rank():
+        return 0
+    report = None if out is None else result.save(out)
     closed = fail_above is not None and result.interval[0] > fail_above
     if as_json:
         click.echo(json.dumps(result.to_dict()))

@@ -50,9 +50,9 @@ def to_numpy(value: Any) -> np.ndarray:
 def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | None = None) -> np.ndarray:
     """`array` as images [N, C, H, W] of dtype uint8, float32 or float64; a view where possible.
 
-    The channel axis is the one of length 1, 3 or 4. Where both ends fit, `layout` ("NCHW" or "NHWC") decides, or what a
-    file format lays down (`assume`); else that is an error. [N, H, W] is grey. Half precision becomes float32. Raises
-    `InputError` for anything that is not images.
+    The channel axis is the one of length 1, 3 or 4. Where both ends fit or neither, `layout` ("NCHW" or "NHWC")
+    decides, or what is laid down for the source (`assume`: NCHW for arrays in memory); else that is an error.
+    [N, H, W] is grey. Half precision becomes float32. Raises `InputError` for anything that is not images.
     """
     if array.ndim == 2:
         raise InputError(

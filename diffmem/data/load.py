@@ -94,7 +94,9 @@ def load_images(
         return _finish(_image_set(_array_file(path, key, layout, report), str(path)), options, limit, report)
     if isinstance(source, np.ndarray) or is_tensor(source):
         where = "array" if isinstance(source, np.ndarray) else "tensor"
-        return _finish(_image_set(Arrays(as_nchw(to_numpy(source), layout, where)), where), options, limit, report)
+        return _finish(
+            _image_set(Arrays(as_nchw(to_numpy(source), layout, where, assume="NCHW")), where), options, limit, report
+        )
     if is_map_dataset(source) or isinstance(source, Iterable):
         where = type(source).__name__
         arrays = read_stream(source, options, layout, limit, where, report)

@@ -17,7 +17,7 @@ from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
 from diffmem.memorization.statistics import wilson_interval
 from diffmem.progress import Progress, silent
-from diffmem.search import DistinctNeighbors, DuplicateGroups, Neighbors, TrainingIndex, find_duplicates
+from diffmem.search import DistinctNeighbors, DuplicateGroups, Neighbors, SearchIndex, TrainingIndex, find_duplicates
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -179,6 +179,7 @@ def audit(
     holdout: ImageSource | None = None,
     flip: bool = False,
     device: str = "auto",
+    index: SearchIndex | None = None,
     progress: Progress | None = None,
 ) -> Audit:
     """Which generated images are copies of training images, by the nearest / second-nearest rule.
@@ -194,6 +195,8 @@ def audit(
         identical images.
     flip: compare mirrored generated images too (for models trained with horizontal flips).
     device: "cpu", "cuda", or "auto".
+    index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`); default a new
+        `TrainingIndex`. Anything but FAISS is exact.
     progress: a callback (`diffmem.progress`), or None.
     Raises InputError (a ValueError) for empty sets, sets that do not fit together, values that are not finite, and
     fewer than two distinct training images.
@@ -220,7 +223,10 @@ def audit(
             f"all {len(training)} training images are duplicates of each other within radius {duplicate_radius}: "
             "choose a smaller duplicate radius"
         )
-    index = TrainingIndex(training, device=device)
+    if index is None:
+        index = TrainingIndex(training, device=device)
+    elif len(index) != len(training):
+        raise InputError(f"the index holds {len(index):,} images, the training set {len(training):,}: build it anew")
     search = DistinctNeighbors(index, training.images, groups, flip=flip, progress=progress)
     settings = {
         "threshold": str(exact_threshold),

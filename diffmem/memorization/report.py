@@ -146,6 +146,7 @@ def render(audit: Audit) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.filters["filename"] = lambda name: name.rstrip("/").rsplit("/", 1)[-1]  # the whole name is its tooltip
     environment.filters["thousands"] = lambda number: f"{number:,}"
     return environment.get_template("report.html.j2").render(
         audit=audit,
@@ -299,6 +300,7 @@ def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, 
         if unseen is not None or threshold is not None:
             axes.legend(frameon=False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -7,9 +7,13 @@ import numpy as np
 
 from diffmem.progress import Progress, silent
 from diffmem.search.duplicates import DuplicateGroups
+from diffmem.search.faiss_index import FaissIndex
 from diffmem.search.index import TrainingIndex
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import mirror
+from diffmem.search.sharded import ShardedIndex
+
+SearchIndex = TrainingIndex | ShardedIndex | FaissIndex
 
 WIDEST_QUERY = 64  # neighbours asked for at once before a group is left out of the training set instead
 
@@ -24,7 +28,7 @@ class DistinctNeighbors:
 
     def __init__(
         self,
-        index: TrainingIndex,
+        index: SearchIndex,
         training: np.ndarray,
         groups: DuplicateGroups,
         *,
@@ -61,7 +65,7 @@ class DistinctNeighbors:
             _set_second(result, rows, found, np.arange(len(rows)), np.zeros(len(rows), np.int64))
         return result
 
-    def _nearest(self, index: TrainingIndex, images: np.ndarray, k: int) -> Neighbors:
+    def _nearest(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
         straight = index.query(images, k, progress=self.progress)
         if not self.flip:
             return straight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 
 import numpy as np
@@ -31,7 +32,24 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
         )
     if images.dtype not in (torch.uint8, torch.float32, torch.float64):
         raise InputError(f"{what} must be uint8, float32 or float64, got {images.dtype}")
-    return images.reshape(len(images), -1)
+    return images.flatten(1)
+
+
+def fingerprint(rows: torch.Tensor) -> str:
+    """SHA-256 over shape, dtype and values: equal for equal rows, wherever they lie."""
+    digest = hashlib.sha256(repr((tuple(rows.shape), str(rows.dtype))).encode())
+    for start in range(0, len(rows), 4096):
+        digest.update(np.ascontiguousarray(rows[start : start + 4096].numpy()).data)
+    return digest.hexdigest()
+
+
+def check_finite(rows: torch.Tensor, what: str) -> None:
+    """Raises InputError where float rows [N, d] hold values that are not finite, or too large to be squared."""
+    if rows.dtype == torch.uint8:
+        return
+    for block in rows.split(max(1, (1 << 24) // rows.shape[1])):
+        if not bool(torch.isfinite(block.double().square().sum())):
+            raise InputError(f"{what} hold NaN, infinity, or values too large to be squared: clean or rescale them")
 
 
 def mirror(images: np.ndarray) -> np.ndarray:

@@ -43,12 +43,16 @@ def test_layouts_are_told_apart(make, array):
     assert load_images(make(array), limit=2).images.shape == (2, 3, 5, 7)
 
 
-def test_ambiguous_and_impossible_layouts(refused):
+def test_ambiguous_and_impossible_layouts(refused, tmp_path):
     both = RNG.integers(0, 256, (2, 3, 5, 4), dtype=np.uint8)
-    refused(both, "(2, 3, 5, 4)", "layout=")
+    assert load_images(both).images.shape == (2, 3, 5, 4)  # in memory, NCHW is the convention
     assert load_images(both, layout="NHWC").images.shape == (2, 4, 3, 5)
-    refused(np.zeros((2, 8, 8, 8), np.uint8), "neither axis", "layout=")
-    assert load_images(np.zeros((2, 8, 9, 9), np.uint8), layout="NCHW").images.shape == (2, 8, 9, 9)
+    assert load_images(np.zeros((2, 8, 9, 9), np.uint8)).images.shape == (2, 8, 9, 9)
+    np.save(tmp_path / "both.npy", both)  # a file may come from anywhere
+    np.save(tmp_path / "neither.npy", np.zeros((2, 8, 8, 8), np.uint8))
+    refused(tmp_path / "both.npy", "(2, 3, 5, 4)", "layout=")
+    refused(tmp_path / "neither.npy", "neither axis", "layout=")
+    assert load_images(tmp_path / "both.npy", layout="NHWC").images.shape == (2, 4, 3, 5)
     assert load_images(np.zeros((9, 5, 7), np.uint8)).images.shape == (9, 1, 5, 7)
     refused(np.zeros((5, 7, 3), np.uint8), "4 axes")
     refused(np.zeros(5, np.uint8), "4 axes")

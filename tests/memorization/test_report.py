@@ -27,6 +27,8 @@ class Page(HTMLParser):
         values = dict(attributes)
         if tag == "img":
             self.images.append(values["src"])
+        if "title" in values:
+            self.words.append(values["title"])
         self.links += [
             v for k, v in attributes if k in ("href", "src", "xlink:href") and not v.startswith(("data:", "#"))
         ]

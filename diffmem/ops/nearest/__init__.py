@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.nearest.blocked import nearest_blocked, pairs_within
+from diffmem.ops.nearest.blocked import exact_squared_distances, nearest_blocked, pairs_within
 from diffmem.ops.nearest.reference import nearest_reference
 from diffmem.ops.registry import Implementation, Op, always, register
 
-__all__ = ["NEAREST", "nearest", "pairs_within"]
+__all__ = ["NEAREST", "exact_squared_distances", "nearest", "pairs_within"]
 
 NEAREST = register(
     Op(
