@@ -58,7 +58,7 @@ class TrainingIndex:
     method: "filtered" (bounds from principal components, exact refinement), "dense" (every product), "torch" and
         "reference" (`diffmem.ops.nearest`), or "auto": filtered where bounds prune and dense where they do not, decided
         by measuring while it searches. All give the same exact answer.
-    components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 120.
+    components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
     device: "cpu", "cuda" or "auto" (a GPU where there is one).
     Raises InputError for an empty set, other dtypes, or a method that cannot be used here.
     """
