@@ -8,6 +8,9 @@
 
 #include "cpu/features.h"
 #include "nearest/nearest.h"
+#ifdef DIFFMEM_WITH_CUDA
+#include "nearest/nearest_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -41,8 +44,12 @@ void bind_nearest(py::module_& m) {
            py::arg("coarse"), py::arg("fine"), py::arg("sq"), py::arg("error"));
   py::class_<nearest::Basis>(m, "NearestBasis")
       .def(py::init([](int steps, int levels, Address p, Address shift, Address mean, double factor, double scale) {
-             return nearest::Basis{{steps, levels},          at<const std::int16_t>(p),   at<const std::int64_t>(shift),
-                                   at<const std::uint8_t>(mean), factor,                      scale};
+             return nearest::Basis{{steps, levels},
+                                   at<const std::int16_t>(p),
+                                   at<const std::int64_t>(shift),
+                                   at<const std::uint8_t>(mean),
+                                   factor,
+                                   scale};
            }),
            py::arg("steps"), py::arg("levels"), py::arg("p"), py::arg("shift"), py::arg("mean"), py::arg("factor"),
            py::arg("scale"));
@@ -76,8 +83,8 @@ void bind_nearest(py::module_& m) {
       .def_readonly("scan_seconds", &nearest::Work::scan_seconds)
       .def_readonly("gave_up", &nearest::Work::gave_up);
 
-  m.def("nearest_encode_bytes", &nearest::encode_bytes, unlocked, py::arg("rows"), py::arg("basis"),
-        py::arg("queries"), py::arg("code"), py::arg("threads"), "Codes of uint8 rows.");
+  m.def("nearest_encode_bytes", &nearest::encode_bytes, unlocked, py::arg("rows"), py::arg("basis"), py::arg("queries"),
+        py::arg("code"), py::arg("threads"), "Codes of uint8 rows.");
   m.def(
       "nearest_encode_coordinates",
       [](Address coordinates, Address squared_norms, std::int64_t count, int steps, int levels, double scale,
@@ -85,13 +92,13 @@ void bind_nearest(py::module_& m) {
         nearest::encode_coordinates(at<const double>(coordinates), at<const double>(squared_norms), count,
                                     {steps, levels}, scale, queries, code, threads);
       },
-      unlocked, py::arg("coordinates"), py::arg("squared_norms"), py::arg("count"), py::arg("steps"),
-      py::arg("levels"), py::arg("scale"), py::arg("queries"), py::arg("code"), py::arg("threads"),
+      unlocked, py::arg("coordinates"), py::arg("squared_norms"), py::arg("count"), py::arg("steps"), py::arg("levels"),
+      py::arg("scale"), py::arg("queries"), py::arg("code"), py::arg("threads"),
       "Codes of float rows, from their float64 coordinates.");
   m.def(
       "nearest_search_filtered",
-      [](const nearest::Index& index, const nearest::Rows& queries, const nearest::Code& code, int k,
-         double allowance, Address distances, Address indices, int threads) {
+      [](const nearest::Index& index, const nearest::Rows& queries, const nearest::Code& code, int k, double allowance,
+         Address distances, Address indices, int threads) {
         const nearest::Answer answer{at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)};
         return nearest::search_filtered(index, queries, code, k, allowance, answer, threads);
       },
@@ -108,6 +115,63 @@ void bind_nearest(py::module_& m) {
       py::arg("threads"), "Exact k nearest rows by all pairs.");
 }
 
+#ifdef DIFFMEM_WITH_CUDA
+void bind_nearest_cuda(py::module_& m) {
+  namespace cuda = diffmem::nearest::cuda;
+  using std::int64_t;
+  using Address = std::uintptr_t;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  const auto check = [](int code) {
+    if (code != cuda::kOk) throw std::runtime_error(std::string("nearest (CUDA): ") + cuda::error_string(code));
+  };
+
+  m.attr("nearest_cuda_max_neighbors") = cuda::kMaxNeighbors;
+  m.def("nearest_cuda_centred_row", &cuda::centred_row, py::arg("d"), "Bytes of one centred image of d values.");
+  m.def(
+      "nearest_cuda_centre",
+      [check](Address images, int64_t n, int64_t d, Address centred, Address norms, Address stream) {
+        check(cuda::centre(at<const std::uint8_t>(images), n, d, at<std::int8_t>(centred), at<int64_t>(norms),
+                           at<void>(stream)));
+      },
+      py::arg("images"), py::arg("n"), py::arg("d"), py::arg("centred"), py::arg("norms"), py::arg("stream"),
+      Unlocked(), "uint8 [n, d] -> int8 [n, centred_row(d)] and int64 norms [n]; see nearest_cuda.h.");
+  m.def(
+      "nearest_cuda_search_workspace",
+      [check](int64_t queries, int64_t n, int64_t d, int k) {
+        int64_t bytes = 0;
+        check(cuda::search_workspace(queries, n, d, k, &bytes));
+        return bytes;
+      },
+      py::arg("queries"), py::arg("n"), py::arg("d"), py::arg("k"), Unlocked(),
+      "Bytes of workspace that nearest_cuda_search needs on the current device.");
+  m.def(
+      "nearest_cuda_search",
+      [check](Address query_images, Address query_norms, int64_t queries, Address training_images,
+              Address training_norms, int64_t n, int64_t d, int k, Address workspace, int64_t workspace_bytes,
+              Address indices, Address squared_distances, Address stream) {
+        check(cuda::search(at<const std::int8_t>(query_images), at<const int64_t>(query_norms), queries,
+                           at<const std::int8_t>(training_images), at<const int64_t>(training_norms), n, d, k,
+                           at<void>(workspace), workspace_bytes, at<int64_t>(indices), at<int64_t>(squared_distances),
+                           at<void>(stream)));
+      },
+      py::arg("query_images"), py::arg("query_norms"), py::arg("queries"), py::arg("training_images"),
+      py::arg("training_norms"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("workspace"),
+      py::arg("workspace_bytes"), py::arg("indices"), py::arg("squared_distances"), py::arg("stream"), Unlocked(),
+      "Brute force on int8 tensor cores; see nearest_cuda.h.");
+  m.def(
+      "nearest_cuda_refine",
+      [check](Address query_images, int64_t queries, Address training_images, int64_t n, int64_t d, Address candidates,
+              Address offsets, int k, Address indices, Address squared_distances, Address stream) {
+        check(cuda::refine(at<const std::uint8_t>(query_images), queries, at<const std::uint8_t>(training_images), n, d,
+                           at<const int64_t>(candidates), at<const int64_t>(offsets), k, at<int64_t>(indices),
+                           at<int64_t>(squared_distances), at<void>(stream)));
+      },
+      py::arg("query_images"), py::arg("queries"), py::arg("training_images"), py::arg("n"), py::arg("d"),
+      py::arg("candidates"), py::arg("offsets"), py::arg("k"), py::arg("indices"), py::arg("squared_distances"),
+      py::arg("stream"), Unlocked(), "Exact distances of listed pairs; see nearest_cuda.h.");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -120,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
   bind_nearest(m);
 #ifdef DIFFMEM_WITH_CUDA
   m.attr("with_cuda") = true;
+  bind_nearest_cuda(m);
 #else
   m.attr("with_cuda") = false;
 #endif

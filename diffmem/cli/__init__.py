@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -41,7 +42,15 @@ def main(args: list[str] | None = None) -> None:
 
     0 success, 1 failure (or a gate that closed), 2 wrong usage, 130 interrupted.
     """
-    sys.exit(_run(args))
+    status = _run(args)
+    if status == INTERRUPTED:
+        # CPython ends a process by SIGINT, whatever its exit status, when an interrupt once passed through an exec()
+        # (as those of dataclasses during an import). So it is ended here, after what is owed at exit is done.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(args: list[str] | None) -> int:

@@ -104,7 +104,10 @@ def audit_command(
 
         def load(source: str, first: int | None = None):
             options = {"resize": resize, "color": color, "skip_bad": skip_bad, "cache": cache}
-            return load_images(source, limit=first, progress=progress, **options)
+            images = load_images(source, limit=first, progress=progress, **options)
+            for note in images.notes if is_first_rank() else ():
+                click.echo(f"note: {note}", err=True)
+            return images
 
         generated, training = load(generated, limit), load(training)
         result = audit(

@@ -17,7 +17,15 @@ from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
 from diffmem.memorization.statistics import wilson_interval
 from diffmem.progress import Progress, silent
-from diffmem.search import DistinctNeighbors, DuplicateGroups, Neighbors, SearchIndex, TrainingIndex, find_duplicates
+from diffmem.search import (
+    DistinctNeighbors,
+    DuplicateGroups,
+    FaissIndex,
+    Neighbors,
+    SearchIndex,
+    TrainingIndex,
+    find_duplicates,
+)
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -212,7 +220,12 @@ def audit(
     if unseen is not None:
         _check_sets(unseen, training, "holdout")
 
-    groups = find_duplicates(training.images, duplicate_radius, flip=flip, progress=progress)
+    if index is None:
+        index = TrainingIndex(training, device=device)
+    elif len(index) != len(training):
+        raise InputError(f"the index holds {len(index):,} images, the training set {len(training):,}: build it anew")
+    exact = None if isinstance(index, FaissIndex) else index
+    groups = find_duplicates(training.images, duplicate_radius, flip=flip, index=exact, progress=progress)
     if groups.distinct < 2:
         raise InputError(
             f"the rule needs at least two distinct training images; {training.source} holds {len(training)} "
@@ -223,10 +236,6 @@ def audit(
             f"all {len(training)} training images are duplicates of each other within radius {duplicate_radius}: "
             "choose a smaller duplicate radius"
         )
-    if index is None:
-        index = TrainingIndex(training, device=device)
-    elif len(index) != len(training):
-        raise InputError(f"the index holds {len(index):,} images, the training set {len(training):,}: build it anew")
     search = DistinctNeighbors(index, training.images, groups, flip=flip, progress=progress)
     settings = {
         "threshold": str(exact_threshold),

@@ -152,7 +152,7 @@ def test_output_folder_that_cannot_be_written(folder, tmp_path):
 def test_interrupt_leaves_nothing_half_written(folder, tmp_path):
     """Ctrl-C in the middle of a large audit."""
     random = np.random.default_rng(0)
-    np.save(tmp_path / "noise.npy", random.integers(0, 256, (20_000, 3, 32, 32), dtype=np.uint8))
+    np.save(tmp_path / "noise.npy", random.integers(0, 256, (40_000, 3, 32, 32), dtype=np.uint8))
     out = tmp_path / "report"
     command = [*DIFFMEM, "audit", tmp_path / "noise.npy", tmp_path / "noise.npy", "--out", out]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
