@@ -15,6 +15,7 @@ struct V {
   static Int zero() { return _mm256_setzero_si256(); }
   static Int load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store(void* p, Int a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+  static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int broadcast(std::int32_t a) { return _mm256_set1_epi32(a); }
   static Int madd(Int acc, Int a, Int b) {
     // In assembly: from the intrinsics GCC hoists a step's broadcasts to its top and spills half of the accumulators

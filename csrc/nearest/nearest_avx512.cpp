@@ -18,6 +18,7 @@ struct V {
   static Int zero() { return _mm512_setzero_si512(); }
   static Int load(const void* p) { return _mm512_loadu_si512(p); }
   static void store(void* p, Int a) { _mm512_storeu_si512(p, a); }
+  static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int broadcast(std::int32_t a) { return _mm512_set1_epi32(a); }
   static Int madd(Int acc, Int a, Int b) { return _mm512_dpwssd_epi32(acc, a, b); }
   static std::uint32_t greater(Int a, Int b) { return _mm512_cmpgt_epi32_mask(a, b); }

@@ -38,6 +38,10 @@ struct V {
     return a;
   }
   static void store(void* p, const Int& a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static Int add(Int a, const Int& b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
   static Int broadcast(std::int32_t a) {
     Int r;
     for (std::int32_t& lane : r.lane) lane = a;
@@ -411,7 +415,7 @@ void encode_coordinates(const double* coordinates, const double* squared_norms, 
 namespace {
 
 constexpr std::int64_t kBlockPanels = 64;  // 1024 points: their coarse code and finest rows fit the L2 cache
-constexpr std::int64_t kQueryChunk = 1024;
+constexpr std::int64_t kQueryChunk = 2048;    // queries that meet a block, and its rows in the L3 cache, at a time
 constexpr std::int64_t kSeedMembers = 512;  // points of the nearest clusters whose bounds pick the seeds
 constexpr int kSeeds = 8;
 
@@ -574,6 +578,7 @@ class Filtered {
           bool nearer = false;
           for (std::size_t c = 0; c < kept; ++c) {
             const std::int64_t position = base + candidates[c];
+            if (c + 1 < kept) prefetch(row<Row>(index_.rows, index_.order[base + candidates[c + 1]]));
             const Distance value = exact(first + q, position, limit);
             if (value > limit || !best.offer(value, index_.order[position])) continue;
             if (best.worst() < limit) {
@@ -592,6 +597,12 @@ class Filtered {
       if (static_cast<double>(refined_) > allowance_ * static_cast<double>(bounded_ + 4 * kBlockPanels * kPanel)) gave_up_ = true;
       if (gave_up_) return;
     }
+  }
+
+  void prefetch(const Row* next) const {
+    // The first KiB; from there on the processor's own prefetcher sees the stream.
+    const std::int64_t bytes = std::min<std::int64_t>(1024, index_.rows.d * sizeof(Row));
+    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + at);
   }
 
   // Positions of the set bits of `panels` masks, below `points`.

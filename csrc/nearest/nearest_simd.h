@@ -66,14 +66,26 @@ void scan(std::size_t steps, const std::int16_t* strip, const std::int32_t* thre
   }
 }
 
-inline typename V::Int row_products(const std::int16_t* query, const std::int16_t* row) {
-  typename V::Int acc = V::zero();
-  for (int j = 0; j < kRow; j += 2 * V::kLanes) acc = V::madd(acc, V::load(query + j), V::load(row + j));
-  return acc;
-}
+// A query's fine row, held in registers while it meets many points' rows.
+class QueryRow {
+ public:
+  explicit QueryRow(const std::int16_t* query) {
+    for (int j = 0; j < kParts; ++j) part_[j] = V::load(query + 2 * V::kLanes * j);
+  }
+  typename V::Int products(const std::int16_t* row) const {
+    typename V::Int acc = V::zero();
+    for (int j = 0; j < kParts; ++j) acc = V::madd(acc, part_[j], V::load(row + 2 * V::kLanes * j));
+    return acc;
+  }
+
+ private:
+  static constexpr int kParts = kRow / (2 * V::kLanes);
+  typename V::Int part_[kParts];
+};
 
 std::size_t filter(const std::int16_t* query, const std::int16_t* rows, std::int32_t* candidates, std::int32_t* dots,
                    std::size_t count, std::int32_t threshold) {
+  const QueryRow x(query);
   std::size_t kept = 0;
   std::size_t c = 0;
   const auto keep = [&](std::size_t from, std::int32_t dot, const std::int16_t* row) {
@@ -85,25 +97,25 @@ std::size_t filter(const std::int16_t* query, const std::int16_t* rows, std::int
     const std::int16_t* row[4];
     for (int i = 0; i < 4; ++i) row[i] = rows + static_cast<std::size_t>(candidates[c + i]) * kRow;
     std::int32_t sums[4];
-    V::sum4(row_products(query, row[0]), row_products(query, row[1]), row_products(query, row[2]),
-            row_products(query, row[3]), sums);
+    V::sum4(x.products(row[0]), x.products(row[1]), x.products(row[2]), x.products(row[3]), sums);
     for (int i = 0; i < 4; ++i) keep(c + i, dots[c + i] + sums[i], row[i]);
   }
   for (; c < count; ++c) {
     const std::int16_t* row = rows + static_cast<std::size_t>(candidates[c]) * kRow;
-    keep(c, dots[c] + V::sum(row_products(query, row)), row);
+    keep(c, dots[c] + V::sum(x.products(row)), row);
   }
   return kept;
 }
 
 void score(const std::int16_t* query, const std::int16_t* rows, std::size_t count, std::int32_t* scores) {
+  const QueryRow x(query);
   std::size_t r = 0;
   for (; r + 4 <= count; r += 4, rows += 4 * kRow) {
-    V::sum4(row_products(query, rows), row_products(query, rows + kRow), row_products(query, rows + 2 * kRow),
-            row_products(query, rows + 3 * kRow), scores + r);
+    V::sum4(x.products(rows), x.products(rows + kRow), x.products(rows + 2 * kRow), x.products(rows + 3 * kRow),
+            scores + r);
     for (int i = 0; i < 4; ++i) scores[r + i] += pair_at(rows + (i + 1) * kRow - 2);
   }
-  for (; r < count; ++r, rows += kRow) scores[r] = V::sum(row_products(query, rows)) + pair_at(rows + kRow - 2);
+  for (; r < count; ++r, rows += kRow) scores[r] = V::sum(x.products(rows)) + pair_at(rows + kRow - 2);
 }
 
 void pack_panel(const std::uint8_t* points, std::size_t stride, std::size_t rows, std::size_t d, std::int16_t* panel) {
@@ -126,10 +138,18 @@ std::int64_t distance_u8(const std::uint8_t* x, const std::uint8_t* y, std::size
   std::int64_t total = 0;
   std::size_t j = 0;
   while (j + V::kBytes <= d) {
-    typename V::Int acc = V::zero();
+    typename V::Int even = V::zero();
+    typename V::Int odd = V::zero();
     const std::size_t end = d - j < kStride ? d : j + kStride;
-    for (; j + V::kBytes <= end; j += V::kBytes) acc = V::square_difference(acc, x + j, y + j);
-    total += V::sum(acc);
+    for (; j + 2 * V::kBytes <= end; j += 2 * V::kBytes) {
+      even = V::square_difference(even, x + j, y + j);
+      odd = V::square_difference(odd, x + j + V::kBytes, y + j + V::kBytes);
+    }
+    if (j + V::kBytes <= end) {
+      even = V::square_difference(even, x + j, y + j);
+      j += V::kBytes;
+    }
+    total += V::sum(V::add(even, odd));
     if (total > limit) return total;
   }
   for (; j < d; ++j) {

@@ -6,8 +6,8 @@ faiss           FAISS's flat index proposes, exact integers decide; an answer th
                 got wrong is certified, the others are searched again by int8 products.
 
 All give the same answer. The certificate: FAISS's squared distances a of centred images differ from the true ones by
-at most ε = 3γ (‖x‖ + Y)², γ = (d + 2)u / (1 − (d + 2)u), Y the largest norm of a training image
-(`diffmem.ops.nearest.blocked`; u = 2^-23 allows for sums that are cut off instead of rounded; centred bytes are exact in
+at most ε = 3γ (‖x‖ + Y)², γ = (d + 2)u / (1 − (d + 2)u), Y the largest norm of a training image (see
+`diffmem.ops.nearest.blocked`; u = 2^-23 allows for sums that are cut off instead of rounded; centred bytes are exact in
 every format FAISS multiplies in, TF32 included). Images that were not proposed have a ≥ a_max, the largest proposed, so
 a true distance ≥ a_max − ε. If the k-th exact distance of the proposed is below that, no other image can belong to the
 answer, ties included.

@@ -61,7 +61,7 @@ class TrainingIndex:
         "reference" (`diffmem.ops.nearest`), or "auto": filtered where bounds prune and dense where they do not, decided
         by measuring while it searches; on a GPU the fastest of the ways of `diffmem.search.gpu`, by measurement at the
         first query. All these give the same exact answer. "faiss" may miss neighbours (`FaissIndex`).
-    components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 120.
+    components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
     factory: FAISS's factory string, for "faiss"; for its other options make a `FaissIndex` and pass that around.
     device: "cpu", "cuda" or "auto" (a GPU where there is one).
     Raises InputError for an empty set, other dtypes, or a method that cannot be used here.
