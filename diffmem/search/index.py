@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.nearest import nearest
-from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.ops.nearest import nearest, nearest_native
+from diffmem.ops.registry import native_unavailable
 from diffmem.progress import Progress, silent
 from diffmem.search import filtered, stored
 from diffmem.search.faiss_index import FaissIndex, FaissStats
@@ -291,31 +291,16 @@ class _Search:
 
     def _dense(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         start = time.perf_counter()
-        answer = search_dense(self.index.rows, queries, self.k)
+        squared, indices = nearest_native(queries, self.index.rows, self.k)
         self._count("dense", time.perf_counter() - start)
         self.dense_queries += len(queries)
-        return answer
+        return squared.numpy(), indices.numpy()
 
     def _dense_seconds_per_pair(self, queries: torch.Tensor) -> float:
         """Measured once, on a part small beside the query."""
         if self.index._dense_seconds_per_pair is None:
             rows, some = self.index.rows[:2048], queries[:96]
             start = time.perf_counter()
-            search_dense(rows, some, 1)
+            nearest_native(some, rows, 1)
             self.index._dense_seconds_per_pair = (time.perf_counter() - start) / (len(rows) * len(some))
         return self.index._dense_seconds_per_pair
-
-
-def search_dense(rows: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances and indices [Q, k] from all pairs of rows."""
-    squared = np.empty((len(queries), k), np.int64 if queries.dtype == torch.uint8 else np.float64)
-    indices = np.empty((len(queries), k), np.int64)
-    native_module().nearest_search_dense(
-        filtered.native_rows(rows),
-        filtered.native_rows(queries),
-        k,
-        squared.ctypes.data,
-        indices.ctypes.data,
-        torch.get_num_threads(),
-    )
-    return squared, indices
