@@ -24,7 +24,8 @@ SMALL = 1024  # training sets below this are searched densely by "auto": a code 
 PROBE = 64  # queries of a block that are tried first when it is open whether the bounds prune
 ALLOWANCE = 0.25  # share of pairs refined beyond which "auto" gives a block up: refining costs about 3 dense pairs
 FILTERED_PAIRS = 1 << 31  # pairs per call of the core, between which progress is told and Ctrl-C is heeded
-DENSE_PRODUCTS = 1 << 39
+DENSE_PRODUCTS = 1 << 39  # multiplications per call, for the same reason
+TRIFLE = 1 << 27  # multiplications that "auto" does not try to avoid
 QUERY_BLOCK = 4096
 
 
@@ -217,6 +218,8 @@ class _Search:
             return self._dense(queries)
         if self.index.method == "filtered":
             return self._filtered(queries, 1.0)
+        if len(queries) * self.index.rows.numel() <= TRIFLE:
+            return self._dense(queries)
         if not self.trusted and len(queries) > 4 * PROBE:
             probe = queries[torch.linspace(0, len(queries) - 1, PROBE).long()]
             before = self.filtered_queries
