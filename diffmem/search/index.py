@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.ops.nearest import nearest, nearest_native
 from diffmem.ops.registry import native_unavailable
@@ -93,9 +94,7 @@ class TrainingIndex:
     def _prepare(self, rows: torch.Tensor, method: str, device: str) -> None:
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self._faiss: FaissIndex | None = None
         # Rows whose values are not adjacent are copied: the core reads whole rows.
         self.rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
