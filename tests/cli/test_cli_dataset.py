@@ -19,11 +19,15 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
+def invoke(*arguments):
+    return CliRunner().invoke(cli, ["dataset", *map(str, arguments)])
+
+
 def test_a_set_is_made_twice_alike(tmp_path):
     arguments = ("--size", 100, "--classes", 5, "--labels", "random:3", "--label-seed", 7, "--resize", 6)
-    for name in ("a.zip", "b.zip"):
-        result = run("builtin:digits", tmp_path / name, *arguments, "--json")
-        assert result.returncode == 0, result.stderr
+    assert invoke("builtin:digits", tmp_path / "a.zip", *arguments).exit_code == 0
+    result = run("builtin:digits", tmp_path / "b.zip", *arguments, "--json")  # another process
+    assert result.returncode == 0, result.stderr
     assert len({hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("a.zip", "b.zip")}) == 1
     with zipfile.ZipFile(tmp_path / "b.zip") as archive:
         manifest = json.loads(archive.read("manifest.json"))
@@ -36,13 +40,13 @@ def test_a_set_is_made_twice_alike(tmp_path):
 def test_summary_of_a_mixture(tmp_path):
     digits = load_images("builtin:digits")
     write_edm_zip(digits.select(slice(900, None)), tmp_path / "other.zip")
-    result = run(
+    result = invoke(
         "builtin:digits", tmp_path / "a", "--limit", 900, "--size", 200, "--mix", tmp_path / "other.zip",
         "--share", 0.25, "--class", 3,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert f"{tmp_path}/a: 200 images of 1x8x8, 10 classes." in result.stdout
-    assert "mixed(other=other.zip, share=0.25, class_index=3, seed=None)" in result.stdout
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/a: 200 images of 1x8x8, 10 classes." in result.output
+    assert "mixed(other=other.zip, share=0.25, class_index=3, seed=None)" in result.output
     changed = load_images(tmp_path / "a").images != class_balanced(digits.select(slice(900)), 200).images
     assert changed.any(axis=(1, 2, 3)).sum() == 5
 
@@ -63,7 +67,7 @@ def test_wrong_usage(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     write_edm_zip(load_images("builtin:digits", limit=3), "source.zip")
     before = (tmp_path / "source.zip").read_bytes()
-    result = CliRunner().invoke(cli, ["dataset", *arguments])
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())
     assert [path.name for path in tmp_path.iterdir()] == ["source.zip"]
@@ -84,7 +88,7 @@ def test_wrong_usage(tmp_path, monkeypatch, arguments, words):
 def test_what_cannot_be_made(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    result = CliRunner().invoke(cli, ["dataset", "builtin:digits", *arguments])
+    result = invoke("builtin:digits", *arguments)
     assert isinstance(result.exception, InputError)
     assert words in str(result.exception)
     assert "\n" not in str(result.exception)
