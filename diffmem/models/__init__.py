@@ -1,0 +1,23 @@
+"""Denoisers of the EDM family: networks, preconditioning, checkpoints, and EDM's own snapshots read safely."""
+
+from __future__ import annotations
+
+from diffmem.models.config import PRESETS, ADMConfig, DenoiserConfig, UNetConfig, preset
+from diffmem.models.denoiser import Denoiser
+from diffmem.models.networks import ADM, UNet
+from diffmem.models.preconditioning import EDM, IDDPM, VE, VP
+
+__all__ = [
+    "ADM",
+    "EDM",
+    "IDDPM",
+    "PRESETS",
+    "VE",
+    "VP",
+    "ADMConfig",
+    "Denoiser",
+    "DenoiserConfig",
+    "UNet",
+    "UNetConfig",
+    "preset",
+]
