@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffmem.models.checkpoint import import_edm, load, save
 from diffmem.models.config import PRESETS, ADMConfig, DenoiserConfig, UNetConfig, preset
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.networks import ADM, UNet
@@ -19,5 +20,8 @@ __all__ = [
     "DenoiserConfig",
     "UNet",
     "UNetConfig",
+    "import_edm",
+    "load",
     "preset",
+    "save",
 ]

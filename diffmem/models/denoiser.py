@@ -27,7 +27,8 @@ class Denoiser(nn.Module):
         iddpm = isinstance(config.preconditioning, IDDPM)
         kind = UNet if isinstance(config.network, UNetConfig) else ADM
         self.model = kind(config.network, config.network.channels * (2 if iddpm else 1))
-        levels = torch.tensor(config.preconditioning.levels) if iddpm else None
+        # On a device with memory even where the network is laid out on "meta".
+        levels = torch.tensor(config.preconditioning.levels, device="cpu") if iddpm else None
         self.register_buffer("levels", levels, persistent=False)
         self.to(memory_format=torch.channels_last)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -20,7 +22,7 @@ def group_norm_silu(
     def per_channel(values: torch.Tensor) -> torch.Tensor:
         return values.reshape(*values.shape, *[1] * (x.ndim - 2))
 
-    grouped = x.reshape(len(x), num_groups, x.shape[1] // num_groups, -1)
+    grouped = x.reshape(len(x), num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:]))
     mean = grouped.mean(dim=(2, 3), keepdim=True)
     variance = (grouped - mean).square().mean(dim=(2, 3), keepdim=True)
     y = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape)
