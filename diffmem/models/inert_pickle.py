@@ -48,15 +48,15 @@ class Name:
 
 
 class Budget:
-    """How many bytes and items names may still build: no more than the file itself holds."""
+    """How many bytes and items names may still build: a few times what the file holds, as storages pass through twice."""
 
-    def __init__(self, limit: int):
-        self.left = limit
+    def __init__(self, file_size: int):
+        self.left = 4 * file_size
 
     def charge(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise Refused("a stream that expands to more than its own size")
+            raise Refused("a stream that expands to several times its own size")
 
 
 def plain_names(budget: Budget) -> dict[tuple[str, str], Name]:
@@ -173,8 +173,8 @@ def read_pickle(
             if operation in ("PROTO", "FRAME"):
                 continue
             if operation == "STOP":
-                if len(stack) != 1:
-                    raise Damaged(f"{len(stack)} values where one was expected")
+                if len(stack) != 1 or stack[0] is _MARK:
+                    raise Damaged(f"{len(stack)} values or marks where one value was expected")
                 return stack[0]
             if operation in _CONSTANTS:
                 stack.append(_CONSTANTS[operation])

@@ -121,7 +121,19 @@ def _read_stream(data: memoryview, budget: Budget, nested: bool) -> Any:
     system = read_pickle(stream, names)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Damaged("a torch.save stream that is not little-endian")
-    value = read_pickle(stream, names, lambda identity: _mentioned_storage(identity, storages))
+
+    def persistent(identity: Any) -> Storage | Name:
+        # Classes of modules come with their source, which is as inert as their name.
+        if (
+            isinstance(identity, tuple)
+            and len(identity) == 4
+            and identity[0] == "module"
+            and isinstance(identity[1], Name)
+        ):
+            return identity[1]
+        return _mentioned_storage(identity, storages)
+
+    value = read_pickle(stream, names, persistent)
     keys = read_pickle(stream, names)
     if not isinstance(keys, list) or set(map(str, keys)) != set(storages):
         raise Damaged("a torch.save stream whose list of storages does not match")
