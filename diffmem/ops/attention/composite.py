@@ -14,6 +14,7 @@ def attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
     packed = qkv.reshape(batch, num_heads, head_channels, 3, height * width)
     q, k, v = packed.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
     attended = F.scaled_dot_product_attention(q, k, v)
-    # Channels last in memory, like everything else in the networks.
+    if qkv.is_contiguous():
+        return attended.permute(0, 1, 3, 2).reshape(batch, channels // 3, height, width)
     attended = attended.permute(0, 2, 1, 3).reshape(batch, height, width, channels // 3)
     return attended.permute(0, 3, 1, 2)
