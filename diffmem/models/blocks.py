@@ -1,6 +1,7 @@
 """The parts both network families are built of: resampling, embeddings of the noise level, the residual block.
 
-Parameters bear the names of EDM's networks, so that state dicts load as they are. Feature maps are channels_last in memory.
+Parameters bear the names of EDM's networks, so that state dicts load as they are. Feature maps are channels_last in
+memory.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class FourierEmbedding(nn.Module):
 class LabelEmbedding(nn.Module):
     """A linear layer over one-hot labels that never builds one.
 
-    Class indices (B,) int64 look up columns of the weight (out, label_dim), which is kept column by column in memory, so that
-    a label's column, and its gradient, is one contiguous row; float vectors (B, label_dim) are multiplied. `gain` is what a
-    one-hot's 1 would be multiplied by.
+    Class indices (B,) int64 look up columns of the weight (out, label_dim), which is kept column by column in memory,
+    so that a label's column, and its gradient, is one contiguous row; float vectors (B, label_dim) are multiplied.
+    `gain` is what a one-hot's 1 would be multiplied by.
     """
 
     def __init__(self, label_dim: int, out_features: int, bias: bool, gain: float = 1.0):
@@ -85,8 +86,9 @@ def resample_filter(taps: tuple[int, ...]) -> torch.Tensor:
 def resample(x: torch.Tensor, taps: torch.Tensor, direction: str) -> torch.Tensor:
     """x (B, C, H, W) at half or double resolution, see Resample."""
     if taps.shape[-1] == 2:
-        # Averages of 2×2 and copies of each pixel, which every backend does faster than a grouped convolution. The filter of
-        # two taps is (½, ½) in every network; another one would have to be (a, 1 − a), which no configuration names.
+        # Averages of 2×2 and copies of each pixel, which every backend does faster than a grouped convolution. The
+        # filter of two taps is (½, ½) in every network; another one would have to be (a, 1 − a), which no
+        # configuration names.
         return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
     channels = x.shape[1]
     padding = (taps.shape[-1] - 1) // 2
@@ -162,10 +164,11 @@ class BlockStyle:
 
 
 class UNetBlock(nn.Module):
-    """A residual block: norm, SiLU, convolution, conditioning, norm, SiLU, dropout, convolution; attention where asked for.
+    """A residual block: norm, SiLU, convolution, conditioning, norm, SiLU, dropout, convolution; attention where asked
+    for.
 
-    `zero_channels`: how many of the in_channels, the last ones, are zeros of a disabled skip connection; the block is then
-    called with the others only.
+    `zero_channels`: how many of the in_channels, the last ones, are zeros of a disabled skip connection; the block is
+    then called with the others only.
     """
 
     def __init__(
@@ -239,8 +242,9 @@ class UNetBlock(nn.Module):
         y = F.conv2d(y, conv.weight[:, :live], conv.bias, padding=1)
         if live == self.in_channels:
             return y
-        # Groups of zeros only leave the norm as their bias, one constant per channel, the same for every image. Away from the
-        # border the convolution turns them into one constant per channel again; a 3×3 image has all the borders there are.
+        # Groups of zeros only leave the norm as their bias, one constant per channel, the same for every image. Away
+        # from the border the convolution turns them into one constant per channel again; a 3×3 image has all the
+        # borders there are.
         height, width = y.shape[2:]
         rows, columns = min(height, 3), min(width, 3)
         constant = F.silu(norm.bias[live:]).reshape(1, -1, 1, 1).expand(1, -1, rows, columns)
@@ -265,7 +269,8 @@ def _stretch(image: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 def initialize(module: nn.Module, gain: float, scheme: str) -> None:
-    """Draws a convolution's or linear layer's weights, times `gain`; biases are zero for "xavier" (Glorot and Bengio 2010).
+    """Draws a convolution's or linear layer's weights, times `gain`; biases are zero for "xavier" (Glorot and Bengio
+    2010).
 
     "default" is PyTorch's own, uniform within ±1/√fan_in for weights and biases (ADM).
     """

@@ -25,8 +25,8 @@ _CONFIG = "config.json"
 def save(denoiser: Denoiser, folder: str | Path) -> Path:
     """Writes the denoiser's configuration and weights to `folder` and returns it.
 
-    The folder is written beside its final name and renamed when whole; an older checkpoint of that name is replaced. Raises
-    InputError where the name is taken by something else or the place cannot be written to.
+    The folder is written beside its final name and renamed when whole; an older checkpoint of that name is replaced.
+    Raises InputError where the name is taken by something else or the place cannot be written to.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {_WEIGHTS, _CONFIG}):
@@ -50,9 +50,9 @@ def save(denoiser: Denoiser, folder: str | Path) -> Path:
 def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
     """The denoiser stored at `path`, in evaluation mode on `device`.
 
-    `path` is a checkpoint folder of `save`, or an EDM `network-snapshot-*.pkl` (its EMA weights) or `training-state-*.pt`, of
-    which nothing is executed. Raises InputError, naming the file and the fields that differ, where it is missing, damaged, not
-    of a known architecture, or refused.
+    `path` is a checkpoint folder of `save`, or an EDM `network-snapshot-*.pkl` (its EMA weights) or
+    `training-state-*.pt`, of which nothing is executed. Raises InputError, naming the file and the fields that differ,
+    where it is missing, damaged, not of a known architecture, or refused.
     """
     path = Path(path)
     if not path.exists():

@@ -51,7 +51,8 @@ def _check_shared(config: UNetConfig | ADMConfig) -> None:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """A network of the DDPM++ / NCSN++ family (Song et al., arXiv 2011.13456, as parametrized in EDM, arXiv 2206.00364).
+    """A network of the DDPM++ / NCSN++ family (Song et al., arXiv 2011.13456, as parametrized in EDM, arXiv
+    2206.00364).
 
     resolution      height and width of the images, pixels
     channels        colour channels of the images

@@ -16,8 +16,9 @@ from diffmem.models.preconditioning import IDDPM
 class Denoiser(nn.Module):
     """D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise), an estimate of the clean images behind x = y + σ·noise.
 
-    `config` says what it is made of; `model` is the network F, whose state dict has EDM's names under `model.`. `autocast_dtype`
-    (None, torch.bfloat16 or torch.float16) runs F in mixed precision on devices that have it; the rest stays float32.
+    `config` says what it is made of; `model` is the network F, whose state dict has EDM's names under `model.`.
+    `autocast_dtype` (None, torch.bfloat16 or torch.float16) runs F in mixed precision on devices that have it; the
+    rest stays float32.
     """
 
     def __init__(self, config: DenoiserConfig):
@@ -73,9 +74,9 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         """The denoised images (B, C, H, W), in the parameters' dtype (float32).
 
-        x (B, C, H, W) noisy images, noise added to [-1, 1]; sigma the noise level, one number or one per image; labels class
-        indices (B,) int64, or vectors (B, label_dim) floating, or None, which counts as all zeros; augment_labels
-        (B, augment_dim) or None. Raises InputError where shapes do not fit the network.
+        x (B, C, H, W) noisy images, noise added to [-1, 1]; sigma the noise level, one number or one per image; labels
+        class indices (B,) int64, or vectors (B, label_dim) floating, or None, which counts as all zeros;
+        augment_labels (B, augment_dim) or None. Raises InputError where shapes do not fit the network.
         """
         self._check(x, labels)
         dtype = self.model.map_layer0.weight.dtype

@@ -1,7 +1,7 @@
 """EDM's network snapshots and training states: the network's configuration and tensors, out of inert records.
 
-An object's record has the attributes of a `torch.nn.Module` (`_parameters`, `_buffers`, `_modules`) and the arguments of its
-constructor (`_init_args`, `_init_kwargs`), from which the configuration follows.
+An object's record has the attributes of a `torch.nn.Module` (`_parameters`, `_buffers`, `_modules`) and the arguments
+of its constructor (`_init_args`, `_init_kwargs`), from which the configuration follows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _LEADING_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16")
 _SHARED_FIELDS = {
     name: name
     for name in (
-        "label_dim", "augment_dim", "model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions",
-        "dropout",
+        "label_dim", "augment_dim", "model_channels", "channel_mult", "channel_mult_emb", "num_blocks",
+        "attn_resolutions", "dropout",
     )
 } | {"img_resolution": "resolution", "img_channels": "channels"}  # fmt: skip
 # Class name: our dataclass, argument → field, and defaults that differ from ours.
@@ -82,8 +82,9 @@ def config_from_edm(class_name: str, arguments: dict[str, Any]) -> DenoiserConfi
 def read_edm_snapshot(path: str | Path) -> tuple[DenoiserConfig, dict[str, torch.Tensor]]:
     """The configuration and state dict of the network in an EDM snapshot (its EMA weights) or training state.
 
-    `path` is a `network-snapshot-*.pkl` or a `training-state-*.pt`. Nothing in the file is executed: see `inert_pickle`. Raises
-    InputError for damaged files, and for anything that is not made of tensors, containers and EDM's networks.
+    `path` is a `network-snapshot-*.pkl` or a `training-state-*.pt`. Nothing in the file is executed: see
+    `inert_pickle`. Raises InputError for damaged files, and for anything that is not made of tensors, containers and
+    EDM's networks.
     """
     content = read_torch_file(path)
     network = None

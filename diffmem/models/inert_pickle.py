@@ -1,9 +1,9 @@
 """Pickles read without executing anything: a small interpreter of pickle's opcodes that knows a closed list of names.
 
-Python's own unpickler calls whatever a pickle names. Here a name is looked up in a table of functions of ours, which build
-plain values; any other name ends the reading with an error that says which. Nothing is imported, no attribute is looked up,
-no method of a value is called. Length claims are checked against the stream, and what a few bytes can be made to cost is
-bounded (`MAX_OPCODES`, and a budget for what the functions build).
+Python's own unpickler calls whatever a pickle names. Here a name is looked up in a table of functions of ours, which
+build plain values; any other name ends the reading with an error that says which. Nothing is imported, no attribute is
+looked up, no method of a value is called. Length claims are checked against the stream, and what a few bytes can be
+made to cost is bounded (`MAX_OPCODES`, and a budget for what the functions build).
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ def read_pickle(
 ) -> Any:
     """The value of the one pickle at the stream's position, which is left behind its end.
 
-    `names` lists every name the pickle may mention, by (module, name); `persistent` builds what a persistent id stands for.
-    Raises Refused for any other name or way to make an object, Damaged where the stream is cut short or malformed.
+    `names` lists every name the pickle may mention, by (module, name); `persistent` builds what a persistent id stands
+    for. Raises Refused for any other name or way to make an object, Damaged where the stream is cut short or
+    malformed.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}

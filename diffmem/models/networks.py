@@ -1,8 +1,8 @@
 """The networks F inside a denoiser: UNet (DDPM++ and NCSN++) and ADM.
 
-Both are called as `network(x, c_noise, labels, augment_labels)`: x (B, C, H, W) scaled images, c_noise (B,) or (1,), labels
-class indices (B,) int64 or vectors (B, label_dim), None for all zeros. Written from the papers: Song et al. (arXiv 2011.13456),
-Dhariwal and Nichol (arXiv 2105.05233), appendix F of Karras et al. (arXiv 2206.00364).
+Both are called as `network(x, c_noise, labels, augment_labels)`: x (B, C, H, W) scaled images, c_noise (B,) or (1,),
+labels class indices (B,) int64 or vectors (B, label_dim), None for all zeros. Written from the papers: Song et al.
+(arXiv 2011.13456), Dhariwal and Nichol (arXiv 2105.05233), appendix F of Karras et al. (arXiv 2206.00364).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How a network F becomes a denoiser D, D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise): VP, VE, iDDPM and EDM.
 
-Table 1 of the EDM paper (Karras et al., arXiv 2206.00364). Each is a frozen dataclass of its constants with `sigma_min` and
-`sigma_max`, the noise levels (standard deviations, images in [-1, 1]) between which it may be asked, and `coefficients`.
+Table 1 of the EDM paper (Karras et al., arXiv 2206.00364). Each is a frozen dataclass of its constants with
+`sigma_min` and `sigma_max`, the noise levels (standard deviations, images in [-1, 1]) between which it may be asked,
+and `coefficients`.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class VE:
 class IDDPM:
     """Improved DDPM (Nichol and Dhariwal, arXiv 2102.09672): M discrete noise levels u_0 > … > u_(M−1) > u_M = 0.
 
-    u_(j−1) = √((u_j² + 1)/max(ᾱ_(j−1)/ᾱ_j, C_1) − 1), ᾱ_j = sin²(½π·j/(M·(C_2 + 1))); c_noise counts from u_(M−1) upwards. The
-    network has twice the images' channels (the second half, its variances, is not used).
+    u_(j−1) = √((u_j² + 1)/max(ᾱ_(j−1)/ᾱ_j, C_1) − 1), ᾱ_j = sin²(½π·j/(M·(C_2 + 1))); c_noise counts from u_(M−1)
+    upwards. The network has twice the images' channels (the second half, its variances, is not used).
     """
 
     C_1: float = 0.001

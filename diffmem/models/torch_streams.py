@@ -1,8 +1,8 @@
 """What `torch.save` and `pickle.dump` write of tensors, read by the rules of `inert_pickle`.
 
-Three containers: a bare pickle whose storages are nested `torch.save` streams; torch's legacy stream (five pickles, then the
-storages' bytes); torch's zip archive (`data.pkl` beside one entry per storage). Tensors stay views of the file until they are
-asked for.
+Three containers: a bare pickle whose storages are nested `torch.save` streams; torch's legacy stream (five pickles,
+then the storages' bytes); torch's zip archive (`data.pkl` beside one entry per storage). Tensors stay views of the
+file until they are asked for.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class TensorRecord:
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """The value stored in a `.pkl` or `.pt` file, tensors as TensorRecord, objects as Record; nothing in it is executed.
+    """The value stored in a `.pkl` or `.pt` file, tensors as TensorRecord, objects as Record; nothing in it is
+    executed.
 
     Raises InputError, one line that names the file and what was refused or how it is damaged.
     """

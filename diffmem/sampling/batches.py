@@ -46,11 +46,12 @@ def sample_batches(
 ) -> Iterator[Samples]:
     """Yields the images of `seeds`, in order, `batch` at a time.
 
-    An image depends on its seed only: its generator, on the denoiser's device, draws the latent and then, where the denoiser
-    has labels and none are given, a class index. `labels` is one class for all images, or one entry per seed. `solver` "heun"
-    (18 steps, 35 network calls) or "dpm++" (14 steps and calls); solver_arguments go to it, see `diffmem.sampling.solvers`.
-    compile: True, False, or "auto": after the first batch has shown that the rest takes long enough to pay for it. Every batch
-    that is compiled has the same size, the last one filled up. Raises InputError for labels or classes that do not fit.
+    An image depends on its seed only: its generator, on the denoiser's device, draws the latent and then, where the
+    denoiser has labels and none are given, a class index. `labels` is one class for all images, or one entry per seed.
+    `solver` "heun" (18 steps, 35 network calls) or "dpm++" (14 steps and calls); solver_arguments go to it, see
+    `diffmem.sampling.solvers`. compile: True, False, or "auto": after the first batch has shown that the rest takes
+    long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. Raises
+    InputError for labels or classes that do not fit.
     """
     if solver not in SAMPLERS:
         raise InputError(f"solver is {solver!r}, but must be one of {', '.join(SAMPLERS)}")

@@ -1,8 +1,8 @@
 """Noise levels and the plan of a sampling run, computed once, in float64, on the host.
 
 The sampler of the EDM paper (Karras et al., arXiv 2206.00364, Table 1 and Algorithm 1) in all its variants, and
-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), become the same short list of stages: each asks the network once and forms
-linear combinations. What runs on the device knows nothing of schedules.
+DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), become the same short list of stages: each asks the network once and
+forms linear combinations. What runs on the device knows nothing of schedules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SOLVERS = ("euler", "heun")
 
 
 class Stage(NamedTuple):
-    """One call of the network: D = D(x·in_scale; sigma), v = p·x + q·D, then x ← keep·base + now·v + before·(the last v).
+    """One call of the network: D = D(x·in_scale; sigma), v = p·x + q·D, then x ← keep·base + now·v + before·(the last
+    v).
 
     `base` is the state at the start of the step, to which `starts_step` sets it; before that the state becomes
     carry·x + churn·noise.

@@ -1,7 +1,8 @@
 """Samplers: latents become images by integrating the probability flow of a denoiser.
 
-A denoiser is called as `denoiser(x, sigma, labels)`; its attributes `sigma_min`, `sigma_max` and `round_sigma` count where it has
-them. The state is float64, all noise levels come from the host in one transfer, and no step waits for the device.
+A denoiser is called as `denoiser(x, sigma, labels)`; its attributes `sigma_min`, `sigma_max` and `round_sigma` count
+where it has them. The state is float64, all noise levels come from the host in one transfer, and no step waits for the
+device.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def heun_sample(
 
     Algorithm 2 of Karras et al. (arXiv 2206.00364), deterministic (Algorithm 1) unless S_churn > 0.
 
-    latents (B, C, H, W) standard normal; steps of noise levels from sigma_max down to sigma_min, spaced by rho and clipped to
-    the denoiser's range; S_churn, S_min, S_max, S_noise the added noise, which `noise` draws once per step (default: torch's
-    own generator); labels as the denoiser takes them; compiled: run the network through torch.compile, once per shape. Raises
-    InputError for steps or ranges that make no sense.
+    latents (B, C, H, W) standard normal; steps of noise levels from sigma_max down to sigma_min, spaced by rho and
+    clipped to the denoiser's range; S_churn, S_min, S_max, S_noise the added noise, which `noise` draws once per step
+    (default: torch's own generator); labels as the denoiser takes them; compiled: run the network through
+    torch.compile, once per shape. Raises InputError for steps or ranges that make no sense.
     """
     check_steps(steps)
     low, high = noise_range(denoiser, sigma_min, sigma_max)
@@ -84,9 +85,10 @@ def general_sample(
 ) -> torch.Tensor:
     """Images (B, C, H, W) float64 by the general sampler of Table 1 of the EDM paper (arXiv 2206.00364).
 
-    solver "euler" or "heun" (alpha: where Heun's second slope is taken); discretization "vp", "ve", "iddpm" or "edm", with its
-    own default range of noise levels; schedule σ(t) "vp", "ve" or "linear"; scaling s(t) "vp" or "none"; epsilon_s the end of
-    VP's time; C_1, C_2, M iDDPM's levels. The rest as for heun_sample. Raises InputError for unknown names.
+    solver "euler" or "heun" (alpha: where Heun's second slope is taken); discretization "vp", "ve", "iddpm" or "edm",
+    with its own default range of noise levels; schedule σ(t) "vp", "ve" or "linear"; scaling s(t) "vp" or "none";
+    epsilon_s the end of VP's time; C_1, C_2, M iDDPM's levels. The rest as for heun_sample. Raises InputError for
+    unknown names.
     """
     check_steps(steps)
     vp_low, vp_high = (math.sqrt(math.expm1(0.5 * 19.9 * t**2 + 0.1 * t)) for t in (epsilon_s, 1.0))

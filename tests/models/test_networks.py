@@ -105,7 +105,8 @@ def test_fifty_thousand_labels_cost_rows_only():
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("channels", "zeros"), [(32, 16), (40, 24), (44, 12), (32, 31), (16, 1)])
 def test_a_disabled_skip_is_exactly_zeros(channels, zeros, size):
-    # 40 = 16 + 24 in 10 groups of 4; 44 = 32 + 12 in 11; 31 of 32: the group at the border mixes zeros and live channels.
+    # 40 = 16 + 24 in 10 groups of 4; 44 = 32 + 12 in 11; 31 of 32: the group at the border mixes zeros and live
+    # channels.
     torch.manual_seed(0)
     style = BlockStyle(1e-6, 0.7, False, None, False, (1, 1), 0.0, 8)
     block = UNetBlock(channels, 12, style, zero_channels=zeros).double()

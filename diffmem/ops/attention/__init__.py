@@ -22,10 +22,12 @@ _FUNCTIONS = {"pytorch": composite.attention, "reference": reference.attention}
 
 
 def attention(qkv: torch.Tensor, num_heads: int, impl: str | None = None) -> torch.Tensor:
-    """Attention of every pixel over all pixels, softmax(q·kᵀ/√c)·v per head, as a map (B, C, H, W) like qkv in dtype and layout.
+    """Attention of every pixel over all pixels, softmax(q·kᵀ/√c)·v per head, as a map (B, C, H, W) like qkv in dtype
+    and layout.
 
-    qkv (B, 3C, H, W) packs, per head, the channel axis as (c, 3), c = C/num_heads channels: channel 3·i + {0: q, 1: k, 2: v}
-    of a head (the layout of EDM's networks). `impl` forces an implementation. Raises InputError where 3C does not split so.
+    qkv (B, 3C, H, W) packs, per head, the channel axis as (c, 3), c = C/num_heads channels: channel 3·i + {0: q, 1: k,
+    2: v} of a head (the layout of EDM's networks). `impl` forces an implementation. Raises InputError where 3C does
+    not split so.
     """
     if qkv.ndim != 4 or num_heads < 1 or qkv.shape[1] % (3 * num_heads):
         raise InputError(

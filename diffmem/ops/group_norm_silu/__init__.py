@@ -34,11 +34,12 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """Group-normalized x, scaled, shifted and passed through SiLU, in x's shape, dtype and memory format.
 
-    y = (x − μ)/√(v + eps)·weight + bias with the mean μ and (biased) variance v of each image and group of channels (Wu and
-    He, arXiv 1803.08494); then y·(1 + scale) + shift (the adaptive form of ADM, arXiv 2105.05233); then y·sigmoid(y).
+    y = (x − μ)/√(v + eps)·weight + bias with the mean μ and (biased) variance v of each image and group of channels
+    (Wu and He, arXiv 1803.08494); then y·(1 + scale) + shift (the adaptive form of ADM, arXiv 2105.05233); then
+    y·sigmoid(y).
 
-    x (B, C, …) floating; num_groups divides C; weight, bias (C,); scale and shift both (B or 1, C), or both None; silu=False
-    stops before the SiLU. `impl` forces an implementation. Raises InputError where the shapes do not fit.
+    x (B, C, …) floating; num_groups divides C; weight, bias (C,); scale and shift both (B or 1, C), or both None;
+    silu=False stops before the SiLU. `impl` forces an implementation. Raises InputError where the shapes do not fit.
     """
     if x.ndim < 2 or x.shape[1] % num_groups:
         raise InputError(f"group_norm_silu: x {tuple(x.shape)} does not split into {num_groups} groups of channels")
