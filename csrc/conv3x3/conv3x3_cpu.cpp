@@ -1,0 +1,59 @@
+// Sharing a convolution's tiles among threads; conv3x3_avx2.cpp does the arithmetic.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "conv3x3/conv3x3.h"
+#include "cpu/features.h"
+
+namespace diffmem::conv3x3 {
+
+namespace {
+
+// Calls work(item) for all items in 0 … count − 1 on up to `threads` threads, the caller's among them.
+template <class MakeWorker>
+void share(std::int64_t count, int threads, const MakeWorker& make_worker) {
+  std::atomic<std::int64_t> next{0};
+  const auto run = [&] {
+    auto work = make_worker();
+    for (std::int64_t item = next++; item < count; item = next++) work(item);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < std::min<std::int64_t>(threads, count); ++i) others.emplace_back(run);
+  run();
+  for (std::thread& thread : others) thread.join();
+}
+
+struct Aligned {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+
+}  // namespace
+
+bool available() { return avx2::compiled() && cpu::level() >= cpu::Level::avx2; }
+
+std::int64_t packed_size(std::int64_t channels, std::int64_t outputs) { return 36 * channels * outputs; }
+
+void pack(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
+          float* packed, int threads) {
+  share(outputs / 16, threads, [&] {
+    return [&](std::int64_t panel) { avx2::pack_panels(weight, strides, channels, outputs, panel, panel + 1, packed); };
+  });
+}
+
+void forward(const Shape& shape, const float* x, const float* packed, const float* bias, float* y, int threads) {
+  const std::int64_t count = shape.batch * ((shape.height + 3) / 4) * ((shape.width + 3) / 4);
+  const std::int64_t blocks = (count + avx2::block_tiles - 1) / avx2::block_tiles;
+  share(blocks, threads, [&] {
+    std::shared_ptr<float[]> scratch(new (std::align_val_t{64}) float[avx2::scratch_size(shape)], Aligned{});
+    return [&, scratch](std::int64_t block) {
+      const std::int64_t first = block * avx2::block_tiles;
+      avx2::tiles(shape, x, packed, bias, first, std::min(count, first + avx2::block_tiles), y, scratch.get());
+    };
+  });
+}
+
+}  // namespace diffmem::conv3x3
