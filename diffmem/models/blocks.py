@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffmem.ops.attention import attention
+from diffmem.ops.conv3x3 import conv3x3
 from diffmem.ops.group_norm_silu import group_norm_silu
 
 
@@ -98,6 +99,16 @@ def resample(x: torch.Tensor, taps: torch.Tensor, direction: str) -> torch.Tenso
     return F.conv_transpose2d(x, kernel * 4, stride=2, padding=padding, groups=channels)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution, stride 1, zero padding 1, through `diffmem.ops.conv3x3`."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return conv3x3(x, self.weight, self.bias)
+
+
 class ResampleConv2d(nn.Conv2d):
     """A filter and a convolution, the filter first; `fused` first convolves and then filters while it skips pixels."""
 
@@ -116,7 +127,8 @@ class ResampleConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.fused:
-            return super().forward(resample(x, self.resample_filter, self.direction))
+            x = resample(x, self.resample_filter, self.direction)
+            return conv3x3(x, self.weight, self.bias) if self.kernel_size == (3, 3) else super().forward(x)
         # Zero padding of the convolution and of the filter both before the convolution, then no padding at all.
         margin = (self.resample_filter.shape[-1] - 1) // 2
         x = F.conv2d(x, self.weight, None, padding=self.kernel_size[0] // 2 + margin)
@@ -186,14 +198,14 @@ class UNetBlock(nn.Module):
 
         def convolution(outputs: int, kernel: int) -> nn.Conv2d:
             if resample is None:
-                return nn.Conv2d(in_channels, outputs, kernel, padding=kernel // 2)
+                return Conv3x3(in_channels, outputs) if kernel == 3 else nn.Conv2d(in_channels, outputs, kernel)
             return ResampleConv2d(in_channels, outputs, kernel, resample, style.taps)
 
         self.norm0 = GroupNorm(in_channels, style.eps)
         self.conv0 = convolution(out_channels, 3)
         self.affine = nn.Linear(style.emb_channels, out_channels * (2 if style.adaptive else 1))
         self.norm1 = GroupNorm(out_channels, style.eps)
-        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(out_channels, out_channels)
         self.skip: nn.Module | None = None
         if in_channels != out_channels or (resample is not None and not style.resample_skip):
             self.skip = convolution(out_channels, 1)
@@ -239,7 +251,7 @@ class UNetBlock(nn.Module):
             norm.bias[:live],
             norm.eps,
         )
-        y = F.conv2d(y, conv.weight[:, :live], conv.bias, padding=1)
+        y = conv3x3(y, conv.weight[:, :live], conv.bias)
         if live == self.in_channels:
             return y
         # Groups of zeros only leave the norm as their bias, one constant per channel, the same for every image. Away

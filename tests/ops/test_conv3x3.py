@@ -67,9 +67,10 @@ def test_opcheck(transposed):
 
 
 @needs_native
+@pytest.mark.parametrize("channels", [16, 24])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_against_float64(transposed):
-    x, weight, bias = case(6, 16, 32, 13, 16)
+def test_gradients_against_float64(transposed, channels):
+    x, weight, bias = case(6, channels, 32, 13, 16)
     kernel = weight.transpose(0, 1).contiguous() if transposed else weight
     leaves = [value.clone().requires_grad_() for value in (x, kernel, bias)]
     exact = [value.detach().double().requires_grad_() for value in leaves]
@@ -94,11 +95,11 @@ def test_other_implementations(impl):
 
 
 def test_problems_that_winograd_cannot_take():
-    x, weight, bias = case(64, 12, 16, 8, 8)
+    x, weight, bias = case(64, 12, 16, 8, 8)  # 12 channels
     torch.testing.assert_close(conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
     with pytest.raises(InputError, match="does not fit"):
         conv3x3(x, weight[:, :-1], bias)
     if AVAILABLE is None:
-        with pytest.raises(InputError, match="multiples of 16"):
+        with pytest.raises(InputError, match="multiples of 8"):
             conv3x3(x, weight, bias, impl="native")
         assert OP.choose("cpu") == "native"

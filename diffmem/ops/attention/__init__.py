@@ -21,6 +21,11 @@ OP = register(
 _FUNCTIONS = {"pytorch": composite.attention, "reference": reference.attention}
 
 
+@torch.compiler.assume_constant_result  # torch.compile is not to trace how the choice is made
+def _choose(device_type: str, impl: str | None) -> str:
+    return OP.choose(device_type, impl)
+
+
 def attention(qkv: torch.Tensor, num_heads: int, impl: str | None = None) -> torch.Tensor:
     """Attention of every pixel over all pixels, softmax(q·kᵀ/√c)·v per head, as a map (B, C, H, W) like qkv in dtype
     and layout.
@@ -33,4 +38,4 @@ def attention(qkv: torch.Tensor, num_heads: int, impl: str | None = None) -> tor
         raise InputError(
             f"attention: qkv {tuple(qkv.shape)} must be (B, 3C, H, W) with C a multiple of num_heads={num_heads}"
         )
-    return _FUNCTIONS[OP.choose(qkv.device.type, impl)](qkv, num_heads)
+    return _FUNCTIONS[_choose(qkv.device.type, impl)](qkv, num_heads)

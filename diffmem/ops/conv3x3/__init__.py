@@ -14,13 +14,20 @@ OP = register(
         "conv3x3",
         (
             Implementation(
-                "native", "Winograd F(4×4, 3×3), float32, channels multiples of 16; else PyTorch's", native.unavailable
+                "native",
+                "Winograd F(4×4, 3×3), float32, channels multiples of 8, outputs of 16; else PyTorch's",
+                native.unavailable,
             ),
             Implementation("pytorch", "torch.nn.functional.conv2d", always),
             Implementation("reference", "nine matrix products", always),
         ),
     )
 )
+
+
+@torch.compiler.assume_constant_result  # torch.compile is not to trace how the choice is made
+def _choose(device_type: str, impl: str | None) -> str:
+    return OP.choose(device_type, impl)
 
 
 def conv3x3(
@@ -36,13 +43,13 @@ def conv3x3(
         raise InputError(
             f"conv3x3: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; it must be (O, C, 3, 3)"
         )
-    chosen = OP.choose(x.device.type, impl)
+    chosen = _choose(x.device.type, impl)
     if chosen == "native":
         if native.fits(x, weight.shape[0]):
             return native.conv3x3_winograd(x, weight, bias, False)
         if impl == "native":
             raise InputError(
-                f"conv3x3: impl='native' takes float32 with channels in multiples of 16 and at least 64 tiles of 4×4 pixels, "
+                f"conv3x3: impl='native' takes float32, channels in multiples of 8, outputs of 16, at least 64 tiles of 4×4 pixels, "
                 f"not {x.dtype} x {tuple(x.shape)} and {weight.shape[0]} outputs"
             )
         chosen = "pytorch"

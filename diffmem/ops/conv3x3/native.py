@@ -7,6 +7,7 @@ weights is left to PyTorch.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from diffmem.ops.registry import native_module, native_unavailable
 
@@ -29,7 +30,7 @@ def fits(x: torch.Tensor, outputs: int) -> bool:
     batch, channels, height, width = x.shape
     return (
         x.dtype == torch.float32
-        and channels % 16 == 0
+        and channels % 8 == 0
         and outputs % 16 == 0
         and min(height, width) >= 4
         and batch * -(-height // 4) * -(-width // 4) >= _LEAST_TILES
@@ -87,7 +88,12 @@ def _backward(ctx, gradient):
     x, weight = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = conv3x3_winograd(gradient, weight, None, not ctx.transposed)
+        if x.shape[1] % 16 == 0 and gradient.shape[1] % 8 == 0:
+            grad_x = conv3x3_winograd(gradient, weight, None, not ctx.transposed)
+        elif ctx.transposed:
+            grad_x = F.conv2d(gradient, weight, padding=1)
+        else:
+            grad_x = F.conv_transpose2d(gradient, weight, padding=1)
     if ctx.needs_input_grad[1]:
         # Exchanging what goes in and what comes out turns the one kernel's gradient into the other's.
         inputs, outputs = (gradient, x) if ctx.transposed else (x, gradient)

@@ -21,6 +21,11 @@ OP = register(
 _FUNCTIONS = {"pytorch": composite.group_norm_silu, "reference": reference.group_norm_silu}
 
 
+@torch.compiler.assume_constant_result  # torch.compile is not to trace how the choice is made
+def _choose(device_type: str, impl: str | None) -> str:
+    return OP.choose(device_type, impl)
+
+
 def group_norm_silu(
     x: torch.Tensor,
     num_groups: int,
@@ -54,5 +59,5 @@ def group_norm_silu(
             raise InputError(
                 f"group_norm_silu: {name} {tuple(values.shape)} must be {tuple(x.shape[:2])} or (1, {x.shape[1]})"
             )
-    function = _FUNCTIONS[OP.choose(x.device.type, impl)]
+    function = _FUNCTIONS[_choose(x.device.type, impl)]
     return function(x, num_groups, weight, bias, eps, scale, shift, silu)

@@ -21,7 +21,11 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """silu((x − mean)/√(var + eps)·weight + bias), see `diffmem.ops.group_norm_silu`."""
     if _cancels(x):
-        x = x - _group_means(x.detach(), num_groups)
+        if weight.requires_grad and not x.requires_grad:
+            # F.group_norm's backward ends the process where only the weights of a channels_last tensor want a gradient.
+            x = x.contiguous()
+        else:
+            x = x - _group_means(x.detach(), num_groups)
     y = F.group_norm(x, num_groups, weight, bias, eps)
     if scale is not None:
         extra = [1] * (x.ndim - 2)
