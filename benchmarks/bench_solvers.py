@@ -39,7 +39,13 @@ def train(steps: int = STEPS) -> Denoiser:
     """
     torch.manual_seed(0)
     network = UNetConfig(
-        resolution=8, channels=1, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0
+        resolution=8,
+        channels=1,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(4,),
+        dropout=0.0,
     )
     denoiser = Denoiser(DenoiserConfig(network, EDM())).train()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)

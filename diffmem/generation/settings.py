@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class SampleSettings:
             raise InputError("churn: S_churn, S_min, S_max and S_noise must not be negative")
         if self.S_churn and self.solver != "heun":
             raise InputError(f"churn is for the solver heun; {self.solver} adds no noise")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in plain JSON types: no bound on S_max is None."""
+        return {**asdict(self), "S_max": None if math.isinf(self.S_max) else self.S_max}
 
     def solver_arguments(self) -> dict[str, Any]:
         """What `diffmem.sampling.sample_batches` passes on to the solver."""
