@@ -64,7 +64,7 @@ class KeptBlocks:
     def read(self, index: int, seeds: Sequence[int]) -> Samples | None:
         """Block `index`, or None where it is not there or not whole."""
         try:
-            with np.load(self._block(index)) as arrays:
+            with open(self._block(index), "rb") as file, np.load(file) as arrays:
                 labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
                 samples = Samples(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["seeds"]), labels)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
