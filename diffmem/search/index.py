@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.ops.nearest import nearest
-from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.ops.nearest import nearest, nearest_native
+from diffmem.ops.registry import native_unavailable
 from diffmem.progress import Progress, silent
 from diffmem.search import filtered, stored
 from diffmem.search.faiss_index import FaissIndex, FaissStats
@@ -24,7 +25,8 @@ SMALL = 1024  # training sets below this are searched densely by "auto": a code 
 PROBE = 64  # queries of a block that are tried first when it is open whether the bounds prune
 ALLOWANCE = 0.25  # share of pairs refined beyond which "auto" gives a block up: refining costs about 3 dense pairs
 FILTERED_PAIRS = 1 << 31  # pairs per call of the core, between which progress is told and Ctrl-C is heeded
-DENSE_PRODUCTS = 1 << 39
+DENSE_PRODUCTS = 1 << 39  # multiplications per call, for the same reason
+TRIFLE = 1 << 27  # multiplications that "auto" does not try to avoid
 QUERY_BLOCK = 4096
 
 
@@ -92,9 +94,7 @@ class TrainingIndex:
     def _prepare(self, rows: torch.Tensor, method: str, device: str) -> None:
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self._faiss: FaissIndex | None = None
         # Rows whose values are not adjacent are copied: the core reads whole rows.
         self.rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
@@ -217,6 +217,8 @@ class _Search:
             return self._dense(queries)
         if self.index.method == "filtered":
             return self._filtered(queries, 1.0)
+        if len(queries) * self.index.rows.numel() <= TRIFLE:
+            return self._dense(queries)
         if not self.trusted and len(queries) > 4 * PROBE:
             probe = queries[torch.linspace(0, len(queries) - 1, PROBE).long()]
             before = self.filtered_queries
@@ -291,31 +293,16 @@ class _Search:
 
     def _dense(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         start = time.perf_counter()
-        answer = search_dense(self.index.rows, queries, self.k)
+        squared, indices = nearest_native(queries, self.index.rows, self.k)
         self._count("dense", time.perf_counter() - start)
         self.dense_queries += len(queries)
-        return answer
+        return squared.numpy(), indices.numpy()
 
     def _dense_seconds_per_pair(self, queries: torch.Tensor) -> float:
         """Measured once, on a part small beside the query."""
         if self.index._dense_seconds_per_pair is None:
             rows, some = self.index.rows[:2048], queries[:96]
             start = time.perf_counter()
-            search_dense(rows, some, 1)
+            nearest_native(some, rows, 1)
             self.index._dense_seconds_per_pair = (time.perf_counter() - start) / (len(rows) * len(some))
         return self.index._dense_seconds_per_pair
-
-
-def search_dense(rows: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances and indices [Q, k] from all pairs of rows."""
-    squared = np.empty((len(queries), k), np.int64 if queries.dtype == torch.uint8 else np.float64)
-    indices = np.empty((len(queries), k), np.int64)
-    native_module().nearest_search_dense(
-        filtered.native_rows(rows),
-        filtered.native_rows(queries),
-        k,
-        squared.ctypes.data,
-        indices.ctypes.data,
-        torch.get_num_threads(),
-    )
-    return squared, indices
