@@ -82,4 +82,22 @@ void forward(const Shape& shape, const float* x, const float* packed, const floa
   });
 }
 
+void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t splits, float* sums,
+                 int threads) {
+  using avx2::slice_channels, avx2::slice_outputs;
+  const std::int64_t tiles = shape.batch * ((shape.height + 3) / 4) * ((shape.width + 3) / 4);
+  const std::int64_t c_slices = (shape.channels + slice_channels - 1) / slice_channels;
+  const std::int64_t o_slices = (shape.outputs + slice_outputs - 1) / slice_outputs;
+  share(splits * c_slices * o_slices, threads, [&] {
+    std::shared_ptr<float[]> scratch(new (std::align_val_t{64}) float[avx2::slice_scratch], Aligned{});
+    return [&, scratch](std::int64_t item) {
+      const std::int64_t split = item / (c_slices * o_slices);
+      const std::int64_t c = item / o_slices % c_slices * slice_channels, o = item % o_slices * slice_outputs;
+      avx2::weight_sums(shape, x, y_gradient, tiles * split / splits, tiles * (split + 1) / splits, c,
+                        std::min(shape.channels, c + slice_channels), o, std::min(shape.outputs, o + slice_outputs),
+                        sums + split * 36 * shape.channels * shape.outputs, scratch.get());
+    };
+  });
+}
+
 }  // namespace diffmem::conv3x3
