@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import diffmem
 from diffmem.data import ImageSet, write_edm_zip, write_folder, write_npz
+from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation.kept import KeptBlocks
 from diffmem.generation.running_audit import RunningAudit
@@ -103,7 +104,7 @@ def generate(
         raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
     group = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
-    place = _usable_device(device)
+    place = pick_device(device)
     denoiser = load(checkpoint, place)
     denoiser.autocast_dtype = PRECISIONS[settings.precision]
     network_calls = len(settings.plan(denoiser).stages)
@@ -242,17 +243,6 @@ def _memory_errors(batch: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise InputError(f"{batch} images at a time do not fit into the device's memory: use a smaller batch") from None
-
-
-def _usable_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _check_output(out: Path, channels: int) -> None:

@@ -235,7 +235,7 @@ def test_torchrun(run, checkpoint, noise, tmp_path):
         (["--out", "out.jpg"], 1, "written as .npz, as .zip"),
         (["--out", "taken"], 1, "taken: exists already"),
         (["--out", "file/out.npz"], 1, "file/out.npz.partial: cannot be written"),
-        (["--device", "abacus", "--out", "out.npz"], 1, "device abacus cannot be used here"),
+        (["--device", "abacus", "--out", "out.npz"], 1, "device 'abacus' is unknown"),
         (["--audit", "builtin:patches"], 1, "3x32x32, this network makes 1x8x8"),
     ],
 )
