@@ -19,9 +19,10 @@ ALLOWED = {
     "training": {"models", "ops", "data"},
     "search": {"ops", "data"},
     "memorization": {"search", "data"},
+    "generation": {"models", "sampling", "data", "search", "memorization"},
     "demo": {"memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "sampling", "demo", "environment"},
+    "cli": {"data", "search", "memorization", "models", "generation", "demo", "environment"},
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich"}
 

@@ -16,6 +16,7 @@ from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
+from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.errors import InputError, MissingExtraError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -30,11 +31,19 @@ def cli() -> None:
     \b
     Start here:
       diffmem audit samples/ training.zip --out report   which of these images are copies?
+      diffmem sample model/ --out samples.npz            images from a checkpoint
       diffmem demo                                       see it work on real digits
     """
 
 
-for command in (audit_command, dataset_command, demo_command, info_command):
+for command in (
+    audit_command,
+    dataset_command,
+    sample_command,
+    import_edm_command,
+    demo_command,
+    info_command,
+):
     cli.add_command(command)
 
 

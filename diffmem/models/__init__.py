@@ -1,0 +1,28 @@
+"""Denoisers of the EDM family: networks, preconditioning, checkpoints, and EDM's own snapshots read safely."""
+
+from __future__ import annotations
+
+from diffmem.models.checkpoint import fingerprint, import_edm, load, save
+from diffmem.models.config import PRESETS, ADMConfig, DenoiserConfig, UNetConfig, preset
+from diffmem.models.denoiser import Denoiser
+from diffmem.models.networks import ADM, UNet
+from diffmem.models.preconditioning import EDM, IDDPM, VE, VP
+
+__all__ = [
+    "ADM",
+    "EDM",
+    "IDDPM",
+    "PRESETS",
+    "VE",
+    "VP",
+    "ADMConfig",
+    "Denoiser",
+    "DenoiserConfig",
+    "UNet",
+    "UNetConfig",
+    "fingerprint",
+    "import_edm",
+    "load",
+    "preset",
+    "save",
+]

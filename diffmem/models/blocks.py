@@ -1,0 +1,298 @@
+"""The parts both network families are built of: resampling, embeddings of the noise level, the residual block.
+
+Parameters bear the names of EDM's networks, so that state dicts load as they are. Feature maps are channels_last in
+memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from diffmem.ops.attention import attention
+from diffmem.ops.conv3x3 import conv3x3
+from diffmem.ops.group_norm_silu import group_norm_silu
+
+
+def positional_embedding(values: torch.Tensor, channels: int, endpoint: bool) -> torch.Tensor:
+    """(B, channels): cosines, then sines, of values (B,) times frequencies that fall geometrically from 1 to 1/10000.
+
+    With `endpoint` the last frequency is 1/10000 exactly, else it is the next one that would be.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=values.dtype, device=values.device)
+    frequencies = torch.exp(-math.log(10000) / (half - endpoint) * steps)
+    angles = values[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """(B, channels): cosines, then sines, of values (B,) times fixed random frequencies (Tancik et al., arXiv 2006.10739)."""
+
+    def __init__(self, channels: int, scale: float = 16.0):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        angles = values[:, None] * (2 * math.pi * self.freqs)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class LabelEmbedding(nn.Module):
+    """A linear layer over one-hot labels that never builds one.
+
+    Class indices (B,) int64 look up columns of the weight (out, label_dim), which is kept column by column in memory,
+    so that a label's column, and its gradient, is one contiguous row; float vectors (B, label_dim) are multiplied.
+    `gain` is what a one-hot's 1 would be multiplied by.
+    """
+
+    def __init__(self, label_dim: int, out_features: int, bias: bool, gain: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(label_dim, out_features).t())
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.gain = gain
+
+    def forward(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, out), or what all-zero labels give: (1, out), None where that is nothing."""
+        if labels is None:
+            return None if self.bias is None else self.bias[None]
+        if labels.is_floating_point():
+            return F.linear(labels.to(self.weight.dtype) * self.gain, self.weight, self.bias)
+        rows = F.embedding(labels, self.weight.t()) * self.gain
+        return rows if self.bias is None else rows + self.bias
+
+
+class Resample(nn.Module):
+    """Down- or upsampling by 2 with a separable filter; upsampling is the transposed filter times 4."""
+
+    def __init__(self, direction: str, taps: tuple[int, ...]):
+        super().__init__()
+        self.direction = direction
+        self.register_buffer("resample_filter", resample_filter(taps))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return resample(x, self.resample_filter, self.direction)
+
+
+def resample_filter(taps: tuple[int, ...]) -> torch.Tensor:
+    """The (1, 1, n, n) filter of n taps per axis, normalized to sum 1."""
+    one_axis = torch.tensor(taps, dtype=torch.float32)
+    return (one_axis.outer(one_axis) / one_axis.sum().square())[None, None]
+
+
+def resample(x: torch.Tensor, taps: torch.Tensor, direction: str) -> torch.Tensor:
+    """x (B, C, H, W) at half or double resolution, see Resample."""
+    if taps.shape[-1] == 2:
+        # Averages of 2×2 and copies of each pixel, which every backend does faster than a grouped convolution. The
+        # filter of two taps is (½, ½) in every network; another one would have to be (a, 1 − a), which no
+        # configuration names.
+        return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+    channels = x.shape[1]
+    padding = (taps.shape[-1] - 1) // 2
+    kernel = taps.to(x.dtype).expand(channels, 1, -1, -1)
+    if direction == "down":
+        return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
+    return F.conv_transpose2d(x, kernel * 4, stride=2, padding=padding, groups=channels)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution, stride 1, zero padding 1, through `diffmem.ops.conv3x3`."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return conv3x3(x, self.weight, self.bias)
+
+
+class ResampleConv2d(nn.Conv2d):
+    """A filter and a convolution, the filter first; `fused` first convolves and then filters while it skips pixels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        direction: str,
+        taps: tuple[int, ...],
+        fused: bool = False,
+    ):
+        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
+        self.direction, self.fused = direction, fused
+        self.register_buffer("resample_filter", resample_filter(taps))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.fused:
+            x = resample(x, self.resample_filter, self.direction)
+            return conv3x3(x, self.weight, self.bias) if self.kernel_size == (3, 3) else super().forward(x)
+        # Zero padding of the convolution and of the filter both before the convolution, then no padding at all.
+        margin = (self.resample_filter.shape[-1] - 1) // 2
+        x = F.conv2d(x, self.weight, None, padding=self.kernel_size[0] // 2 + margin)
+        channels = x.shape[1]
+        kernel = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
+        return F.conv2d(x, kernel, stride=2, groups=channels) + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm over min(32, channels // 4) groups, with SiLU and an adaptive scale and shift where asked for."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.num_groups = max(1, min(32, channels // 4))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        silu: bool = True,
+    ) -> torch.Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What tells the residual blocks of the two families apart.
+
+    adaptive: the conditioning vector scales and shifts the second norm's output instead of being added to its input;
+    channels_per_head None: one head; resample_skip: a block that only resamples keeps its skip free of a convolution.
+    """
+
+    eps: float
+    skip_scale: float
+    adaptive: bool
+    channels_per_head: int | None
+    resample_skip: bool
+    taps: tuple[int, ...]
+    dropout: float
+    emb_channels: int
+
+
+class UNetBlock(nn.Module):
+    """A residual block: norm, SiLU, convolution, conditioning, norm, SiLU, dropout, convolution; attention where asked
+    for.
+
+    `zero_channels`: how many of the in_channels, the last ones, are zeros of a disabled skip connection; the block is
+    then called with the others only.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        resample: str | None = None,
+        attention: bool = False,
+        zero_channels: int = 0,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels, self.style = in_channels, out_channels, style
+        self.zero_channels = zero_channels
+
+        def convolution(outputs: int, kernel: int) -> nn.Conv2d:
+            if resample is None:
+                return Conv3x3(in_channels, outputs) if kernel == 3 else nn.Conv2d(in_channels, outputs, kernel)
+            return ResampleConv2d(in_channels, outputs, kernel, resample, style.taps)
+
+        self.norm0 = GroupNorm(in_channels, style.eps)
+        self.conv0 = convolution(out_channels, 3)
+        self.affine = nn.Linear(style.emb_channels, out_channels * (2 if style.adaptive else 1))
+        self.norm1 = GroupNorm(out_channels, style.eps)
+        self.conv1 = Conv3x3(out_channels, out_channels)
+        self.skip: nn.Module | None = None
+        if in_channels != out_channels or (resample is not None and not style.resample_skip):
+            self.skip = convolution(out_channels, 1)
+        elif resample is not None:
+            self.skip = Resample(resample, style.taps)
+        self.num_heads = 0
+        if attention:
+            # Narrower than one head: no attention at all.
+            self.num_heads = 1 if style.channels_per_head is None else out_channels // style.channels_per_head
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, style.eps)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """(B, out_channels, H', W') from x (B, in_channels − zero_channels, H, W) and emb (B or 1, emb_channels)."""
+        style = self.style
+        y = self._first_convolution(x)
+        conditioning = self.affine(emb)
+        if style.adaptive:
+            scale, shift = conditioning.chunk(2, dim=1)
+            y = self.norm1(y, scale, shift)
+        else:
+            y = self.norm1(y + conditioning[:, :, None, None])
+        y = self.conv1(F.dropout(y, style.dropout, self.training))
+        y = (y + self._skip(x)) * style.skip_scale
+        if self.num_heads:
+            attended = self.proj(attention(self.qkv(self.norm2(y, silu=False)), self.num_heads))
+            y = (y + attended) * style.skip_scale
+        return y
+
+    def _first_convolution(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.zero_channels:
+            return self.conv0(self.norm0(x))
+        norm, conv = self.norm0, self.conv0
+        group = self.in_channels // norm.num_groups
+        # A group that straddles the border mixes its statistics with zeros: its zero channels stay in the computation.
+        live = -(-x.shape[1] // group) * group
+        y = group_norm_silu(
+            F.pad(x, (0, 0, 0, 0, 0, live - x.shape[1])) if live > x.shape[1] else x,
+            live // group,
+            norm.weight[:live],
+            norm.bias[:live],
+            norm.eps,
+        )
+        y = conv3x3(y, conv.weight[:, :live], conv.bias)
+        if live == self.in_channels:
+            return y
+        # Groups of zeros only leave the norm as their bias, one constant per channel, the same for every image. Away
+        # from the border the convolution turns them into one constant per channel again; a 3×3 image has all the
+        # borders there are.
+        height, width = y.shape[2:]
+        rows, columns = min(height, 3), min(width, 3)
+        constant = F.silu(norm.bias[live:]).reshape(1, -1, 1, 1).expand(1, -1, rows, columns)
+        corners = F.conv2d(constant, conv.weight[:, live:], padding=1)
+        return y + _stretch(_stretch(corners, 2, height), 3, width)
+
+    def _skip(self, x: torch.Tensor) -> torch.Tensor:
+        if self.skip is None:
+            return x
+        if not self.zero_channels:
+            return self.skip(x)
+        return F.conv2d(x, self.skip.weight[:, : x.shape[1]], self.skip.bias)
+
+
+def _stretch(image: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """`image` widened to `size` along `dim` by repeating its middle entry."""
+    if image.shape[dim] == size:
+        return image
+    repeats = [size - 2 if d == dim else -1 for d in range(image.ndim)]
+    first, middle, last = image.split(1, dim)
+    return torch.cat([first, middle.expand(repeats), last], dim)
+
+
+def initialize(module: nn.Module, gain: float, scheme: str) -> None:
+    """Draws a convolution's or linear layer's weights, times `gain`; biases are zero for "xavier" (Glorot and Bengio
+    2010).
+
+    "default" is PyTorch's own, uniform within ±1/√fan_in for weights and biases (ADM).
+    """
+    with torch.no_grad():
+        if scheme == "xavier":
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                module.bias.zero_()
+        else:
+            module.reset_parameters()
+            if module.bias is not None:
+                module.bias.mul_(gain)
+        module.weight.mul_(gain)

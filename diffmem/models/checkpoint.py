@@ -1,0 +1,124 @@
+"""Checkpoints of denoisers: a folder with `model.safetensors` and `config.json`, never a pickled class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+
+from diffmem.errors import InputError
+from diffmem.models.config import DenoiserConfig
+from diffmem.models.denoiser import Denoiser
+from diffmem.models.edm_snapshot import read_edm_snapshot
+
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+
+
+def save(denoiser: Denoiser, folder: str | Path) -> Path:
+    """Writes the denoiser's configuration and weights to `folder` and returns it.
+
+    The folder is written beside its final name and renamed when whole; an older checkpoint of that name is replaced.
+    Raises InputError where the name is taken by something else or the place cannot be written to.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {_WEIGHTS, _CONFIG}):
+        raise InputError(f"{folder}: exists and is not a checkpoint; choose another name")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            whole = Path(scratch, "new")
+            whole.mkdir()
+            (whole / _WEIGHTS).write_bytes(serialize(tensors))
+            (whole / _CONFIG).write_text(json.dumps(denoiser.config.to_json(), indent=1, allow_nan=False) + "\n")
+            if folder.exists():
+                folder.rename(Path(scratch, "old"))
+            whole.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be written ({error})") from None
+    return folder
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
+    """The denoiser stored at `path`, in evaluation mode on `device`.
+
+    `path` is a checkpoint folder of `save`, or an EDM `network-snapshot-*.pkl` (its EMA weights) or
+    `training-state-*.pt`, of which nothing is executed. Raises InputError, naming the file and the fields that differ,
+    where it is missing, damaged, not of a known architecture, or refused.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        source = path / _WEIGHTS
+        config, tensors = _read_checkpoint(path)
+    else:
+        source = path
+        config, tensors = read_edm_snapshot(path)
+    return _assemble(config, tensors, source).to(device).eval()
+
+
+def import_edm(path: str | Path, out: str | Path) -> Path:
+    """Writes the network of an EDM snapshot or training state as a checkpoint folder `out` and returns that.
+
+    Raises InputError as `load` and `save` do.
+    """
+    config, tensors = read_edm_snapshot(path)
+    return save(_assemble(config, tensors, Path(path)), out)
+
+
+def fingerprint(denoiser: Denoiser) -> str:
+    """SHA-256 over configuration and weights: equal for equal denoisers, in whatever file they came."""
+    digest = hashlib.sha256(json.dumps(denoiser.config.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tensor]]:
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name} in it; a checkpoint is a folder with {_CONFIG} and {_WEIGHTS}")
+    try:
+        config = DenoiserConfig.from_json(json.loads((folder / _CONFIG).read_text()))
+    except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
+        raise InputError(f"{folder / _CONFIG}: {error}") from None
+    try:
+        return config, load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / _WEIGHTS}: not a whole safetensors file ({error})") from None
+
+
+def _assemble(config: DenoiserConfig, tensors: dict[str, torch.Tensor], source: Path) -> Denoiser:
+    """The denoiser of that configuration with those tensors, which must fit it exactly."""
+    # Without memory and without drawing random numbers, until the tensors are known to fit.
+    with torch.device("meta"):
+        denoiser = Denoiser(config)
+    wanted = denoiser.state_dict()
+    differences = [f"{name} is missing" for name in wanted if name not in tensors]
+    differences += [f"{name} is not part of it" for name in tensors if name not in wanted]
+    differences += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise InputError(f"{source}: does not fit its configuration: {'; '.join(differences[:3])}{more}")
+    placed = {
+        # In the memory order that the modules chose (channels_last, labels column by column).
+        name: torch.empty_strided(like.shape, like.stride(), dtype=torch.float32).copy_(tensors[name])
+        for name, like in wanted.items()
+    }
+    denoiser.load_state_dict(placed, assign=True)
+    return denoiser

@@ -1,0 +1,149 @@
+"""The Winograd convolution of csrc/conv3x3, as an op that torch.compile and autograd know.
+
+The gradient of the images is the same convolution with the kernel flipped and its channels exchanged; the gradient of
+the weights is formed in the transformed domain as well.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from diffmem.ops.registry import native_module, native_unavailable
+
+# Below this many 4×4 tiles the transformed weights cost more than they save.
+_LEAST_TILES = 64
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why Winograd convolution cannot run on `device_type`, or None."""
+    if device_type != "cpu":
+        return "written for the CPU"
+    reason = native_unavailable("cpu")
+    if reason is None and not native_module().conv3x3_available():
+        reason = "this processor (or build) has no AVX2"
+    return reason
+
+
+def fits(x: torch.Tensor, outputs: int) -> bool:
+    """Whether Winograd convolution can, and is worth to, be used for x (B, C, H, W) and `outputs` channels."""
+    batch, channels, height, width = x.shape
+    return (
+        x.dtype == torch.float32
+        and channels % 8 == 0
+        and outputs % 16 == 0
+        and min(height, width) >= 4
+        and batch * -(-height // 4) * -(-width // 4) >= _LEAST_TILES
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@torch.library.custom_op("diffmem::conv3x3_winograd", mutates_args=(), device_types="cpu")
+def conv3x3_winograd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
+) -> torch.Tensor:
+    """x (B, C, H, W) convolved with weight (O, C, 3, 3), channels_last.
+
+    `transposed`: with weight (C, O, 3, 3), flipped, which is the gradient of that convolution.
+    """
+    core = native_module()
+    batch, channels, height, width = x.shape
+    outputs = weight.shape[1 if transposed else 0]
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
+    packed = torch.empty(core.conv3x3_packed_size(channels, outputs))
+    address, strides = weight.data_ptr(), list(weight.stride())
+    if transposed:
+        address += weight.element_size() * 2 * (strides[2] + strides[3])
+        strides = [strides[1], strides[0], -strides[2], -strides[3]]
+    if bias is not None:
+        bias = bias.contiguous()
+    threads = torch.get_num_threads()
+    core.conv3x3_pack(address, strides, channels, outputs, packed.data_ptr(), threads)
+    core.conv3x3_forward(
+        [batch, height, width, channels, outputs],
+        x.data_ptr(),
+        packed.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        threads,
+    )
+    return y
+
+
+@conv3x3_winograd.register_fake
+def _(x, weight, bias, transposed):
+    batch, _, height, width = x.shape
+    outputs = weight.shape[1 if transposed else 0]
+    return torch.empty_like(x.new_empty((batch, outputs, height, width)), memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("diffmem::conv3x3_weight_gradient", mutates_args=(), device_types="cpu")
+def conv3x3_weight_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """(O, C, 3, 3): the gradient of the weights, from x (B, C, H, W) and the gradient (B, O, H, W) of the result."""
+    batch, channels, height, width = x.shape
+    outputs = gradient.shape[1]
+    x = x.contiguous(memory_format=torch.channels_last)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    # Channels and outputs are shared among the threads in slices of 64 and 128; where those are too few, tiles are too.
+    splits = -(-threads // (-(-channels // 64) * -(-outputs // 128)))
+    sums = torch.zeros(splits, 36, channels * outputs)
+    native_module().conv3x3_weight_sums(
+        [batch, height, width, channels, outputs], x.data_ptr(), gradient.data_ptr(), splits, sums.data_ptr(), threads
+    )
+    points = torch.tensor(_WEIGHT_TRANSFORM, dtype=torch.float64)
+    matrix = torch.kron(points, points).to(torch.float32)  # (36, 9)
+    taps = (matrix.t() @ sums.sum(dim=0)).reshape(3, 3, channels, outputs)
+    return taps.permute(3, 2, 0, 1).contiguous()
+
+
+@conv3x3_weight_gradient.register_fake
+def _(x, gradient):
+    return x.new_empty((gradient.shape[1], x.shape[1], 3, 3))
+
+
+def _weight_transform() -> list[list[float]]:
+    """The (6, 3) matrix that takes three weights to the points 0, ±a, ±b, ∞ of csrc/conv3x3."""
+    a2, b2 = 0.75**2, 1.5**2
+    rows = [[1 / (a2 * b2), 0.0, 0.0]]
+    for square, other in ((a2, b2), (b2, a2)):
+        factor = 1 / (2 * square * (square - other))
+        rows += [[factor, sign * square**0.5 * factor, square * factor] for sign in (1, -1)]
+    return [*rows, [0.0, 0.0, 1.0]]
+
+
+_WEIGHT_TRANSFORM = _weight_transform()
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, transposed = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias, ctx.transposed = bias is not None, transposed
+
+
+def _backward(ctx, gradient):
+    x, weight = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        if x.shape[1] % 16 == 0 and gradient.shape[1] % 8 == 0:
+            grad_x = conv3x3_winograd(gradient, weight, None, not ctx.transposed)
+        elif ctx.transposed:
+            grad_x = F.conv2d(gradient, weight, padding=1)
+        else:
+            grad_x = F.conv_transpose2d(gradient, weight, padding=1)
+    if ctx.needs_input_grad[1]:
+        # Exchanging what goes in and what comes out turns the one kernel's gradient into the other's.
+        inputs, outputs = (gradient, x) if ctx.transposed else (x, gradient)
+        if inputs.shape[1] % 8 == 0 and outputs.shape[1] % 16 == 0:
+            grad_weight = conv3x3_weight_gradient(inputs, outputs)
+        else:
+            _, grad_weight, _ = torch.ops.aten.convolution_backward(
+                outputs, inputs, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+            )
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_bias = gradient.sum(dim=(0, 2, 3))
+    return grad_x, grad_weight, grad_bias, None
+
+
+conv3x3_winograd.register_autograd(_backward, setup_context=_save)

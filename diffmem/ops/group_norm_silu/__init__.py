@@ -1,0 +1,63 @@
+"""GroupNorm followed by SiLU, with an optional scale and shift per image and channel: half of a UNet's elementwise work."""
+
+from __future__ import annotations
+
+import torch
+
+from diffmem.errors import InputError
+from diffmem.ops.group_norm_silu import composite, reference
+from diffmem.ops.registry import Implementation, Op, always, register
+
+OP = register(
+    Op(
+        "group_norm_silu",
+        (
+            Implementation("pytorch", "PyTorch operations, fused under torch.compile", always),
+            Implementation("reference", "the plain formula", always),
+        ),
+    )
+)
+
+_FUNCTIONS = {"pytorch": composite.group_norm_silu, "reference": reference.group_norm_silu}
+
+
+@torch.compiler.assume_constant_result  # torch.compile is not to trace how the choice is made
+def _choose(device_type: str, impl: str | None) -> str:
+    return OP.choose(device_type, impl)
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Group-normalized x, scaled, shifted and passed through SiLU, in x's shape, dtype and memory format.
+
+    y = (x − μ)/√(v + eps)·weight + bias with the mean μ and (biased) variance v of each image and group of channels
+    (Wu and He, arXiv 1803.08494); then y·(1 + scale) + shift (the adaptive form of ADM, arXiv 2105.05233); then
+    y·sigmoid(y).
+
+    x (B, C, …) floating; num_groups divides C; weight, bias (C,); scale and shift both (B or 1, C), or both None;
+    silu=False stops before the SiLU. `impl` forces an implementation. Raises InputError where the shapes do not fit.
+    """
+    if x.ndim < 2 or x.shape[1] % num_groups:
+        raise InputError(f"group_norm_silu: x {tuple(x.shape)} does not split into {num_groups} groups of channels")
+    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
+        raise InputError(
+            f"group_norm_silu: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},) like x's channels"
+        )
+    if (scale is None) != (shift is None):
+        raise InputError("group_norm_silu: scale and shift go together; give both or neither")
+    for name, values in (("scale", scale), ("shift", shift)):
+        if values is not None and tuple(values.shape) not in (tuple(x.shape[:2]), (1, x.shape[1])):
+            raise InputError(
+                f"group_norm_silu: {name} {tuple(values.shape)} must be {tuple(x.shape[:2])} or (1, {x.shape[1]})"
+            )
+    function = _FUNCTIONS[_choose(x.device.type, impl)]
+    return function(x, num_groups, weight, bias, eps, scale, shift, silu)
