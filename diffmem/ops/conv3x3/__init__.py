@@ -37,7 +37,7 @@ def conv3x3(
 
     x (B, C, H, W), zero outside of the image; weight (O, C, 3, 3); bias (O,) or None. On CPUs with AVX2, large enough
     float32 problems run by Winograd's minimal filtering, within twice the rounding error of the direct sum. `impl`
-    forces an implementation. Raises InputError where the shapes do not fit, or a forced implementation cannot take them.
+    forces one. Raises InputError where the shapes do not fit, or a forced one cannot take them.
     """
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise InputError(
