@@ -1,8 +1,8 @@
 """Speed of a UNet's forward pass and training step: channels_last and compiled against contiguous eager.
 
 `python -m benchmarks.bench_unet [--sizes 8 16 32] [--modes forward train] [--repeats 5]` prints one line per network
-and way. Baseline: the same weights in NCHW, eager, every operation PyTorch's own. Values are compared before anything is
-timed; figures are medians.
+and way. Baseline: the same weights in NCHW, eager, every operation PyTorch's own. Values are compared before anything
+is timed; figures are medians.
 """
 
 from __future__ import annotations
