@@ -48,10 +48,19 @@ def tool(name: str) -> str:
 
 
 def run(command: list[str]) -> None:
+    """Run a build step, showing its output; a failure's reason is the first error it printed."""
     try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildFailed(f"{Path(command[0]).name} failed: {error}") from error
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildFailed(f"{Path(command[0]).name} cannot be run: {error.strerror}") from error
+    print(done.stdout)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        first = next((number for number, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+        if lines[first].startswith("CMake Error at"):  # where; the lines after it say what
+            first += 1
+        reason = " ".join(lines[first : first + 2])[:240]
+        raise BuildFailed(f"{Path(command[0]).name} failed: {reason}")
 
 
 class BuildNative(build_ext):
@@ -69,8 +78,10 @@ class BuildNative(build_ext):
         write_build_info(self.package_folder(), info)
 
     def cmake(self, target: Path) -> dict:
-        import pybind11  # present in every build environment that pyproject.toml describes
-
+        try:
+            import pybind11  # present in every build environment that pyproject.toml describes
+        except ImportError as error:
+            raise BuildFailed("pybind11 was not found") from error
         # One folder for all builds of this checkout, so that rebuilding after an edit is quick.
         build = Path(os.environ.get("DIFFMEM_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
         build.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,10 @@
 
 #include "conv3x3/conv3x3.h"
 #include "cpu/features.h"
+#include "nearest/nearest.h"
+#ifdef DIFFMEM_WITH_CUDA
+#include "nearest/nearest_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -42,6 +46,162 @@ void bind_conv3x3(py::module_& m) {
       "Convolves.");
 }
 
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// diffmem::nearest: exact nearest rows (nearest.h says what each array holds).
+void bind_nearest(py::module_& m) {
+  namespace nearest = diffmem::nearest;
+  using Address = std::uintptr_t;
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+
+  py::enum_<nearest::Type>(m, "NearestType")
+      .value("u8", nearest::Type::u8)
+      .value("f32", nearest::Type::f32)
+      .value("f64", nearest::Type::f64);
+  py::class_<nearest::Rows>(m, "NearestRows")
+      .def(py::init([](Address data, std::int64_t count, std::int64_t stride, std::int64_t d, nearest::Type type) {
+             return nearest::Rows{at<const void>(data), count, stride, d, type};
+           }),
+           py::arg("data"), py::arg("count"), py::arg("stride"), py::arg("d"), py::arg("type"));
+  py::class_<nearest::Code>(m, "NearestCode")
+      .def(py::init([](Address coarse, Address fine, Address sq, Address error) {
+             return nearest::Code{at<std::int16_t>(coarse), at<std::int16_t>(fine), at<std::int32_t>(sq),
+                                  at<float>(error)};
+           }),
+           py::arg("coarse"), py::arg("fine"), py::arg("sq"), py::arg("error"));
+  py::class_<nearest::Basis>(m, "NearestBasis")
+      .def(py::init([](int steps, int levels, Address p, Address shift, Address mean, double factor, double scale) {
+             return nearest::Basis{{steps, levels},
+                                   at<const std::int16_t>(p),
+                                   at<const std::int64_t>(shift),
+                                   at<const std::uint8_t>(mean),
+                                   factor,
+                                   scale};
+           }),
+           py::arg("steps"), py::arg("levels"), py::arg("p"), py::arg("shift"), py::arg("mean"), py::arg("factor"),
+           py::arg("scale"));
+  py::class_<nearest::Index>(m, "NearestIndex")
+      .def(py::init([](const nearest::Rows& rows, int steps, int levels, Address panels, Address bias, Address fine,
+                       Address order, Address error, double scale, int clusters, Address centroids,
+                       Address centroid_bias, Address starts) {
+             nearest::Index index;
+             index.rows = rows;
+             index.shape = {steps, levels};
+             index.panels = at<const std::int16_t>(panels);
+             index.bias = at<const std::int32_t>(bias);
+             index.fine = at<const std::int16_t>(fine);
+             index.order = at<const std::int64_t>(order);
+             index.error = at<const float>(error);
+             index.scale = scale;
+             index.clusters = clusters;
+             index.centroids = at<const std::int16_t>(centroids);
+             index.centroid_bias = at<const std::int32_t>(centroid_bias);
+             index.starts = at<const std::int64_t>(starts);
+             return index;
+           }),
+           py::arg("rows"), py::arg("steps"), py::arg("levels"), py::arg("panels"), py::arg("bias"), py::arg("fine"),
+           py::arg("order"), py::arg("error"), py::arg("scale"), py::arg("clusters"), py::arg("centroids"),
+           py::arg("centroid_bias"), py::arg("starts"));
+  py::class_<nearest::Work>(m, "NearestWork")
+      .def_readonly("bounded", &nearest::Work::bounded)
+      .def_readonly("fine", &nearest::Work::fine)
+      .def_readonly("refined", &nearest::Work::refined)
+      .def_readonly("seed_seconds", &nearest::Work::seed_seconds)
+      .def_readonly("scan_seconds", &nearest::Work::scan_seconds)
+      .def_readonly("gave_up", &nearest::Work::gave_up);
+
+  m.def("nearest_encode_bytes", &nearest::encode_bytes, unlocked, py::arg("rows"), py::arg("basis"), py::arg("queries"),
+        py::arg("code"), py::arg("threads"), "Codes of uint8 rows.");
+  m.def(
+      "nearest_encode_coordinates",
+      [](Address coordinates, Address squared_norms, std::int64_t count, int steps, int levels, double scale,
+         bool queries, const nearest::Code& code, int threads) {
+        nearest::encode_coordinates(at<const double>(coordinates), at<const double>(squared_norms), count,
+                                    {steps, levels}, scale, queries, code, threads);
+      },
+      unlocked, py::arg("coordinates"), py::arg("squared_norms"), py::arg("count"), py::arg("steps"), py::arg("levels"),
+      py::arg("scale"), py::arg("queries"), py::arg("code"), py::arg("threads"),
+      "Codes of float rows, from their float64 coordinates.");
+  m.def(
+      "nearest_search_filtered",
+      [](const nearest::Index& index, const nearest::Rows& queries, const nearest::Code& code, int k, double allowance,
+         Address distances, Address indices, int threads) {
+        const nearest::Answer answer{at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)};
+        return nearest::search_filtered(index, queries, code, k, allowance, answer, threads);
+      },
+      unlocked, py::arg("index"), py::arg("queries"), py::arg("code"), py::arg("k"), py::arg("allowance"),
+      py::arg("distances"), py::arg("indices"), py::arg("threads"), "Exact k nearest rows by bounds.");
+  m.def(
+      "nearest_search_dense",
+      [](const nearest::Rows& rows, const nearest::Rows& queries, int k, Address distances, Address indices,
+         int threads) {
+        const nearest::Answer answer{at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)};
+        nearest::search_dense(rows, queries, k, answer, threads);
+      },
+      unlocked, py::arg("rows"), py::arg("queries"), py::arg("k"), py::arg("distances"), py::arg("indices"),
+      py::arg("threads"), "Exact k nearest rows by all pairs.");
+}
+
+#ifdef DIFFMEM_WITH_CUDA
+void bind_nearest_cuda(py::module_& m) {
+  namespace cuda = diffmem::nearest::cuda;
+  using std::int64_t;
+  using Address = std::uintptr_t;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  const auto check = [](int code) {
+    if (code != cuda::kOk) throw std::runtime_error(std::string("nearest (CUDA): ") + cuda::error_string(code));
+  };
+
+  m.attr("nearest_cuda_max_neighbors") = cuda::kMaxNeighbors;
+  m.def("nearest_cuda_centred_row", &cuda::centred_row, py::arg("d"), "Bytes of one centred image of d values.");
+  m.def(
+      "nearest_cuda_centre",
+      [check](Address images, int64_t n, int64_t d, Address centred, Address norms, Address stream) {
+        check(cuda::centre(at<const std::uint8_t>(images), n, d, at<std::int8_t>(centred), at<int64_t>(norms),
+                           at<void>(stream)));
+      },
+      py::arg("images"), py::arg("n"), py::arg("d"), py::arg("centred"), py::arg("norms"), py::arg("stream"),
+      Unlocked(), "uint8 [n, d] -> int8 [n, centred_row(d)] and int64 norms [n]; see nearest_cuda.h.");
+  m.def(
+      "nearest_cuda_search_workspace",
+      [check](int64_t queries, int64_t n, int64_t d, int k) {
+        int64_t bytes = 0;
+        check(cuda::search_workspace(queries, n, d, k, &bytes));
+        return bytes;
+      },
+      py::arg("queries"), py::arg("n"), py::arg("d"), py::arg("k"), Unlocked(),
+      "Bytes of workspace that nearest_cuda_search needs on the current device.");
+  m.def(
+      "nearest_cuda_search",
+      [check](Address query_images, Address query_norms, int64_t queries, Address training_images,
+              Address training_norms, int64_t n, int64_t d, int k, Address workspace, int64_t workspace_bytes,
+              Address indices, Address squared_distances, Address stream) {
+        check(cuda::search(at<const std::int8_t>(query_images), at<const int64_t>(query_norms), queries,
+                           at<const std::int8_t>(training_images), at<const int64_t>(training_norms), n, d, k,
+                           at<void>(workspace), workspace_bytes, at<int64_t>(indices), at<int64_t>(squared_distances),
+                           at<void>(stream)));
+      },
+      py::arg("query_images"), py::arg("query_norms"), py::arg("queries"), py::arg("training_images"),
+      py::arg("training_norms"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("workspace"),
+      py::arg("workspace_bytes"), py::arg("indices"), py::arg("squared_distances"), py::arg("stream"), Unlocked(),
+      "Brute force on int8 tensor cores; see nearest_cuda.h.");
+  m.def(
+      "nearest_cuda_refine",
+      [check](Address query_images, int64_t queries, Address training_images, int64_t n, int64_t d, Address candidates,
+              Address offsets, int k, Address indices, Address squared_distances, Address stream) {
+        check(cuda::refine(at<const std::uint8_t>(query_images), queries, at<const std::uint8_t>(training_images), n, d,
+                           at<const int64_t>(candidates), at<const int64_t>(offsets), k, at<int64_t>(indices),
+                           at<int64_t>(squared_distances), at<void>(stream)));
+      },
+      py::arg("query_images"), py::arg("queries"), py::arg("training_images"), py::arg("n"), py::arg("d"),
+      py::arg("candidates"), py::arg("offsets"), py::arg("k"), py::arg("indices"), py::arg("squared_distances"),
+      py::arg("stream"), Unlocked(), "Exact distances of listed pairs; see nearest_cuda.h.");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -52,8 +212,10 @@ PYBIND11_MODULE(_C, m) {
       "Instruction set in use: portable, avx2 or avx512 (DIFFMEM_CPU lowers it).");
   m.def("cpu_features", &diffmem::cpu::features, "Relevant processor features found.");
   bind_conv3x3(m);
+  bind_nearest(m);
 #ifdef DIFFMEM_WITH_CUDA
   m.attr("with_cuda") = true;
+  bind_nearest_cuda(m);
 #else
   m.attr("with_cuda") = false;
 #endif

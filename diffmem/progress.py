@@ -1,8 +1,8 @@
 """Progress of long work, told to whoever wants to know.
 
-A progress callback is called as `progress(stage, done, total)`: `stage` a short English phrase ("reading images"), `done`
-and `total` whole numbers in the stage's own units. It may be called often (callers limit themselves to a few calls a
-second or one a block) and from the calling thread only. `total` may be 0 when there is nothing to do.
+A progress callback is called as `progress(stage, done, total)`: `stage` a short English phrase ("reading images"),
+`done` and `total` whole numbers in the stage's own units. It may be called often (callers limit themselves to a few
+calls a second or one a block) and from the calling thread only. `total` may be 0 when there is nothing to do.
 """
 
 from __future__ import annotations

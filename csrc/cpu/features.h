@@ -11,10 +11,10 @@ namespace diffmem::cpu {
 
 enum class Level : int { portable = 0, avx2 = 1, avx512 = 2 };  // avx512 means F, BW, VL, DQ and VNNI together
 
-Level supported();                        // what the processor and the operating system can run
-Level level();                            // what is used: `supported()`, lowered by DIFFMEM_CPU; throws std::invalid_argument
-                                          // for an unknown name or for a level that the processor lacks
+Level supported();  // what the processor and the operating system can run
+Level level();      // what is used: `supported()`, lowered by DIFFMEM_CPU; throws std::invalid_argument
+                    // for an unknown name or for a level that the processor lacks
 const char* name(Level level);
-std::vector<std::string> features();      // the relevant features found, for `diffmem info`
+std::vector<std::string> features();  // the relevant features found, for `diffmem info`
 
 }  // namespace diffmem::cpu

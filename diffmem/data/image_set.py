@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,7 @@ class SkippedFile:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images with their names and labels.
 
@@ -29,13 +29,15 @@ class ImageSet:
     labels: int64 [N] class indices, float32 [N, L] vectors, or None.
     source: where they came from, in words fit for a report.
     skipped: files that were passed over.
+    notes: what else a person should know about the reading, one line each.
     """
 
     images: np.ndarray
     names: Sequence[str] | None = None
     labels: np.ndarray | None = None
     source: str = "array"
-    skipped: tuple[SkippedFile, ...] = field(default=())
+    skipped: tuple[SkippedFile, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4:
@@ -45,6 +47,11 @@ class ImageSet:
         for what, values in (("names", self.names), ("labels", self.labels)):
             if values is not None and len(values) != len(self.images):
                 raise InputError(f"{self.source}: {len(values)} {what} for {len(self.images)} images")
+
+    def __repr__(self) -> str:
+        labels = "no labels" if self.labels is None else f"labels {self.labels.dtype} {list(self.labels.shape)}"
+        skipped = f", {len(self.skipped)} files skipped" if self.skipped else ""
+        return f"ImageSet({self.source}: {self.images.dtype} {list(self.images.shape)}, {labels}{skipped})"
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,12 +1,14 @@
 """Which implementations an op has, which of them work here, and which one is used.
 
-Nothing falls back silently: an implementation is chosen by the first entry of the op's list that is available for the device,
-and `explain` says why the others before it are not. Forcing one that is unavailable raises with that reason.
+Nothing falls back silently: an implementation is chosen by the first entry of the op's list that is available for
+the device, and `explain` says why the others before it are not. Forcing one that is unavailable raises with that
+reason.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -85,7 +87,9 @@ def native_unavailable(device_type: str) -> str | None:
 
 @cache
 def native_module():
-    """The compiled core, or None where it was not built."""
+    """The compiled core, or None where it was not built or DIFFMEM_NATIVE=off forbids it."""
+    if os.environ.get("DIFFMEM_NATIVE", "").lower() == "off":
+        return None
     try:
         from diffmem import _C
     except ImportError:
@@ -96,6 +100,9 @@ def native_module():
 @cache
 def build_info() -> dict:
     """What the installation built and why not what it did not: native, native_reason, cuda, cuda_reason."""
+    if os.environ.get("DIFFMEM_NATIVE", "").lower() == "off":
+        reason = "DIFFMEM_NATIVE=off in the environment"
+        return {"native": False, "native_reason": reason, "cuda": False, "cuda_reason": reason}
     path = Path(__file__).parents[1] / "_build_info.json"
     if not path.exists():
         reason = "diffmem was not installed (pip install .)"

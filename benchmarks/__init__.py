@@ -1,0 +1,1 @@
+"""Benchmarks: one file per subject, named workloads, results in `results/`. Run `python -m benchmarks`."""

@@ -1,0 +1,130 @@
+// Exact k nearest training rows: the contract of the CPU (and CUDA) search.
+//
+// Rows are uint8 (distances are int64 and exact), float32 or float64 (distances are float64: eight running sums, value j
+// going to sum j mod 8, added as ((0+1)+(2+3))+((4+5)+(6+7)), without fused multiply-add). Equal distances go to the lower
+// index. Every pointer is to memory of the caller; nothing here keeps one after it returns.
+//
+// The bound. Let A be an m x d matrix with ||A|| <= 1 (spectral norm) and z = x - mu. Then I - A'A is positive
+// semidefinite, rho(z) = sqrt(||z||^2 - ||Az||^2) is a seminorm, and by its triangle inequality
+//
+//   ||x - y||^2 = ||A(x - y)||^2 + rho(x - y)^2 >= ||A(x - y)||^2 + (rho(x - mu) - rho(y - mu))^2 = ||x' - y'||^2
+//
+// with x' = (A(x - mu), rho(x - mu)) in R^(m+1). A needs not be orthonormal, only of norm <= 1; the rows of A are leading
+// principal components, so that the bound is tight, but no accuracy of theirs is assumed. The same holds for any leading
+// rows of A alone. ||x'|| = ||x - mu|| for each such choice ("level").
+//
+// What the code holds is v^ = round(scale * x') in int16 with one scale for all points, chosen so that
+// scale * ||x - mu|| <= 32767 - 1 for every admissible row. e(x) = ||v^ - scale * x'|| is measured for each point, as the
+// index or the query is encoded, against x' as computed, and
+//
+//   ||x - y|| <= t   implies   ||x^ - y^|| <= R := scale * t * (1 + r) + e(x) + max_y e(y) + slack.           (1)
+//
+// `slack` covers the difference between x' as computed and as defined. Uint8 rows: A = P / s with integer P, whose product
+// with a row is exact in int32 (the index builder keeps 128 * sum_j |P_ij| < 2^31), ||x - mu||^2 is an exact integer, and
+// the remaining few float64 operations have relative error <= (m + 8) u, u = 2^-53. Float rows: products in float64, of
+// relative error <= (d + 2) u in the sense |fl(a.z) - a.z| <= (d + 2) u ||a|| ||z||. So rho^2 is off by at most
+// delta = 4 (d + m + 8) u ||z||^2, rho by at most sqrt(delta) (|sqrt(a) - sqrt(b)| <= sqrt|a - b|), and the coordinates by
+// less than that, too. With scale * ||z|| <= 32767 for both x and y: slack = 4 * 32767 * sqrt(4 (d + m + 8) u).
+// r = (d + 16) 2^-52 covers the rounding of float64 squared distances (relative error <= (d + 2) u) and of sqrt.
+//
+// In integers: ||x^ - y^||^2 = |x^|^2 + |y^|^2 - 2 x^.y^, so a pair within t has
+//
+//   x^.y^ - |y^|^2 / 2 >= (|x^|^2 - R^2) / 2,  hence  x^.y^ + bias(y) > floor((|x^|^2 - R^2) / 2) - 1 =: threshold(x)
+//
+// with bias(y) = -floor(|y^|^2 / 2); the 1 absorbs the rounding of R^2. Pairs that fail are not in the answer, ties
+// included. No overflow: |x^|, |y^| <= 32767 + sqrt(m + 1) / 2 < 32800 (for m < 4096), so |x^.y^| and |y^|^2 are below
+// 1.08e9, and the sum above -1.7e9. Multiply-adds of partial sums may wrap; their total, taken modulo 2^32, is right.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace diffmem::nearest {
+
+enum class Type : int { u8 = 0, f32 = 1, f64 = 2 };
+
+struct Rows {
+  const void* data = nullptr;
+  std::int64_t count = 0;
+  std::int64_t stride = 0;  // values from one row to the next
+  std::int64_t d = 0;
+  Type type = Type::u8;
+};
+
+inline constexpr int kLevelCoordinates = 60;
+
+// Shape of the code: level "coarse" has 2 * steps values (2 * steps - 1 coordinates and rho); fine level l = 0.. has
+// 60 (l + 1) coordinates and rho, of which row l of the level holds the last 60:
+//   slots 0-59 coordinates, 60 rho_l, 61 rho_(l-1) (negated for queries; 0 at l = 0), 62-63 bias_l (0 for queries).
+// The products of rows 0..l therefore add up to x^.y^ of level l: slot 61 takes back the earlier level's rho.
+struct CodeShape {
+  int steps = 0;
+  int levels = 0;
+  int coordinates() const { return levels * kLevelCoordinates; }
+};
+
+// Code of `count` points. sq and error: [count][1 + levels], |v^|^2 and e, coarse first.
+struct Code {
+  std::int16_t* coarse = nullptr;  // [count][2 * steps]
+  std::int16_t* fine = nullptr;    // [levels][count][64]
+  std::int32_t* sq = nullptr;
+  float* error = nullptr;
+};
+
+// Encodes uint8 rows: coordinates (P (x - 128) - shift) * factor, where shift = P (mu - 128) and
+// factor = scale / s, and norms from mu.
+struct Basis {
+  CodeShape shape;
+  const std::int16_t* p = nullptr;      // [coordinates][d]
+  const std::int64_t* shift = nullptr;  // [coordinates]
+  const std::uint8_t* mean = nullptr;   // [d]
+  double factor = 0;
+  double scale = 0;
+};
+void encode_bytes(const Rows& rows, const Basis& basis, bool queries, const Code& out, int threads);
+
+// The same from float64 coordinates A(x - mu) [count][coordinates] and squared norms [count], times `scale`.
+void encode_coordinates(const double* coordinates, const double* squared_norms, std::int64_t count, CodeShape shape,
+                        double scale, bool queries, const Code& out, int threads);
+
+// The index: a code in cluster order. Panels as in kernels.h, with zeros after the last point.
+struct Index {
+  Rows rows;
+  CodeShape shape;
+  const std::int16_t* panels = nullptr;        // [ceil(count / 16)][steps][16][2]
+  const std::int32_t* bias = nullptr;          // [16 * ceil(count / 16)]
+  const std::int16_t* fine = nullptr;          // [levels][count][64]
+  const std::int64_t* order = nullptr;         // [count]: position in the code -> row
+  const float* error = nullptr;                // [1 + levels]: the largest of all points
+  double scale = 0;
+  int clusters = 0;
+  const std::int16_t* centroids = nullptr;     // panels of the clusters' centres, coded as points
+  const std::int32_t* centroid_bias = nullptr;
+  const std::int64_t* starts = nullptr;        // [clusters + 1]: positions where clusters begin
+};
+
+struct Answer {
+  std::int64_t* integer = nullptr;  // squared distances [Q][k] for uint8 rows,
+  double* real = nullptr;           // or for float rows
+  std::int64_t* index = nullptr;    // [Q][k]
+};
+
+struct Work {
+  std::int64_t bounded = 0;  // pairs put to the coarse bound
+  std::int64_t fine = 0;     // of these, pairs put to finer bounds
+  std::int64_t refined = 0;  // of these, pairs whose distance was computed (seeds included)
+  double seed_seconds = 0;
+  double scan_seconds = 0;
+  bool gave_up = false;
+};
+
+// Filtered search. `code` is the queries' own (row layout as encoded). Gives up, leaving the answer undefined, once more
+// than `allowance` of the pairs seen so far (and a few per query) had to be refined; allowance >= 1 never does.
+Work search_filtered(const Index& index, const Rows& queries, const Code& code, int k, double allowance,
+                     const Answer& out, int threads);
+
+// Dense search: integer products of all pairs of uint8 rows, differences of all pairs where they would not fit int32
+// (d > 65,536) and of float rows.
+void search_dense(const Rows& rows, const Rows& queries, int k, const Answer& out, int threads);
+
+}  // namespace diffmem::nearest

@@ -1,0 +1,87 @@
+"""The command line: `diffmem …`. Thin: it parses, calls the public functions and prints."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import traceback
+
+import click
+
+import diffmem
+from diffmem.cli.audit import audit_command
+from diffmem.cli.demo import demo_command
+from diffmem.cli.distributed import is_first_rank
+from diffmem.cli.info import info_command
+from diffmem.cli.options import debug_option, debugging
+from diffmem.errors import InputError, MissingExtraError
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(diffmem.__version__, prog_name="diffmem")
+@debug_option
+def cli() -> None:
+    """Measure, reproduce and study memorization in diffusion models.
+
+    \b
+    Start here:
+      diffmem audit samples/ training.zip --out report   which of these images are copies?
+      diffmem demo                                       see it work on real digits
+    """
+
+
+for command in (audit_command, demo_command, info_command):
+    cli.add_command(command)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: runs a command and turns every error into one line and an exit status.
+
+    0 success, 1 failure (or a gate that closed), 2 wrong usage, 130 interrupted.
+    """
+    status = _run(args)
+    if status == INTERRUPTED:
+        # CPython ends a process by SIGINT, whatever its exit status, when an interrupt once passed through an exec()
+        # (as those of dataclasses during an import). So it is ended here, after what is owed at exit is done.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _run(args: list[str] | None) -> int:
+    try:
+        return cli.main(args=args, prog_name="diffmem", standalone_mode=False) or 0
+    except click.Abort:
+        return _fail("interrupted; nothing half-written is left", INTERRUPTED)
+    except click.UsageError as error:
+        error.show()
+        return USAGE
+    except click.ClickException as error:
+        error.show()
+        return FAILURE
+    except (InputError, MissingExtraError) as error:
+        return _fail(str(error), FAILURE)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error of ours. Keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", FAILURE)
+    except MemoryError:
+        return _fail("not enough memory: use a smaller --limit or images stored as .npy, which stay on disk", FAILURE)
+    except Exception as error:  # a mistake of ours; still one line, and the way to say more
+        return _fail(f"unexpected {type(error).__name__}: {error} (run again with --debug to see where)", FAILURE)
+
+
+def _fail(message: str, status: int) -> int:
+    if debugging():
+        traceback.print_exc()
+    if is_first_rank():
+        click.echo(f"diffmem: {' '.join(message.split())}", err=True)
+    return status

@@ -1,0 +1,160 @@
+"""`diffmem audit`."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from diffmem.cli.distributed import is_first_rank, process_group
+from diffmem.cli.options import debug_option
+from diffmem.errors import InputError
+
+if TYPE_CHECKING:
+    from diffmem.memorization import Audit
+
+
+class Threshold(click.ParamType):
+    name = "fraction"
+
+    def convert(self, value, parameter, context) -> Fraction:
+        from diffmem.memorization import parse_threshold
+
+        try:
+            return parse_threshold(value)
+        except InputError as error:
+            self.fail(str(error), parameter, context)
+
+
+class Source(click.ParamType):
+    """A path that exists, or a built-in set."""
+
+    name = "source"
+
+    def convert(self, value, parameter, context) -> str:
+        if not str(value).startswith("builtin:") and not Path(value).exists():
+            self.fail(f"{value} does not exist", parameter, context)
+        return value
+
+
+@click.command("audit")
+@click.argument("generated", type=Source())
+@click.argument("training", type=Source())
+@click.option("--holdout", type=Source(), help="Real images the model has not seen: gives the rule's false-alarm rate.")
+@click.option("--threshold", type=Threshold(), default="1/3", show_default=True, help="A copy has d1/d2 below this.")
+@click.option(
+    "--duplicates", type=click.Choice(["collapse", "keep"]), default="collapse", show_default=True,
+    help="Take the second neighbour outside the first one's duplicates, or leave duplicates in (the paper's rule).",
+)  # fmt: skip
+@click.option(
+    "--duplicate-radius", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Training images within this distance (rms, grey levels) are duplicates.",
+)  # fmt: skip
+@click.option("--flip", is_flag=True, help="Look for mirrored copies too (models trained with horizontal flips).")
+@click.option("--resize", type=click.IntRange(min=1), help="Bring all images to N x N, antialiased.")
+@click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
+@click.option("--limit", type=click.IntRange(min=1), help="Audit only the first N generated images.")
+@click.option("--skip-bad", is_flag=True, help="Pass over files that cannot be read; they are counted and named.")
+@click.option(
+    "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write report.html, samples.csv and report.json into this folder."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output and nothing else there."
+)
+@click.option(
+    "--fail-above", type=click.FloatRange(0, 1), metavar="SHARE",
+    help="End with status 1 when the interval's lower end lies above this share.",
+)  # fmt: skip
+@debug_option
+def audit_command(
+    generated, training, holdout, threshold, duplicates, duplicate_radius, flip,
+    resize, color, limit, skip_bad, cache, device, out, as_json, fail_above,
+) -> int:  # fmt: skip
+    """Which of the GENERATED images are copies of TRAINING images?
+
+    GENERATED and TRAINING are folders, zips, .npz, .npy, .pt or .safetensors files, CIFAR-10's
+    cifar-10-python.tar.gz, data sets saved by Hugging Face datasets, or builtin:digits and builtin:patches.
+
+    \b
+    Examples:
+      diffmem audit samples/ cifar10-train.zip --holdout cifar10-test.zip --out report
+      diffmem audit samples.npz training.zip --json | jq .ratio
+      diffmem audit samples.zip training.zip --fail-above 0.01    a gate for a pipeline
+      torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
+    """
+    import torch
+
+    from diffmem.data import load_images
+    from diffmem.memorization import audit
+    from diffmem.memorization.report import check_output_folder
+    from diffmem.progress import progress_bars
+    from diffmem.search import ShardedIndex
+
+    torch.set_flush_denormal(True)
+    if out is not None and is_first_rank():
+        check_output_folder(out)
+    with process_group() as distributed, progress_bars(is_first_rank()) as progress:
+
+        def load(source: str, first: int | None = None):
+            options = {"resize": resize, "color": color, "skip_bad": skip_bad, "cache": cache}
+            images = load_images(source, limit=first, progress=progress, **options)
+            for note in images.notes if is_first_rank() else ():
+                click.echo(f"note: {note}", err=True)
+            return images
+
+        generated, training = load(generated, limit), load(training)
+        result = audit(
+            generated,
+            training,
+            threshold=threshold,
+            duplicates=duplicates,
+            duplicate_radius=duplicate_radius,
+            holdout=None if holdout is None else load(holdout),
+            flip=flip,
+            device=device,
+            index=ShardedIndex(training, device=device) if distributed else None,
+            progress=progress,
+        )
+    if not is_first_rank():
+        return 0
+    report = None if out is None else result.save(out)
+    closed = fail_above is not None and result.interval[0] > fail_above
+    if as_json:
+        click.echo(json.dumps(result.to_dict()))
+    else:
+        print_verdict(result)
+        if report is not None:
+            click.echo(f"report: {report}")
+    if closed:
+        click.echo(f"gate closed: the interval's lower end {result.interval[0]:.4f} lies above {fail_above}", err=True)
+    return int(closed)
+
+
+def print_verdict(result: Audit) -> None:
+    """A short verdict that a person understands, on standard output."""
+    from diffmem.memorization.audit import percent
+
+    click.echo(f"{result.verdict()}.")
+    if result.settings["duplicates"] == "collapse":
+        click.echo(f"  paper's rule, duplicates left in: {result.raw_count:,} ({percent(result.raw_ratio)})")
+    if result.holdout is not None:
+        low, high = result.holdout.interval
+        alarms = f"{result.holdout.count:,} of {result.holdout.total:,} ({percent(result.holdout.ratio)}"
+        click.echo(f"  false alarms on unseen real images: {alarms}, interval {percent(low)} to {percent(high)})")
+    click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} grey levels rms")
+    if result.duplicates:
+        click.echo(f"  duplicates in the training set: {len(result.duplicates):,} groups")
+    for which in ("generated", "training"):
+        if skipped := result.settings[which]["skipped"]:
+            first = f"{skipped[0]['name']}: {skipped[0]['reason']}"
+            click.echo(f"  {which} files passed over: {len(skipped):,} (the first: {first})")
+    if result.sources:
+        most = ", ".join(f"{source.name} ({source.count})" for source in result.sources[:3])
+        click.echo(f"  copied most often: {most}")

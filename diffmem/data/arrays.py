@@ -1,0 +1,238 @@
+"""Arrays of images: numpy arrays and torch tensors, `.npy`, `.npz`, `.pt` and `.safetensors` files.
+
+Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy` file stays mapped to
+memory; where its axes are NHWC, the images are a view with its axes permuted.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffmem.data.containers import open_zip
+from diffmem.data.labels import check_labels
+from diffmem.data.storage import allocate
+from diffmem.errors import InputError
+
+_CHANNELS = (1, 3, 4)
+_BESIDE_IMAGES = ("labels", "names", "seeds")
+
+
+class Arrays(NamedTuple):
+    """What an array source holds: images NCHW (not yet checked for NaN), labels and names where it has them."""
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    names: Sequence[str] | None = None
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a torch tensor; does not import torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A tensor (from any device; bfloat16 as float32) or array-like as a numpy array, without a copy where possible."""
+    if is_tensor(value):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype.is_floating_point and value.element_size() == 2 else value).numpy()
+    return np.asanyarray(value)
+
+
+def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | None = None) -> np.ndarray:
+    """`array` as images [N, C, H, W] of dtype uint8, float32 or float64; a view where possible.
+
+    The channel axis is the one of length 1, 3 or 4. Where both ends fit or neither, `layout` ("NCHW" or "NHWC")
+    decides, or what is laid down for the source (`assume`: NCHW for arrays in memory); else that is an error.
+    [N, H, W] is grey. Half precision becomes float32. Raises `InputError` for anything that is not images.
+    """
+    if array.ndim == 2:
+        raise InputError(
+            f"{where}: shape {array.shape} is not images but vectors: search them with diffmem.search.TrainingIndex"
+            " (or reshape them to [N, C, H, W])"
+        )
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "uf" or array.dtype.newbyteorder("=") not in (np.uint8, np.float32, np.float64):
+        raise InputError(f"{where}: images must be uint8 (0–255) or floats, got {array.dtype}: convert them first")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.ndim == 3 and layout is None and array.shape[0] not in _CHANNELS and array.shape[2] not in _CHANNELS:
+        return array[:, None]
+    if array.ndim != 4:
+        raise InputError(f"{where}: images must have 4 axes ([N, C, H, W] or [N, H, W, C]), got shape {array.shape}")
+    if layout is None:
+        fits = [name for name, length in zip(("NCHW", "NHWC"), array.shape[1::2], strict=True) if length in _CHANNELS]
+        if len(fits) == 1:
+            layout = fits[0]
+        elif assume is not None:
+            layout = assume
+        else:
+            problem = (
+                "both axis 1 and axis 3 could be" if fits else "neither axis 1 nor axis 3 has the length 1, 3 or 4 of"
+            )
+            raise InputError(
+                f"{where}: in shape {array.shape} {problem} the channels: pass layout='NCHW' or layout='NHWC'"
+            )
+    if layout == "NHWC":
+        array = array.transpose(0, 3, 1, 2)
+    # A mapped file stays as it lies; what is in memory anyway had better be contiguous.
+    return array if isinstance(array, np.memmap) else np.ascontiguousarray(array)
+
+
+def check_finite(images: np.ndarray, where: str) -> None:
+    """Raises `InputError` where float images hold NaN or infinity: how many, and where the first one is."""
+    if images.dtype == np.uint8:
+        return
+    count, first = 0, None
+    rows = max(1, 2**22 // max(1, images[:1].size))
+    for start in range(0, len(images), rows):
+        bad = ~np.isfinite(images[start : start + rows])
+        if bad.any():
+            count += int(bad.sum())
+            if first is None:
+                row, *place = (int(axis) for axis in np.unravel_index(int(bad.argmax()), bad.shape))
+                first = f"image {start + row} (channel {place[0]}, row {place[1]}, column {place[2]})"
+    if count:
+        raise InputError(
+            f"{where}: {count:,} values are NaN or infinite, the first in {first}: mend or drop those images"
+        )
+
+
+def read_npy(path: Path, layout: str | None) -> Arrays:
+    """The images in an `.npy` file, memory-mapped."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a whole .npy array of numbers: {_one_line(error)}") from None
+    return Arrays(as_nchw(array, layout, str(path)))
+
+
+def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
+    """The images in an `.npz` file: `images` (NCHW) with `labels` and `names`, or ADM's `arr_0` (NHWC) with `arr_1`."""
+    with open_zip(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        chosen = _pick(names, key, path)
+
+        def member(name: str) -> np.ndarray | None:
+            return _npz_member(archive, name, path) if name in names else None
+
+        assume = {"images": "NCHW", "arr_0": "NHWC"}.get(chosen)
+        images = as_nchw(member(chosen), layout, f"{path}: {chosen}", assume=assume)
+        labels = member("arr_1" if chosen == "arr_0" else "labels")
+        written_names = member("names")
+    if labels is not None:
+        labels = check_labels(labels, len(images), str(path))
+    if written_names is not None and (written_names.dtype.kind != "U" or written_names.shape != (len(images),)):
+        raise InputError(
+            f"{path}: names must be {len(images):,} strings, got {written_names.dtype} {written_names.shape}"
+        )
+    return Arrays(images, labels, None if written_names is None else written_names.tolist())
+
+
+def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+    """One array, unpacked straight to where it will lie; its header is not believed before the sizes agree."""
+    try:
+        entry = archive.getinfo(f"{name}.npy")
+        with archive.open(entry) as stream:
+            version = np.lib.format.read_magic(stream)
+            if version == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            elif version == (2, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+            else:
+                raise ValueError(f"npy version {version} holds no plain numbers")
+            if dtype.hasobject:
+                raise ValueError("it holds pickled Python objects, which are never loaded")
+            size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+            if entry.file_size - stream.tell() != size:
+                raise ValueError(
+                    f"shape {shape} of {dtype} needs {size:,} bytes, {entry.file_size - stream.tell():,} are there"
+                )
+            array = allocate(shape[::-1] if fortran else shape, dtype)
+            if size:
+                view = memoryview(array.reshape(-1).view(np.uint8))
+                done = 0
+                while done < size and (got := stream.readinto(view[done : done + 2**24])):
+                    done += got
+            if stream.read(1):  # also makes zipfile compare the checksum
+                raise ValueError("it is longer than it declares")
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: array {name} cannot be read: {_one_line(error)}") from None
+    return array.T if fortran else array
+
+
+def read_pt(path: Path, key: str | None, layout: str | None) -> Arrays:
+    """The images in a file that `torch.save` wrote: a tensor, a dict of tensors, or a pair (images, labels)."""
+    import pickle
+
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols: what matters ends in an error
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path}: damaged, or holds pickled Python objects, which are never loaded: save a tensor, or a dict of"
+            " tensors 'images' and 'labels'"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a whole torch file: {_one_line(error)}") from None
+    if isinstance(content, (tuple, list)) and len(content) == 2:
+        content = dict(zip(("images", "labels"), content, strict=True))
+    elif is_tensor(content):
+        content = {"images": content}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a tensor or a dict of tensors")
+    return _from_tensors({name: value for name, value in content.items() if is_tensor(value)}, key, layout, path)
+
+
+def read_safetensors(path: Path, key: str | None, layout: str | None) -> Arrays:
+    """The images in a `.safetensors` file: its tensor `images`, the only one, or the one named `key`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            wanted = {_pick(names, key, path), "labels"} & set(names)
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file: {_one_line(error)}") from None
+    return _from_tensors(tensors, key, layout, path)
+
+
+def _from_tensors(tensors: dict[str, Any], key: str | None, layout: str | None, path: Path) -> Arrays:
+    chosen = _pick(list(tensors), key, path)
+    images = as_nchw(
+        to_numpy(tensors[chosen]), layout, f"{path}: {chosen}", assume="NCHW" if chosen == "images" else None
+    )
+    labels = tensors.get("labels") if chosen != "labels" else None
+    return Arrays(images, None if labels is None else check_labels(to_numpy(labels), len(images), str(path)))
+
+
+def _pick(names: Sequence[str], key: str | None, path: Path) -> str:
+    """Which of the arrays `names` holds the images."""
+    if key is not None:
+        candidates = [key] if key in names else []
+    else:
+        candidates = [name for name in ("images", "arr_0") if name in names][:1]
+        candidates = candidates or [name for name in names if name not in _BESIDE_IMAGES]
+    if len(candidates) != 1:
+        problem = "no array" if not names else f"pick the array of images with key=…: {', '.join(map(str, names))}"
+        raise InputError(f"{path}: {problem}" + ("" if key is None else f" (there is no {key!r})"))
+    return candidates[0]
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,127 @@
+"""The packed copy of a folder or archive of image files: one memory-mappable file beside the source.
+
+`train.zip` gets `train.zip.diffmem-<settings>.safetensors` next to it (one per combination of the settings that change
+the pixels). Neither name nor date make it trusted: it holds the SHA-256 of the source's contents (an archive's bytes; a
+folder's file names and bytes) and of its own pixels and labels, and is used only where both are what they should be.
+Anything else is decoded anew and replaces it. Where it cannot be written, the images are returned all the same, with a
+line in `ImageSet.notes` that says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from diffmem.data.decode import BadImage
+from diffmem.data.decode_pool import EncodedImages
+from diffmem.data.image_set import ImageSet, SkippedFile
+from diffmem.data.whole import whole_file
+from diffmem.errors import InputError
+from diffmem.progress import Progress
+
+# Part of the settings: raise it when the same source would decode to other pixels.
+_VERSION = 1
+_STAGE = "checking the packed copy"
+_DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
+
+
+def load_cached(
+    path: Path, encoded: EncodedImages, settings: dict, decode: Callable[[], ImageSet], progress: Progress
+) -> ImageSet:
+    """The images that `decode()` gives, from the packed copy where that is what it would be made from now.
+
+    settings: everything (JSON types) besides the contents of `path` that `decode` depends on.
+    """
+    text = json.dumps({"version": _VERSION, **settings}, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    target = path.resolve().parent / f"{path.resolve().name}.diffmem-{digest}.safetensors"
+    key = {"settings": text, "source": source_fingerprint(path, encoded, progress)}
+    cached = _read(target, key, str(path))
+    if cached is not None:
+        return cached
+    images = decode()
+    try:
+        if not target.parent.stat().st_mode & 0o222:  # root could write there all the same, against the owner's will
+            raise InputError(f"{target.parent} is marked read-only")
+        _write(target, key, images)
+    except InputError as error:
+        return replace(images, notes=(*images.notes, f"no packed copy was kept: {error}"))
+    return images
+
+
+def source_fingerprint(path: Path, encoded: EncodedImages, progress: Progress) -> str:
+    """SHA-256 of the bytes of the file `path`, or of names, bytes and labels of the files in a folder."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        total, done = path.stat().st_size, 0
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+                done += len(block)
+                progress(_STAGE, done, total)
+        return digest.hexdigest()
+    for index, name in enumerate(encoded.names):
+        try:
+            data = hashlib.sha256(encoded.read(index)).digest()
+        except BadImage as bad:
+            data = str(bad).encode()
+        digest.update(json.dumps(name).encode() + data)
+        if index % 1000 == 0:
+            progress(_STAGE, index, len(encoded.names))
+    if encoded.labels is not None:
+        digest.update(repr((encoded.labels.shape, encoded.labels.dtype.str)).encode() + encoded.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _write(target: Path, key: dict, images: ImageSet) -> None:
+    """The file is a safetensors file, written block by block since the images may exceed the memory."""
+    about = {
+        "key": key,
+        "contents": images.fingerprint,
+        "names": list(images.names),
+        "skipped": [[item.name, item.reason] for item in images.skipped],
+    }
+    tensors = {"images": images.images} | ({} if images.labels is None else {"labels": images.labels})
+    header: dict = {"__metadata__": {"diffmem": json.dumps(about)}}
+    end = 0
+    for name, array in tensors.items():
+        dtype = next(code for code, kind in _DTYPES.items() if kind == array.dtype)
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with whole_file(target) as partial, open(partial, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            for start in range(0, len(array), 4096):
+                file.write(np.ascontiguousarray(array[start : start + 4096]).data)
+
+
+def _read(target: Path, key: dict, source: str) -> ImageSet | None:
+    """The packed copy, its images memory-mapped, or None where it is absent, damaged or of something else."""
+    try:
+        with open(target, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > target.stat().st_size:
+                return None
+            header = json.loads(file.read(length))
+        about = json.loads(header["__metadata__"]["diffmem"])
+        if about["key"] != key:
+            return None
+
+        def tensor(name: str) -> np.ndarray:
+            entry = header[name]
+            offset = 8 + length + entry["data_offsets"][0]
+            return np.memmap(target, _DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"]))
+
+        labels = np.array(tensor("labels")) if "labels" in header else None
+        skipped = tuple(SkippedFile(name, reason) for name, reason in about["skipped"])
+        images = ImageSet(tensor("images"), about["names"], labels, source, skipped)
+        return images if images.fingerprint == about["contents"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,282 @@
+"""Decoding a whole source of encoded images on all cores, into one array.
+
+Images are decoded by processes, not threads: a 32×32 JPEG spends more time in Pillow's Python than in libjpeg, and
+threads would wait for each other there (measured on two cores: no gain at all). Each process runs `serve` below: blocks
+of encoded images come in on its standard input, pixels go out on its standard output; it opens no file. They are plain
+Python processes, so that neither a script without a main guard nor a running CUDA context is disturbed, and start only
+where the first block, decoded in this process, shows that the work is worth it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from diffmem.data.decode import BadImage, Outcome, PixelOptions, decode_into
+from diffmem.data.image_set import SkippedFile
+from diffmem.data.storage import allocate, discard_rows
+from diffmem.errors import InputError
+from diffmem.progress import Progress
+
+STAGE = "reading images"
+# Work that is over sooner than this is done here: processes take a quarter of a second to start.
+IN_PROCESS_SECONDS = 0.6
+_BLOCK_BYTES = 2**20
+_BLOCK_IMAGES = 256
+
+
+class EncodedImages(Protocol):
+    """Image files in some container: `names`, what the container is called, and the bytes of each file."""
+
+    description: str
+    names: Sequence[str]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of file `index`; raises `BadImage`, and may be called from several threads."""
+        ...
+
+
+def decode_all(
+    source: EncodedImages, options: PixelOptions, *, limit: int | None, skip_bad: bool, progress: Progress
+) -> tuple[np.ndarray, np.ndarray, tuple[SkippedFile, ...]]:
+    """The images (uint8 [n, C, H, W]), the index in `source.names` of each, and the files passed over.
+
+    Raises `InputError` at the first file that cannot be used (unless `skip_bad`), where sizes or channels are mixed,
+    and where no image is left.
+    """
+    total = len(source.names) if limit is None else min(limit, len(source.names))
+    if total == 0:
+        raise InputError(f"{source.description}: no images in it")
+    tally = _Tally(source, skip_bad, progress, total)
+    first, shape = _first_good(source, options, tally, total)
+    images = allocate((total, *shape))
+    tally.shape = shape
+    size = min(_BLOCK_IMAGES, max(1, _BLOCK_BYTES // (shape[0] * shape[1] * shape[2])))
+    blocks = iter([range(start, min(start + size, total)) for start in range(first, total, size)])
+
+    progress(STAGE, 0, total)
+    started = time.monotonic()
+    for block in blocks:
+        data, unread = _read_block(source, block)
+        tally.add(block, unread, decode_into(images[block.start : block.stop], data, options))
+        workers = min(_cores(), -(-(total - block.stop) // size))
+        seconds_left = (time.monotonic() - started) / (block.stop - first) * (total - block.stop)
+        if workers > 1 and seconds_left > IN_PROCESS_SECONDS and sys.executable:
+            _decode_in_processes(source, options, images, blocks, workers, tally)
+            break
+    progress(STAGE, total, total)
+
+    bad = np.array(sorted(tally.bad), dtype=np.int64)
+    skipped = tuple(SkippedFile(source.names[index], tally.bad[index]) for index in bad)
+    return discard_rows(images, bad), np.setdiff1d(np.arange(total), bad), skipped
+
+
+class _Tally:
+    """Outcomes as they come in: raises for the first one that ends the reading, and reports progress."""
+
+    def __init__(self, source: EncodedImages, skip_bad: bool, progress: Progress, total: int):
+        self.source, self.skip_bad, self.progress, self.total = source, skip_bad, progress, total
+        self.shape: tuple[int, int, int] | None = None
+        self.bad: dict[int, str] = {}
+        self.shapes: dict[tuple[int, int, int], list[int]] = {}
+        self.done = 0
+        self.last_report = time.monotonic()
+
+    def refuse(self, index: int, reason: str) -> None:
+        if not self.skip_bad:
+            raise InputError(
+                f"{self.source.description}: {self.source.names[index]} {reason}"
+                " — repair or remove it, or pass skip_bad=True (--skip-bad) to go on without such files"
+            )
+        self.bad[index] = reason
+
+    def add(self, block: range, unread: dict[int, str], outcomes: Sequence[Outcome]) -> None:
+        for index, outcome in zip(block, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self.refuse(index, unread.get(index, outcome))
+            else:
+                self.shapes.setdefault(tuple(outcome), []).append(index)
+        if any(shape != self.shape for shape in self.shapes):
+            raise InputError(f"{self.source.description}: {_mixed(self.shapes, self.source.names)}")
+        self.done += len(block)
+        if time.monotonic() - self.last_report > 0.1:
+            self.progress(STAGE, self.done, self.total)
+            self.last_report = time.monotonic()
+
+
+def _mixed(shapes: dict[tuple[int, int, int], list[int]], names: Sequence[str]) -> str:
+    """One line for images that do not fit together, from the indices seen for each shape."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    by_channels: dict[int, list[int]] = {}
+    for (channels, height, width), indices in shapes.items():
+        by_size.setdefault((height, width), []).extend(indices)
+        by_channels.setdefault(channels, []).extend(indices)
+
+    def listing(groups: dict, label: Callable[..., str]) -> str:
+        ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1][0]))
+        shown = [f"{len(indices):,} of {label(what)} ({names[min(indices)]})" for what, indices in ordered[:4]]
+        return ", ".join(shown) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+
+    seen = f"among the first {sum(map(len, shapes.values())):,} images read"
+    if len(by_size) > 1:
+        sizes = listing(by_size, lambda size: f"{size[1]}×{size[0]}")
+        return f"images of mixed sizes, {seen} {sizes}: pass resize=N (--resize N) to bring them to one size"
+    colors = listing(by_channels, lambda channels: "grey" if channels == 1 else "colour")
+    return f"grey and colour images are mixed, {seen} {colors}: pass color='rgb' or color='grey' to make them alike"
+
+
+def _first_good(
+    source: EncodedImages, options: PixelOptions, tally: _Tally, total: int
+) -> tuple[int, tuple[int, int, int]]:
+    """Index and shape of the first image that can be decoded: it decides what the others must look like."""
+    probe = np.empty((1, 1, 1, 1), dtype=np.uint8)
+    for index in range(total):
+        try:
+            outcome = decode_into(probe, [source.read(index)], options)[0]
+        except BadImage as bad:
+            outcome = str(bad)
+        if not isinstance(outcome, str):
+            return index, outcome
+        tally.refuse(index, outcome)
+        tally.done += 1
+    name, reason = source.names[0], tally.bad[0]
+    raise InputError(
+        f"{source.description}: none of its {total:,} files is a usable image; the first, {name}, {reason}"
+    )
+
+
+def _read_block(source: EncodedImages, block: range) -> tuple[list[bytes], dict[int, str]]:
+    """The files' bytes (empty where a file cannot be read) and why those could not be read."""
+    data, unread = [], {}
+    for index in block:
+        try:
+            data.append(source.read(index))
+        except BadImage as bad:
+            data.append(b"")
+            unread[index] = str(bad)
+    return data, unread
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _decode_in_processes(
+    source: EncodedImages,
+    options: PixelOptions,
+    images: np.ndarray,
+    blocks: Iterator[range],
+    workers: int,
+    tally: _Tally,
+) -> None:
+    """Decode the remaining `blocks` into `images`; a thread per process feeds it, this thread counts and reports."""
+    results: queue.SimpleQueue = queue.SimpleQueue()
+    lock, stop = threading.Lock(), threading.Event()
+    waiting = list(blocks)
+    expected = len(waiting)
+    waiting.reverse()
+
+    def take() -> tuple[range, list[bytes], dict[int, str]] | None:
+        with lock:
+            block = waiting.pop() if waiting and not stop.is_set() else None
+        return None if block is None else (block, *_read_block(source, block))
+
+    def feed(process: subprocess.Popen) -> None:
+        block = range(0, 1)
+        try:
+            coming = take()
+            while coming is not None:
+                block, data, unread = coming
+                rows = images[block.start : block.stop]
+                _send(process.stdin, data, rows.shape[1:], options)
+                coming = take()  # while the process decodes
+                results.put((block, unread, _receive(process.stdout, rows)))
+        except Exception as error:
+            results.put((block, error, None))
+
+    with ExitStack() as cleanup:
+        threads: list[threading.Thread] = []
+
+        def end(processes: list[subprocess.Popen]) -> None:
+            stop.set()
+            for process in processes:
+                process.kill()
+            for thread in threads:
+                thread.join()
+            for process in processes:
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    with suppress(OSError):  # what was left in the pipe's buffer has nowhere to go
+                        pipe.close()
+
+        processes: list[subprocess.Popen] = []
+        cleanup.callback(end, processes)
+        for _ in range(workers):
+            processes.append(_start())
+            threads.append(threading.Thread(target=feed, args=(processes[-1],), daemon=True))
+            threads[-1].start()
+        for _ in range(expected):
+            block, unread, outcomes = results.get()
+            if isinstance(unread, (EOFError, OSError)):
+                first, last = source.names[block.start], source.names[block.stop - 1]
+                raise InputError(
+                    f"{source.description}: a decoding process died somewhere between {first} and {last}"
+                    " (out of memory, or a file that crashes its decoder)"
+                )
+            if isinstance(unread, Exception):
+                raise unread
+            tally.add(block, unread, outcomes)
+
+
+def _start() -> subprocess.Popen:
+    program = f"import sys; sys.path[:] = {sys.path!r}; from diffmem.data.decode_pool import serve; serve()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=2**20,
+        start_new_session=True,  # Ctrl-C reaches the parent only, which then ends its processes
+    )
+
+
+def _send(stdin: BinaryIO, data: Sequence[bytes], shape: tuple[int, ...], options: PixelOptions) -> None:
+    """Ask a process for the pixels of one block. Raises `OSError` if the process is gone."""
+    lengths = [len(item) for item in data]
+    request = {"lengths": lengths, "shape": shape, "color": options.color, "size": options.size}
+    stdin.write(json.dumps(request).encode() + b"\n")
+    stdin.writelines(data)
+    stdin.flush()
+
+
+def _receive(stdout: BinaryIO, rows: np.ndarray) -> list[Outcome]:
+    """The outcomes of the block last sent; its pixels land in `rows`. Raises `EOFError` if the process is gone."""
+    reply = stdout.readline()
+    if not reply.endswith(b"\n") or stdout.readinto(memoryview(rows).cast("B")) != rows.nbytes:
+        raise EOFError
+    return json.loads(reply)
+
+
+def serve() -> None:
+    """What a decoding process does: blocks from standard input to pixels on standard output, until the input ends."""
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # a plugin that prints must not talk into the pixels
+    while line := stdin.readline():
+        request = json.loads(line)
+        size = request["size"]
+        options = PixelOptions(request["color"], None if size is None else tuple(size))
+        data = [stdin.read(length) for length in request["lengths"]]
+        rows = np.empty((len(data), *request["shape"]), dtype=np.uint8)
+        outcomes = decode_into(rows, data, options)
+        stdout.write(json.dumps(outcomes).encode() + b"\n")
+        stdout.write(memoryview(rows).cast("B"))
+        stdout.flush()

@@ -1,0 +1,110 @@
+"""Labels: `dataset.json` as EDM writes it, and what counts as labels anywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffmem.errors import InputError
+
+DATASET_JSON = "dataset.json"
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(name: str) -> str:
+    """A file's `name` fit for one line of a report: control characters and bytes that are no text are escaped."""
+    if name.isprintable():
+        return name
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+
+
+def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndarray | None:
+    """The labels of the files `names`, in their order: int64 [N], float32 [N, L], or None for `{"labels": null}`.
+
+    `data` holds `{"labels": [[name, label], …]}`, a label being a whole number or a list of numbers. Labels of files
+    that are not among `names` are passed over; a file without a label is an error. `where` names the source in
+    messages. Raises `InputError`.
+    """
+    where = f"{where}: {DATASET_JSON}"
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}): repair or remove it") from None
+    if not isinstance(content, dict) or "labels" not in content:
+        raise InputError(f'{where} must hold {{"labels": [[name, label], …]}} or {{"labels": null}}')
+    entries = content["labels"]
+    if entries is None:
+        return None
+    if not isinstance(entries, list):
+        raise InputError(f'{where}: "labels" must be a list of [name, label] pairs or null, not {_kind(entries)}')
+    by_name: dict[str, Any] = {}
+    for position, entry in enumerate(entries):
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise InputError(f'{where}: entry {position} of "labels" is not a [name, label] pair: {_short(entry)}')
+        name, label = printable(entry[0]), entry[1]
+        if by_name.setdefault(name, label) != label:
+            raise InputError(f"{where} gives {name} two labels: {_short(by_name[name])} and {_short(label)}")
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise InputError(
+            f"{where} has no label for {len(missing):,} of {len(names):,} images, the first being {missing[0]}:"
+            f' complete it, or set "labels" to null'
+        )
+    return as_labels([by_name[name] for name in names], names, where)
+
+
+def as_labels(values: Sequence[Any], names: Sequence[str], where: str) -> np.ndarray:
+    """Plain Python labels as int64 [N] or float32 [N, L]; raises `InputError` naming the first that is neither."""
+    if all(type(value) is int and -(2**63) <= value < 2**63 for value in values):
+        return np.array(values, dtype=np.int64)
+    length = len(values[0]) if isinstance(values[0], list) else None
+    for name, value in zip(names, values, strict=True):
+        vector = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+        if not (vector if length is not None else type(value) is int and -(2**63) <= value < 2**63):
+            raise InputError(
+                f"{where}: the label of {name} is {_short(value)}: labels are all whole numbers or all vectors"
+            )
+        if length is not None and len(value) != length:
+            raise InputError(f"{where}: the label of {name} has {len(value)} entries, that of {names[0]} has {length}")
+    with np.errstate(over="ignore"):
+        labels = np.array(values, dtype=np.float64).reshape(len(values), length).astype(np.float32)
+    return _finite(labels, names, where)
+
+
+def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
+    """An array of labels as int64 [N] or float32 [N, L]; one-hot or other vectors stay vectors."""
+    if len(labels.shape) == 2 and labels.shape[1:] == (1,) and labels.dtype.kind in "iu":
+        labels = labels[:, 0]
+    if labels.shape[:1] != (count,):
+        raise InputError(f"{where}: {count:,} images, but labels of shape {labels.shape}")
+    if labels.ndim == 1 and labels.dtype.kind in "iub":
+        if labels.dtype == np.uint64 and (labels >> np.uint64(63)).any():
+            raise InputError(f"{where}: labels do not fit 64-bit signed integers")
+        return labels.astype(np.int64)
+    if labels.ndim == 2 and labels.dtype.kind in "iubf":
+        with np.errstate(over="ignore"):
+            return _finite(labels.astype(np.float32), None, where)
+    raise InputError(
+        f"{where}: labels must be whole numbers [N] or vectors [N, L], got {labels.dtype} of shape {labels.shape}"
+    )
+
+
+def _finite(labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(labels).all(axis=1))
+    if len(bad):
+        which = f"image {bad[0]}" if names is None else names[bad[0]]
+        raise InputError(f"{where}: {len(bad):,} labels are not finite, the first being that of {which}")
+    return labels
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", str: "a string", bool: "true or false"}.get(type(value), "a number")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

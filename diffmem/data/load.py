@@ -1,0 +1,168 @@
+"""`load_images`: the front door to every kind of image source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffmem.data import builtin
+from diffmem.data.adapt import adapt
+from diffmem.data.arrays import (
+    Arrays,
+    as_nchw,
+    check_finite,
+    is_tensor,
+    read_npy,
+    read_npz,
+    read_pt,
+    read_safetensors,
+    to_numpy,
+)
+from diffmem.data.cache import load_cached
+from diffmem.data.cifar import read_cifar
+from diffmem.data.containers import Folder, HuggingFaceDataset, ZipArchive
+from diffmem.data.decode import PixelOptions, image_suffixes
+from diffmem.data.decode_pool import EncodedImages, decode_all
+from diffmem.data.image_set import ImageSet
+from diffmem.data.streams import is_map_dataset, read_stream
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+
+
+def load_images(
+    source: Any,
+    *,
+    resize: int | tuple[int, int] | None = None,
+    color: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    cache: bool = False,
+    key: str | None = None,
+    layout: str | None = None,
+    progress: Progress | None = None,
+) -> ImageSet:
+    """The images of `source` as an `ImageSet`: uint8 [N, C, H, W] (float32 or float64 where the source holds floats).
+
+    source: a folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a single
+        image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`,
+        `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy
+        array, a torch tensor, a torch dataset, an iterable of images or batches (alone or with labels), or an
+        `ImageSet`. Labels and file names are kept. What counts as a file's pixels: see `diffmem.data.decode`.
+    resize: N for N×N, or (height, width): Lanczos resampling with antialiasing, not keeping the aspect ratio.
+    color: "grey" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for grey images); None changes nothing.
+    limit: only the first so many (files, where the source is made of files).
+    skip_bad: pass over files that cannot be used; they are listed in `ImageSet.skipped`.
+    cache: keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
+        contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
+    key: which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, or "train"
+        (default), "test" or "all" of CIFAR-10's archive.
+    layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
+    progress: called as `progress(stage, done, total)`.
+
+    Raises `InputError` (one line: what, where, what to do) and `MissingExtraError`. Arrays of more than a quarter of
+    the machine's memory lie in a memory-mapped temporary file. The images must not be written to.
+    """
+    options = PixelOptions(color, _size(resize))
+    if color not in (None, "grey", "rgb"):
+        raise InputError(f"color must be 'grey', 'rgb' or None, got {color!r}")
+    if layout not in (None, "NCHW", "NHWC"):
+        raise InputError(f"layout must be 'NCHW', 'NHWC' or None, got {layout!r}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    report = progress or silent
+    if isinstance(source, ImageSet):
+        return _finish(source, options, limit, report)
+    if isinstance(source, str) and source.startswith(builtin.PREFIX):
+        return _finish(_image_set(builtin.read_builtin(source, limit), source), options, limit, report)
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        encoded = _encoded(path, key)
+        if encoded is not None:
+
+            def decode() -> ImageSet:
+                return _decoded(encoded, options, limit, skip_bad, report)
+
+            if not cache:
+                return decode()
+            settings = {"color": color, "size": options.size, "limit": limit, "skip_bad": skip_bad, "key": key}
+            return load_cached(path, encoded, settings, decode, report)
+        return _finish(_image_set(_array_file(path, key, layout, report), str(path)), options, limit, report)
+    if isinstance(source, np.ndarray) or is_tensor(source):
+        where = "array" if isinstance(source, np.ndarray) else "tensor"
+        return _finish(
+            _image_set(Arrays(as_nchw(to_numpy(source), layout, where, assume="NCHW")), where), options, limit, report
+        )
+    if is_map_dataset(source) or isinstance(source, Iterable):
+        where = type(source).__name__
+        arrays = read_stream(source, options, layout, limit, where, report)
+        return _finish(_image_set(arrays, where), options, limit, report)
+    raise InputError(
+        f"cannot read images from a {type(source).__name__}: give a path, an array, a tensor or an iterable"
+    )
+
+
+def _decoded(
+    encoded: EncodedImages, options: PixelOptions, limit: int | None, skip_bad: bool, progress: Progress
+) -> ImageSet:
+    """The decoded images of a container of files."""
+    images, kept, skipped = decode_all(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress)
+    labels = None if encoded.labels is None else encoded.labels[kept]
+    return ImageSet(images, [encoded.names[index] for index in kept], labels, encoded.description, skipped)
+
+
+def _encoded(path: Path, key: str | None) -> EncodedImages | None:
+    """The container of image files that `path` is, or None where it is an array file."""
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return HuggingFaceDataset(path, key)
+        return Folder(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or folder")
+    suffix = path.suffix.lower()
+    if suffix == ".zip":
+        return ZipArchive(path)
+    return Folder(path) if suffix in image_suffixes() else None
+
+
+def _array_file(path: Path, key: str | None, layout: str | None, progress: Progress) -> Arrays:
+    name = path.name.lower()
+    if name.endswith((".tar.gz", ".tgz", ".tar")):
+        return read_cifar(path, key or "train", progress)
+    if name.endswith(".npy"):
+        return read_npy(path, layout)
+    readers = {".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".safetensors": read_safetensors}
+    if path.suffix.lower() not in readers:
+        raise InputError(
+            f"{path}: not a kind of file that is read: give a folder, an image, .zip, .npz, .npy, .pt, .safetensors or"
+            " cifar-10-python.tar.gz"
+        )
+    return readers[path.suffix.lower()](path, key, layout)
+
+
+def _image_set(arrays: Arrays, source: str) -> ImageSet:
+    return ImageSet(arrays.images, arrays.names, arrays.labels, source)
+
+
+def _finish(images: ImageSet, options: PixelOptions, limit: int | None, progress: Progress) -> ImageSet:
+    """Images from arrays: shortened, checked and brought to the wanted form."""
+    if limit is not None and limit < len(images):
+        images = images.select(slice(limit))
+    if images.images.size == 0:
+        raise InputError(f"{images.source}: no images in it (shape {images.images.shape})")
+    check_finite(images.images, images.source)
+    adapted = adapt(images.images, options, images.source, progress)
+    return images if adapted is images.images else replace(images, images=adapted)
+
+
+def _size(resize: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if resize is None:
+        return None
+    size = tuple(resize) if isinstance(resize, (tuple, list)) else (resize, resize)
+    if len(size) != 2 or not all(isinstance(length, int) and 1 <= length <= 8192 for length in size):
+        raise InputError(f"resize must be N or (height, width), each within 1 … 8192, got {resize!r}")
+    return size

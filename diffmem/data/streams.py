@@ -1,0 +1,117 @@
+"""Images that come one by one or batch by batch from Python: torch datasets, data loaders, any iterable."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffmem.data.adapt import adapt
+from diffmem.data.arrays import Arrays, as_nchw, to_numpy
+from diffmem.data.decode import BadImage, PixelOptions, as_grey_or_rgb, convert
+from diffmem.data.labels import check_labels
+from diffmem.data.storage import Gathering
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+
+
+def is_map_dataset(source: Any) -> bool:
+    """Whether `source` is a torch dataset that is read by index; does not import torch."""
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and isinstance(source, data.Dataset) and not isinstance(source, data.IterableDataset)
+
+
+def read_stream(
+    source: Iterable[Any], options: PixelOptions, layout: str | None, limit: int | None, where: str, progress: Progress
+) -> Arrays:
+    """All images of `source` (at most `limit`), with labels where every item brings them.
+
+    An item is an image or a batch, alone, as a pair with its labels, or in a mapping with `image(s)` and `label(s)`. An
+    image is a Pillow image or an array or tensor of three axes, a batch is an array or tensor of four.
+    """
+    items: Iterable[Any] = (source[index] for index in range(len(source))) if is_map_dataset(source) else source
+    total = len(source) if is_map_dataset(source) else 0
+    total = min(total, limit) if limit is not None and total else total
+    labels: list[np.ndarray] = []
+    done, first = 0, None
+    with Gathering() as images:
+        for block, block_labels in _blocks(items, options, layout, where):
+            if limit is not None and done + len(block) > limit:
+                block = block[: limit - done]
+                block_labels = None if block_labels is None else block_labels[: limit - done]
+            if first is None:
+                first, labelled = block, block_labels is not None
+            if (block.shape[1:], block.dtype) != (first.shape[1:], first.dtype):
+                form, expected = f"{block.dtype} {block.shape[1:]}", f"{first.dtype} {first.shape[1:]}"
+                raise InputError(
+                    f"{where}: image {done} is {form}, those before are {expected}: bring them to one form"
+                    " (resize=N, color='rgb' or 'grey')"
+                )
+            if labelled != (block_labels is not None):
+                raise InputError(f"{where}: some images have labels and some, like image {done}, differ in that")
+            images.append(block)
+            if block_labels is not None:
+                labels.append(block_labels)
+            done += len(block)
+            progress("reading images", done, max(total, done))
+            if done == limit:
+                break
+        if done == 0:
+            raise InputError(f"{where}: no images in it")
+        gathered = images.array()
+    try:
+        joined = np.concatenate(labels) if labels else None
+    except ValueError:
+        raise InputError(f"{where}: labels of different shapes") from None
+    return Arrays(gathered, None if joined is None else check_labels(joined, done, where))
+
+
+def _blocks(
+    items: Iterable[Any], options: PixelOptions, layout: str | None, where: str
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    for position, item in enumerate(items):
+        place = f"{where}: item {position}"
+        value, label = _split(item, place)
+        if isinstance(value, Image.Image):
+            block, single = _from_pillow(value, options, place), True
+        else:
+            array = to_numpy(value)
+            single = array.ndim == 3
+            block = adapt(as_nchw(array[None] if single else array, layout, place), options, place, silent)
+        if label is None:
+            yield block, None
+            continue
+        labels = to_numpy(label)
+        labels = labels[None] if single else labels
+        if labels.shape[:1] != (len(block),):
+            raise InputError(f"{place}: {len(block)} images with labels of shape {labels.shape}")
+        yield block, labels
+
+
+def _split(item: Any, place: str) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        image = next((item[name] for name in ("image", "images", "pixel_values") if name in item), None)
+        if image is None:
+            raise InputError(
+                f"{place}: a mapping must hold 'image' or 'images', this one has {', '.join(map(str, item))}"
+            )
+        return image, next((item[name] for name in ("label", "labels") if name in item), None)
+    if isinstance(item, (tuple, list)):
+        if not 1 <= len(item) <= 2:
+            raise InputError(f"{place}: must be an image, a batch, or a pair with its labels, has {len(item)} parts")
+        return item[0], item[1] if len(item) == 2 else None
+    return item, None
+
+
+def _from_pillow(image: Image.Image, options: PixelOptions, place: str) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pixels = np.asarray(convert(as_grey_or_rgb(image), options))
+    except (BadImage, OSError) as bad:
+        raise InputError(f"{place}: the image {bad}") from None
+    return pixels.reshape(1, *pixels.shape[:2], -1).transpose(0, 3, 1, 2)

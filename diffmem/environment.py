@@ -1,0 +1,59 @@
+"""What this installation consists of and what it would use here: the facts behind `diffmem info`."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import diffmem
+from diffmem.ops.registry import OPS, build_info, native_module
+
+# Importing an op's folder registers it.
+OP_FOLDERS = ("nearest",)
+# Package: the extra that brings it, and what it is for.
+OPTIONAL = {
+    "faiss-cpu": ("faiss", "approximate and GPU search"),
+    "triton": ("gpu", "fused GPU kernels"),
+    "scikit-learn": ("demo", "built-in digits and photographs"),
+    "datasets": ("datasets", "Hugging Face data sets on disk"),
+}
+
+
+def describe() -> dict[str, Any]:
+    """Versions, processor features, builds, each op's implementation and why, and the optional packages found."""
+    for folder in OP_FOLDERS:
+        importlib.import_module(f"diffmem.ops.{folder}")
+    module, built = native_module(), build_info()
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "diffmem": diffmem.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if len(devices) > 1 else [],
+        "native": {
+            "present": module is not None,
+            "why": built["native_reason"],
+            "cpu_level": module.cpu_level() if module is not None else None,
+            "cpu_features": module.cpu_features() if module is not None else [],
+        },
+        "cuda": {"present": module is not None and module.with_cuda, "why": built["cuda_reason"]},
+        "ops": {name: {device: op.explain(device) for device in devices} for name, op in sorted(OPS.items())},
+        "optional": {
+            name: {"version": _version(name), "extra": extra, "purpose": purpose}
+            for name, (extra, purpose) in OPTIONAL.items()
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

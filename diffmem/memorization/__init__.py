@@ -1,0 +1,7 @@
+"""Which generated images are copies: criteria, statistics, the audit and its report."""
+
+from diffmem.memorization.audit import Audit, CopiedImage, audit
+from diffmem.memorization.criteria import parse_threshold, ratio_rule
+from diffmem.memorization.statistics import wilson_interval
+
+__all__ = ["Audit", "CopiedImage", "audit", "parse_threshold", "ratio_rule", "wilson_interval"]

@@ -1,0 +1,309 @@
+"""The audit: which generated images are copies of training images, how many that is, and how sure one can be."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+import diffmem
+from diffmem.data import ImageSet, load_images
+from diffmem.errors import InputError
+from diffmem.memorization.criteria import parse_threshold, ratio_rule
+from diffmem.memorization.statistics import wilson_interval
+from diffmem.progress import Progress, silent
+from diffmem.search import (
+    DistinctNeighbors,
+    DuplicateGroups,
+    FaissIndex,
+    Neighbors,
+    SearchIndex,
+    TrainingIndex,
+    find_duplicates,
+)
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSource
+
+
+@dataclass(frozen=True)
+class CopiedImage:
+    """A training image that generated images are copies of."""
+
+    index: int
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, repr=False)
+class Audit:
+    """What `audit` found. Per-image arrays follow the order of the generated images.
+
+    memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
+    raw_memorized: bool [Q], by the paper's rule, duplicates left in.
+    neighbors: the nearest training image and the second nearest that is not a duplicate of it.
+    raw_neighbors: the two nearest, duplicates left in.
+    duplicates: groups of training images within the duplicate radius.
+    interval: the 95 % Wilson interval of the ratio.
+    sources: the training images copied most often, most copied first.
+    holdout: the same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
+        without.
+    settings: threshold, duplicates, duplicate_radius, flip, device, and what the sets were.
+    """
+
+    memorized: np.ndarray
+    raw_memorized: np.ndarray
+    neighbors: Neighbors
+    raw_neighbors: Neighbors
+    duplicate_groups: DuplicateGroups
+    generated: ImageSet
+    training: ImageSet
+    settings: dict[str, Any]
+    holdout: Audit | None = None
+    versions: dict[str, str] = field(default_factory=lambda: software_versions())
+
+    @property
+    def total(self) -> int:
+        """Number of generated images audited."""
+        return len(self.memorized)
+
+    @property
+    def count(self) -> int:
+        """Number of generated images that are copies."""
+        return int(self.memorized.sum())
+
+    @property
+    def ratio(self) -> float:
+        """The memorization ratio, count / total (the paper's R_mem)."""
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.count, self.total)
+
+    @property
+    def raw_count(self) -> int:
+        return int(self.raw_memorized.sum())
+
+    @property
+    def raw_ratio(self) -> float:
+        return self.raw_count / self.total
+
+    @property
+    def training_size(self) -> int:
+        return len(self.training)
+
+    @property
+    def mean_rms(self) -> float:
+        """Mean over the generated images of the rms distance to the nearest training image."""
+        return float(self.neighbors.rms[:, 0].mean())
+
+    @property
+    def distance_ratios(self) -> np.ndarray:
+        """d1 / d2 per image, float64 [Q], for display: 0 for exact copies. The rule itself is decided in integers."""
+        first, second = self.neighbors.squared_distances.astype(np.float64).T
+        return np.sqrt(np.divide(first, second, out=np.zeros_like(first), where=first > 0))
+
+    @property
+    def duplicates(self) -> list[np.ndarray]:
+        """Groups of duplicate training images, each a sorted array of indices, largest first."""
+        return self.duplicate_groups.groups
+
+    @property
+    def sources(self) -> list[CopiedImage]:
+        copied, counts = np.unique(self.neighbors.indices[self.memorized, 0], return_counts=True)
+        order = np.lexsort((copied, -counts))
+        return [CopiedImage(int(copied[i]), self.training.name(int(copied[i])), int(counts[i])) for i in order]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above under the same names, in plain JSON types."""
+        neighbors = self.neighbors
+        return {
+            "ratio": self.ratio,
+            "count": self.count,
+            "total": self.total,
+            "interval": list(self.interval),
+            "raw_ratio": self.raw_ratio,
+            "raw_count": self.raw_count,
+            "training_size": self.training_size,
+            "mean_rms": self.mean_rms,
+            "holdout": None if self.holdout is None else self.holdout.to_dict(),
+            "sources": [{"index": s.index, "name": s.name, "count": s.count} for s in self.sources],
+            "duplicates": [group.tolist() for group in self.duplicates],
+            "settings": self.settings,
+            "versions": self.versions,
+            "memorized": self.memorized.tolist(),
+            "raw_memorized": self.raw_memorized.tolist(),
+            "neighbors": {
+                "indices": neighbors.indices.tolist(),
+                "squared_distances": neighbors.squared_distances.tolist(),
+                "distances": neighbors.distances.tolist(),
+                "rms": neighbors.rms.tolist(),
+                **({} if neighbors.mirrored is None else {"mirrored": neighbors.mirrored.tolist()}),
+            },
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.html`, `samples.csv` and `report.json` into `folder` and return the path of the report.
+
+        Each file is written beside its final name and renamed when whole. Raises InputError where that cannot be done.
+        """
+        from diffmem.memorization.report import write_report
+
+        return write_report(self, folder)
+
+    def __repr__(self) -> str:
+        return f"<Audit: {self.verdict()}>"
+
+    def verdict(self) -> str:
+        """One sentence for a person."""
+        low, high = self.interval
+        return (
+            f"{self.count:,} of {self.total:,} images are copies of one of {self.training_size:,} training images: "
+            f"{percent(self.ratio)} (95 % interval {percent(low)} to {percent(high)})"
+        )
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with as many digits as tell something: 93.4 %, 0.06 %, 0 %."""
+    value = 100 * share
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    return f"{value:.2f} %" if value < 10 or value > 99 else f"{value:.1f} %"
+
+
+def audit(
+    generated: ImageSource,
+    training: ImageSource,
+    *,
+    threshold: float | str | Fraction = 1 / 3,
+    duplicates: Literal["collapse", "keep"] = "collapse",
+    duplicate_radius: float = 0,
+    holdout: ImageSource | None = None,
+    flip: bool = False,
+    device: str = "auto",
+    index: SearchIndex | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Which generated images are copies of training images, by the nearest / second-nearest rule.
+
+    generated, training, holdout: anything that `diffmem.load_images` reads: a path, an array [N, C, H, W], a tensor,
+        an ImageSet, …. They must agree in size, channels and dtype. `holdout`: real images that the model has not
+        seen; their share of "copies" is the rule's false-alarm rate.
+    threshold: on d1/d2 (see `diffmem.memorization.criteria`); 1/3 in the paper.
+    duplicates: "collapse" takes the second neighbour among the training images that are not duplicates of the first;
+        "keep" is the paper's rule, to which a copy of a duplicated training image stays unseen. `raw_ratio` is
+        always the latter.
+    duplicate_radius: training images within this distance (rms per value, grey levels for uint8) are duplicates; 0:
+        identical images.
+    flip: compare mirrored generated images too (for models trained with horizontal flips).
+    device: "cpu", "cuda", or "auto".
+    index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`); default a new
+        `TrainingIndex`. Anything but FAISS is exact.
+    progress: a callback (`diffmem.progress`), or None.
+    Raises InputError (a ValueError) for empty sets, sets that do not fit together, values that are not finite, and
+    fewer than two distinct training images.
+    """
+    exact_threshold = parse_threshold(threshold)
+    if duplicates not in ("collapse", "keep"):
+        raise InputError(f'duplicates must be "collapse" or "keep", got {duplicates!r}')
+    progress = progress or silent
+    training = load_images(training, progress=progress)
+    generated = load_images(generated, progress=progress)
+    unseen = None if holdout is None else load_images(holdout, progress=progress)
+    _check_sets(generated, training, "generated")
+    if unseen is not None:
+        _check_sets(unseen, training, "holdout")
+
+    if index is None:
+        index = TrainingIndex(training, device=device)
+    elif len(index) != len(training):
+        raise InputError(f"the index holds {len(index):,} images, the training set {len(training):,}: build it anew")
+    exact = None if isinstance(index, FaissIndex) else index
+    groups = find_duplicates(training.images, duplicate_radius, flip=flip, index=exact, progress=progress)
+    if groups.distinct < 2:
+        raise InputError(
+            f"the rule needs at least two distinct training images; {training.source} holds {len(training)} "
+            f"image(s), {groups.distinct} distinct"
+        )
+    if duplicates == "collapse" and groups.number_of_groups < 2:
+        raise InputError(
+            f"all {len(training)} training images are duplicates of each other within radius {duplicate_radius}: "
+            "choose a smaller duplicate radius"
+        )
+    search = DistinctNeighbors(index, training.images, groups, flip=flip, progress=progress)
+    settings = {
+        "threshold": str(exact_threshold),
+        "duplicates": duplicates,
+        "duplicate_radius": float(duplicate_radius),
+        "flip": flip,
+        "device": str(index.device),
+        "training": _describe(training),
+    }
+
+    def judge(images: ImageSet, unseen_audit: Audit | None = None) -> Audit:
+        raw = search.nearest(images.images)
+        chosen = search.outside_duplicates(images.images, raw) if duplicates == "collapse" else raw
+        return Audit(
+            memorized=ratio_rule(chosen.squared_distances, exact_threshold),
+            raw_memorized=ratio_rule(raw.squared_distances, exact_threshold),
+            neighbors=chosen,
+            raw_neighbors=raw,
+            duplicate_groups=groups,
+            generated=images,
+            training=training,
+            settings={**settings, "generated": _describe(images)},
+            holdout=unseen_audit,
+        )
+
+    return judge(generated, None if unseen is None else judge(unseen))
+
+
+def _check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
+    for name, image_set in ((what, images), ("training", training)):
+        if len(image_set) == 0:
+            raise InputError(f"the {name} set ({image_set.source}) is empty")
+    if images.images.dtype != training.images.dtype:
+        raise InputError(
+            f"{what} images ({images.source}) are {images.images.dtype}, training images ({training.source}) are "
+            f"{training.images.dtype}: convert one of them so that both mean the same grey levels"
+        )
+    ours, theirs = images.image_shape, training.image_shape
+    if ours[0] != theirs[0]:
+        kinds = {1: "grey (1 channel)", 3: "colour (3 channels)"}
+        our_kind, their_kind = (kinds.get(shape[0], f"{shape[0]}-channel") for shape in (ours, theirs))
+        raise InputError(
+            f"{what} images ({images.source}) are {our_kind}, training images ({training.source}) are {their_kind}: "
+            "convert with --color grey or --color rgb"
+        )
+    if ours != theirs:
+        raise InputError(
+            f"{what} images ({images.source}) are {ours[1]}x{ours[2]}, training images ({training.source}) are "
+            f"{theirs[1]}x{theirs[2]}: bring them to one size with --resize {theirs[1]}"
+        )
+
+
+def _describe(images: ImageSet) -> dict[str, Any]:
+    return {
+        "source": images.source,
+        "images": len(images),
+        "shape": list(images.image_shape),
+        "dtype": str(images.images.dtype),
+        "skipped": [{"name": s.name, "reason": s.reason} for s in images.skipped],
+        "fingerprint": images.fingerprint,
+    }
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "diffmem": diffmem.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

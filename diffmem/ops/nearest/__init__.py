@@ -1,0 +1,71 @@
+"""Op `nearest`: the k nearest rows of a training set, exactly, for each query row."""
+
+from __future__ import annotations
+
+import torch
+
+from diffmem.errors import InputError
+from diffmem.ops.nearest.blocked import exact_squared_distances, nearest_blocked, pairs_within
+from diffmem.ops.nearest.native import native_rows, native_serves, nearest_native
+from diffmem.ops.nearest.reference import nearest_reference
+from diffmem.ops.registry import Implementation, Op, always, native_unavailable, register
+
+__all__ = ["NEAREST", "exact_squared_distances", "native_rows", "nearest", "nearest_native", "pairs_within"]
+
+NEAREST = register(
+    Op(
+        "nearest",
+        (
+            Implementation("native", "integer products of all pairs, compiled", native_unavailable),
+            Implementation("torch", "blocked matrix products, exact re-ranking", always),
+            Implementation("reference", "every difference, in PyTorch", always),
+        ),
+    )
+)
+_FUNCTIONS = {"native": nearest_native, "torch": nearest_blocked, "reference": nearest_reference}
+
+
+def nearest(
+    queries: torch.Tensor, training: torch.Tensor, k: int, *, impl: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared Euclidean distances and indices of the k nearest rows of `training` for each row of `queries`.
+
+    The answer is exact: for uint8 rows the distances are integers and equal distances go to the lower index.
+
+    queries: [Q, d] uint8, float32 or float64.
+    training: [N, d], the same dtype; it may lie on another device and is then moved block by block.
+    k: from 1 to N.
+    impl: "native", "torch" or "reference" to force one (see `diffmem.ops.registry`). By default the core serves what
+        it can: k up to 64, on GPUs uint8 rows only; "torch" the rest.
+    Returns squared distances [Q, k], int64 for uint8 rows and float64 for floats, and indices int64 [Q, k].
+    Raises InputError for shapes and dtypes that do not fit, k out of range, or values that are not finite.
+    """
+    if queries.ndim != 2 or training.ndim != 2 or queries.shape[1] != training.shape[1]:
+        raise InputError(
+            f"queries and training must be [Q, d] and [N, d], got {tuple(queries.shape)} and {tuple(training.shape)}"
+        )
+    if queries.dtype != training.dtype or queries.dtype not in (torch.uint8, torch.float32, torch.float64):
+        raise InputError(
+            f"queries and training must both be uint8, float32 or float64, got {queries.dtype} and {training.dtype}"
+        )
+    if not 1 <= k <= len(training):
+        raise InputError(f"k must be between 1 and the number of training images, {len(training)}; got {k}")
+    chosen = NEAREST.choose(queries.device.type, impl)
+    if chosen == "native" and (why_not := native_serves(queries, training, k)) is not None:
+        if impl == "native":
+            raise InputError(f"nearest: implementation 'native' cannot take these arguments: {why_not}")
+        chosen = "torch"
+    return torch.ops.diffmem.nearest(queries, training, k, chosen)
+
+
+@torch.library.custom_op("diffmem::nearest", mutates_args=())
+def _nearest(queries: torch.Tensor, training: torch.Tensor, k: int, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(queries) == 0:
+        return _nearest_fake(queries, training, k, impl)
+    return _FUNCTIONS[impl](queries, training, k)
+
+
+@_nearest.register_fake
+def _nearest_fake(queries, training, k, impl):
+    squared = torch.int64 if queries.dtype == torch.uint8 else torch.float64
+    return queries.new_empty(len(queries), k, dtype=squared), queries.new_empty(len(queries), k, dtype=torch.int64)

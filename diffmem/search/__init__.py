@@ -1,0 +1,21 @@
+"""Which training images are nearest: exact search, search through FAISS, shards, groups of duplicates."""
+
+from diffmem.search.distinct import DistinctNeighbors, SearchIndex
+from diffmem.search.duplicates import DuplicateGroups, find_duplicates
+from diffmem.search.faiss_index import FaissIndex, FaissStats
+from diffmem.search.index import QueryStats, TrainingIndex
+from diffmem.search.neighbors import Neighbors
+from diffmem.search.sharded import ShardedIndex
+
+__all__ = [
+    "DistinctNeighbors",
+    "DuplicateGroups",
+    "FaissIndex",
+    "FaissStats",
+    "Neighbors",
+    "QueryStats",
+    "SearchIndex",
+    "ShardedIndex",
+    "TrainingIndex",
+    "find_duplicates",
+]

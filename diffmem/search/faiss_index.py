@@ -1,0 +1,285 @@
+"""Search through FAISS: for training sets so large that an approximate answer is the only affordable one, and for
+its GPUs.
+
+FAISS proposes candidates; they are re-ranked exactly, so every distance that comes back is exact. What an
+approximate index can still do is miss a neighbour: a missed second neighbour makes a false alarm, a missed first
+hides a copy. So each query measures the recall of both on a sample of its images, against the exact search, and
+reports it in `stats`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffmem.errors import InputError, MissingExtraError
+from diffmem.ops.nearest import exact_squared_distances, nearest
+from diffmem.progress import Progress, silent
+from diffmem.search import stored
+from diffmem.search.neighbors import Neighbors
+from diffmem.search.rows import Images, as_rows, fingerprint
+
+BLOCK = 4096
+FORMAT = "diffmem-faiss-index-1"
+FAISS_FILE = "index.faiss"
+
+
+@dataclass(frozen=True)
+class FaissStats:
+    """What the last query did.
+
+    recall_nearest, recall_second: shares of the `sample` images whose nearest, and whose second nearest, distance is
+    the true one (equal distances count as found, whichever image has them). seconds: of the search, re-ranking
+    included, without the measurement. completed: images for which FAISS proposed fewer than k candidates and which
+    were searched exactly.
+    """
+
+    factory: str
+    device: str
+    candidates: int
+    recall_nearest: float
+    recall_second: float
+    sample: int
+    completed: int
+    seconds: float
+
+
+class FaissIndex:
+    """A FAISS index of the training images whose answers are re-ranked exactly.
+
+    images: [N, ...] uint8 or float32.
+    factory: FAISS's factory string: "Flat", "IVF1024,Flat", "PCA128,IVF4096,PQ64", …
+    float16: store vectors in half precision (half the memory); for "Flat" and "IVF…,Flat".
+    nprobe: inverted lists visited per query; default a 32nd of them, at least 8.
+    candidates: proposals per image that are re-ranked; default 8 k, at least 32.
+    device: "cpu", "cuda" (all GPUs, the vectors divided among them) or "auto" (GPUs where FAISS has them).
+    Raises MissingExtraError without FAISS, InputError for sets or factory strings that FAISS cannot use.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        factory: str = "Flat",
+        *,
+        float16: bool = False,
+        nprobe: int | None = None,
+        candidates: int | None = None,
+        device: str = "auto",
+        progress: Progress = silent,
+    ):
+        faiss = _faiss()
+        self.rows = _checked_rows(images, "training images")
+        self.device = _pick_device(faiss, device)
+        self.factory = _with_float16(factory) if float16 and self.device == "cpu" else factory
+        self.candidates = candidates
+        self.stats: FaissStats | None = None
+        try:
+            index = faiss.index_factory(self.rows.shape[1], self.factory, faiss.METRIC_L2)
+            if self.device == "cuda":
+                index = _to_gpus(faiss, index, float16)
+            if not index.is_trained:
+                index.train(_floats(self.rows[_sample(len(self.rows), _training_points(faiss, index))]))
+            for start in range(0, len(self.rows), BLOCK):
+                progress("building the FAISS index", start, len(self.rows))
+                index.add(_floats(self.rows[start : start + BLOCK]))
+        except RuntimeError as error:
+            raise InputError(
+                f"FAISS cannot build {self.factory!r} for {len(self.rows):,} images: {_reason(error)}"
+            ) from error
+        progress("building the FAISS index", len(self.rows), len(self.rows))
+        self._index = index
+        self.nprobe = self._set_nprobe(faiss, nprobe)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def query(self, images: Images, k: int = 2, *, recall_sample: int = 64, progress: Progress = silent) -> Neighbors:
+        """The k nearest training images that FAISS finds for each image, with exact distances, nearest first.
+
+        recall_sample: images on which the recall is measured (evenly spaced; 0 measures nothing and reports NaN).
+        Raises InputError for images of another size or dtype, and for k > N.
+        """
+        queries = _checked_rows(images, "query images")
+        if queries.shape[1] != self.rows.shape[1] or queries.dtype != self.rows.dtype:
+            raise InputError(
+                f"query images are {queries.shape[1]} values of {queries.dtype}, training images "
+                f"{self.rows.shape[1]} of {self.rows.dtype}"
+            )
+        if not 1 <= k <= len(self):
+            raise InputError(f"k must be between 1 and the number of training images, {len(self)}; got {k}")
+        width = min(len(self), max(k, self.candidates or max(8 * k, 32)))
+        started = time.perf_counter()
+        squared, indices, completed = [], [], 0
+        for start in range(0, len(queries), BLOCK):
+            progress("searching with FAISS", start, len(queries))
+            block = queries[start : start + BLOCK]
+            _, proposed = self._index.search(_floats(block), width)
+            block_squared, block_indices, short = self._rerank(block, torch.from_numpy(proposed), k)
+            squared.append(block_squared)
+            indices.append(block_indices)
+            completed += short
+        progress("searching with FAISS", len(queries), len(queries))
+        seconds = time.perf_counter() - started
+        integer = self.rows.dtype == torch.uint8
+        empty = torch.empty(0, k, dtype=torch.int64 if integer else torch.float64)
+        answer = Neighbors(
+            torch.cat([*indices, empty.long()]).numpy(), torch.cat([*squared, empty]).numpy(), queries.shape[1]
+        )
+        first, second, sample = self._recall(queries, answer, recall_sample)
+        self.stats = FaissStats(self.factory, self.device, width, first, second, sample, completed, seconds)
+        return answer
+
+    def save(self, folder: str | Path) -> None:
+        """Write the index, training images included, to `folder`: beside it first, renamed when whole.
+
+        Raises InputError where `folder` exists and is not an index.
+        """
+        faiss = _faiss()
+        on_cpu = faiss.index_gpu_to_cpu(self._index) if self.device == "cuda" else self._index
+        description = {
+            "format": FORMAT,
+            "factory": self.factory,
+            "nprobe": self.nprobe,
+            "candidates": self.candidates,
+            "fingerprint": fingerprint(self.rows),
+        }
+        with stored.new_index_folder(Path(folder), description) as beside:
+            np.save(beside / "images.npy", self.rows.numpy())
+            faiss.write_index(on_cpu, str(beside / FAISS_FILE))
+
+    @staticmethod
+    def is_saved_in(folder: str | Path) -> bool:
+        """Whether `folder` holds what `save` writes (rather than an exact index)."""
+        return (Path(folder) / FAISS_FILE).is_file()
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "auto") -> FaissIndex:
+        """The index that `save` wrote, its images memory-mapped.
+
+        Raises InputError where `folder` holds no whole index, or images that do not match their fingerprint.
+        """
+        faiss = _faiss()
+        folder = Path(folder)
+        try:
+            description = json.loads((folder / stored.DESCRIPTION).read_text())
+            if description["format"] != FORMAT:
+                raise InputError(f"{folder}: an index of another version of diffmem; build it again")
+            rows = as_rows(np.load(folder / "images.npy", mmap_mode="r"))
+            if fingerprint(rows) != description["fingerprint"]:
+                raise InputError(f"{folder}: the images do not match their fingerprint (damaged?); build it again")
+            index = faiss.read_index(str(folder / FAISS_FILE))
+            self = cls.__new__(cls)
+            self.rows, self.stats, self.factory = rows, None, description["factory"]
+            self.candidates, probes = description["candidates"], description["nprobe"]
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{folder}: no usable index ({_reason(error)}); build it again") from error
+        self.device = _pick_device(faiss, device)
+        self._index = _to_gpus(faiss, index, False) if self.device == "cuda" else index
+        self.nprobe = self._set_nprobe(faiss, probes)
+        return self
+
+    def _rerank(self, queries: torch.Tensor, proposed: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The k best of the proposed indices [q, width] (−1: none) by exact (distance, index); short rows searched
+        exactly."""
+        valid = proposed >= 0
+        rows, columns = valid.nonzero(as_tuple=True)
+        exact = exact_squared_distances(queries, self.rows, rows, proposed[rows, columns])
+        largest = torch.iinfo(torch.int64).max if exact.dtype == torch.int64 else torch.inf
+        squared = torch.full(proposed.shape, largest, dtype=exact.dtype)
+        squared[rows, columns] = exact
+        order = proposed.argsort(dim=1, stable=True)
+        order = order.gather(1, squared.gather(1, order).argsort(dim=1, stable=True))[:, :k]
+        squared, indices = squared.gather(1, order), proposed.gather(1, order)
+        short = (valid.sum(dim=1) < k).nonzero().flatten()
+        if len(short):
+            squared[short], indices[short] = nearest(queries[short], self.rows, k)
+        return squared, indices, len(short)
+
+    def _recall(self, queries: torch.Tensor, answer: Neighbors, size: int) -> tuple[float, float, int]:
+        chosen = _sample(len(queries), size)
+        k = answer.squared_distances.shape[1]
+        if len(chosen) == 0:
+            return float("nan"), float("nan"), 0
+        truth, _ = nearest(queries[chosen], self.rows, k)
+        found = answer.squared_distances[chosen] == truth.numpy()
+        second = float(found[:, 1].mean()) if k > 1 else float("nan")
+        return float(found[:, 0].mean()), second, len(chosen)
+
+    def _set_nprobe(self, faiss, nprobe: int | None) -> int | None:
+        if "IVF" not in self.factory:
+            return None
+        lists = int(self.factory.split("IVF")[1].split(",")[0].split("_")[0])
+        nprobe = nprobe or max(8, lists // 32)
+        space = faiss.GpuParameterSpace() if self.device == "cuda" else faiss.ParameterSpace()
+        space.set_index_parameter(self._index, "nprobe", min(nprobe, lists))
+        return min(nprobe, lists)
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError("faiss-cpu (or a GPU build of FAISS)", "faiss", 'method="faiss"') from error
+    return faiss
+
+
+def _checked_rows(images: Images, what: str) -> torch.Tensor:
+    rows = as_rows(images, what)
+    if rows.dtype == torch.float64:
+        raise InputError(f"{what} are float64; FAISS works in float32: convert them first")
+    return rows
+
+
+def _pick_device(faiss, device: str) -> str:
+    gpus = faiss.get_num_gpus()
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    if device.startswith("cuda") and not gpus:
+        raise InputError('this FAISS has no GPU support or sees no GPU: device="cpu", or install a GPU build of FAISS')
+    if device != "cpu" and not device.startswith("cuda"):
+        raise InputError(f'device must be "cpu", "cuda" or "auto", got {device!r}')
+    return device.split(":")[0]
+
+
+def _to_gpus(faiss, index, float16: bool):
+    """On one GPU as it is; on several with the vectors divided among them, so that the largest sets fit."""
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    options.useFloat16 = float16
+    return faiss.index_cpu_to_all_gpus(index, co=options)
+
+
+def _with_float16(factory: str) -> str:
+    """The factory string with its full-precision vectors stored in half precision."""
+    head, _, last = factory.rpartition(",")
+    if last != "Flat":
+        raise InputError(f"float16 storage is for factory strings that end in Flat, got {factory!r}")
+    return f"{head},SQfp16" if head else "SQfp16"
+
+
+def _floats(rows: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(rows.to(torch.float32).numpy())
+
+
+def _sample(total: int, size: int) -> np.ndarray:
+    """`size` evenly spaced indices, all of them where there are fewer."""
+    size = min(size, total)
+    return np.arange(size) * total // size if size else np.empty(0, np.int64)
+
+
+def _training_points(faiss, index) -> int:
+    """Vectors that FAISS's own training makes use of: 256 for each of the larger of its lists and codes."""
+    ivf = faiss.try_extract_index_ivf(index)
+    return 256 * max(256, ivf.nlist if ivf is not None else 0)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of FAISS's message, without its source locations."""
+    return str(error).strip().splitlines()[-1].split("Error: ")[-1][:200]

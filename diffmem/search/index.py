@@ -1,0 +1,308 @@
+"""`TrainingIndex`: a training set made ready to be searched."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffmem.devices import pick_device
+from diffmem.errors import InputError
+from diffmem.ops.nearest import nearest, nearest_native
+from diffmem.ops.registry import native_unavailable
+from diffmem.progress import Progress, silent
+from diffmem.search import filtered, stored
+from diffmem.search.faiss_index import FaissIndex, FaissStats
+from diffmem.search.gpu import GpuRows
+from diffmem.search.neighbors import Neighbors
+from diffmem.search.rows import Images, as_rows, check_finite
+
+METHODS = ("auto", "filtered", "dense", "faiss", "torch", "reference")
+SMALL = 1024  # training sets below this are searched densely by "auto": a code would not pay for itself
+PROBE = 64  # queries of a block that are tried first when it is open whether the bounds prune
+ALLOWANCE = 0.25  # share of pairs refined beyond which "auto" gives a block up: refining costs about 3 dense pairs
+FILTERED_PAIRS = 1 << 31  # pairs per call of the core, between which progress is told and Ctrl-C is heeded
+DENSE_PRODUCTS = 1 << 39  # multiplications per call, for the same reason
+TRIFLE = 1 << 27  # multiplications that "auto" does not try to avoid
+QUERY_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class QueryStats:
+    """What the last query did.
+
+    method: "filtered", "dense", "filtered and dense" (auto switched on the way), "gpu", "torch" or "reference".
+    queries, training: Q and N; `pairs` is their product.
+    bounded: pairs put to the coarse bound. fine: those that passed it and were put to the finer ones.
+    refined: those whose distance was computed. dense_queries: queries answered by the dense search.
+    seconds: wall time by phase.
+    """
+
+    method: str
+    queries: int
+    training: int
+    bounded: int = 0
+    fine: int = 0
+    refined: int = 0
+    dense_queries: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> int:
+        return self.queries * self.training
+
+
+class TrainingIndex:
+    """The training images, searchable for the exact nearest of any query images.
+
+    images: [N, ...] uint8, float32 or float64; arrays on disk stay there.
+    method: "filtered" (bounds from principal components, exact refinement), "dense" (every product), "torch" and
+        "reference" (`diffmem.ops.nearest`), or "auto": filtered where bounds prune and dense where they do not, decided
+        by measuring while it searches; on a GPU the fastest of the ways of `diffmem.search.gpu`, by measurement at the
+        first query. All these give the same exact answer. "faiss" may miss neighbours (`FaissIndex`).
+    components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
+    factory: FAISS's factory string, for "faiss"; for its other options make a `FaissIndex` and pass that around.
+    device: "cpu", "cuda" or "auto" (a GPU where there is one).
+    Raises InputError for an empty set, other dtypes, or a method that cannot be used here.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        method: str = "auto",
+        components: int | None = None,
+        factory: str = "Flat",
+        device: str = "auto",
+        progress: Progress = silent,
+    ):
+        rows = as_rows(images, "training images")
+        if rows.numel() == 0:
+            raise InputError("the training set is empty")
+        if components is not None and components < 1:
+            raise InputError(f"components must be at least 1, got {components}")
+        self._prepare(rows, method, device)
+        self.filtered: filtered.FilteredRows | None = None
+        if self.method == "faiss":
+            self._faiss = FaissIndex(rows, factory, device=device, progress=progress)
+        if self.method == "filtered" or (self.method == "auto" and len(rows) >= SMALL):
+            self.filtered = filtered.build(self.rows, components, progress)
+
+    def _prepare(self, rows: torch.Tensor, method: str, device: str) -> None:
+        if method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        self.device = pick_device(device)
+        self._faiss: FaissIndex | None = None
+        # Rows whose values are not adjacent are copied: the core reads whole rows.
+        self.rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+        if method in ("auto", "filtered", "dense"):
+            why_not = native_unavailable("cpu")
+            if why_not is None and (self.device.type != "cpu" or rows.device.type != "cpu"):
+                why_not = f"it searches on the CPU, not on {self.device}"
+            if why_not is not None and method != "auto":
+                raise InputError(f"method {method!r} cannot be used here: {why_not}")
+            if method == "auto" and self.device.type == "cuda" and rows.dtype == torch.uint8:
+                method = "gpu"
+            elif why_not is not None:
+                method = "torch"
+        self.gpu = GpuRows(self.rows, self.device) if method == "gpu" else None
+        if method not in ("torch", "reference"):  # these look for themselves
+            check_finite(self.rows, "training images")
+        self.method = method
+        self.stats: QueryStats | FaissStats = QueryStats(method, 0, len(rows))
+        self._dense_seconds_per_pair: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def dimension(self) -> int:
+        """d, the number of values of one image."""
+        return self.rows.shape[1]
+
+    def query(self, images: Images, k: int = 2, *, progress: Progress = silent) -> Neighbors:
+        """The k nearest training images of each query image, exactly, ties to the lower index.
+
+        images: [Q, ...], of the training images' size and dtype.
+        Raises InputError where they differ, or for k > N.
+        """
+        if self._faiss is not None:
+            answer = self._faiss.query(images, k, progress=progress)
+            self.stats = self._faiss.stats
+            return answer
+        queries = as_rows(images, "query images")
+        if queries.shape[1] != self.dimension or queries.dtype != self.rows.dtype:
+            raise InputError(
+                f"query images must be like the training images, {self.dimension} values of {self.rows.dtype}; "
+                f"got {queries.shape[1]} values of {queries.dtype}"
+            )
+        if not 1 <= k <= len(self):
+            raise InputError(f"k must be between 1 and the number of training images, {len(self)}; got {k}")
+        search = _Search(self, k)
+        squared = np.empty((len(queries), k), np.int64 if queries.dtype == torch.uint8 else np.float64)
+        indices = np.empty((len(queries), k), np.int64)
+        start = 0
+        progress("searching nearest training images", 0, len(queries))
+        while start < len(queries):
+            end = min(len(queries), start + search.block())
+            squared[start:end], indices[start:end] = search(queries[start:end])
+            start = end
+            progress("searching nearest training images", end, len(queries))
+        self.stats = search.stats(len(queries))
+        return Neighbors(indices, squared, self.dimension)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the index, training images included, to `folder`: beside it first, renamed when whole.
+
+        Raises InputError where `folder` exists and is not an index.
+        """
+        if self._faiss is not None:
+            self._faiss.save(folder)
+        else:
+            stored.save(Path(folder), "auto" if self.gpu is not None else self.method, self.rows, self.filtered)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "auto") -> TrainingIndex:
+        """The index that `save` wrote, memory-mapped.
+
+        Raises InputError where `folder` holds no index, or one whose contents do not match their fingerprint.
+        """
+        index = cls.__new__(cls)
+        if FaissIndex.is_saved_in(folder):
+            faiss = FaissIndex.load(folder, device=device)
+            index._prepare(faiss.rows, "faiss", "cpu")
+            index._faiss, index.filtered = faiss, None
+            return index
+        method, rows, code = stored.load(Path(folder))
+        index._prepare(rows, method, device)
+        index.filtered = code if index.method in ("auto", "filtered") else None
+        return index
+
+
+class _Search:
+    """One query: searches block after block and keeps count."""
+
+    def __init__(self, index: TrainingIndex, k: int):
+        self.index = index
+        self.k = k
+        # Under "auto" it is open at first whether the bounds prune; how a block goes decides it for the next.
+        self.trusted = index.method == "filtered"
+        self.bounded = self.fine = self.refined = self.filtered_queries = self.dense_queries = 0
+        self.seconds: dict[str, float] = {}
+
+    def block(self) -> int:
+        """Queries of the next block."""
+        n, d = self.index.rows.shape
+        if self.index.filtered is None:
+            return int(np.clip(DENSE_PRODUCTS // (n * d), 256, QUERY_BLOCK))
+        return int(np.clip(FILTERED_PAIRS // n, 256, QUERY_BLOCK))
+
+    def __call__(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        queries = queries.to(self.index.device)
+        if self.index.gpu is not None:
+            start = time.perf_counter()
+            squared, indices = self.index.gpu(queries, self.k)
+            answer = squared.cpu().numpy(), indices.cpu().numpy()
+            self._count(f"gpu: {self.index.gpu.way}", time.perf_counter() - start)
+            return answer
+        if self.index.method in ("torch", "reference"):
+            return self._op(queries, self.index.method)
+        if queries.stride(1) != 1:
+            queries = queries.contiguous()
+        check_finite(queries, "query images")
+        if self.index.filtered is None:
+            return self._dense(queries)
+        if self.index.method == "filtered":
+            return self._filtered(queries, 1.0)
+        if len(queries) * self.index.rows.numel() <= TRIFLE:
+            return self._dense(queries)
+        if not self.trusted and len(queries) > 4 * PROBE:
+            probe = queries[torch.linspace(0, len(queries) - 1, PROBE).long()]
+            before = self.filtered_queries
+            self.trusted = self._filtered(probe, ALLOWANCE) is not None
+            self.filtered_queries = before
+        if not self.trusted and len(queries) > 4 * PROBE:
+            return self._dense(queries)
+        start = time.perf_counter()
+        answer = self._filtered(queries, ALLOWANCE)
+        self.trusted = answer is not None
+        if answer is None:
+            return self._dense(queries)
+        if len(queries) > 4 * PROBE:
+            per_pair = (time.perf_counter() - start) / (len(queries) * len(self.index))
+            self.trusted = per_pair < self._dense_seconds_per_pair(queries)
+        return answer
+
+    def stats(self, queries: int) -> QueryStats:
+        used = [
+            name
+            for name, count in (("filtered", self.filtered_queries), ("dense", self.dense_queries))
+            if count > 0 or self.index.method == name
+        ]
+        method = " and ".join(used) if used else self.index.method
+        return QueryStats(
+            method,
+            queries,
+            len(self.index),
+            self.bounded,
+            self.fine,
+            self.refined,
+            self.dense_queries,
+            {phase: round(seconds, 6) for phase, seconds in self.seconds.items()},
+        )
+
+    def _count(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def _op(self, queries: torch.Tensor, impl: str) -> tuple[np.ndarray, np.ndarray]:
+        start = time.perf_counter()
+        squared, indices = nearest(queries, self.index.rows, self.k, impl=impl)
+        answer = squared.cpu().numpy(), indices.cpu().numpy()
+        self._count(impl, time.perf_counter() - start)
+        return answer
+
+    def _filtered(self, queries: torch.Tensor, allowance: float) -> tuple[np.ndarray, np.ndarray] | None:
+        """None where the bounds prune too little."""
+        index = self.index.filtered
+        near = None if queries.dtype == torch.uint8 else index.within_reach(queries)
+        if near is not None and not bool(near.all()):
+            # Farther out than the code reaches: no training image is near, and there are few such queries.
+            answers = self._filtered(queries[near], allowance), self._dense(queries[~near])
+            if answers[0] is None:
+                return None
+            squared, indices = (np.empty((len(queries), self.k), part.dtype) for part in answers[1])
+            for rows, (some_squared, some_indices) in zip((near.numpy(), ~near.numpy()), answers, strict=True):
+                squared[rows], indices[rows] = some_squared, some_indices
+            return squared, indices
+        start = time.perf_counter()
+        code = index.encode(queries)
+        self._count("encode", time.perf_counter() - start)
+        squared, indices, work = index.search(queries, code, self.k, allowance)
+        self.bounded += work.bounded
+        self.fine += work.fine
+        self.refined += work.refined
+        self._count("seed", work.seed_seconds)
+        self._count("scan", work.scan_seconds)
+        if work.gave_up:
+            return None
+        self.filtered_queries += len(queries)
+        return squared, indices
+
+    def _dense(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        start = time.perf_counter()
+        squared, indices = nearest_native(queries, self.index.rows, self.k)
+        self._count("dense", time.perf_counter() - start)
+        self.dense_queries += len(queries)
+        return squared.numpy(), indices.numpy()
+
+    def _dense_seconds_per_pair(self, queries: torch.Tensor) -> float:
+        """Measured once, on a part small beside the query."""
+        if self.index._dense_seconds_per_pair is None:
+            rows, some = self.index.rows[:2048], queries[:96]
+            start = time.perf_counter()
+            nearest_native(some, rows, 1)
+            self.index._dense_seconds_per_pair = (time.perf_counter() - start) / (len(rows) * len(some))
+        return self.index._dense_seconds_per_pair

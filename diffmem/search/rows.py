@@ -1,0 +1,57 @@
+"""Images as rows: what the search sees of an image set, an array or a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+
+import numpy as np
+import torch
+
+from diffmem.data import ImageSet
+from diffmem.errors import InputError
+
+Images = ImageSet | np.ndarray | torch.Tensor
+
+
+def as_rows(images: Images, what: str = "images") -> torch.Tensor:
+    """The images as [N, d] rows, uint8, float32 or float64, sharing memory with the input where its layout allows."""
+    if isinstance(images, ImageSet):
+        images = images.images
+    if isinstance(images, np.ndarray):
+        if any(stride < 0 for stride in images.strides):  # a mirrored view; torch has no negative strides
+            images = images.copy()
+        with warnings.catch_warnings():  # a read-only memory map is only read here
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            images = torch.from_numpy(images)
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"{what} must be an ImageSet, an array or a tensor, got {type(images).__name__}")
+    if images.ndim < 2:
+        raise InputError(
+            f"{what} must have an axis for the images and at least one more, got shape {tuple(images.shape)}"
+        )
+    if images.dtype not in (torch.uint8, torch.float32, torch.float64):
+        raise InputError(f"{what} must be uint8, float32 or float64, got {images.dtype}")
+    return images.flatten(1)
+
+
+def fingerprint(rows: torch.Tensor) -> str:
+    """SHA-256 over shape, dtype and values: equal for equal rows, wherever they lie."""
+    digest = hashlib.sha256(repr((tuple(rows.shape), str(rows.dtype))).encode())
+    for start in range(0, len(rows), 4096):
+        digest.update(np.ascontiguousarray(rows[start : start + 4096].numpy()).data)
+    return digest.hexdigest()
+
+
+def check_finite(rows: torch.Tensor, what: str) -> None:
+    """Raises InputError where float rows [N, d] hold values that are not finite, or too large to be squared."""
+    if rows.dtype == torch.uint8:
+        return
+    for block in rows.split(max(1, (1 << 24) // rows.shape[1])):
+        if not bool(torch.isfinite(block.double().square().sum())):
+            raise InputError(f"{what} hold NaN, infinity, or values too large to be squared: clean or rescale them")
+
+
+def mirror(images: np.ndarray) -> np.ndarray:
+    """The images [N, C, H, W] mirrored left to right."""
+    return np.ascontiguousarray(images[..., ::-1])

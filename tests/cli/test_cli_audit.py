@@ -1,0 +1,182 @@
+"""`diffmem audit` as a person or a pipeline runs it: whole command lines, their output and exit status."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import diffmem
+from diffmem.data import ImageSet, write_edm_zip, write_folder
+
+DIFFMEM = [sys.executable, "-m", "diffmem"]
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*DIFFMEM, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """training.zip: 600 digits; copies.zip: 30 slightly disturbed ones of them and 10 unseen; unseen.zip: 200 more."""
+    folder = tmp_path_factory.mktemp("sets")
+    digits = diffmem.load_images("builtin:digits")
+    copies = digits.images[:30].copy()
+    copies[:, 0, 3, 3] ^= 16
+    write_edm_zip(digits.select(slice(0, 600)), folder / "training.zip")
+    mixture = ImageSet(np.concatenate([copies, digits.images[600:610]]))
+    write_edm_zip(mixture, folder / "copies.zip")
+    write_edm_zip(digits.select(slice(700, 900)), folder / "unseen.zip")
+    return folder
+
+
+def test_json_is_the_python_result_and_nothing_else(folder):
+    result = run("audit", folder / "copies.zip", folder / "training.zip", "--holdout", folder / "unseen.zip", "--json")
+    assert result.returncode == 0, result.stderr
+    from_python = diffmem.audit(folder / "copies.zip", folder / "training.zip", holdout=folder / "unseen.zip")
+    assert json.loads(result.stdout) == json.loads(json.dumps(from_python.to_dict()))
+    assert json.loads(result.stdout)["count"] >= 30
+
+
+def test_verdict_and_report(folder, tmp_path):
+    out = tmp_path / "new" / "report"
+    result = run("audit", folder / "copies.zip", folder / "training.zip", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "of 40 images are copies of one of 600 training images" in result.stdout
+    assert "95 % interval" in result.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "samples.csv"]
+    report = json.loads((out / "report.json").read_text())
+    with open(out / "samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40
+    assert sum(int(row["memorized"]) for row in rows) == report["count"]
+    assert rows[0]["name"].endswith(".png")
+    assert rows[0]["nearest_index"] == "0"
+    assert rows[0]["nearest_squared_distance"] == str(16**2)
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert "data:image/png;base64," in page
+
+
+def test_gate(folder):
+    sets = (folder / "copies.zip", folder / "training.zip")
+    closed = run("audit", *sets, "--fail-above", "0.3")
+    assert closed.returncode == 1
+    assert "gate closed" in closed.stderr
+    assert "Traceback" not in closed.stderr
+    low = json.loads(run("audit", *sets, "--json").stdout)["interval"][0]
+    assert run("audit", *sets, "--fail-above", low + 1e-6).returncode == 0
+    assert run("audit", *sets, "--fail-above", low - 1e-6).returncode == 1
+
+
+def test_options_reach_the_audit(folder):
+    result = run(
+        "audit", "builtin:digits", folder / "training.zip", "--limit", 50, "--flip", "--threshold", "1/2",
+        "--duplicates", "keep", "--duplicate-radius", 2, "--resize", 4, "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["total"] == 50
+    assert facts["settings"]["generated"]["shape"] == [1, 4, 4]
+    chosen = {name: facts["settings"][name] for name in ("flip", "threshold", "duplicates", "duplicate_radius")}
+    assert chosen == {"flip": True, "threshold": "1/2", "duplicates": "keep", "duplicate_radius": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["audit"], 2, "Missing argument"),
+        (["audit", "missing.zip", "builtin:digits"], 2, "missing.zip does not exist"),
+        (["audit", "builtin:digits", "builtin:digits", "--threshold", "many"], 2, "not a number"),
+        (["audit", "builtin:digits", "builtin:digits", "--fail-above", "2"], 2, "0<=x<=1"),
+        (["audit", "builtin:digits", "builtin:patches"], 1, "--color"),
+        (["audit", "builtin:digits", "builtin:digits", "--device", "abacus"], 1, "device 'abacus' is unknown"),
+        (["audit", "builtin:digits", "builtin:digits", "--device", "cuda:99"], 1, "device 'cuda:99' is not here"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_bad_usage_and_bad_sets(arguments, status, words):
+    result = run(*arguments)
+    assert result.returncode == status
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback():
+    result = run("audit", "builtin:digits", "builtin:patches", "--debug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_bad_files_end_in_one_line(folder, tmp_path):
+    corrupt = tmp_path / "corrupt.zip"
+    with zipfile.ZipFile(folder / "copies.zip") as source, zipfile.ZipFile(corrupt, "w") as target:
+        for number, name in enumerate(source.namelist()):
+            target.writestr(name, source.read(name)[:30] if number == 3 else source.read(name))
+        bad = source.namelist()[3]
+    result = run("audit", corrupt, folder / "training.zip")
+    assert result.returncode == 1
+    assert bad in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    skipped = run("audit", corrupt, folder / "training.zip", "--skip-bad", "--json")
+    assert skipped.returncode == 0, skipped.stderr
+    facts = json.loads(skipped.stdout)
+    assert facts["total"] == 39
+    assert [file["name"] for file in facts["settings"]["generated"]["skipped"]] == [bad]
+
+    truncated = tmp_path / "truncated.zip"
+    truncated.write_bytes((folder / "training.zip").read_bytes()[:5000])
+    result = run("audit", folder / "copies.zip", truncated)
+    assert result.returncode == 1
+    assert "truncated.zip" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_output_folder_that_cannot_be_written(folder, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    started = time.monotonic()
+    result = run("audit", "builtin:patches?n=50000", "builtin:patches?n=50000", "--out", blocked / "report")
+    assert result.returncode == 1
+    assert "cannot write there" in result.stderr
+    assert time.monotonic() - started < 60  # found out before the work, not after it
+
+
+def test_interrupt_leaves_nothing_half_written(folder, tmp_path):
+    """Ctrl-C in the middle of a large audit."""
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "noise.npy", random.integers(0, 256, (40_000, 3, 32, 32), dtype=np.uint8))
+    out = tmp_path / "report"
+    command = [*DIFFMEM, "audit", tmp_path / "noise.npy", tmp_path / "noise.npy", "--out", out]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    _stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert list(out.iterdir()) == []
+
+
+def test_reader_that_goes_away(folder):
+    command = f"{' '.join(DIFFMEM)} audit {folder}/copies.zip {folder}/training.zip --json | head -c 10"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
+    assert result.stderr == ""
+
+
+def test_folder_of_seeds(folder, tmp_path):
+    digits = diffmem.load_images("builtin:digits")
+    write_folder(digits.select(slice(0, 12)), tmp_path / "samples", seeds=range(995, 1007))
+    facts = json.loads(run("audit", tmp_path / "samples", folder / "training.zip", "--json").stdout)
+    assert facts["count"] == 12

@@ -1,0 +1,263 @@
+"""Arrays, tensors and the files that hold them; streams of images from Python."""
+
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffmem.data import ImageSet, load_images
+from diffmem.errors import InputError
+
+RNG = np.random.default_rng(11)
+NCHW = RNG.integers(0, 256, (6, 3, 5, 7), dtype=np.uint8)
+NHWC = np.ascontiguousarray(NCHW.transpose(0, 2, 3, 1))
+LABELS = np.arange(6)[::-1].copy()
+
+
+@pytest.fixture
+def refused():
+    """Asserts that loading fails with one line that says `what`."""
+
+    def check(source, *what, **options):
+        with pytest.raises(InputError) as error:
+            load_images(source, **options)
+        line = str(error.value)
+        assert "\n" not in line
+        for text in what:
+            assert text in line, line
+
+    return check
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("array", [NCHW, NHWC], ids=["NCHW", "NHWC"])
+def test_layouts_are_told_apart(make, array):
+    loaded = load_images(make(array))
+    np.testing.assert_array_equal(loaded.images, NCHW)
+    assert loaded.images.flags.c_contiguous
+    assert load_images(make(array), limit=2).images.shape == (2, 3, 5, 7)
+
+
+def test_ambiguous_and_impossible_layouts(refused, tmp_path):
+    both = RNG.integers(0, 256, (2, 3, 5, 4), dtype=np.uint8)
+    assert load_images(both).images.shape == (2, 3, 5, 4)  # in memory, NCHW is the convention
+    assert load_images(both, layout="NHWC").images.shape == (2, 4, 3, 5)
+    assert load_images(np.zeros((2, 8, 9, 9), np.uint8)).images.shape == (2, 8, 9, 9)
+    np.save(tmp_path / "both.npy", both)  # a file may come from anywhere
+    np.save(tmp_path / "neither.npy", np.zeros((2, 8, 8, 8), np.uint8))
+    refused(tmp_path / "both.npy", "(2, 3, 5, 4)", "layout=")
+    refused(tmp_path / "neither.npy", "neither axis", "layout=")
+    assert load_images(tmp_path / "both.npy", layout="NHWC").images.shape == (2, 4, 3, 5)
+    assert load_images(np.zeros((9, 5, 7), np.uint8)).images.shape == (9, 1, 5, 7)
+    refused(np.zeros((5, 7, 3), np.uint8), "4 axes")
+    refused(np.zeros(5, np.uint8), "4 axes")
+    refused(np.zeros((0, 3, 5, 5), np.uint8), "no images")
+    refused(np.zeros((100, 512), np.float32), "diffmem.search.TrainingIndex")
+
+
+def test_dtypes(refused):
+    for dtype in (np.int64, np.bool_, np.uint16, np.complex64):
+        refused(NCHW.astype(dtype), str(np.dtype(dtype)), "convert")
+    floats = (NCHW / 255).astype(np.float32)
+    for given, kept in [(">f4", np.float32), (np.float64, np.float64), (np.float16, np.float32)]:
+        loaded = load_images(floats.astype(given))
+        assert loaded.images.dtype == kept
+        np.testing.assert_array_equal(loaded.images, floats.astype(given))
+    half = torch.from_numpy(floats).bfloat16()
+    np.testing.assert_array_equal(load_images(half).images, half.float().numpy())
+    refused(object(), "cannot read images from a object")
+
+
+def test_nan_and_infinity_are_counted_and_located(refused, tmp_path):
+    floats = NHWC.astype(np.float32)
+    floats[4, 1, 2, 0] = np.inf
+    floats[2, 3, 6, 1] = np.nan
+    refused(floats, "2 values are NaN or infinite", "image 2 (channel 1, row 3, column 6)")
+    np.save(tmp_path / "x.npy", floats)
+    refused(tmp_path / "x.npy", "x.npy", "image 2")
+    refused(ImageSet(floats.transpose(0, 3, 1, 2)), "image 2")
+    assert len(load_images(floats, limit=2)) == 2
+
+
+def test_image_set_passes_through():
+    images = ImageSet(NCHW, [f"{index}.png" for index in range(6)], LABELS, "somewhere")
+    assert load_images(images) is images
+    part = load_images(images, limit=2, color="grey")
+    assert (part.names, part.source, part.images.shape) == (["0.png", "1.png"], "somewhere", (2, 1, 5, 7))
+    np.testing.assert_array_equal(part.labels, LABELS[:2])
+
+
+@pytest.mark.parametrize("array", [NCHW, NHWC, np.asfortranarray(NHWC)], ids=["NCHW", "NHWC", "Fortran"])
+def test_npy_stays_mapped(tmp_path, array):
+    np.save(tmp_path / "x.npy", array)
+    loaded = load_images(tmp_path / "x.npy", limit=5)
+    np.testing.assert_array_equal(loaded.images, NCHW[:5])
+    assert isinstance(loaded.images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        loaded.images[0] = 0
+
+
+def test_damaged_and_foreign_npy(tmp_path, refused):
+    path = tmp_path / "x.npy"
+    np.save(path, NCHW)
+    whole = path.read_bytes()
+    for end in (0, 5, 60, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        refused(path, "x.npy: not a whole .npy")
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    refused(path, "x.npy: not a whole .npy")
+    np.save(path, np.zeros(3, [("a", "u1")]))
+    refused(path, "images must be uint8")
+
+
+def test_npz_in_both_conventions(tmp_path, refused, monkeypatch):
+    path = tmp_path / "x.npz"
+    np.savez(path, images=NCHW, labels=LABELS, seeds=LABELS)
+    loaded = load_images(path)
+    np.testing.assert_array_equal(loaded.images, NCHW)
+    np.testing.assert_array_equal(loaded.labels, LABELS)
+    np.savez_compressed(path, NHWC, LABELS)  # ADM's arr_0 and arr_1
+    np.testing.assert_array_equal(load_images(path).images, NCHW)
+    np.testing.assert_array_equal(load_images(path).labels, LABELS)
+    np.savez(path, NHWC.transpose(0, 2, 1, 3)[:, :, :4])  # 7×4×3: axis 3 decides, as ADM lays down
+    assert load_images(path).image_shape == (3, 7, 4)
+    np.savez(path, images=np.zeros((2, 1, 4, 4), np.uint8))
+    assert load_images(path).image_shape == (1, 4, 4)
+    np.savez(path, a=NCHW, b=np.asfortranarray(NHWC))
+    refused(path, "key=", "a, b")
+    refused(path, "no 'c'", key="c")
+    monkeypatch.setattr("diffmem.data.storage.memory_bytes", lambda: 100)
+    for key in "ab":
+        loaded = load_images(path, key=key)
+        np.testing.assert_array_equal(loaded.images, NCHW)
+        assert isinstance(loaded.images, np.memmap)
+
+
+def test_npz_that_lies(tmp_path, refused):
+    path = tmp_path / "x.npz"
+    for labels, says in [
+        (LABELS[:3], "labels of shape (3,)"),
+        (np.full((6, 2), np.nan), "finite"),
+        (np.array(["a"] * 6), "labels"),
+    ]:
+        np.savez(path, images=NCHW, labels=labels)
+        refused(path, says)
+    np.savez(path, images=np.array([None]))
+    refused(path, "never loaded")
+
+    def with_header(shape):
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("images.npy", stream.getvalue() + NCHW.tobytes())
+        return path
+
+    np.testing.assert_array_equal(load_images(with_header((6, 3, 5, 7))).images, NCHW)
+    refused(with_header((10**6, 3, 1000, 1000)), "needs 3,000,000,000,000 bytes")
+    refused(with_header((5, 3, 5, 7)), "images cannot be read")
+    damaged = bytearray(with_header((6, 3, 5, 7)).read_bytes())
+    damaged[200] ^= 0xFF
+    path.write_bytes(damaged)
+    refused(path, "images cannot be read")
+    path.write_bytes(damaged[:300])
+    refused(path, "zip archive")
+
+
+def test_torch_files(tmp_path, refused):
+    path = tmp_path / "x.pt"
+    images, labels = torch.from_numpy(NCHW), torch.from_numpy(LABELS)
+    for content in ({"images": images, "labels": labels}, (images, labels)):
+        torch.save(content, path)
+        np.testing.assert_array_equal(load_images(path).images, NCHW)
+        np.testing.assert_array_equal(load_images(path).labels, LABELS)
+    torch.save(images, path, _use_new_zipfile_serialization=False)
+    np.testing.assert_array_equal(load_images(path).images, NCHW)
+    torch.save({"a": images, "b": images}, path)
+    refused(path, "key=")
+    assert len(load_images(path, key="b")) == 6
+    torch.save([1], path)
+    refused(path, "holds a list")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(path, "x.pt")
+
+
+class Malicious:
+    """Touches a file when it is unpickled carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_torch_file_executes_nothing(tmp_path, refused):
+    touched = tmp_path / "touched"
+    torch.save({"images": Malicious(touched)}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "never loaded")
+    (tmp_path / "y.pt").write_bytes(pickle.dumps(Malicious(touched)))
+    refused(tmp_path / "y.pt", "never loaded")
+    assert not touched.exists()
+
+
+def test_safetensors(tmp_path, refused):
+    path = tmp_path / "x.safetensors"
+    save_file({"images": torch.from_numpy(NCHW), "labels": torch.from_numpy(LABELS)}, path)
+    np.testing.assert_array_equal(load_images(path).images, NCHW)
+    np.testing.assert_array_equal(load_images(path).labels, LABELS)
+    save_file({"x": torch.from_numpy(NHWC)}, path)
+    np.testing.assert_array_equal(load_images(path).images, NCHW)
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(path, "not a whole safetensors file")
+
+
+def test_torch_datasets_and_loaders(refused):
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(NCHW), torch.from_numpy(LABELS))
+    for source in (dataset, torch.utils.data.DataLoader(dataset, batch_size=4)):
+        loaded = load_images(source)
+        np.testing.assert_array_equal(loaded.images, NCHW)
+        np.testing.assert_array_equal(loaded.labels, LABELS)
+        part = load_images(source, limit=5)
+        np.testing.assert_array_equal(part.labels, LABELS[:5])
+        assert part.images.shape == (5, 3, 5, 7)
+    np.testing.assert_array_equal(load_images(torch.utils.data.TensorDataset(torch.from_numpy(NHWC))).images, NCHW)
+
+
+def test_iterables(monkeypatch, refused):
+    batches = [NCHW[:4], torch.from_numpy(NHWC[4:])]
+    np.testing.assert_array_equal(load_images(batches).images, NCHW)
+    np.testing.assert_array_equal(load_images(iter(batches), limit=3).images, NCHW[:3])
+    mappings = ({"images": NCHW[a:b], "label": LABELS[a:b]} for a, b in [(0, 1), (1, 6)])
+    np.testing.assert_array_equal(load_images(mappings).labels, LABELS)
+    pairs = [(Image.fromarray(image), int(label)) for image, label in zip(NHWC, LABELS, strict=True)]
+    np.testing.assert_array_equal(load_images(pairs).images, NCHW)
+    np.testing.assert_array_equal(load_images(pairs).labels, LABELS)
+    mixed = [*(image for image, _ in pairs), Image.fromarray(NHWC[0, ..., 0]).resize((3, 3))]
+    refused(mixed, "image 6 is uint8 (1, 3, 3), those before are uint8 (3, 5, 7)", "resize=N")
+    assert load_images(mixed, resize=4, color="rgb").images.shape == (7, 3, 4, 4)
+    refused([], "no images")
+    refused([(NCHW, LABELS), NCHW], "labels")
+    refused([(NCHW, LABELS[:2])], "labels of shape (2,)")
+    refused([(NCHW, LABELS, 1)], "3 parts")
+    refused([{"x": NCHW}], "'image'")
+    refused([Image.fromarray(NHWC[0]).convert("RGBA").rotate(30)], "item 0", "transparent")
+    refused([np.zeros((4, 9), np.float32)], "TrainingIndex")
+    monkeypatch.setattr("diffmem.data.storage.memory_bytes", lambda: 5000)
+    loaded = load_images(NCHW[index : index + 1] for index in range(6))
+    assert isinstance(loaded.images, np.memmap)
+    np.testing.assert_array_equal(loaded.images, NCHW)
+
+
+def test_full_temporary_disk(monkeypatch, refused):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffmem.data.storage.memory_bytes", lambda: 100)
+    monkeypatch.setattr("os.posix_fallocate", no_space)
+    refused(NCHW, "TMPDIR", "No space left", resize=9)

@@ -1,0 +1,86 @@
+"""The training set divided among processes: the answer is that of one process, ties included."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import diffmem
+from diffmem.data import write_edm_zip
+from diffmem.search import TrainingIndex
+
+WORKER = """
+import sys
+import numpy as np
+import torch.distributed as dist
+from diffmem.search import ShardedIndex
+
+dist.init_process_group("gloo")
+images, queries, out = np.load(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
+for k in (1, 2, 7):
+    found = ShardedIndex(images, device="cpu").query(queries, k)
+    np.savez(f"{out}/{dist.get_world_size()}-{dist.get_rank()}-{k}.npz", i=found.indices, d=found.squared_distances)
+tiny = ShardedIndex(images[:1], device="cpu").query(queries, 1)  # one of the ranks has nothing to search
+assert (tiny.indices == 0).all() and len(tiny) == len(queries)
+dist.destroy_process_group()
+"""
+
+
+def torchrun(ranks: int, *arguments) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_two_and_three_processes_answer_as_one(tmp_path):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 3, (101, 1, 3, 3), dtype=np.uint8)  # many ties and duplicates
+    queries = random.integers(0, 3, (40, 1, 3, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "queries.npy", queries)
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    for ranks in (2, 3):
+        result = torchrun(ranks, worker, tmp_path / "images.npy", tmp_path / "queries.npy", tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        for k in (1, 2, 7):
+            expected = TrainingIndex(images).query(queries, k)
+            for rank in range(ranks):
+                with np.load(tmp_path / f"{ranks}-{rank}-{k}.npz") as found:
+                    np.testing.assert_array_equal(found["i"], expected.indices)
+                    np.testing.assert_array_equal(found["d"], expected.squared_distances)
+
+
+def test_audit_under_torchrun_just_works(tmp_path):
+    digits = diffmem.load_images("builtin:digits")
+    write_edm_zip(digits.select(slice(0, 301)), tmp_path / "training.zip")
+    write_edm_zip(digits.select(slice(280, 340)), tmp_path / "generated.zip")
+    arguments = ["-m", "diffmem", "audit", tmp_path / "generated.zip", tmp_path / "training.zip"]
+    options = ["--flip", "--duplicate-radius", "3", "--json", "--out", tmp_path / "report"]
+    result = torchrun(2, *arguments, *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one = diffmem.audit(tmp_path / "generated.zip", tmp_path / "training.zip", flip=True, duplicate_radius=3)
+    assert json.loads(result.stdout) == json.loads(json.dumps(one.to_dict()))
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "report.html",
+        "report.json",
+        "samples.csv",
+    ]
+
+    mistaken = torchrun(2, *arguments, "--resize", "0")
+    assert mistaken.returncode != 0
+
+
+def test_needs_a_process_group():
+    from diffmem.search import ShardedIndex
+
+    with pytest.raises(diffmem.InputError, match="torchrun"):
+        ShardedIndex(np.zeros((3, 1, 2, 2), np.uint8))

@@ -1,0 +1,85 @@
+"""The house's rules: imports point one way, heavy packages wait until they are used, csrc knows no Python."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diffmem"
+
+# What each room may import from the others; `devices`, `errors`, `progress` and the package itself are everybody's.
+EVERYBODY = {"", "devices", "errors", "progress"}
+ALLOWED = {
+    "data": set(),
+    "ops": set(),
+    "models": {"ops"},
+    "sampling": {"models", "ops"},
+    "optimum": {"models", "ops", "search", "data"},
+    "training": {"models", "ops", "data"},
+    "search": {"ops", "data"},
+    "memorization": {"search", "data"},
+    "demo": {"memorization", "data"},
+    "environment": {"ops"},
+    "cli": {"data", "search", "memorization", "models", "sampling", "demo", "environment"},
+}
+LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich"}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first in ("__init__", "__main__") else first
+
+
+def imported_modules(tree: ast.AST) -> list[str]:
+    modules = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from diffmem import data` imports diffmem.data
+            modules += [
+                f"{node.module}.{alias.name}" if node.module == "diffmem" else node.module for alias in node.names
+            ]
+    return modules
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        if not room or room in EVERYBODY:
+            continue
+        for module in imported_modules(ast.parse(path.read_text())):
+            parts = module.split(".")
+            if parts[0] == "diffmem" and len(parts) > 1:
+                other = parts[1] if (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists() else ""
+                if other not in EVERYBODY | ALLOWED[room] | {room}:
+                    wrong.append(f"{path.relative_to(ROOT)}: {room} must not import {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_have_speaking_names():
+    names = {path.stem for path in PACKAGE.rglob("*.py")}
+    assert not names & {"utils", "helpers", "common", "misc"}
+
+
+def test_import_is_light():
+    """`import diffmem`, and even its audit, start no plotting, search or GPU library."""
+    code = (
+        "import sys, diffmem; diffmem.audit; diffmem.TrainingIndex; import torch;"
+        f"loaded = {LAZY!r} & set(sys.modules);"
+        "assert not torch.cuda.is_initialized(); print(sorted(loaded))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_core_knows_no_python():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and path.name != "module.cpp":
+            text = path.read_text()
+            assert "pybind11" not in text, path
+            assert "torch/" not in text, path
+            assert "Python.h" not in text, path
