@@ -15,6 +15,7 @@ from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
+from diffmem.cli.train import train_command
 from diffmem.errors import InputError, MissingExtraError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (audit_command, demo_command, info_command):
+for command in (audit_command, demo_command, info_command, train_command):
     cli.add_command(command)
 
 
