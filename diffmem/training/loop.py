@@ -460,26 +460,27 @@ def _snapshot(
 
 def describe(config: TrainingConfig, data: TrainingImages) -> dict[str, Any]:
     """What a run is: its configuration and its training set."""
-    return {
+    description = {
         "config": config.to_json(),
         "data": {"source": data.source, "images": data.count, "fingerprint": data.fingerprint},
     }
+    return json.loads(json.dumps(description))  # as it will be read back
 
 
 def _open_run(out: Path, config: TrainingConfig, data: TrainingImages, keep: KeepRule, resume: bool) -> Snapshots:
     """The run's folder, new, or checked to be one of the same settings."""
     description = describe(config, data)
-    path = out / CONFIG
-    if path.exists():
-        if not resume:
-            raise InputError(f"{out}: holds a run already: continue it with --resume, or choose another folder")
+    path, state = out / CONFIG, latest_state(out)
+    if not resume and (path.exists() or state is not None):
+        raise InputError(f"{out}: holds a run already: continue it with --resume, or choose another folder")
+    if state is not None:
+        _check_same_run(out, description, read_facts(state))
+    elif path.exists():
         try:
             there = json.loads(path.read_text())
-            different = differences(_comparable(description), _comparable(there))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise InputError(f"{path}: not the description of a run ({error})") from None
-        if different:
-            raise InputError(f"{out}: its run has other settings: {'; '.join(different)}: use those, or another folder")
+        _check_same_run(out, description, there)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -488,6 +489,15 @@ def _open_run(out: Path, config: TrainingConfig, data: TrainingImages, keep: Kee
     with whole_file(path) as whole:
         whole.write_text(json.dumps({**description, "versions": versions}, indent=1) + "\n")
     return Snapshots(out, keep)
+
+
+def _check_same_run(out: Path, description: dict[str, Any], there: dict[str, Any]) -> None:
+    try:
+        different = differences(_comparable(description), _comparable(there))
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{out}: what lies there is not the description of a run: choose another folder") from None
+    if different:
+        raise InputError(f"{out}: its run has other settings: {'; '.join(different)}: use those, or another folder")
 
 
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
