@@ -16,15 +16,15 @@ ALLOWED = {
     "models": {"ops"},
     "sampling": {"models", "ops"},
     "optimum": {"models", "ops", "search", "data"},
-    "training": {"models", "ops", "data"},
+    "training": {"models", "ops", "data", "sampling"},
     "search": {"ops", "data"},
     "memorization": {"search", "data"},
     "generation": {"models", "sampling", "data", "search", "memorization"},
     "demo": {"memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "generation", "demo", "environment"},
+    "cli": {"data", "search", "memorization", "models", "generation", "training", "demo", "environment"},
 }
-LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich"}
+LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
 
 
 def room_of(path: Path) -> str:

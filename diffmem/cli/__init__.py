@@ -17,6 +17,7 @@ from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
 from diffmem.cli.sample import import_edm_command, sample_command
+from diffmem.cli.train import train_command
 from diffmem.errors import InputError, MissingExtraError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -39,6 +40,7 @@ def cli() -> None:
 for command in (
     audit_command,
     dataset_command,
+    train_command,
     sample_command,
     import_edm_command,
     demo_command,

@@ -1,0 +1,294 @@
+"""`diffmem train`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from diffmem.cli.audit import Source
+from diffmem.cli.distributed import is_first_rank, process_group
+from diffmem.cli.options import debug_option
+from diffmem.errors import InputError
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSet
+    from diffmem.training import Observer, Plan, Run, Snapshot, Stats, TrainingConfig
+
+INTERRUPTED = 130
+_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+class Numbers(click.ParamType):
+    """Whole numbers, separated by commas."""
+
+    name = "n,n,…"
+
+    def convert(self, value, parameter, context) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers like 2,2,2", parameter, context)
+
+
+_POSITIVE = click.IntRange(min=1)
+_NUMBER, _SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
+
+
+@click.command("train")
+@click.option("--data", "source", type=Source(), required=True, help="The training images; see `diffmem audit`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Needed, but for --dry-run.")
+# The training set.
+@click.option("--size", type=_POSITIVE, metavar="N", help="A subset of N images, as many of each class.")
+@click.option("--resize", type=_POSITIVE, metavar="R", help="Bring all images to R x R, antialiased.")
+@click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
+@click.option("--cond", is_flag=True, help="Train a class-conditional model on the labels of the data.")
+@click.option("--xflip", is_flag=True, help="Mirrored images count as images too.")
+@click.option("--window", type=_SHARE, default=0.0, show_default=True,
+              help="Share of the set over which the order keeps mixing; 0: the same order every epoch.")  # fmt: skip
+@click.option("--augment", type=_SHARE, default=0.0, show_default=True,
+              help="Probability of EDM's non-leaking augmentations.")  # fmt: skip
+# The network.
+@click.option("--preset", help="A network and preconditioning by name; the options below change parts of it.")
+@click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", show_default=True)
+@click.option("--precond", type=click.Choice(["vp", "ve", "edm"]), help="[default: vp, ve, edm of the architectures]")
+@click.option("--num-channels", "--cbase", "model_channels", type=_POSITIVE, help="Width: channels at multiplier 1.")
+@click.option("--channel-mult", "--cres", type=Numbers(), help="Width multipliers per resolution.")
+@click.option("--num-blocks", type=_POSITIVE, help="Depth: residual blocks per resolution.")
+@click.option("--embedding", type=click.Choice(["positional", "fourier"]), help="Of the noise level.")
+@click.option("--attn-resolutions", type=Numbers(), help="Resolutions with self-attention.")
+@click.option("--skips", metavar="LIST",
+              help='Enabled skip connections: resolutions or single ones, as in "32,16.0", or "none".')  # fmt: skip
+@click.option("--dropout", type=_SHARE)
+# Training.
+@click.option("--images", type=_POSITIVE, help="Length of training in images seen.")
+@click.option("--epochs", type=_NUMBER, help="Length of training in epochs.")
+@click.option("--duration", type=_NUMBER, help="Length of training in the paper's unit, 20 epochs.")
+@click.option("--batch", type=_POSITIVE, default=512, show_default=True, help="Images per step, over all processes.")
+@click.option("--batch-gpu", type=_POSITIVE, help="Images per forward pass of a process. [default: all of its share]")
+@click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", show_default=True)
+@click.option("--lr", type=_NUMBER, default=2e-4, show_default=True, help="Learning rate.")
+@click.option("--warmup-epochs", type=_NUMBER, default=200.0, show_default=True, help="Of a linear warm-up.")
+@click.option("--weight-decay", type=_NUMBER, default=0.0, show_default=True)
+@click.option("--momentum", type=_NUMBER, default=0.0, show_default=True, help="Of sgd.")
+@click.option("--ema-rule", type=click.Choice(["by-size", "compensated", "constant", "target"]),
+              help="How the averaged weights follow. [default: compensated, or target with --ema-target]")  # fmt: skip
+@click.option("--ema-target", type=_SHARE, help="The decay at which the rule target ends.")
+@click.option("--ema-halflife", type=_POSITIVE, default=500_000, show_default=True,
+              help="Half-life of the averaged weights in images.")  # fmt: skip
+@click.option("--tikhonov", type=_NUMBER, default=0.0, show_default=True, help="Regularization of the score.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+# The run.
+@click.option("--snapshot-images", type=_POSITIVE, metavar="N", help="A snapshot every N images. [default: at the end]")
+@click.option("--keep", type=_POSITIVE, metavar="K", help="Keep the last K snapshots and the best. [default: all]")
+@click.option(
+    "--grid", type=click.IntRange(min=0), default=16, show_default=True, help="Images to sample at snapshots."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--compile", "compile_", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
+              help="Compile the network; auto: where the run is long enough.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Continue the run in OUT.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what it would cost, and stop.")
+@debug_option
+def train_command(
+    source, out, size, resize, color, cond, xflip, window, augment, preset, arch, precond, skips, images, epochs,
+    duration, batch, batch_gpu, optimizer, lr, warmup_epochs, weight_decay, momentum, ema_rule, ema_target,
+    ema_halflife, tikhonov, seed, snapshot_images, keep, grid, device, compile_, resume, dry_run, **network,
+) -> int:  # fmt: skip
+    """Train a diffusion model.
+
+    The defaults are the reference protocol of Gu et al. (arXiv 2310.02664) for CIFAR-10. OUT receives config.json,
+    stats.jsonl, snapshots/ (checkpoints of the averaged weights), grids/ and state/, from which --resume continues
+    exactly. Ctrl-C finishes the step and saves.
+
+    \b
+    Examples:
+      diffmem train --data cifar10.zip --size 1000 --duration 2000 --snapshot-images 2000000 --out run
+      diffmem train --data builtin:digits --epochs 500 --num-channels 32 --num-blocks 1 --batch 128 --out run
+      torchrun --nproc-per-node 8 -m diffmem train --data cifar10.zip --epochs 4000 --out run
+    """
+    import torch
+
+    from diffmem.training import (
+        EMA,
+        Grids,
+        KeepLast,
+        TensorBoard,
+        TrainingConfig,
+        denoiser_config,
+        images_of,
+        keep_all,
+        plan_training,
+        train,
+    )
+
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out' (or --dry-run).")
+    torch.set_flush_denormal(True)
+    with process_group():
+        data = _load(source, size, resize, color)
+        if cond and data.labels is None:
+            raise InputError(f"{source}: --cond needs labels, and there are none")
+        label_dim = 0
+        if cond:
+            label_dim = data.labels.shape[1] if data.labels.ndim == 2 else int(data.labels.max()) + 1
+        denoiser = denoiser_config(
+            data.image_shape[1],
+            data.image_shape[0],
+            arch=arch,
+            precond=precond,
+            preset_name=preset,
+            skips=None if skips is None else [name for name in skips.split(",") if name not in ("", "none")],
+            label_dim=label_dim,
+            augment_dim=9 if augment else 0,
+            **network,
+        )
+        rule = ema_rule or ("compensated" if ema_target is None else "target")
+        items = len(data) * (2 if xflip else 1)
+        config = TrainingConfig(
+            denoiser,
+            images_of(items, images=images, epochs=epochs, duration=duration),
+            batch=batch,
+            seed=seed,
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            ema=EMA(rule, halflife_images=ema_halflife, target=ema_target),
+            window=window,
+            xflip=xflip,
+            augment=augment,
+            tikhonov=tikhonov,
+        )
+        choices = {
+            "device": device,
+            "batch_gpu": batch_gpu,
+            "compile": {"yes": True, "no": False}.get(compile_, "auto"),
+        }
+        if is_first_rank():
+            click.echo(json.dumps(config.to_json(), indent=1))
+        if dry_run:
+            plan = plan_training(config, data, **choices)
+            if is_first_rank():
+                _print_plan(plan)
+            return 0
+        observers = [_display()]
+        if grid:
+            observers.append(Grids(out, grid))
+        if TensorBoard.available() and is_first_rank():
+            observers.append(TensorBoard(out))
+        run = train(
+            config,
+            data,
+            out,
+            snapshot_images=snapshot_images,
+            keep=keep_all if keep is None else KeepLast(keep),
+            resume=resume,
+            observers=observers,
+            **choices,
+        )
+    if is_first_rank():
+        _print_ending(run, config)
+    return INTERRUPTED if run.ending == "interrupted" else 0
+
+
+def _load(source: str, size: int | None, resize: int | None, color: str | None) -> ImageSet:
+    """The training set: read, and cut down to `size` images."""
+    from diffmem.data import load_images
+    from diffmem.progress import progress_bars
+
+    with progress_bars(is_first_rank()) as progress:
+        images = load_images(source, resize=resize, color=color, progress=progress)
+    for note in images.notes if is_first_rank() else ():
+        click.echo(f"note: {note}", err=True)
+    if size is None:
+        return images
+    if images.labels is not None and images.labels.ndim == 1:
+        from diffmem.data.subsets import class_balanced
+
+        return class_balanced(images, size)
+    if size > len(images):
+        raise InputError(f"{source}: holds {len(images):,} images; --size can be {len(images)} at most")
+    return images.select(slice(size))
+
+
+def _print_plan(plan: Plan) -> None:
+    """What a run will do and cost, one line each."""
+    place = "on the device" if plan.resident else "in the host's memory"
+    click.echo(
+        f"{plan.parameters:,} parameters on {plan.device}{f' x {plan.ranks}' if plan.ranks > 1 else ''}; "
+        f"{plan.size:,} training images {place}"
+    )
+    click.echo(f"{plan.steps:,} steps, {plan.images:,} images, {plan.epochs:,.1f} epochs")
+    if plan.resumed_at:
+        click.echo(f"continuing after {plan.resumed_at:,} images")
+    how = "before compiling, which this run will do" if plan.compiled else "not compiled"
+    click.echo(f"about {_duration(plan.seconds)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not counted")
+
+
+def _print_ending(run: Run, config: TrainingConfig) -> None:
+    made = f"{len(run.snapshots)} snapshot{'' if len(run.snapshots) == 1 else 's'} in {run.out}/snapshots"
+    if run.ending == "finished":
+        click.echo(f"finished: {run.images:,} images, loss {run.loss:.5g}; {made}")
+    elif run.ending == "stopped":
+        click.echo(f"stopped after {run.images:,} images: {run.reason}; {made}")
+    else:
+        click.echo(
+            f"diffmem: interrupted after {run.images:,} of {config.images:,} images; saved. Go on with the same "
+            "command and --resume",
+            err=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _display() -> Observer:
+    """An observer that shows the plan, and then loss, images per second and time left: a bar on terminals, else a line
+    every ten seconds, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from diffmem.training import Observer
+
+    class Display(Observer):
+        def started(self, plan: Plan) -> None:
+            _print_plan(plan)
+            self.plan, self.shown = plan, time.monotonic()
+            console = Console(stderr=True)
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
+            self.bar = Progress(*columns, console=console) if console.is_terminal else None
+            if self.bar is not None:
+                self.bar.start()
+                self.task = self.bar.add_task("training", total=plan.images, completed=plan.resumed_at, line="")
+
+        def tick(self, stats: Stats) -> None:
+            line = f"loss {stats.loss:.4g}, {stats.images_per_second:,.0f} images/s"
+            # The first step may have compiled: the speed of the last tick says more than the mean.
+            left = (self.plan.images - stats.images) / max(stats.images_per_second, 1e-9)
+            line += f", {_duration(left)} left"
+            if self.bar is not None:
+                self.bar.update(self.task, completed=stats.images, line=line)
+            elif time.monotonic() - self.shown > _LINE_SECONDS:
+                self.shown = time.monotonic()
+                click.echo(f"{stats.images:,} of {self.plan.images:,} images: {line}", err=True)
+
+        def snapshot(self, snapshot: Snapshot) -> None:
+            if self.bar is None:
+                click.echo(f"snapshot {snapshot.folder}: loss {snapshot.loss:.4g}", err=True)
+
+        def finished(self) -> None:
+            if self.bar is not None:
+                self.bar.stop()
+
+    return Display()

@@ -1,0 +1,35 @@
+"""Training of denoisers under the paper's factors: losses, averaged weights, the loop, states to resume from."""
+
+from __future__ import annotations
+
+from diffmem.training.config import TrainingConfig, images_of
+from diffmem.training.ema import EMA
+from diffmem.training.factors import denoiser_config
+from diffmem.training.loop import DivergedError, Run, plan_training, train
+from diffmem.training.losses import denoising_loss
+from diffmem.training.observers import Grids, Observer, Plan, Snapshot, Stats, TensorBoard, Verdict
+from diffmem.training.snapshots import KeepLast, SnapshotRecord, keep_all, read_records, snapshot_folder
+
+__all__ = [
+    "EMA",
+    "DivergedError",
+    "Grids",
+    "KeepLast",
+    "Observer",
+    "Plan",
+    "Run",
+    "Snapshot",
+    "SnapshotRecord",
+    "Stats",
+    "TensorBoard",
+    "TrainingConfig",
+    "Verdict",
+    "denoiser_config",
+    "denoising_loss",
+    "images_of",
+    "keep_all",
+    "plan_training",
+    "read_records",
+    "snapshot_folder",
+    "train",
+]

@@ -1,0 +1,59 @@
+"""The exponential moving average of the weights: the four rules by which its decay follows training.
+
+With s images seen before the step, batch b, N training images and h = min(H·N/50000, ramp-up·s), H = 500,000 images:
+
+    by-size       β = 0.5^(b/h)                           half-life grows with the training set
+    compensated   β = 0.5^(512·N / (50000·h))             the same decay per epoch, whatever the batch
+    constant      β = 0.5^(b/H)
+    target r      β = r / 0.5^(b/H) · 0.5^(b·N / (50000·h))   ends at r
+
+Gu et al. (arXiv 2310.02664) study the last; the half-life with ramp-up is EDM's (arXiv 2206.00364).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffmem.errors import InputError
+
+RULES = ("by-size", "compensated", "constant", "target")
+_REFERENCE_SIZE = 50_000
+_REFERENCE_BATCH = 512
+
+
+@dataclass(frozen=True)
+class EMA:
+    """A rule for the decay β of the averaged weights, ema ← β·ema + (1 − β)·weights after every step.
+
+    rule: one of RULES, see above; halflife_images: H; rampup: the half-life is at most this share of the images seen;
+    target: r in [0, 1], for the rule "target" only. Raises InputError for other values.
+    """
+
+    rule: str = "compensated"
+    halflife_images: int = 500_000
+    rampup: float = 0.05
+    target: float | None = None
+
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise InputError(f"EMA rule {self.rule!r}: choose from {', '.join(RULES)}")
+        if (self.rule == "target") != (self.target is not None):
+            raise InputError(f"EMA rule {self.rule!r}: a target belongs to the rule 'target', and only there")
+        if self.target is not None and not 0 <= self.target <= 1:
+            raise InputError(f"EMA target is {self.target}, but must lie in 0 … 1")
+        if self.halflife_images <= 0 or self.rampup <= 0:
+            raise InputError("the EMA's half-life and ramp-up must be positive")
+
+    def beta(self, images_seen: int, batch: int, size: int) -> float:
+        """β of the step of `batch` images that follows `images_seen`, on a training set of `size`; 0 at the start."""
+        constant = 0.5 ** (batch / self.halflife_images)
+        if self.rule == "constant":
+            return constant
+        halflife = min(self.halflife_images * size / _REFERENCE_SIZE, self.rampup * images_seen)
+        if halflife == 0:
+            return 0.0
+        if self.rule == "by-size":
+            return 0.5 ** (batch / halflife)
+        if self.rule == "compensated":
+            return 0.5 ** (_REFERENCE_BATCH * size / (_REFERENCE_SIZE * halflife))
+        return self.target / constant * 0.5 ** (batch * size / (_REFERENCE_SIZE * halflife))

@@ -1,0 +1,560 @@
+"""The training loop: `train` runs, continues and stops a run; `plan_training` says what it would do and cost.
+
+A run's folder holds `config.json`, `stats.jsonl`, `snapshots/<images seen>/` (checkpoints of the averaged weights),
+`snapshots.json` and `state/` (see `diffmem.training.state`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+import diffmem
+from diffmem.data import ImageSet, load_images
+from diffmem.data.whole import whole_file
+from diffmem.devices import pick_device
+from diffmem.errors import InputError
+from diffmem.models import Denoiser
+from diffmem.training.augmentation import augment, augmentation_labels, draw_augmentation
+from diffmem.training.config import TrainingConfig, differences
+from diffmem.training.dataset import TrainingImages
+from diffmem.training.losses import Draws, denoising_loss, draw
+from diffmem.training.observers import Observer, Plan, Snapshot, Stats, Verdict, combined
+from diffmem.training.order import DataOrder
+from diffmem.training.parallel import Ranks
+from diffmem.training.seeds import seed_of
+from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
+from diffmem.training.state import latest_state, read_facts, read_tensors, save_state
+from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
+
+CONFIG, STATS = "config.json", "stats.jsonl"
+
+# When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves.
+_COMPILE_SECONDS = {"cpu": 240.0, "cuda": 180.0}
+_COMPILE_SAVES = {"cpu": 0.15, "cuda": 0.3}
+_TICKS = 1000  # lines of statistics per run, about
+_LONGEST_TICK = 200  # steps
+_READ_STOP_EVERY = {"cpu": 1, "cuda": 16}  # steps between looks at the other processes' wish to stop
+
+
+class DivergedError(InputError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `train` did: the run's folder, images seen in all, why it ended ("finished", "interrupted" or "stopped"),
+    what an observer said when it stopped it, the mean loss per pixel of the last tick, and the snapshots."""
+
+    out: Path
+    images: int
+    ending: str
+    reason: str
+    loss: float
+    snapshots: tuple[SnapshotRecord, ...]
+
+
+def train(
+    config: TrainingConfig,
+    data: Any,
+    out: str | Path,
+    *,
+    snapshot_images: int | None = None,
+    device: str | torch.device = "auto",
+    batch_gpu: int | None = None,
+    compile: bool | str = "auto",
+    keep: KeepRule = keep_all,
+    state_minutes: float = 10.0,
+    resume: bool = False,
+    observers: Sequence[Observer] = (),
+) -> Run:
+    """Trains a denoiser on `data` and returns how that ended; the results lie in the folder `out`.
+
+    config: what decides the result. data: anything that `diffmem.load_images` reads, uint8. snapshot_images: a snapshot
+    at the first step that reaches each multiple (default: only at the end; the last step always makes one). device:
+    "cpu", "cuda", or "auto". batch_gpu: images per forward pass of one process, gradients are accumulated (default: the
+    process's share of the batch). compile: True, False, or "auto", which compiles where the run is long enough to gain
+    by it. keep: which snapshots stay. state_minutes: a state to resume from is saved so often, and at every snapshot,
+    interruption and end. resume: continue the run in `out` (from its beginning where it has saved no state yet); on a
+    CPU, with the same batch_gpu, number of threads and processes, the weights become those of a run never interrupted,
+    bit by bit. observers: see `Observer`.
+
+    SIGINT and SIGTERM let the step finish and save a state; a second one interrupts at once. Under `torchrun`, with
+    torch.distributed initialized, each process computes its slice of every batch, and noise, losses and gradients are
+    those of a single process. Raises InputError for data that do not fit, a folder in use, or a state of other
+    settings, naming the fields; DivergedError (an InputError) when the loss is no longer a number.
+    """
+    out, ranks = Path(out), Ranks()
+    if snapshot_images is not None and snapshot_images < 1:
+        raise InputError(f"snapshot_images is {snapshot_images}, but must be at least 1")
+    with _own_random_numbers(), _stop_requests() as stop:
+        trainer = _Trainer(config, data, device, batch_gpu, compile, ranks)
+        snapshots = ranks.agree(lambda: _open_run(out, config, trainer.data, keep, resume))
+        state = ranks.agree(lambda: latest_state(out) if resume else None)
+        if state is not None:
+            trainer.restore(read_facts(state), read_tensors(state))
+        plan = trainer.plan()
+        if ranks.rank == 0:
+            snapshots.forget_after(trainer.images)
+            _truncate_stats(out / STATS, trainer.images)
+            for observer in observers:
+                observer.started(plan)
+        try:
+            return _run(trainer, out, snapshots, snapshot_images, state_minutes, observers, ranks, stop)
+        finally:
+            if ranks.rank == 0:
+                for observer in observers:
+                    observer.finished()
+
+
+def plan_training(
+    config: TrainingConfig,
+    data: Any,
+    *,
+    device: str | torch.device = "auto",
+    batch_gpu: int | None = None,
+    compile: bool | str = "auto",
+) -> Plan:
+    """What `train` with these arguments would do and cost, from a few passes of the network; nothing is written."""
+    ranks = Ranks()
+    with _own_random_numbers():
+        return _Trainer(config, data, device, batch_gpu, compile, ranks).plan()
+
+
+class _Objective(nn.Module):
+    """The denoiser with its loss: the loss of each image, summed over its pixels."""
+
+    def __init__(self, denoiser: Denoiser, tikhonov: float):
+        super().__init__()
+        self.denoiser, self.tikhonov = denoiser, tikhonov
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        level: torch.Tensor,
+        noise: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        loss = denoising_loss(
+            self.denoiser,
+            images,
+            self.denoiser.config.preconditioning,
+            labels,
+            augment_labels,
+            draws=Draws(level, noise),
+            tikhonov=self.tikhonov,
+        )
+        return loss.sum(dim=(1, 2, 3))
+
+
+class _Trainer:
+    """Network, averaged network, optimizer and data of a run, and the step that advances them."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        data: Any,
+        device: str | torch.device,
+        batch_gpu: int | None,
+        compile: bool | str,
+        ranks: Ranks,
+    ):
+        if compile not in (True, False, "auto"):
+            raise InputError(f"compile is {compile!r}, but must be True, False or 'auto'")
+        self.config, self.ranks = config, ranks
+        self.device = pick_device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.share = config.batch // ranks.size
+        self.micro = self.share if batch_gpu is None else batch_gpu
+        if config.batch % ranks.size or self.micro < 1 or self.share % self.micro:
+            raise InputError(
+                f"batch {config.batch} cannot be split into passes of batch_gpu {self.micro} on {ranks.size} "
+                "process(es): choose a divisor"
+            )
+        images = data if isinstance(data, ImageSet) else load_images(data)
+        self.data = TrainingImages(images, config.denoiser.network, self.device, config.xflip)
+        self.order = DataOrder(len(self.data), seed_of(config.seed, "order"), config.window)
+        torch.manual_seed(seed_of(config.seed, "weights"))
+        self.denoiser = Denoiser(config.denoiser).to(self.device).train()
+        self.averaged = Denoiser(config.denoiser).to(self.device).eval()
+        self.averaged.load_state_dict(self.denoiser.state_dict())
+        self.flat = FlatParameters(self.denoiser, gradients=True)
+        self.flat_averaged = FlatParameters(self.averaged, gradients=False)
+        self.optimizer = make_optimizer(config, self.flat)
+        self.objective = _Objective(self.denoiser, config.tikhonov)
+        self.compile = compile
+        self.generator = torch.Generator(self.device)
+        self.host_generator = torch.Generator()
+        self.images = 0
+        self.lr = self.beta = 0.0
+        # Summed on the device, read at ticks: nothing waits for it in between. Since the last tick, and snapshot.
+        self.loss_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.loss_counts = [0, 0]
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.images // self.config.batch
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.config.images / self.config.batch)
+
+    @property
+    def finished(self) -> bool:
+        return self.steps >= self.total_steps
+
+    @property
+    def epochs(self) -> float:
+        return self.images / len(self.data)
+
+    def step(self) -> None:
+        """One step of the optimizer, over the whole batch of all processes."""
+        config, size = self.config, len(self.data)
+        first = self.ranks.rank * self.share
+        mine = slice(first, first + self.share)
+        images, labels = self.data.batch(self.order.take(config.batch)[mine])
+        augment_labels = None
+        if config.augment:
+            self.host_generator.manual_seed(seed_of(config.seed, "augmentation", self.steps))
+            drawn = draw_augmentation(config.batch, config.augment, self.host_generator)[mine]
+            images, augment_labels = augment(images, drawn), augmentation_labels(drawn).to(self.device)
+        # For the batch of all processes: what an image is given must not depend on how many there are.
+        self.generator.manual_seed(seed_of(config.seed, "noise", self.steps))
+        shape = (config.batch, *images.shape[1:])
+        level, noise = draw(config.denoiser.preconditioning, shape, self.device, self.generator)
+        level, noise = level[mine], noise[mine]
+        self.flat.values.grad.zero_()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, self.share, self.micro):
+            part = slice(start, start + self.micro)
+            # Dropout draws from torch's own generator.
+            torch.manual_seed(seed_of(config.seed, "dropout", self.steps, first + start))
+            losses = self.objective(
+                images[part],
+                level[part],
+                noise[part],
+                None if labels is None else labels[part],
+                None if augment_labels is None else augment_labels[part],
+            )
+            (losses.sum() / config.batch).backward()
+            loss += losses.detach().sum()
+        gradient = self.flat.values.grad
+        self.ranks.sum(gradient)
+        self.ranks.sum(loss)
+        sanitize(gradient)
+        self.lr = config.learning_rate(self.images, size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()
+        self.beta = config.ema.beta(self.images, config.batch, size)
+        self.flat_averaged.values.data.lerp_(self.flat.values.data, 1 - self.beta)
+        self.loss_sums += loss
+        self.loss_counts = [count + config.batch for count in self.loss_counts]
+        self.images += config.batch
+
+    def mean_losses(self) -> tuple[float, float]:
+        """Mean loss per pixel since the last tick and since the last snapshot."""
+        network = self.config.denoiser.network
+        pixels = network.channels * network.resolution**2
+        since_tick, since_snapshot = (
+            value / (max(count, 1) * pixels)
+            for value, count in zip(self.loss_sums.tolist(), self.loss_counts, strict=True)
+        )
+        return since_tick, since_snapshot
+
+    def forget_losses(self, which: int) -> None:
+        self.loss_sums[which] = 0.0
+        self.loss_counts[which] = 0
+
+    def plan(self) -> Plan:
+        """Measures a few passes, and settles whether to compile; leaves no trace in the state."""
+        seconds = self.ranks.agree(self._seconds_per_step)
+        left = self.total_steps - self.steps
+        if self.compile == "auto":
+            kind = self.device.type
+            self.compile = seconds * left * _COMPILE_SAVES[kind] > _COMPILE_SECONDS[kind]
+        if self.compile:
+            self.objective = torch.compile(self.objective, dynamic=False)
+        return Plan(
+            images=self.total_steps * self.config.batch,
+            steps=self.total_steps,
+            images_left=left * self.config.batch,
+            size=len(self.data),
+            epochs=self.total_steps * self.config.batch / len(self.data),
+            parameters=sum(parameter.numel() for parameter in self.denoiser.parameters()),
+            device=str(self.device),
+            ranks=self.ranks.size,
+            batch_gpu=self.micro,
+            seconds_per_step=seconds,
+            seconds=seconds * left,
+            compiled=bool(self.compile),
+            resident=self.data.resident,
+            resumed_at=self.images,
+        )
+
+    def _seconds_per_step(self) -> float:
+        """Forward and backward passes, timed on as many images as do not take long."""
+        count, seconds = min(self.micro, 8), 0.0
+        while True:
+            self._pass(count)  # warm
+            started = time.perf_counter()
+            self._pass(count)
+            seconds = time.perf_counter() - started
+            if count == self.micro or seconds * self.micro / count > 1.0:
+                break
+            count = self.micro
+        self.flat.values.grad.zero_()
+        return seconds * self.share / count
+
+    def _pass(self, count: int) -> None:
+        config = self.config
+        torch.manual_seed(0)
+        images, labels = self.data.batch(self.order.order[torch.arange(count).numpy() % len(self.data)])
+        level, noise = draw(config.denoiser.preconditioning, images.shape, self.device)
+        nothing_done = torch.zeros(count, config.denoiser.network.augment_dim, device=self.device)
+        losses = self.objective(images, level, noise, labels, nothing_done if config.augment else None)
+        (losses.sum() / config.batch).backward()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors, facts) for `save_state`."""
+        tensors = {
+            "weights": self.flat.values,
+            "averaged": self.flat_averaged.values,
+            "order": torch.from_numpy(self.order.order),
+            "loss_sums": self.loss_sums,
+        }
+        for name, value in self.optimizer.state[self.flat.values].items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{name}"] = value
+        facts = {
+            "images": self.images,
+            "loss_counts": self.loss_counts,
+            "order": self.order.state(),
+            "compiled": bool(self.compile),
+            **describe(self.config, self.data),
+        }
+        return tensors, facts
+
+    def restore(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Continues where `state` was taken."""
+        self.flat.values.data.copy_(tensors["weights"])
+        self.flat_averaged.values.data.copy_(tensors["averaged"])
+        self.order.restore(facts["order"], tensors["order"].numpy())
+        state = {
+            name.removeprefix("optimizer."): value.to("cpu" if name == "optimizer.step" else self.device)
+            for name, value in tensors.items()
+            if name.startswith("optimizer.")
+        }
+        if state:
+            layout = self.optimizer.state_dict()
+            self.optimizer.load_state_dict({**layout, "state": {0: state}})
+        self.loss_sums.copy_(tensors["loss_sums"])
+        self.loss_counts = list(facts["loss_counts"])
+        self.images = facts["images"]
+        # Compiled code rounds differently: what was decided at the start holds for the whole run.
+        if self.compile == "auto":
+            self.compile = facts["compiled"]
+
+
+def _run(
+    trainer: _Trainer,
+    out: Path,
+    snapshots: Snapshots,
+    snapshot_images: int | None,
+    state_minutes: float,
+    observers: Sequence[Observer],
+    ranks: Ranks,
+    stop: threading.Event,
+) -> Run:
+    """Steps until the end or a wish to stop, with all that is to be written on the way."""
+    config = trainer.config
+    first = ranks.rank == 0
+    tick_steps = max(1, min(_LONGEST_TICK, trainer.total_steps // _TICKS))
+    read_stop = _READ_STOP_EVERY[trainer.device.type]
+    began = ticked = saved = time.perf_counter()
+    images_at_tick, last_loss = trainer.images, math.nan
+    ending, reason = "finished", ""
+
+    def save() -> None:
+        if first:
+            save_state(out, trainer.images, *trainer.state())
+
+    while not trainer.finished:
+        trainer.step()
+        due = trainer.finished or (
+            snapshot_images is not None
+            and trainer.images // snapshot_images > (trainer.images - config.batch) // snapshot_images
+        )
+        stopping = stop.is_set()
+        if ranks.size > 1:
+            stopping = False
+            if trainer.steps % read_stop == 0 or trainer.finished:
+                wishes = torch.tensor(float(stop.is_set()), device=trainer.device)
+                ranks.sum(wishes)
+                stopping = bool(wishes.item())
+        if due or stopping or trainer.steps % tick_steps == 0:
+            last_loss, snapshot_loss = trainer.mean_losses()
+            if not math.isfinite(last_loss):
+                raise DivergedError(_advice(trainer, out))
+            now = time.perf_counter()
+            stats = Stats(
+                images=trainer.images,
+                epochs=trainer.epochs,
+                steps=trainer.steps,
+                loss=last_loss,
+                lr=trainer.lr,
+                ema_beta=trainer.beta,
+                images_per_second=(trainer.images - images_at_tick) / (now - ticked),
+                seconds=now - began,
+            )
+            if trainer.steps % tick_steps == 0 or trainer.finished:
+                trainer.forget_losses(0)
+                ticked, images_at_tick = now, trainer.images
+                if first:
+                    with (out / STATS).open("a") as stream:
+                        stream.write(json.dumps(asdict(stats)) + "\n")
+                    for observer in observers:
+                        observer.tick(stats)
+        if due:
+            verdict = ranks.agree(partial(_snapshot, trainer, out, snapshots, snapshot_loss, observers))
+            trainer.forget_losses(1)
+            if verdict.stop and not trainer.finished:
+                ending, reason = "stopped", verdict.reason
+        if stopping and not trainer.finished:
+            ending = "interrupted"
+        if due or ending != "finished" or time.perf_counter() - saved > 60 * state_minutes:
+            save()
+            saved = time.perf_counter()
+        if ending != "finished":
+            break
+    return Run(out, trainer.images, ending, reason, last_loss, tuple(snapshots.records))
+
+
+def _snapshot(
+    trainer: _Trainer, out: Path, snapshots: Snapshots, loss: float, observers: Sequence[Observer]
+) -> Verdict:
+    folder = snapshots.write(trainer.averaged, trainer.images)
+    snapshot = Snapshot(folder, trainer.images, trainer.epochs, loss, trainer.averaged)
+    verdict = combined([observer.snapshot(snapshot) for observer in observers])
+    snapshots.add(SnapshotRecord(trainer.images, trainer.epochs, loss, verdict.score))
+    return verdict
+
+
+def describe(config: TrainingConfig, data: TrainingImages) -> dict[str, Any]:
+    """What a run is: its configuration and its training set."""
+    description = {
+        "config": config.to_json(),
+        "data": {"source": data.source, "images": data.count, "fingerprint": data.fingerprint},
+    }
+    return json.loads(json.dumps(description))  # as it will be read back
+
+
+def _open_run(out: Path, config: TrainingConfig, data: TrainingImages, keep: KeepRule, resume: bool) -> Snapshots:
+    """The run's folder, new, or checked to be one of the same settings."""
+    description = describe(config, data)
+    path, state = out / CONFIG, latest_state(out)
+    if not resume and (path.exists() or state is not None):
+        raise InputError(f"{out}: holds a run already: continue it with --resume, or choose another folder")
+    if state is not None:
+        _check_same_run(out, description, read_facts(state))
+    elif path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: not the description of a run ({error})") from None
+        _check_same_run(out, description, there)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there ({error.strerror})") from None
+    versions = {"diffmem": diffmem.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    with whole_file(path) as whole:
+        whole.write_text(json.dumps({**description, "versions": versions}, indent=1) + "\n")
+    return Snapshots(out, keep)
+
+
+def _check_same_run(out: Path, description: dict[str, Any], there: dict[str, Any]) -> None:
+    try:
+        different = differences(_comparable(description), _comparable(there))
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{out}: what lies there is not the description of a run: choose another folder") from None
+    if different:
+        raise InputError(f"{out}: its run has other settings: {'; '.join(different)}: use those, or another folder")
+
+
+def _comparable(description: dict[str, Any]) -> dict[str, Any]:
+    """What must agree for a run to be continued: not its length, nor where the same images came from."""
+    config = {name: value for name, value in description["config"].items() if name != "images"}
+    data = {name: value for name, value in description["data"].items() if name != "source"}
+    return {**config, "data": data}
+
+
+def _truncate_stats(path: Path, images: int) -> None:
+    """Removes lines of steps that will be done again, and a half-written last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["images"] <= images:
+                kept.append(line + "\n")
+    with whole_file(path) as whole:
+        whole.write_text("".join(kept))
+
+
+def _advice(trainer: _Trainer, out: Path) -> str:
+    config = trainer.config
+    state = latest_state(out)
+    back = "no state was saved before" if state is None else f"the state after {int(state.name):,} images is whole"
+    return (
+        f"the loss is no longer a number after {trainer.images:,} images (learning rate {trainer.lr:.3g}, batch "
+        f"{config.batch}): train again with a lower learning rate (a third, say) or a longer warm-up; {back}"
+    )
+
+
+@contextlib.contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Leaves torch's global generators as they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, where signals can be caught; a second SIGINT interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def request(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, request) for number in signals}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,152 @@
+"""What watches a run: callbacks of the loop, and two that come with it, TensorBoard and grids of sampled images."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffmem.data.whole import whole_file
+from diffmem.models import Denoiser
+from diffmem.sampling import sample
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and cost, measured on a few passes before it starts.
+
+    images and steps: of the whole run; images_left: what is left of it; size: images of the training set, N; epochs: of
+    the whole run; parameters: of the network; seconds_per_step: eager; seconds: all that is left, without compiling;
+    compiled: whether it will run through torch.compile; resumed_at: images seen before, 0 for a new run; resident:
+    whether the training set lies on the device.
+    """
+
+    images: int
+    steps: int
+    images_left: int
+    size: int
+    epochs: float
+    parameters: int
+    device: str
+    ranks: int
+    batch_gpu: int
+    seconds_per_step: float
+    seconds: float
+    compiled: bool
+    resident: bool
+    resumed_at: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A line of `stats.jsonl`: mean loss per pixel since the line before, learning rate and β of the last step."""
+
+    images: int
+    epochs: float
+    steps: int
+    loss: float
+    lr: float
+    ema_beta: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot just written: its folder, images seen, epochs, mean loss per pixel since the one before, and the
+    averaged denoiser itself, in evaluation mode, not to be changed."""
+
+    folder: Path
+    images: int
+    epochs: float
+    loss: float
+    denoiser: Denoiser
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an observer says of a snapshot: a score (higher is better) to keep the best by, and whether to stop."""
+
+    score: float | None = None
+    stop: bool = False
+    reason: str = ""
+
+
+class Observer:
+    """Callbacks of a run, all of them optional, called on the first process only and in this order.
+
+    They may draw from torch's random generators: no draw of the run depends on them.
+    """
+
+    def started(self, plan: Plan) -> None:
+        """Before the first step."""
+
+    def tick(self, stats: Stats) -> None:
+        """After every line of `stats.jsonl`."""
+
+    def snapshot(self, snapshot: Snapshot) -> Verdict | None:
+        """After every snapshot was written; the run waits."""
+
+    def finished(self) -> None:
+        """After the last step, whatever ended the run."""
+
+
+class Grids(Observer):
+    """Writes `grids/<images>.png` in the run's folder: the images of fixed seeds at every snapshot."""
+
+    def __init__(self, out: str | Path, count: int = 16):
+        self.out, self.seeds = Path(out) / "grids", range(count)
+
+    def snapshot(self, snapshot: Snapshot) -> None:
+        images = sample(snapshot.denoiser, self.seeds, batch=len(self.seeds), compile=False).images.numpy()
+        self.out.mkdir(exist_ok=True)
+        with whole_file(self.out / f"{snapshot.images:09d}.png") as partial:
+            grid(images).save(partial, "PNG")
+
+
+def grid(images: np.ndarray, scale: int | None = None) -> Image.Image:
+    """Images (N, C, H, W) uint8 side by side, as square as it goes, a pixel enlarged `scale` times (default: to about
+    64 per image)."""
+    count, channels, height, width = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, channels, height, width), np.uint8)
+    cells[:count] = images
+    picture = cells.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    scale = max(1, 64 // max(height, width)) if scale is None else scale
+    picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+    return Image.fromarray(picture[:, :, 0] if channels == 1 else picture)
+
+
+class TensorBoard(Observer):
+    """Writes scalars to `tensorboard/` in the run's folder. Needs the extra `tensorboard`; see `available`."""
+
+    def __init__(self, out: str | Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(Path(out) / "tensorboard"))
+
+    @staticmethod
+    def available() -> bool:
+        """Whether the package is installed."""
+        return importlib.util.find_spec("tensorboard") is not None
+
+    def tick(self, stats: Stats) -> None:
+        for name, value in asdict(stats).items():
+            self.writer.add_scalar(name, value, stats.images)
+
+    def finished(self) -> None:
+        self.writer.close()
+
+
+def combined(verdicts: Sequence[Verdict | None]) -> Verdict:
+    """One verdict of several: the last score, a stop where any asks for one."""
+    given = [verdict for verdict in verdicts if verdict is not None]
+    scores = [verdict.score for verdict in given if verdict.score is not None]
+    reasons = [verdict.reason for verdict in given if verdict.stop]
+    return Verdict(scores[-1] if scores else None, bool(reasons), "; ".join(filter(None, reasons)))

@@ -1,0 +1,113 @@
+"""Snapshots of a run: the averaged weights at intervals, as checkpoint folders, and which of them are kept.
+
+`snapshots.json` in the run's folder lists all that were made, also those no longer kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from diffmem.data.whole import whole_file
+from diffmem.errors import InputError
+from diffmem.models import Denoiser, save
+
+FOLDER, RECORDS = "snapshots", "snapshots.json"
+
+
+@dataclass(frozen=True)
+class SnapshotRecord:
+    """One snapshot: images seen, epochs, mean loss per pixel since the one before, the score that an observer gave it
+    (higher is better; None where none did), and whether its folder is still there."""
+
+    images: int
+    epochs: float
+    loss: float
+    score: float | None = None
+    kept: bool = True
+
+
+class KeepRule(Protocol):
+    """Which snapshots to keep: called with all records, oldest first; returns the images-seen of those to keep."""
+
+    def __call__(self, records: Sequence[SnapshotRecord]) -> set[int]: ...
+
+
+def keep_all(records: Sequence[SnapshotRecord]) -> set[int]:
+    """Every snapshot: what a trajectory needs."""
+    return {record.images for record in records}
+
+
+@dataclass(frozen=True)
+class KeepLast:
+    """The last `count` snapshots, and the best one: the highest score, or the lowest loss where there are no scores."""
+
+    count: int
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise InputError(f"the number of snapshots to keep is {self.count}, but must be at least 1")
+
+    def __call__(self, records: Sequence[SnapshotRecord]) -> set[int]:
+        kept = {record.images for record in records[-self.count :]}
+        candidates = [record for record in records if record.kept]
+        scored = [record for record in candidates if record.score is not None]
+        if scored:
+            kept.add(max(scored, key=lambda record: record.score).images)
+        elif candidates:
+            kept.add(min(candidates, key=lambda record: record.loss).images)
+        return kept
+
+
+class Snapshots:
+    """The snapshots in a run's folder."""
+
+    def __init__(self, out: Path, keep: KeepRule = keep_all):
+        self.out, self.keep = out, keep
+        self.records: list[SnapshotRecord] = read_records(out)
+
+    def write(self, denoiser: Denoiser, images: int) -> Path:
+        """Stores the denoiser and returns its folder; `add` then lists it."""
+        return save(denoiser, snapshot_folder(self.out, images))
+
+    def add(self, record: SnapshotRecord) -> None:
+        """Lists a stored snapshot and removes those that the rule does not keep."""
+        records = [*self.records, record]
+        kept = self.keep(records)
+        self.records = [SnapshotRecord(**{**asdict(r), "kept": r.kept and r.images in kept}) for r in records]
+        self._write_records()
+        for old in records:
+            if old.images not in kept:
+                shutil.rmtree(snapshot_folder(self.out, old.images), ignore_errors=True)
+
+    def forget_after(self, images: int) -> None:
+        """Removes what was made after `images`: a run that is continued there makes it again."""
+        for record in self.records:
+            if record.images > images:
+                shutil.rmtree(snapshot_folder(self.out, record.images), ignore_errors=True)
+        self.records = [record for record in self.records if record.images <= images]
+        self._write_records()
+
+    def _write_records(self) -> None:
+        with whole_file(self.out / RECORDS) as partial:
+            partial.write_text(json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
+
+
+def snapshot_folder(out: Path, images: int) -> Path:
+    """Where the snapshot after `images` lies: nine digits or more, so that names sort."""
+    return out / FOLDER / f"{images:09d}"
+
+
+def read_records(out: Path) -> list[SnapshotRecord]:
+    """The snapshots that a run's folder lists, oldest first; none where there are none yet."""
+    path = Path(out) / RECORDS
+    if not path.exists():
+        return []
+    try:
+        return [SnapshotRecord(**values) for values in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a list of snapshots ({error})") from None

@@ -1,0 +1,116 @@
+"""`diffmem train` as a person runs it: a run, its interruption and continuation, dry runs, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from diffmem.cli import main
+from diffmem.models import load
+
+DIFFMEM = [sys.executable, "-m", "diffmem"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TINY = [
+    "--data",
+    "builtin:digits",
+    "--num-channels",
+    "8",
+    "--num-blocks",
+    "1",
+    "--channel-mult",
+    "1,1",
+    "--batch",
+    "32",
+]
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs `diffmem train` in this process: (status, standard output, standard error)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["train", *map(str, arguments)])
+        return end.value.code, *capfd.readouterr()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_interrupted_and_continued(run, tmp_path):
+    out = tmp_path / "run"
+    command = [*DIFFMEM, "train", *TINY, "--epochs", "50", "--snapshot-images", "64", "--out", str(out), "--grid", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while process.poll() is None and not (out / "grids").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "and --resume" in stderr
+    assert "Traceback" not in stderr
+    assert '"model_channels": 8' in stdout
+    assert "s per step" in stdout
+    done = json.loads((out / "stats.jsonl").read_text().splitlines()[-1])["images"]
+
+    status, stdout, stderr = run(
+        *TINY, "--images", done + 64, "--snapshot-images", 64, "--out", out, "--grid", 0, "--resume"
+    )
+    assert status == 0, stderr
+    assert "continuing after" in stdout
+    assert "finished" in stdout
+    snapshots = json.loads((out / "snapshots.json").read_text())
+    denoiser = load(out / "snapshots" / f"{snapshots[-1]['images']:09d}")
+    assert (denoiser.channels, denoiser.resolution) == (1, 8)
+
+
+def test_dry_run_takes_every_factor(run, tmp_path):
+    status, stdout, stderr = run(
+        "--data", "builtin:digits", "--resize", 16, "--color", "rgb", "--cond", "--arch", "ncsnpp", "--precond", "edm",
+        "--num-channels", 16, "--channel-mult", "1,1", "--num-blocks", 2, "--embedding", "positional",
+        "--skips", "16,8.1", "--dropout", 0.2, "--duration", 3, "--batch", 64, "--batch-gpu", 8, "--optimizer", "adamw", "--lr", 1e-3,
+        "--weight-decay", 1e-4, "--ema-target", 0.9, "--tikhonov", 0.01, "--augment", 0.1, "--window", 0.2, "--seed", 7,
+        "--dry-run",
+    )  # fmt: skip
+    assert status == 0, stderr
+    config, end = json.JSONDecoder().raw_decode(stdout)
+    assert "60.0 epochs" in stdout[end:]
+    network = config["denoiser"]["network"]
+    expected = {
+        "resolution": 16, "channels": 3, "label_dim": 10, "augment_dim": 9, "model_channels": 16,
+        "channel_mult": [1, 1], "num_blocks": 2, "embedding": "positional", "encoder": "residual", "dropout": 0.2, "attn_resolutions": [8],
+        "skip_connections": [True, True, True, False, True, False],
+    }  # fmt: skip
+    assert {name: network[name] for name in expected} == expected
+    assert config["denoiser"]["preconditioning"]["type"] == "edm"
+    assert config["images"] == 60 * 1797
+    assert config["ema"] == {"rule": "target", "halflife_images": 500_000, "rampup": 0.05, "target": 0.9}
+    chosen = {"optimizer": "adamw", "weight_decay": 1e-4, "tikhonov": 0.01, "augment": 0.1, "window": 0.2, "seed": 7}
+    assert {name: config[name] for name in chosen} == chosen
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--epochs", "1"], 2, "--out"),
+        (["--out", "run"], 1, "exactly one of images, epochs and duration"),
+        (["--out", "run", "--epochs", "1", "--preset", "big"], 1, "no preset 'big'"),
+        (["--out", "run", "--epochs", "1", "--skips", "64"], 1, "skip connection 64: there are 8.0, 8.1, 4.0, 4.1"),
+        (["--out", "run", "--epochs", "1", "--channel-mult", "a,b"], 2, "list of whole numbers"),
+        (["--out", "run", "--epochs", "1", "--ema-rule", "target"], 1, "target"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, status, words, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended, _, stderr = run(*TINY, *arguments)
+    assert ended == status
+    assert words in " ".join(stderr.replace("│", " ").split())
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())

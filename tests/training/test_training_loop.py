@@ -1,0 +1,234 @@
+"""The loop: exact resume after kill -9, processes that share a run, refusals, snapshots, warm-up, divergence."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffmem.data import load_images
+from diffmem.errors import InputError
+from diffmem.models import load
+from diffmem.training import (
+    EMA,
+    DivergedError,
+    Grids,
+    KeepLast,
+    Observer,
+    TrainingConfig,
+    Verdict,
+    denoiser_config,
+    images_of,
+    plan_training,
+    read_records,
+    train,
+)
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums in the same order as in the processes that the tests start; and the networks are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("builtin:digits").select(slice(0, 40))
+
+
+def tiny(steps: int = 6, batch: int = 8, **changes) -> TrainingConfig:
+    network = {"model_channels": 8, "channel_mult": (1, 1), "num_blocks": 1, "dropout": 0.2}
+    network |= changes.pop("network", {})
+    values = {"images": steps * batch, "batch": batch, "lr": 1e-3, "warmup_epochs": 0, **changes}
+    return TrainingConfig(denoiser_config(8, 1, **network), **values)
+
+
+def weights(out: Path, images: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "snapshots" / f"{images:09d}" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "stats.jsonl").read_text().splitlines()]
+
+
+# Everything that could be forgotten: conditional, dropout, augmentation, mixing order, momentum, accumulation.
+RICH = {"network": {"label_dim": 10, "augment_dim": 9}, "augment": 0.5, "window": 0.5, "xflip": True}
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_flush_denormal(True)
+from test_training_loop import RICH, tiny
+from diffmem.data import load_images
+from diffmem.training import train
+digits = load_images("builtin:digits").select(slice(0, 40))
+train(tiny(400, **RICH), digits, {out!r}, batch_gpu=4, snapshot_images=24, state_minutes=0)
+"""
+
+
+def test_killed_and_continued_ends_with_the_same_bits(digits, tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    code = CHILD.format(tests=str(Path(__file__).parent), out=str(killed))
+    with subprocess.Popen([sys.executable, "-c", code], env=ONE_THREAD, stderr=subprocess.PIPE) as process:
+        stats = killed / "stats.jsonl"
+        while process.poll() is None and not (stats.exists() and stats.read_text().count("\n") >= 8):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == -signal.SIGKILL, errors
+    seen = max(int(path.name) for path in (killed / "state").iterdir() if path.name.isdigit())
+    assert seen >= 7 * 8
+
+    config = dataclasses.replace(tiny(1, **RICH), images=seen + 5 * 8)  # a longer or shorter run is the same run
+    continued = train(config, digits, killed, batch_gpu=4, snapshot_images=24, resume=True)
+    straight = train(config, digits, whole, batch_gpu=4, snapshot_images=24)
+    assert continued.images == straight.images == config.images
+    assert same(weights(killed, config.images), weights(whole, config.images))
+    assert losses(killed) == losses(whole)
+    assert continued.snapshots == straight.snapshots
+    assert len(continued.snapshots) == -(-config.images // 24)
+    for name in ("weights", "averaged", "optimizer.exp_avg", "optimizer.exp_avg_sq", "order"):
+        states = [load_file(out / "state" / f"{config.images:09d}" / "state.safetensors") for out in (killed, whole)]
+        assert torch.equal(states[0][name], states[1][name]), name
+
+
+def test_two_processes_train_as_one_does(digits, tmp_path):
+    config = tiny(4, **RICH)
+    train(config, digits, tmp_path / "one", batch_gpu=4)
+    (tmp_path / "script.py").write_text(
+        CHILD.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two"))
+        .replace("import torch\n", "import torch\ntorch.distributed.init_process_group('gloo')\n")
+        .replace("400", "4")
+        .replace("snapshot_images=24, ", "")
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, str(tmp_path / "script.py")], env=ONE_THREAD, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    one, two = weights(tmp_path / "one", 32), weights(tmp_path / "two", 32)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-7)
+
+
+def test_accumulation_changes_only_rounding(digits, tmp_path):
+    config = tiny(3, network={"dropout": 0.0})
+    for part in (8, 2):
+        train(config, digits, tmp_path / str(part), batch_gpu=part)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "8"), rel=1e-4)
+    with pytest.raises(InputError, match="choose a divisor"):
+        train(config, digits, tmp_path / "3", batch_gpu=3)
+
+
+def test_other_settings_are_refused(digits, tmp_path):
+    train(tiny(1), digits, tmp_path)
+    with pytest.raises(InputError, match="holds a run already: continue it with --resume"):
+        train(tiny(1), digits, tmp_path)
+    other = tiny(1, lr=2e-3, network={"model_channels": 16}, ema=EMA("constant"))
+    with pytest.raises(InputError) as refusal:
+        train(other, digits, tmp_path, resume=True)
+    for field in ("denoiser.network.model_channels (8 there, 16 here)", "lr (0.001 there, 0.002 here)", "ema.rule"):
+        assert field in str(refusal.value)
+    with pytest.raises(InputError, match=r"data\.images .40 there, 39 here"):
+        train(tiny(1), digits.select(slice(0, 39)), tmp_path, resume=True)
+    with pytest.raises(InputError, match="the network takes"):
+        train(tiny(1), load_images("builtin:digits", resize=16, limit=9), tmp_path / "new")
+
+
+def test_snapshots_are_the_averaged_weights_and_are_kept_by_rule(digits, tmp_path):
+    class Judge(Observer):
+        def __init__(self):
+            self.calls, self.seen = [], []
+
+        def started(self, plan):
+            self.calls.append("started")
+
+        def snapshot(self, snapshot):
+            stored = load(snapshot.folder)
+            assert same(stored.state_dict(), snapshot.denoiser.state_dict())
+            self.seen.append(snapshot.images)
+            return Verdict(score=-abs(snapshot.images - 16), stop=snapshot.images == 48, reason="seen enough")
+
+        def finished(self):
+            self.calls.append("finished")
+
+    judge = Judge()
+    run = train(tiny(20), digits, tmp_path, snapshot_images=16, keep=KeepLast(1), observers=[judge, Grids(tmp_path, 5)])
+    assert (run.ending, run.reason, run.images) == ("stopped", "seen enough", 48)
+    assert judge.seen == [16, 32, 48]
+    assert judge.calls == ["started", "finished"]
+    assert [record.kept for record in run.snapshots] == [True, False, True]
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["000000016", "000000048"]
+    assert read_records(tmp_path) == list(run.snapshots)
+    assert len(list((tmp_path / "grids").glob("*.png"))) == 3
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_small_set_is_learned(digits, tmp_path):
+    """The loss falls far below what an untrained network has."""
+    network = {"model_channels": 16, "dropout": 0.0}
+    config = tiny(100, 16, lr=3e-3, network=network, ema=EMA("target", target=0.9))
+    train(config, digits.select(slice(0, 8)), tmp_path)
+    history = losses(tmp_path)
+    assert sum(history[-20:]) / 20 < 0.5 * sum(history[:15]) / 15
+
+
+def test_plan_writes_nothing_and_changes_nothing(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_training(tiny(3), digits, batch_gpu=4)
+    assert (plan.steps, plan.images, plan.size, plan.batch_gpu, plan.compiled) == (3, 24, 40, 4, False)
+    assert plan.seconds_per_step > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_divergence_stops_with_advice(digits, tmp_path):
+    with pytest.raises(DivergedError, match="lower learning rate"):
+        train(tiny(30, lr=1e30, optimizer="sgd"), digits, tmp_path, state_minutes=0)
+    state = max((tmp_path / "state").iterdir())
+    assert load_file(state / "state.safetensors")["loss_sums"].isfinite().all()
+
+
+def test_learning_rate_and_length():
+    config = tiny(1, lr=1.0, warmup_epochs=200)
+    assert config.learning_rate(0, 1000) == 0
+    assert config.learning_rate(50_000, 1000) == 0.25
+    assert config.learning_rate(10**9, 1000) == 1
+    assert config.learning_rate(1000, 13) == 0.5  # 2600 images are floored to 2 kimg
+    assert config.learning_rate(0, 4) == 1  # 0 kimg: no warm-up
+    assert images_of(1000, duration=2000) == 40_000_000
+    assert images_of(1000, epochs=1.5) == 1500
+    with pytest.raises(InputError, match="exactly one"):
+        images_of(1000, epochs=1, images=5)
+
+
+def test_configurations_survive_json():
+    config = tiny(3, ema=EMA("target", target=0.5), betas=(0.8, 0.99))
+    assert TrainingConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for field, value in (("lr", -1.0), ("window", 2.0), ("optimizer", "lion"), ("seed", -1), ("augment", 0.5)):
+        with pytest.raises(InputError, match="augment_dim" if field == "augment" else field):
+            dataclasses.replace(config, **{field: value})
+
+
+def test_global_random_numbers_are_left_alone(digits, tmp_path):
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    train(tiny(1), digits, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
