@@ -11,6 +11,7 @@ import click
 
 import diffmem
 from diffmem.cli.audit import audit_command
+from diffmem.cli.dataset import dataset_command
 from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (audit_command, demo_command, info_command):
+for command in (audit_command, dataset_command, demo_command, info_command):
     cli.add_command(command)
 
 

@@ -46,6 +46,8 @@ def load_cached(
         return cached
     images = decode()
     try:
+        if not target.parent.stat().st_mode & 0o222:  # root could write there all the same, against the owner's will
+            raise InputError(f"{target.parent} is marked read-only")
         _write(target, key, images)
     except InputError as error:
         return replace(images, notes=(*images.notes, f"no packed copy was kept: {error}"))

@@ -37,17 +37,13 @@ def natural_key(name: str) -> list[list[tuple]]:
 
 
 def _component_key(component: str) -> list[tuple]:
-    return [_piece_key(piece) for piece in _PIECES.findall(component)]
+    return [
+        (0, len(value := piece.lstrip("0")), value, piece) if "0" <= piece[0] <= "9" else (1, piece)
+        for piece in _PIECES.findall(component)
+    ]
 
 
 _folder_key = lru_cache(maxsize=1024)(_component_key)
-
-
-def _piece_key(piece: str) -> tuple:
-    if "0" <= piece[0] <= "9":
-        value = piece.lstrip("0")
-        return (0, len(value), value, piece)
-    return (1, piece)
 
 
 def _is_image_name(name: str) -> bool:

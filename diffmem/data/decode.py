@@ -160,6 +160,8 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _refuse_sixteen_bit_color(image: Image.Image) -> None:
+    if image.format == "JPEG":
+        return  # Pillow opens none of more than eight bits
     arguments = [tile[3] for tile in getattr(image, "tile", ())]
     wide = any(";16" in str(argument) for argument in arguments) or (
         image.format == "PPM" and any(isinstance(argument, tuple) and argument[-1] > 255 for argument in arguments)

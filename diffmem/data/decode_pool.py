@@ -4,7 +4,7 @@ Images are decoded by processes, not threads: a 32×32 JPEG spends more time in 
 threads would wait for each other there (measured on two cores: no gain at all). Each process runs `serve` below: blocks
 of encoded images come in on its standard input, pixels go out on its standard output; it opens no file. They are plain
 Python processes, so that neither a script without a main guard nor a running CUDA context is disturbed, and start only
-when the first blocks, decoded in this process, have shown that the work is worth their start.
+where the first block, decoded in this process, shows that the work is worth it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -30,8 +29,8 @@ from diffmem.errors import InputError
 from diffmem.progress import Progress
 
 STAGE = "reading images"
-# What starting a process costs; work that is over sooner is done here.
-IN_PROCESS_SECONDS = 0.3
+# Work that is over sooner than this is done here: processes take a quarter of a second to start.
+IN_PROCESS_SECONDS = 0.6
 _BLOCK_BYTES = 2**20
 _BLOCK_IMAGES = 256
 
@@ -71,7 +70,8 @@ def decode_all(
         data, unread = _read_block(source, block)
         tally.add(block, unread, decode_into(images[block.start : block.stop], data, options))
         workers = min(_cores(), -(-(total - block.stop) // size))
-        if workers > 1 and time.monotonic() - started > IN_PROCESS_SECONDS:
+        seconds_left = (time.monotonic() - started) / (block.stop - first) * (total - block.stop)
+        if workers > 1 and seconds_left > IN_PROCESS_SECONDS and sys.executable:
             _decode_in_processes(source, options, images, blocks, workers, tally)
             break
     progress(STAGE, total, total)
@@ -186,17 +186,21 @@ def _decode_in_processes(
     expected = len(waiting)
     waiting.reverse()
 
+    def take() -> tuple[range, list[bytes], dict[int, str]] | None:
+        with lock:
+            block = waiting.pop() if waiting and not stop.is_set() else None
+        return None if block is None else (block, *_read_block(source, block))
+
     def feed(process: subprocess.Popen) -> None:
-        block = range(0)
+        block = range(0, 1)
         try:
-            while not stop.is_set():
-                with lock:
-                    if not waiting:
-                        return
-                    block = waiting.pop()
-                data, unread = _read_block(source, block)
+            coming = take()
+            while coming is not None:
+                block, data, unread = coming
                 rows = images[block.start : block.stop]
-                results.put((block, unread, _ask(process.stdin, process.stdout, data, rows, options)))
+                _send(process.stdin, data, rows.shape[1:], options)
+                coming = take()  # while the process decodes
+                results.put((block, unread, _receive(process.stdout, rows)))
         except Exception as error:
             results.put((block, error, None))
 
@@ -237,18 +241,25 @@ def _decode_in_processes(
 def _start() -> subprocess.Popen:
     program = f"import sys; sys.path[:] = {sys.path!r}; from diffmem.data.decode_pool import serve; serve()"
     return subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=2**20
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=2**20,
+        start_new_session=True,  # Ctrl-C reaches the parent only, which then ends its processes
     )
 
 
-def _ask(stdin: BinaryIO, stdout: BinaryIO, data: Sequence[bytes], rows: np.ndarray, options: PixelOptions) -> list:
-    """Send one block to a process; its pixels land in `rows`. Raises `EOFError` or `OSError` if the process is gone."""
-    request = {"lengths": [len(item) for item in data], "shape": rows.shape[1:], "color": options.color}
-    request["size"] = options.size
+def _send(stdin: BinaryIO, data: Sequence[bytes], shape: tuple[int, ...], options: PixelOptions) -> None:
+    """Ask a process for the pixels of one block. Raises `OSError` if the process is gone."""
+    lengths = [len(item) for item in data]
+    request = {"lengths": lengths, "shape": shape, "color": options.color, "size": options.size}
     stdin.write(json.dumps(request).encode() + b"\n")
-    for item in data:
-        stdin.write(item)
+    stdin.writelines(data)
     stdin.flush()
+
+
+def _receive(stdout: BinaryIO, rows: np.ndarray) -> list[Outcome]:
+    """The outcomes of the block last sent; its pixels land in `rows`. Raises `EOFError` if the process is gone."""
     reply = stdout.readline()
     if not reply.endswith(b"\n") or stdout.readinto(memoryview(rows).cast("B")) != rows.nbytes:
         raise EOFError
@@ -257,7 +268,6 @@ def _ask(stdin: BinaryIO, stdout: BinaryIO, data: Sequence[bytes], rows: np.ndar
 
 def serve() -> None:
     """What a decoding process does: blocks from standard input to pixels on standard output, until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and ends this process
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a plugin that prints must not talk into the pixels
     while line := stdin.readline():

@@ -17,6 +17,8 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def printable(name: str) -> str:
     """A file's `name` fit for one line of a report: control characters and bytes that are no text are escaped."""
+    if name.isprintable():
+        return name
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 

@@ -10,8 +10,6 @@ reports it in `stats`.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,13 @@ import torch
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.ops.nearest import exact_squared_distances, nearest
 from diffmem.progress import Progress, silent
+from diffmem.search import stored
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import Images, as_rows, fingerprint
 
 BLOCK = 4096
-FORMAT = 1
+FORMAT = "diffmem-faiss-index-1"
+FAISS_FILE = "index.faiss"
 
 
 @dataclass(frozen=True)
@@ -135,47 +135,53 @@ class FaissIndex:
         return answer
 
     def save(self, folder: str | Path) -> None:
-        """Write the index into `folder` (beside it first, then renamed); the images themselves are not copied."""
+        """Write the index, training images included, to `folder`: beside it first, renamed when whole.
+
+        Raises InputError where `folder` exists and is not an index.
+        """
         faiss = _faiss()
-        folder = Path(folder)
-        beside = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         on_cpu = faiss.index_gpu_to_cpu(self._index) if self.device == "cuda" else self._index
-        faiss.write_index(on_cpu, str(beside / "index.faiss"))
-        facts = {
+        description = {
             "format": FORMAT,
             "factory": self.factory,
             "nprobe": self.nprobe,
             "candidates": self.candidates,
             "fingerprint": fingerprint(self.rows),
         }
-        (beside / "index.json").write_text(json.dumps(facts, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
+        with stored.new_index_folder(Path(folder), description) as beside:
+            np.save(beside / "images.npy", self.rows.numpy())
+            faiss.write_index(on_cpu, str(beside / FAISS_FILE))
+
+    @staticmethod
+    def is_saved_in(folder: str | Path) -> bool:
+        """Whether `folder` holds what `save` writes (rather than an exact index)."""
+        return (Path(folder) / FAISS_FILE).is_file()
 
     @classmethod
-    def load(cls, folder: str | Path, images: Images, *, device: str = "auto") -> FaissIndex:
-        """The index saved in `folder`, over the `images` that it was built from.
+    def load(cls, folder: str | Path, *, device: str = "auto") -> FaissIndex:
+        """The index that `save` wrote, its images memory-mapped.
 
-        Raises InputError where `images` are not those, or the folder holds no whole index.
+        Raises InputError where `folder` holds no whole index, or images that do not match their fingerprint.
         """
         faiss = _faiss()
         folder = Path(folder)
         try:
-            facts = json.loads((folder / "index.json").read_text())
-            stored = faiss.read_index(str(folder / "index.faiss"))
-            factory, probes, print_ = facts["factory"], facts["nprobe"], facts["fingerprint"]
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise InputError(f"{folder}: not a saved FAISS index: {_reason(error)}") from error
-        rows = _checked_rows(images, "training images")
-        if print_ != fingerprint(rows):
-            raise InputError(f"{folder}: was built from other images: build it again")
-        self = cls.__new__(cls)
-        self.rows, self.factory, self.candidates, self.stats = rows, factory, facts["candidates"], None
+            description = json.loads((folder / stored.DESCRIPTION).read_text())
+            if description["format"] != FORMAT:
+                raise InputError(f"{folder}: an index of another version of diffmem; build it again")
+            rows = as_rows(np.load(folder / "images.npy", mmap_mode="r"))
+            if fingerprint(rows) != description["fingerprint"]:
+                raise InputError(f"{folder}: the images do not match their fingerprint (damaged?); build it again")
+            index = faiss.read_index(str(folder / FAISS_FILE))
+            self = cls.__new__(cls)
+            self.rows, self.stats, self.factory = rows, None, description["factory"]
+            self.candidates, probes = description["candidates"], description["nprobe"]
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{folder}: no usable index ({_reason(error)}); build it again") from error
         self.device = _pick_device(faiss, device)
-        self._index = _to_gpus(faiss, stored, False) if self.device == "cuda" else stored
+        self._index = _to_gpus(faiss, index, False) if self.device == "cuda" else index
         self.nprobe = self._set_nprobe(faiss, probes)
         return self
 

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from diffmem.ops.nearest import native_rows
 from diffmem.ops.registry import native_module
 from diffmem.progress import Progress, silent
 from diffmem.search.basis import ByteBasis, FloatBasis, byte_basis, float_basis
@@ -27,18 +28,6 @@ LARGEST_LEVELS = 64  # 3,840 coordinates: nearest.h counts on fewer than 4,096
 BLOCK_VALUES = 1 << 25  # values projected at a time
 CLUSTER_SAMPLE = 16384
 CLUSTER_ITERATIONS = 4
-
-
-def native_rows(rows: torch.Tensor):
-    """The compiled core's view of rows [n, d] whose values are adjacent."""
-    core = native_module()
-    types = {
-        torch.uint8: core.NearestType.u8,
-        torch.float32: core.NearestType.f32,
-        torch.float64: core.NearestType.f64,
-    }
-    stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
-    return core.NearestRows(rows.data_ptr(), len(rows), stride, rows.shape[1], types[rows.dtype])
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.ops.nearest import nearest
-from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.ops.nearest import nearest, nearest_native
+from diffmem.ops.registry import native_unavailable
 from diffmem.progress import Progress, silent
 from diffmem.search import filtered, stored
+from diffmem.search.faiss_index import FaissIndex, FaissStats
+from diffmem.search.gpu import GpuRows
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import Images, as_rows, check_finite
 
-METHODS = ("auto", "filtered", "dense", "torch", "reference")
+METHODS = ("auto", "filtered", "dense", "faiss", "torch", "reference")
 SMALL = 1024  # training sets below this are searched densely by "auto": a code would not pay for itself
 PROBE = 64  # queries of a block that are tried first when it is open whether the bounds prune
 ALLOWANCE = 0.25  # share of pairs refined beyond which "auto" gives a block up: refining costs about 3 dense pairs
@@ -31,7 +34,7 @@ QUERY_BLOCK = 4096
 class QueryStats:
     """What the last query did.
 
-    method: "filtered", "dense", "filtered and dense" (auto switched on the way), "torch" or "reference".
+    method: "filtered", "dense", "filtered and dense" (auto switched on the way), "gpu", "torch" or "reference".
     queries, training: Q and N; `pairs` is their product.
     bounded: pairs put to the coarse bound. fine: those that passed it and were put to the finer ones.
     refined: those whose distance was computed. dense_queries: queries answered by the dense search.
@@ -58,8 +61,10 @@ class TrainingIndex:
     images: [N, ...] uint8, float32 or float64; arrays on disk stay there.
     method: "filtered" (bounds from principal components, exact refinement), "dense" (every product), "torch" and
         "reference" (`diffmem.ops.nearest`), or "auto": filtered where bounds prune and dense where they do not, decided
-        by measuring while it searches. All give the same exact answer.
+        by measuring while it searches; on a GPU the fastest of the ways of `diffmem.search.gpu`, by measurement at the
+        first query. All these give the same exact answer. "faiss" may miss neighbours (`FaissIndex`).
     components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
+    factory: FAISS's factory string, for "faiss"; for its other options make a `FaissIndex` and pass that around.
     device: "cpu", "cuda" or "auto" (a GPU where there is one).
     Raises InputError for an empty set, other dtypes, or a method that cannot be used here.
     """
@@ -70,6 +75,7 @@ class TrainingIndex:
         *,
         method: str = "auto",
         components: int | None = None,
+        factory: str = "Flat",
         device: str = "auto",
         progress: Progress = silent,
     ):
@@ -80,15 +86,16 @@ class TrainingIndex:
             raise InputError(f"components must be at least 1, got {components}")
         self._prepare(rows, method, device)
         self.filtered: filtered.FilteredRows | None = None
+        if self.method == "faiss":
+            self._faiss = FaissIndex(rows, factory, device=device, progress=progress)
         if self.method == "filtered" or (self.method == "auto" and len(rows) >= SMALL):
             self.filtered = filtered.build(self.rows, components, progress)
 
     def _prepare(self, rows: torch.Tensor, method: str, device: str) -> None:
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = pick_device(device)
+        self._faiss: FaissIndex | None = None
         # Rows whose values are not adjacent are copied: the core reads whole rows.
         self.rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
         if method in ("auto", "filtered", "dense"):
@@ -97,12 +104,15 @@ class TrainingIndex:
                 why_not = f"it searches on the CPU, not on {self.device}"
             if why_not is not None and method != "auto":
                 raise InputError(f"method {method!r} cannot be used here: {why_not}")
-            if why_not is not None:
+            if method == "auto" and self.device.type == "cuda" and rows.dtype == torch.uint8:
+                method = "gpu"
+            elif why_not is not None:
                 method = "torch"
+        self.gpu = GpuRows(self.rows, self.device) if method == "gpu" else None
         if method not in ("torch", "reference"):  # these look for themselves
             check_finite(self.rows, "training images")
         self.method = method
-        self.stats = QueryStats(method, 0, len(rows))
+        self.stats: QueryStats | FaissStats = QueryStats(method, 0, len(rows))
         self._dense_seconds_per_pair: float | None = None
 
     def __len__(self) -> int:
@@ -119,6 +129,10 @@ class TrainingIndex:
         images: [Q, ...], of the training images' size and dtype.
         Raises InputError where they differ, or for k > N.
         """
+        if self._faiss is not None:
+            answer = self._faiss.query(images, k, progress=progress)
+            self.stats = self._faiss.stats
+            return answer
         queries = as_rows(images, "query images")
         if queries.shape[1] != self.dimension or queries.dtype != self.rows.dtype:
             raise InputError(
@@ -145,7 +159,10 @@ class TrainingIndex:
 
         Raises InputError where `folder` exists and is not an index.
         """
-        stored.save(Path(folder), self.method, self.rows, self.filtered)
+        if self._faiss is not None:
+            self._faiss.save(folder)
+        else:
+            stored.save(Path(folder), "auto" if self.gpu is not None else self.method, self.rows, self.filtered)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto") -> TrainingIndex:
@@ -153,8 +170,13 @@ class TrainingIndex:
 
         Raises InputError where `folder` holds no index, or one whose contents do not match their fingerprint.
         """
-        method, rows, code = stored.load(Path(folder))
         index = cls.__new__(cls)
+        if FaissIndex.is_saved_in(folder):
+            faiss = FaissIndex.load(folder, device=device)
+            index._prepare(faiss.rows, "faiss", "cpu")
+            index._faiss, index.filtered = faiss, None
+            return index
+        method, rows, code = stored.load(Path(folder))
         index._prepare(rows, method, device)
         index.filtered = code if index.method in ("auto", "filtered") else None
         return index
@@ -180,6 +202,12 @@ class _Search:
 
     def __call__(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         queries = queries.to(self.index.device)
+        if self.index.gpu is not None:
+            start = time.perf_counter()
+            squared, indices = self.index.gpu(queries, self.k)
+            answer = squared.cpu().numpy(), indices.cpu().numpy()
+            self._count(f"gpu: {self.index.gpu.way}", time.perf_counter() - start)
+            return answer
         if self.index.method in ("torch", "reference"):
             return self._op(queries, self.index.method)
         if queries.stride(1) != 1:
@@ -265,31 +293,16 @@ class _Search:
 
     def _dense(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         start = time.perf_counter()
-        answer = search_dense(self.index.rows, queries, self.k)
+        squared, indices = nearest_native(queries, self.index.rows, self.k)
         self._count("dense", time.perf_counter() - start)
         self.dense_queries += len(queries)
-        return answer
+        return squared.numpy(), indices.numpy()
 
     def _dense_seconds_per_pair(self, queries: torch.Tensor) -> float:
         """Measured once, on a part small beside the query."""
         if self.index._dense_seconds_per_pair is None:
             rows, some = self.index.rows[:2048], queries[:96]
             start = time.perf_counter()
-            search_dense(rows, some, 1)
+            nearest_native(some, rows, 1)
             self.index._dense_seconds_per_pair = (time.perf_counter() - start) / (len(rows) * len(some))
         return self.index._dense_seconds_per_pair
-
-
-def search_dense(rows: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances and indices [Q, k] from all pairs of rows."""
-    squared = np.empty((len(queries), k), np.int64 if queries.dtype == torch.uint8 else np.float64)
-    indices = np.empty((len(queries), k), np.int64)
-    native_module().nearest_search_dense(
-        filtered.native_rows(rows),
-        filtered.native_rows(queries),
-        k,
-        squared.ctypes.data,
-        indices.ctypes.data,
-        torch.get_num_threads(),
-    )
-    return squared, indices

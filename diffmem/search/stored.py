@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,6 @@ BLOCK = 4096
 
 def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | None) -> None:
     """Writes the index beside `folder` and renames it when whole; replaces an index that is there."""
-    if folder.exists() and not (folder / DESCRIPTION).is_file():
-        raise InputError(f"{folder} exists and is not an index: choose another folder")
     arrays = {"images": rows.cpu().numpy()}
     description = {"format": FORMAT, "method": method}
     if code is not None:
@@ -35,11 +35,23 @@ def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | Non
         if isinstance(code.basis, ByteBasis):
             description |= {"basis_norm": code.basis.norm.hex()}
     description["fingerprint"] = _fingerprint(arrays, description)
+    with new_index_folder(folder, description) as partial:
+        for name, values in arrays.items():
+            np.save(partial / f"{name}.npy", values)
+
+
+@contextmanager
+def new_index_folder(folder: Path, description: dict) -> Iterator[Path]:
+    """A folder beside `folder` to write an index into; gets its description and takes the place of `folder` when whole.
+
+    Raises InputError where `folder` exists and is not an index, or cannot be written.
+    """
+    if folder.exists() and not (folder / DESCRIPTION).is_file():
+        raise InputError(f"{folder} exists and is not an index: choose another folder")
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        for name, values in arrays.items():
-            np.save(partial / f"{name}.npy", values)
+        yield partial
         (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)

@@ -129,6 +129,20 @@ def test_copy_is_a_safetensors_file(source):
     np.testing.assert_array_equal(tensors["labels"], loaded.labels)
 
 
+def test_folder_that_is_marked_read_only(source):
+    """Also for root, whom the mode would not stop."""
+    path, write = source
+    write(images_of(5))
+    path.parent.chmod(0o555)
+    try:
+        loaded = load_images(path, skip_bad=True, cache=True)
+        assert list(path.parent.iterdir()) == [path]
+    finally:
+        path.parent.chmod(0o755)
+    assert len(loaded) == 5
+    assert "is marked read-only" in loaded.notes[0]
+
+
 def test_folder_that_cannot_be_written(source, monkeypatch):
     path, write = source
     write(images_of(5))

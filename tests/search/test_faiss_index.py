@@ -66,15 +66,30 @@ def test_embeddings():
 def test_saved_and_loaded(patches, tmp_path):
     index = FaissIndex(patches[:1000], "IVF16,Flat", nprobe=3)
     index.save(tmp_path / "index")
-    loaded = FaissIndex.load(tmp_path / "index", patches[:1000])
-    np.testing.assert_array_equal(loaded.query(patches[900:1100]).indices, index.query(patches[900:1100]).indices)
-    assert loaded.nprobe == 3
-    with pytest.raises(InputError, match="other images"):
-        FaissIndex.load(tmp_path / "index", patches[1:1001])
-    (tmp_path / "index" / "index.faiss").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="not a saved FAISS index"):
-        FaissIndex.load(tmp_path / "index", patches[:1000])
+    for loaded in (FaissIndex.load(tmp_path / "index"), TrainingIndex.load(tmp_path / "index")):
+        found = loaded.query(patches[900:1100])
+        np.testing.assert_array_equal(found.indices, index.query(patches[900:1100]).indices)
+    assert FaissIndex.load(tmp_path / "index").nprobe == 3
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    (tmp_path / "index" / "index.faiss").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="no usable index"):
+        FaissIndex.load(tmp_path / "index")
+    index.save(tmp_path / "index")  # takes the place of the damaged one
+    images = np.load(tmp_path / "index" / "images.npy")
+    np.save(tmp_path / "index" / "images.npy", images[::-1])
+    with pytest.raises(InputError, match="fingerprint"):
+        FaissIndex.load(tmp_path / "index")
+
+
+def test_as_a_method_of_the_training_index(patches, tmp_path):
+    index = TrainingIndex(patches[:1000], method="faiss", factory="IVF16,Flat")
+    found = index.query(patches[990:1010])
+    assert found.indices[:10, 0].tolist() == list(range(990, 1000))
+    assert index.stats.recall_nearest > 0.5
+    index.save(tmp_path / "index")
+    np.testing.assert_array_equal(
+        TrainingIndex.load(tmp_path / "index").query(patches[990:1010]).indices, found.indices
+    )
 
 
 def test_the_audit_takes_it(patches):

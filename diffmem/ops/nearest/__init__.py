@@ -6,21 +6,23 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.ops.nearest.blocked import exact_squared_distances, nearest_blocked, pairs_within
+from diffmem.ops.nearest.native import native_rows, native_serves, nearest_native
 from diffmem.ops.nearest.reference import nearest_reference
-from diffmem.ops.registry import Implementation, Op, always, register
+from diffmem.ops.registry import Implementation, Op, always, native_unavailable, register
 
-__all__ = ["NEAREST", "exact_squared_distances", "nearest", "pairs_within"]
+__all__ = ["NEAREST", "exact_squared_distances", "native_rows", "nearest", "nearest_native", "pairs_within"]
 
 NEAREST = register(
     Op(
         "nearest",
         (
+            Implementation("native", "integer products of all pairs, compiled", native_unavailable),
             Implementation("torch", "blocked matrix products, exact re-ranking", always),
             Implementation("reference", "every difference, in PyTorch", always),
         ),
     )
 )
-_FUNCTIONS = {"torch": nearest_blocked, "reference": nearest_reference}
+_FUNCTIONS = {"native": nearest_native, "torch": nearest_blocked, "reference": nearest_reference}
 
 
 def nearest(
@@ -33,7 +35,8 @@ def nearest(
     queries: [Q, d] uint8, float32 or float64.
     training: [N, d], the same dtype; it may lie on another device and is then moved block by block.
     k: from 1 to N.
-    impl: "torch" or "reference" to force one (see `diffmem.ops.registry`).
+    impl: "native", "torch" or "reference" to force one (see `diffmem.ops.registry`). By default the core serves what
+        it can: k up to 64, on GPUs uint8 rows only; "torch" the rest.
     Returns squared distances [Q, k], int64 for uint8 rows and float64 for floats, and indices int64 [Q, k].
     Raises InputError for shapes and dtypes that do not fit, k out of range, or values that are not finite.
     """
@@ -47,7 +50,12 @@ def nearest(
         )
     if not 1 <= k <= len(training):
         raise InputError(f"k must be between 1 and the number of training images, {len(training)}; got {k}")
-    return torch.ops.diffmem.nearest(queries, training, k, NEAREST.choose(queries.device.type, impl))
+    chosen = NEAREST.choose(queries.device.type, impl)
+    if chosen == "native" and (why_not := native_serves(queries, training, k)) is not None:
+        if impl == "native":
+            raise InputError(f"nearest: implementation 'native' cannot take these arguments: {why_not}")
+        chosen = "torch"
+    return torch.ops.diffmem.nearest(queries, training, k, chosen)
 
 
 @torch.library.custom_op("diffmem::nearest", mutates_args=())
