@@ -179,7 +179,9 @@ def checked_by(training: np.ndarray, queries: np.ndarray) -> Callable[[dict], No
 
     def check(answers: dict) -> None:
         some = np.linspace(0, len(queries) - 1, min(len(queries), CHECKED)).astype(np.int64)
-        expected, indices = nearest(torch.from_numpy(queries[some]), torch.from_numpy(np.asarray(training)), K)
+        expected, indices = nearest(
+            torch.from_numpy(queries[some]), torch.from_numpy(np.asarray(training)), K, impl="torch"
+        )
         for name, answer in answers.items():
             if isinstance(answer, Neighbors):
                 np.testing.assert_array_equal(answer.squared_distances[some], expected)
