@@ -10,9 +10,10 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.models import Denoiser
-from diffmem.sampling import DPMPP_STEPS, HEUN_STEPS, Churn, Plan, dpmpp_plan, heun_plan
+from diffmem.sampling import FAST_STEPS, HEUN_STEPS, Churn, Plan, dpmpp_plan, heun_plan, unipc_plan
 
-STEPS = {"heun": HEUN_STEPS, "dpm++": DPMPP_STEPS}
+# Default steps, sigma_min and rho.
+SOLVERS = {"heun": (HEUN_STEPS, 0.002, 7.0), "unipc": (FAST_STEPS, 0.02, None), "dpm++": (FAST_STEPS, 0.002, 7.0)}
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = ("auto", "on", "off")
 
@@ -21,8 +22,9 @@ COMPILE = ("auto", "on", "off")
 class SampleSettings:
     """The defaults are the protocol's.
 
-    solver: "heun" (2·steps − 1 network calls) or "dpm++" (one call per step). steps: None for the solver's default.
-    sigma_min, sigma_max, rho: the noise levels, clipped to the network's range.
+    solver: "heun" (2·steps − 1 network calls), "unipc" or "dpm++" (one call per step).
+    steps, sigma_min, sigma_max, rho: the noise levels, clipped to the network's range; None for the solver's default.
+        The levels of "unipc" are spaced by themselves, without rho.
     S_churn, S_min, S_max, S_noise: noise added on the way, by "heun" only; S_churn = 0: none.
     class_index: the class of all images; None: drawn per seed, where the network has classes.
     batch: images at a time. precision: "float32", or "bf16" or "fp16" inside the network.
@@ -32,9 +34,9 @@ class SampleSettings:
 
     solver: str = "heun"
     steps: int | None = None
-    sigma_min: float = 0.002
+    sigma_min: float | None = None
     sigma_max: float = 80.0
-    rho: float = 7.0
+    rho: float | None = None
     S_churn: float = 0.0
     S_min: float = 0.0
     S_max: float = math.inf
@@ -45,14 +47,17 @@ class SampleSettings:
     compile: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("solver", STEPS), ("precision", PRECISIONS), ("compile", COMPILE)):
+        for name, choices in (("solver", SOLVERS), ("precision", PRECISIONS), ("compile", COMPILE)):
             if (value := getattr(self, name)) not in choices:
                 raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
-        if self.steps is None:
-            object.__setattr__(self, "steps", STEPS[self.solver])
+        if self.solver == "unipc" and self.rho is not None:
+            raise InputError("rho is for the solvers heun and dpm++; unipc spaces its noise levels by itself")
+        for name, default in zip(("steps", "sigma_min", "rho"), SOLVERS[self.solver], strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         if self.batch < 1:
             raise InputError(f"batch is {self.batch}, but must be at least 1")
-        if not 0 < self.rho < math.inf:
+        if self.rho is not None and not 0 < self.rho < math.inf:
             raise InputError(f"rho is {self.rho:g}, but must be positive and finite")
         if not all(value >= 0 for value in (self.S_churn, self.S_min, self.S_max, self.S_noise)):
             raise InputError("churn: S_churn, S_min, S_max and S_noise must not be negative")
@@ -65,7 +70,9 @@ class SampleSettings:
 
     def solver_arguments(self) -> dict[str, Any]:
         """What `diffmem.sampling.sample_batches` passes on to the solver."""
-        arguments = {"steps": self.steps, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho}
+        arguments = {"steps": self.steps, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        if self.rho is not None:
+            arguments["rho"] = self.rho
         if self.S_churn:
             arguments |= {"S_churn": self.S_churn, "S_min": self.S_min, "S_max": self.S_max, "S_noise": self.S_noise}
         return arguments
@@ -77,7 +84,9 @@ class SampleSettings:
             raise InputError(f"class {self.class_index}: this network is unconditional, it knows no classes")
         if self.class_index is not None and not 0 <= self.class_index < classes:
             raise InputError(f"class {self.class_index}: this network has the classes 0 … {classes - 1}")
-        levels = (self.steps, self.sigma_min, self.sigma_max, self.rho)
+        levels = (self.steps, self.sigma_min, self.sigma_max)
+        if self.solver == "unipc":
+            return unipc_plan(denoiser, *levels)
         if self.solver == "dpm++":
-            return dpmpp_plan(denoiser, *levels)
-        return heun_plan(denoiser, *levels, Churn(self.S_churn, self.S_min, self.S_max, self.S_noise))
+            return dpmpp_plan(denoiser, *levels, self.rho)
+        return heun_plan(denoiser, *levels, self.rho, Churn(self.S_churn, self.S_min, self.S_max, self.S_noise))

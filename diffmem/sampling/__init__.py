@@ -6,7 +6,7 @@ from diffmem.sampling.batches import Samples, sample, sample_batches, to_uint8, 
 from diffmem.sampling.schedules import Churn, Plan
 from diffmem.sampling.seeds import SeededGenerators
 from diffmem.sampling.solvers import (
-    DPMPP_STEPS,
+    FAST_STEPS,
     HEUN_STEPS,
     dpmpp_plan,
     dpmpp_sample,
@@ -14,10 +14,12 @@ from diffmem.sampling.solvers import (
     heun_plan,
     heun_sample,
     is_compiled,
+    unipc_plan,
+    unipc_sample,
 )
 
 __all__ = [
-    "DPMPP_STEPS",
+    "FAST_STEPS",
     "HEUN_STEPS",
     "Churn",
     "Plan",
@@ -32,5 +34,7 @@ __all__ = [
     "sample",
     "sample_batches",
     "to_uint8",
+    "unipc_plan",
+    "unipc_sample",
     "worth_compiling",
 ]

@@ -11,9 +11,9 @@ import torch
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.sampling.seeds import SeededGenerators
-from diffmem.sampling.solvers import dpmpp_sample, heun_sample, is_compiled
+from diffmem.sampling.solvers import dpmpp_sample, heun_sample, is_compiled, unipc_sample
 
-SAMPLERS = {"heun": heun_sample, "dpm++": dpmpp_sample}
+SAMPLERS = {"heun": heun_sample, "dpm++": dpmpp_sample, "unipc": unipc_sample}
 
 # When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves.
 _COMPILE_SECONDS = {"cpu": 120.0, "cuda": 90.0}
@@ -48,8 +48,8 @@ def sample_batches(
 
     An image depends on its seed only: its generator, on the denoiser's device, draws the latent and then, where the
     denoiser has labels and none are given, a class index. `labels` is one class for all images, or one entry per seed.
-    `solver` "heun" (18 steps, 35 network calls) or "dpm++" (14 steps and calls); solver_arguments go to it, see
-    `diffmem.sampling.solvers`. compile: True, False, or "auto": after the first batch has shown that the rest takes
+    `solver` "heun" (18 steps, 35 network calls), "unipc" or "dpm++" (14 steps and calls); solver_arguments go to it,
+    see `diffmem.sampling.solvers`. compile: True, False, or "auto": after the first batch has shown that the rest takes
     long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. Raises
     InputError for labels or classes that do not fit, and for images that are not finite.
     """

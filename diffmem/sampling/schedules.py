@@ -1,8 +1,8 @@
 """Noise levels and the plan of a sampling run, computed once, in float64, on the host.
 
-The sampler of the EDM paper (Karras et al., arXiv 2206.00364, Table 1 and Algorithm 1) in all its variants, and
-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), become the same short list of stages: each asks the network once and
-forms linear combinations. What runs on the device knows nothing of schedules.
+The sampler of the EDM paper (Karras et al., arXiv 2206.00364, Table 1 and Algorithm 1) in all its variants,
+DPM-Solver++(2M) (Lu et al., arXiv 2211.01095) and UniPC (Zhao et al., arXiv 2302.04867) become the same short list of
+stages: each asks the network once and forms linear combinations. What runs on the device knows nothing of schedules.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from diffmem.errors import InputError
 from diffmem.models.preconditioning import IDDPM
@@ -24,10 +26,10 @@ SOLVERS = ("euler", "heun")
 
 class Stage(NamedTuple):
     """One call of the network: D = D(x·in_scale; sigma), v = p·x + q·D, then x ← keep·base + now·v + before·(the last
-    v).
+    v), base ← keep·base + base_now·v + base_before·(the last v).
 
-    `base` is the state at the start of the step, to which `starts_step` sets it; before that the state becomes
-    carry·x + churn·noise.
+    `starts_step` sets `base` to the state at the start of the step; before that the state becomes carry·x +
+    churn·noise.
     """
 
     sigma: float
@@ -38,6 +40,8 @@ class Stage(NamedTuple):
     now: float
     before: float
     starts_step: bool
+    base_now: float = 0.0
+    base_before: float = 0.0
     carry: float = 1.0
     churn: float = 0.0
 
@@ -81,23 +85,72 @@ def edm_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> li
     return [(high + i / (steps - 1) * (low - high)) ** rho for i in range(steps)]
 
 
-def multistep_plan(
-    steps: int, sigma_min: float, sigma_max: float, rho: float, round_sigma: Callable[[float], float]
-) -> Plan:
-    """DPM-Solver++(2M) in σ: `steps` network calls, second order but for the first and the last step.
+def logistic_levels(steps: int, sigma_min: float, sigma_max: float, center: float, width: float) -> list[float]:
+    """Noise levels at even steps of the logistic function of (ln σ − ln center)/width: densest around `center`.
+
+    Images of pixel deviation about ½ take shape at σ around 1, where the samples choose between the modes of the data;
+    far above and below, few levels are enough.
+    """
+    high, low = (1 / (1 + (center / sigma) ** (1 / width)) for sigma in (sigma_max, sigma_min))
+    shares = [high + i / (steps - 1) * (low - high) for i in range(steps)]
+    return [center * (share / (1 - share)) ** width for share in shares]
+
+
+def multistep_plan(sigmas: list[float]) -> Plan:
+    """DPM-Solver++(2M) in σ: a network call per noise level, second order but for the first and the last step.
 
     With h = ln(σ_i/σ_(i+1)): x ← σ_(i+1)/σ_i·x + (1 − e^(−h))·((1 + 1/(2r))·D_i − 1/(2r)·D_(i−1)), r = h_(i−1)/h.
     """
-    sigmas = [round_sigma(sigma) for sigma in edm_levels(steps, sigma_min, sigma_max, rho)] + [0.0]
     stages = []
-    for i, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+    for i, (sigma, following) in enumerate(itertools.pairwise([*sigmas, 0.0])):
         ratio = following / sigma
         before = 0.0
-        if 0 < i < steps - 1:
+        if 0 < i < len(sigmas) - 1:
             r = math.log(sigmas[i - 1] / sigma) / math.log(sigma / following)
             before = -(1 - ratio) / (2 * r)
         stages.append(Stage(sigma, 1.0, 0.0, 1.0, ratio, 1 - ratio - before, before, True))
     return Plan(sigmas[0], tuple(stages), stochastic=False)
+
+
+def predictor_corrector_plan(sigmas: list[float]) -> Plan:
+    """UniPC of order 2 with exact weights: a network call per noise level, used twice.
+
+    In λ = −ln σ the flow is x(λ + h) = e^(−h)·x(λ) + ∫₀ʰ e^(u − h)·D(λ + u) du. Each step predicts with the line
+    through the last two D; the D found at the prediction then corrects the step with the parabola through three, at no
+    further call, and the next step starts from there. The last step is x = D.
+    """
+    stages = []
+    correction = 0.0  # weight of D_i in the step that led to level i; the rest of that step is `base` already
+    for i, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        h, ratio = math.log(sigma / following), following / sigma
+        earlier = [math.log(sigma / sigmas[i - 1])] if i else []
+        predicted = [*_adams_weights(h, [0.0, *earlier]), 0.0]
+        corrected = [*_adams_weights(h, [h, 0.0, *earlier]), 0.0]
+        stages.append(
+            Stage(
+                sigma, 1.0, 0.0, 1.0, ratio, ratio * correction + predicted[0], predicted[1], i == 0,
+                base_now=ratio * correction + corrected[1], base_before=corrected[2],
+            )
+        )  # fmt: skip
+        correction = corrected[0]
+    stages.append(Stage(sigmas[-1], 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, False))
+    return Plan(sigmas[0], tuple(stages), stochastic=False)
+
+
+def _adams_weights(h: float, nodes: list[float]) -> list[float]:
+    """w with Σ w_j·D(t_j) = ∫₀ʰ e^(u − h)·D(u) du for all polynomials D of degree below the number of nodes t_j."""
+    moments = [-math.expm1(-h)]
+    for k in range(1, len(nodes)):
+        moments.append(h**k - k * moments[-1])
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, moments).tolist()
+
+
+def rounded_levels(sigmas: list[float], round_sigma: Callable[[float], float]) -> list[float]:
+    """The noise levels as the network rounds them; raises InputError where two become one."""
+    rounded = [round_sigma(sigma) for sigma in sigmas]
+    if len(set(rounded)) < len(rounded):
+        raise InputError(f"steps is {len(sigmas)}, more than the network's noise levels can tell apart; use fewer")
+    return rounded
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,21 @@ from typing import Any
 
 import torch
 
-from diffmem.sampling.schedules import Churn, Plan, check_steps, multistep_plan, noise_range, table_1_plan
+from diffmem.sampling.schedules import (
+    Churn,
+    Plan,
+    check_steps,
+    edm_levels,
+    logistic_levels,
+    multistep_plan,
+    noise_range,
+    predictor_corrector_plan,
+    rounded_levels,
+    table_1_plan,
+)
 
-# Steps of the protocol's sampler (35 network calls), and of the fast one (as many calls).
-HEUN_STEPS, DPMPP_STEPS = 18, 14
+# Steps of the protocol's sampler (35 network calls), and of the fast ones (as many calls).
+HEUN_STEPS, FAST_STEPS = 18, 14
 
 # draw() → (B, C, H, W) float64 standard normal numbers
 Noise = Callable[[], torch.Tensor]
@@ -118,19 +129,20 @@ def general_sample(
 
 
 def dpmpp_plan(
-    denoiser: Any, steps: int = DPMPP_STEPS, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    denoiser: Any, steps: int = FAST_STEPS, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> Plan:
     """What dpmpp_sample does with these arguments; one stage is one network call."""
     check_steps(steps)
     low, high = noise_range(denoiser, sigma_min, sigma_max)
-    return multistep_plan(steps, low, high, rho, getattr(denoiser, "round_sigma", _identity))
+    levels = edm_levels(steps, low, high, rho)
+    return multistep_plan(rounded_levels(levels, getattr(denoiser, "round_sigma", _identity)))
 
 
 def dpmpp_sample(
     denoiser: Any,
     latents: torch.Tensor,
     *,
-    steps: int = DPMPP_STEPS,
+    steps: int = FAST_STEPS,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
@@ -142,6 +154,43 @@ def dpmpp_sample(
     Arguments as for heun_sample.
     """
     return run_plan(dpmpp_plan(denoiser, steps, sigma_min, sigma_max, rho), denoiser, latents, labels, None, compiled)
+
+
+def unipc_plan(
+    denoiser: Any,
+    steps: int = FAST_STEPS,
+    sigma_min: float = 0.02,
+    sigma_max: float = 80.0,
+    center: float = 1.0,
+    width: float = 1.5,
+) -> Plan:
+    """What unipc_sample does with these arguments; one stage is one network call."""
+    check_steps(steps)
+    low, high = noise_range(denoiser, sigma_min, sigma_max)
+    levels = logistic_levels(steps, low, high, center, width)
+    return predictor_corrector_plan(rounded_levels(levels, getattr(denoiser, "round_sigma", _identity)))
+
+
+def unipc_sample(
+    denoiser: Any,
+    latents: torch.Tensor,
+    *,
+    steps: int = FAST_STEPS,
+    sigma_min: float = 0.02,
+    sigma_max: float = 80.0,
+    center: float = 1.0,
+    width: float = 1.5,
+    labels: torch.Tensor | None = None,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """Images (B, C, H, W) float64 by UniPC (Zhao et al., arXiv 2302.04867) of order 2: one network call per step.
+
+    center, width: where the noise levels are densest and how far they spread, see `schedules.logistic_levels`. The
+    defaults are those at which, with 14 calls, the memorization rule decides as it does after the protocol's 35
+    (benchmarks/bench_solvers.py). The other arguments as for heun_sample.
+    """
+    plan = unipc_plan(denoiser, steps, sigma_min, sigma_max, center, width)
+    return run_plan(plan, denoiser, latents, labels, None, compiled)
 
 
 def run_plan(
@@ -157,8 +206,8 @@ def run_plan(
     with torch.inference_mode() if not compiled else torch.no_grad():
         x = latents.to(torch.float64) * plan.start
         coefficients = torch.tensor(
-            # Rows of eight, so that each begins at an aligned address, as compiled code assumes.
-            [[s.sigma, s.in_scale, s.p, s.q, s.keep, s.now, s.before, 0.0] for s in plan.stages],
+            # Rows of sixteen, so that each begins at an aligned address, as compiled code assumes.
+            [[*s[:7], s.base_now, s.base_before, *[0.0] * 7] for s in plan.stages],
             dtype=torch.float64,
         ).to(x.device, non_blocking=True)
         base, slope = x, torch.zeros_like(x)
@@ -172,7 +221,7 @@ def run_plan(
                     x = stage.carry * x
                 # Two tensors for a compiled stage: one passed twice would make another graph.
                 base = x.clone() if compiled else x
-            x, slope = stage_of(denoiser, x, base, slope, row, labels)
+            x, base, slope = stage_of(denoiser, x, base, slope, row, labels)
         return x
 
 
@@ -183,12 +232,13 @@ def _stage(
     slope: torch.Tensor,
     row: torch.Tensor,
     labels: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One network call and its linear combinations, see Stage; the same graph for every stage of every solver."""
-    sigma, in_scale, p, q, keep, now, before, _ = row.unbind()
+    sigma, in_scale, p, q, keep, now, before, base_now, base_before = row.unbind()[:9]
     denoised = denoiser(x * in_scale, sigma, labels).to(torch.float64)
     new_slope = p * x + q * denoised
-    return keep * base + now * new_slope + before * slope, new_slope
+    kept = keep * base
+    return kept + now * new_slope + before * slope, kept + base_now * new_slope + base_before * slope, new_slope
 
 
 _COMPILED: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKeyDictionary()
@@ -209,11 +259,10 @@ def _compiled_stage(denoiser: Any) -> Callable:
             _COMPILED[denoiser] = compiled
             return compiled
 
-        def cloned(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def cloned(*arguments: Any) -> tuple[torch.Tensor, ...]:
             # A CUDA graph writes every run's results to the same memory.
             torch.compiler.cudagraph_mark_step_begin()
-            x, slope = compiled(*arguments)
-            return x.clone(), slope.clone()
+            return tuple(tensor.clone() for tensor in compiled(*arguments))
 
         _COMPILED[denoiser] = cloned
     return _COMPILED[denoiser]

@@ -70,7 +70,7 @@ def test_seeds_there_and_back(seeds):
     assert parse_seeds(format_seeds(seeds)) == seeds
 
 
-@pytest.mark.parametrize("solver", ["heun", "dpm++"])
+@pytest.mark.parametrize("solver", ["heun", "dpm++", "unipc"])
 def test_what_is_written_is_what_the_sampler_makes(solver, checkpoint, tmp_path):
     settings = SampleSettings(solver=solver, steps=3, batch=4, compile="off")
     result = generate(checkpoint, range(10), out=tmp_path / "out.npz", settings=settings)
@@ -81,7 +81,7 @@ def test_what_is_written_is_what_the_sampler_makes(solver, checkpoint, tmp_path)
         np.testing.assert_array_equal(file["labels"], direct.labels)
         np.testing.assert_array_equal(file["seeds"], np.arange(10))
     assert torch.equal(result.samples.images, direct.images)
-    assert result.network_calls == {"heun": 5, "dpm++": 3}[solver]
+    assert result.network_calls == {"heun": 5, "dpm++": 3, "unipc": 3}[solver]
     assert (result.new, result.out) == (10, tmp_path / "out.npz")
     assert direct.images.float().std() > 20  # the network really makes something
     assert not work_folder(tmp_path / "out.npz").exists()
@@ -243,6 +243,7 @@ def test_images_that_are_not_finite(tmp_path):
         ({"compile": "maybe"}, "compile is 'maybe'"),
         ({"batch": 0}, "batch is 0"),
         ({"rho": 0.0}, "rho is 0"),
+        ({"solver": "unipc", "rho": 7.0}, "by itself"),
         ({"S_min": float("nan")}, "must not be negative"),
         ({"solver": "dpm++", "S_churn": 1.0}, "dpm\\+\\+ adds no noise"),
     ],

@@ -9,7 +9,7 @@ import torch
 from golden_networks import NAMES, golden_denoiser, relative_error
 
 from diffmem.errors import InputError
-from diffmem.sampling import SeededGenerators, dpmpp_sample, general_sample, heun_sample, sample, to_uint8
+from diffmem.sampling import SeededGenerators, dpmpp_sample, general_sample, heun_sample, sample, to_uint8, unipc_sample
 from diffmem.sampling.batches import SAMPLERS
 
 SEEDS = [0, 1, 2, 12345]
@@ -73,6 +73,9 @@ def test_table_1_golden(variant):
     assert relative_error(images, tensors[f"ablation.{variant}"]) < 1e-4
 
 
+FAST = {"dpm++": dpmpp_sample, "unipc": unipc_sample}
+
+
 class Gaussian:
     """The exact denoiser of data N(0, deviation²): its flow carries a latent z from √(σ_max² + d²)·… to d·z."""
 
@@ -86,13 +89,13 @@ class Gaussian:
         return start * self.deviation / math.sqrt(self.deviation**2 + sigma_max**2)
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2)])
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2), ("unipc", 3)])
 def test_order_of_convergence(sampler, order):
     exact, latents = Gaussian(), torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     errors = []
     for steps in (40, 80, 160):
-        if sampler == "dpm++":
-            images = dpmpp_sample(exact, latents, steps=steps, sigma_min=1e-4)
+        if sampler in FAST:
+            images = FAST[sampler](exact, latents, steps=steps, sigma_min=1e-6)
         else:
             images = general_sample(exact, latents, solver=sampler, steps=steps, sigma_min=1e-4)
         errors.append((images - exact.end(latents)).abs().max().item())
@@ -161,8 +164,10 @@ def test_compiled_stage_is_one_graph_for_all_stages(monkeypatch):
     eager = sample(denoiser, [0, 1, 2], steps=3, batch=2, compile=False)
     compiled = sample(denoiser, [0, 1, 2], steps=3, batch=2, compile=True)
     assert (eager.images.int() - compiled.images.int()).abs().max() <= 1
-    again = sample(denoiser, [2], batch=2, solver="dpm++", steps=4, compile="auto")
-    assert again.images.shape == (1, 3, 16, 16)
+    for solver in ("dpm++", "unipc"):
+        again = sample(denoiser, [2], batch=2, solver=solver, steps=4, compile="auto")
+        eager = sample(denoiser, [2], batch=2, solver=solver, steps=4, compile=False)
+        assert (eager.images.int() - again.images.int()).abs().max() <= 1
     assert len(graphs) == 1
 
 
