@@ -226,6 +226,7 @@ def test_torchrun(run, checkpoint, noise, tmp_path):
         (["--seeds", "5-3", "--out", "out.npz"], 2, "ends before it begins"),
         (["--solver", "rk45", "--out", "out.npz"], 2, "rk45"),
         (["--solver", "dpm++", "--churn", "1", "--out", "out.npz"], 2, "adds no noise"),
+        (["--solver", "unipc", "--rho", "7", "--out", "out.npz"], 2, "by itself"),
         (["--class", "-1", "--out", "out.npz"], 2, "x>=0"),
         (["--report", "report", "--out", "out.npz"], 2, "--report goes with --audit"),
         (["--restart", "--audit", "builtin:digits"], 2, "--restart goes with --out"),
