@@ -74,7 +74,8 @@ def test_dry_run_takes_every_factor(run, tmp_path):
     status, stdout, stderr = run(
         "--data", "builtin:digits", "--resize", 16, "--color", "rgb", "--cond", "--arch", "ncsnpp", "--precond", "edm",
         "--num-channels", 16, "--channel-mult", "1,1", "--num-blocks", 2, "--embedding", "positional",
-        "--skips", "16,8.1", "--dropout", 0.2, "--duration", 3, "--batch", 64, "--batch-gpu", 8, "--optimizer", "adamw", "--lr", 1e-3,
+        "--skips", "16,8.1", "--dropout", 0.2, "--duration", 3, "--batch", 64, "--batch-gpu", 8, "--optimizer", "adamw",
+        "--lr", 1e-3,
         "--weight-decay", 1e-4, "--ema-target", 0.9, "--tikhonov", 0.01, "--augment", 0.1, "--window", 0.2, "--seed", 7,
         "--dry-run",
     )  # fmt: skip
@@ -84,7 +85,8 @@ def test_dry_run_takes_every_factor(run, tmp_path):
     network = config["denoiser"]["network"]
     expected = {
         "resolution": 16, "channels": 3, "label_dim": 10, "augment_dim": 9, "model_channels": 16,
-        "channel_mult": [1, 1], "num_blocks": 2, "embedding": "positional", "encoder": "residual", "dropout": 0.2, "attn_resolutions": [8],
+        "channel_mult": [1, 1], "num_blocks": 2, "embedding": "positional", "encoder": "residual", "dropout": 0.2,
+        "attn_resolutions": [8],
         "skip_connections": [True, True, True, False, True, False],
     }  # fmt: skip
     assert {name: network[name] for name in expected} == expected
