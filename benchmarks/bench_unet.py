@@ -1,7 +1,8 @@
 """Speed of a UNet's forward pass and training step: channels_last and compiled against contiguous eager.
 
 `python -m benchmarks.bench_unet [--sizes 8 16 32] [--modes forward train] [--repeats 5]` prints one line per network
-and way. Baseline: the same weights in NCHW, eager. Values are compared before anything is timed; figures are medians.
+and way. Baseline: the same weights in NCHW, eager, every operation PyTorch's own. Values are compared before anything
+is timed; figures are medians.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
 from diffmem.models import Denoiser, preset
+from diffmem.ops.conv3x3 import native
 
 # Image size: preset, changes, images per batch.
 WORKLOADS = {
@@ -57,6 +60,16 @@ def training_step(
     return run
 
 
+def with_pytorch_convolutions(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`run` without our own convolution."""
+
+    def plain() -> torch.Tensor:
+        with mock.patch.object(native, "fits", return_value=False):
+            return run()
+
+    return plain
+
+
 def medians(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
     """Seconds per call, the ways taking turns so that a busy moment hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -68,30 +81,29 @@ def medians(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compare(size: int, mode: str, repeats: int) -> list[dict]:
-    """One row per way: size, mode, way, milliseconds, speedup over the baseline, largest relative difference from it."""
+def compare(size: int, mode: str, repeats: int, skip_compiled: bool = False) -> list[dict]:
+    """One row per way: size, mode, way, milliseconds, speedup over the baseline, relative difference from it."""
     batch = WORKLOADS[size][2]
     generator = torch.Generator().manual_seed(1)
     x, c_noise = torch.randn(batch, 3, size, size, generator=generator), torch.rand(batch, generator=generator) * 999
     last = x.to(memory_format=torch.channels_last)
     plain, ours = network(size, torch.contiguous_format), network(size, torch.channels_last)
     compiled = torch.compile(ours)
-    if mode == "forward":
-        ways = {
-            "eager NCHW": forward(plain, x, c_noise),
-            "eager channels_last": forward(ours, last, c_noise),
-            "compiled channels_last": forward(compiled, last, c_noise),
-        }
-    else:
-        ways = {
-            "eager NCHW": training_step(plain, plain, x, c_noise),
-            "eager channels_last": training_step(ours, ours, last, c_noise),
-            "compiled channels_last": training_step(compiled, ours, last, c_noise),
-        }
+
+    def way(model: Callable, module: torch.nn.Module, inputs: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return forward(model, inputs, c_noise) if mode == "forward" else training_step(model, module, inputs, c_noise)
+
+    ways = {
+        "eager NCHW": with_pytorch_convolutions(way(plain, plain, x)),
+        "eager channels_last": way(ours, ours, last),
+        "compiled channels_last": way(compiled, ours, last),
+    }
+    if skip_compiled:
+        del ways["compiled channels_last"]
     values = {}
-    for name, way in ways.items():
-        way()
-        values[name] = way().clone()
+    for name, run in ways.items():
+        run()
+        values[name] = run().clone()
     baseline = values["eager NCHW"]
     differences = {name: ((value - baseline).norm() / baseline.norm()).item() for name, value in values.items()}
     for name, difference in differences.items():
@@ -117,11 +129,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--modes", nargs="+", choices=["forward", "train"], default=["forward", "train"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--eager-only", action="store_true", help="without compiling, which takes minutes")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     for size in options.sizes:
         for mode in options.modes:
-            for row in compare(size, mode, options.repeats):
+            for row in compare(size, mode, options.repeats, options.eager_only):
                 print(
                     f"{row['size']:2d}×{row['size']:<2d} batch {row['batch']:<3d} {row['mode']:8s}{row['way']:24s}"
                     f"{row['milliseconds']:9.1f} ms {row['speedup']:6.2f}×  difference {row['difference']:.0e}",

@@ -44,6 +44,16 @@ void bind_conv3x3(py::module_& m) {
       },
       unlocked, py::arg("shape"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"), py::arg("threads"),
       "Convolves.");
+  m.def(
+      "conv3x3_weight_sums",
+      [](std::array<std::int64_t, 5> shape, Address x, Address y_gradient, std::int64_t splits, Address sums,
+         int threads) {
+        conv3x3::weight_sums({shape[0], shape[1], shape[2], shape[3], shape[4]}, reinterpret_cast<const float*>(x),
+                             reinterpret_cast<const float*>(y_gradient), splits, reinterpret_cast<float*>(sums),
+                             threads);
+      },
+      unlocked, py::arg("shape"), py::arg("x"), py::arg("y_gradient"), py::arg("splits"), py::arg("sums"),
+      py::arg("threads"), "The weights' gradient in the transformed domain.");
 }
 
 template <class T>

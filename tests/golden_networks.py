@@ -17,7 +17,7 @@ _FOLDERS = (Path(__file__).parent / "golden", Path(__file__).parents[2] / "share
 
 
 def golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """EDM's constructor arguments {"precond", "kwargs"} and the tensors of a golden file; skips where it is not here."""
+    """EDM's constructor arguments {"precond", "kwargs"} and the tensors of a golden file, or a skip."""
     for folder in _FOLDERS:
         path = folder / f"{name}.safetensors"
         if path.exists():

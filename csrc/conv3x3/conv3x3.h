@@ -31,6 +31,13 @@ void pack(const float* weight, const std::int64_t strides[4], std::int64_t chann
 // `bias` (outputs) may be null.
 void forward(const Shape& shape, const float* x, const float* packed, const float* bias, float* y, int threads);
 
+// Gradient of the weights in the transformed domain: sums (splits, 36, channels, outputs), zero when it comes in, gets
+// Σ over tiles of (transformed x)·(adjointly transformed gradient of y), each split the sum over its share of the
+// tiles. The gradient of weight (o, c, i, j) is Σ over points p of G(p / 6, i)·G(p % 6, j)·Σ over splits of sums(p, c,
+// o).
+void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t splits, float* sums,
+                 int threads);
+
 namespace avx2 {  // conv3x3_avx2.cpp
 bool compiled();
 // The transformed weights of output panels [first, last), 16 outputs each.
@@ -42,6 +49,14 @@ inline constexpr std::int64_t block_tiles = 48;
 std::int64_t scratch_size(const Shape& shape);
 void tiles(const Shape& shape, const float* x, const float* packed, const float* bias, std::int64_t first,
            std::int64_t last, float* y, float* scratch);
+
+// weight_sums for tiles [first, last), channels [c_first, c_last) and outputs [o_first, o_last), at most
+// slice_channels and slice_outputs of them; `scratch` holds slice_scratch floats.
+inline constexpr std::int64_t slice_channels = 64, slice_outputs = 128;
+inline constexpr std::int64_t slice_scratch = 36 * block_tiles * (slice_channels + slice_outputs);
+void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t first, std::int64_t last,
+                 std::int64_t c_first, std::int64_t c_last, std::int64_t o_first, std::int64_t o_last, float* sums,
+                 float* scratch);
 }  // namespace avx2
 
 }  // namespace diffmem::conv3x3

@@ -86,6 +86,72 @@ Tile tile_at(const Shape& shape, std::int64_t index) {
   return {index / (across * down), index / across % down * 4, index % across * 4};
 }
 
+// Transformed channels [c_first, c_last) of tiles [first, last): inputs (36, rows, c_last − c_first), rows ≥ last −
+// first.
+void transform_images(const Shape& shape, const float* x, std::int64_t first, std::int64_t last, std::int64_t c_first,
+                      std::int64_t c_last, std::int64_t rows, float* inputs) {
+  const std::int64_t width = c_last - c_first;
+  for (std::int64_t t = 0; t < last - first; ++t) {
+    const Tile tile = tile_at(shape, first + t);
+    const float* pixel[6][6];  // null outside of the image
+    for (int i = 0; i < 6; ++i) {
+      for (int j = 0; j < 6; ++j) {
+        const std::int64_t r = tile.row + i - 1, q = tile.column + j - 1;
+        const bool inside = 0 <= r && r < shape.height && 0 <= q && q < shape.width;
+        pixel[i][j] = inside ? x + ((tile.image * shape.height + r) * shape.width + q) * shape.channels : nullptr;
+      }
+    }
+    for (std::int64_t c = c_first; c < c_last; c += 8) {
+      __m256 half[6][6], line[6], out[6];
+      for (int j = 0; j < 6; ++j) {
+        for (int i = 0; i < 6; ++i) line[i] = pixel[i][j] ? _mm256_loadu_ps(pixel[i][j] + c) : _mm256_setzero_ps();
+        transform_inputs(line, out);
+        for (int i = 0; i < 6; ++i) half[i][j] = out[i];
+      }
+      for (int i = 0; i < 6; ++i) {
+        transform_inputs(half[i], out);
+        for (int j = 0; j < 6; ++j) _mm256_storeu_ps(inputs + ((6 * i + j) * rows + t) * width + c - c_first, out[j]);
+      }
+    }
+  }
+}
+
+// The adjoint of transform_products.
+inline void transform_gradients(const __m256 g[4], __m256 r[6]) {
+  const __m256 even_a = _mm256_fmadd_ps(constant(a2), g[2], g[0]), odd_a = _mm256_fmadd_ps(constant(a2), g[3], g[1]);
+  const __m256 even_b = _mm256_fmadd_ps(constant(b2), g[2], g[0]), odd_b = _mm256_fmadd_ps(constant(b2), g[3], g[1]);
+  r[0] = g[0];
+  r[1] = _mm256_fmadd_ps(constant(a), odd_a, even_a);
+  r[2] = _mm256_fnmadd_ps(constant(a), odd_a, even_a);
+  r[3] = _mm256_fmadd_ps(constant(b), odd_b, even_b);
+  r[4] = _mm256_fnmadd_ps(constant(b), odd_b, even_b);
+  r[5] = g[3];
+}
+
+// sums[r][0..15] += Σ_t inputs[t][r]·gradients[t][0..15] for four rows.
+inline void accumulate(std::int64_t count, const float* inputs, std::int64_t input_stride, const float* gradients,
+                       std::int64_t gradient_stride, float* sums, std::int64_t sum_stride) {
+  __m256 sum[4][2];
+  for (int r = 0; r < 4; ++r) {
+    sum[r][0] = _mm256_loadu_ps(sums + r * sum_stride);
+    sum[r][1] = _mm256_loadu_ps(sums + r * sum_stride + 8);
+  }
+  for (std::int64_t t = 0; t < count; ++t) {
+    const __m256 low = _mm256_loadu_ps(gradients + t * gradient_stride);
+    const __m256 high = _mm256_loadu_ps(gradients + t * gradient_stride + 8);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const __m256 value = _mm256_broadcast_ss(inputs + t * input_stride + r);
+      sum[r][0] = _mm256_fmadd_ps(value, low, sum[r][0]);
+      sum[r][1] = _mm256_fmadd_ps(value, high, sum[r][1]);
+    }
+  }
+  for (int r = 0; r < 4; ++r) {
+    _mm256_storeu_ps(sums + r * sum_stride, sum[r][0]);
+    _mm256_storeu_ps(sums + r * sum_stride + 8, sum[r][1]);
+  }
+}
+
 }  // namespace
 
 bool compiled() { return true; }
@@ -125,29 +191,7 @@ void tiles(const Shape& shape, const float* x, const float* packed, const float*
   float* const inputs = scratch;                                  // (36, rows, channels)
   float* const products = scratch + 36 * block_tiles * channels;  // (36, rows, outputs)
 
-  for (std::int64_t t = 0; t < count; ++t) {
-    const Tile tile = tile_at(shape, first + t);
-    const float* pixel[6][6];  // null outside of the image
-    for (int i = 0; i < 6; ++i) {
-      for (int j = 0; j < 6; ++j) {
-        const std::int64_t r = tile.row + i - 1, q = tile.column + j - 1;
-        const bool inside = 0 <= r && r < shape.height && 0 <= q && q < shape.width;
-        pixel[i][j] = inside ? x + ((tile.image * shape.height + r) * shape.width + q) * channels : nullptr;
-      }
-    }
-    for (std::int64_t c = 0; c < channels; c += 8) {
-      __m256 half[6][6], line[6], out[6];
-      for (int j = 0; j < 6; ++j) {
-        for (int i = 0; i < 6; ++i) line[i] = pixel[i][j] ? _mm256_loadu_ps(pixel[i][j] + c) : _mm256_setzero_ps();
-        transform_inputs(line, out);
-        for (int i = 0; i < 6; ++i) half[i][j] = out[i];
-      }
-      for (int i = 0; i < 6; ++i) {
-        transform_inputs(half[i], out);
-        for (int j = 0; j < 6; ++j) _mm256_storeu_ps(inputs + ((6 * i + j) * rows + t) * channels + c, out[j]);
-      }
-    }
-  }
+  transform_images(shape, x, first, last, 0, channels, rows, inputs);
   for (int point = 0; point < 36; ++point) {
     float* row = inputs + (point * rows + count) * channels;
     std::fill(row, row + (rows - count) * channels, 0.0f);
@@ -184,6 +228,50 @@ void tiles(const Shape& shape, const float* x, const float* packed, const float*
   }
 }
 
+void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t first, std::int64_t last,
+                 std::int64_t c_first, std::int64_t c_last, std::int64_t o_first, std::int64_t o_last, float* sums,
+                 float* scratch) {
+  const std::int64_t channels = c_last - c_first, outputs = o_last - o_first;
+  float* const inputs = scratch;                                         // (36, count, channels)
+  float* const gradients = scratch + 36 * block_tiles * slice_channels;  // (36, count, outputs)
+  for (std::int64_t start = first; start < last; start += block_tiles) {
+    const std::int64_t count = std::min(block_tiles, last - start);
+    transform_images(shape, x, start, start + count, c_first, c_last, count, inputs);
+    for (std::int64_t t = 0; t < count; ++t) {
+      const Tile tile = tile_at(shape, start + t);
+      const float* origin =
+          y_gradient + ((tile.image * shape.height + tile.row) * shape.width + tile.column) * shape.outputs;
+      for (std::int64_t o = o_first; o < o_last; o += 8) {
+        __m256 half[6][4], line[4], out[6];
+        for (int j = 0; j < 4; ++j) {
+          for (int i = 0; i < 4; ++i) {
+            const bool inside = tile.row + i < shape.height && tile.column + j < shape.width;
+            line[i] =
+                inside ? _mm256_loadu_ps(origin + (i * shape.width + j) * shape.outputs + o) : _mm256_setzero_ps();
+          }
+          transform_gradients(line, out);
+          for (int i = 0; i < 6; ++i) half[i][j] = out[i];
+        }
+        for (int i = 0; i < 6; ++i) {
+          transform_gradients(half[i], out);
+          for (int j = 0; j < 6; ++j) {
+            _mm256_storeu_ps(gradients + ((6 * i + j) * count + t) * outputs + o - o_first, out[j]);
+          }
+        }
+      }
+    }
+    for (int point = 0; point < 36; ++point) {
+      for (std::int64_t o = 0; o < outputs; o += 16) {
+        for (std::int64_t c = 0; c < channels; c += 4) {
+          accumulate(count, inputs + point * count * channels + c, channels, gradients + point * count * outputs + o,
+                     outputs, sums + (point * shape.channels + c_first + c) * shape.outputs + o_first + o,
+                     shape.outputs);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace diffmem::conv3x3::avx2
 
 #else
@@ -193,6 +281,8 @@ bool compiled() { return false; }
 std::int64_t scratch_size(const Shape&) { return 0; }
 void pack_panels(const float*, const std::int64_t[4], std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*) {}
 void tiles(const Shape&, const float*, const float*, const float*, std::int64_t, std::int64_t, float*, float*) {}
+void weight_sums(const Shape&, const float*, const float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                 std::int64_t, std::int64_t, float*, float*) {}
 }  // namespace diffmem::conv3x3::avx2
 
 #endif

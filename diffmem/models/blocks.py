@@ -31,7 +31,7 @@ def positional_embedding(values: torch.Tensor, channels: int, endpoint: bool) ->
 
 
 class FourierEmbedding(nn.Module):
-    """(B, channels): cosines, then sines, of values (B,) times fixed random frequencies (Tancik et al., arXiv 2006.10739)."""
+    """(B, channels): cosines, then sines, of values (B,) times fixed random frequencies (arXiv 2006.10739)."""
 
     def __init__(self, channels: int, scale: float = 16.0):
         super().__init__()

@@ -68,8 +68,8 @@ class UNetConfig:
     encoder         "standard" (DDPM++), "skip" or "residual" (NCSN++)
     decoder         "standard" or "skip"
     resample_filter   taps of the separable resampling filter: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++
-    skip_connections  one switch per connection from the encoder to the decoder, in the encoder's order (full resolution first,
-                    num_blocks + 1 per resolution); a disabled one feeds zeros. None: all enabled
+    skip_connections  one switch per connection from the encoder to the decoder, in the encoder's order (full resolution
+                    first, num_blocks + 1 per resolution); a disabled one feeds zeros. None: all enabled
     """
 
     resolution: int = 32
@@ -117,7 +117,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class ADMConfig:
-    """A network of the ADM family (Dhariwal and Nichol, arXiv 2105.05233, as parametrized in EDM). Fields as in UNetConfig."""
+    """A network of the ADM family (Dhariwal and Nichol, arXiv 2105.05233, as in EDM). Fields as in UNetConfig."""
 
     resolution: int = 64
     channels: int = 3

@@ -1,4 +1,4 @@
-"""The denoiser D(x; σ): a network inside its preconditioning, the one interface that samplers, losses and audits see."""
+"""The denoiser D(x; σ): a network inside its preconditioning, the one interface that samplers and losses see."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         return self.config.preconditioning.sigma_max
 
     def round_sigma(self, sigma: float) -> float:
-        """The noise level the network really sees for `sigma`: the nearest discrete one for iDDPM, itself for all others."""
+        """The noise level the network really sees for `sigma`: the nearest discrete one for iDDPM, else itself."""
         preconditioning = self.config.preconditioning
         if isinstance(preconditioning, IDDPM):
             return min(preconditioning.levels, key=lambda level: abs(level - sigma))

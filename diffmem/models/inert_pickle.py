@@ -48,7 +48,7 @@ class Name:
 
 
 class Budget:
-    """How many bytes and items names may still build: a few times what the file holds, as storages pass through twice."""
+    """How many bytes and items names may still build: a few times the file (storages pass through twice)."""
 
     def __init__(self, file_size: int):
         self.left = 4 * file_size
@@ -252,14 +252,14 @@ def read_pickle(
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, type] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_LITERALS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
-    "BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
-)
+_NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
+_TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+_BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8")
+_LITERALS = frozenset((*_NUMBERS, *_TEXTS, *_BYTES))
 
 
 def _set_state(value: Any, state: Any) -> None:
-    """BUILD: a record keeps its attributes; a dict's own attributes (`_metadata`) and a dtype's byte order are not needed."""
+    """BUILD: a record keeps its attributes; a dict's (`_metadata`) and a dtype's (byte order) are not needed."""
     if isinstance(value, Record):
         value.state = state
     elif isinstance(value, np.dtype):

@@ -7,6 +7,7 @@ forms linear combinations. What runs on the device knows nothing of schedules.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A sampling run: latents times `start`, then the stages in order. `stochastic`: each step draws noise, used or not."""
+    """A sampling run: latents times `start`, then the stages in order. `stochastic`: steps draw noise."""
 
     start: float
     stages: tuple[Stage, ...]
@@ -89,7 +90,7 @@ def dpmpp_plan(
     """
     sigmas = [round_sigma(sigma) for sigma in edm_levels(steps, sigma_min, sigma_max, rho)] + [0.0]
     stages = []
-    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         ratio = following / sigma
         before = 0.0
         if 0 < i < steps - 1:
@@ -183,7 +184,7 @@ def table_1_plan(
         return ratio + time.scale_derivative(t) / time.scale(t), -ratio * time.scale(t)
 
     stages: list[Stage] = []
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         sigma = time.sigma(t)
         gamma = min(churn.S_churn / steps, math.sqrt(2) - 1) if churn.S_min <= sigma <= churn.S_max else 0.0
         t_hat = time.sigma_inverse(round_sigma(sigma * (1 + gamma)))

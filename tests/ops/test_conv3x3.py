@@ -64,10 +64,11 @@ def test_opcheck(transposed):
         weight, bias = weight.transpose(0, 1).contiguous(), bias
     arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), transposed)
     torch.library.opcheck(torch.ops.diffmem.conv3x3_winograd, arguments, rtol=1e-3, atol=1e-4)
+    torch.library.opcheck(torch.ops.diffmem.conv3x3_weight_gradient, (x.detach(), torch.randn(4, 32, 16, 16)))
 
 
 @needs_native
-@pytest.mark.parametrize("channels", [16, 24])
+@pytest.mark.parametrize("channels", [16, 24, 80])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_against_float64(transposed, channels):
     x, weight, bias = case(6, channels, 32, 13, 16)

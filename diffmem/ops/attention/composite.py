@@ -1,4 +1,4 @@
-"""Self-attention over pixels through `scaled_dot_product_attention`, which picks a memory-saving kernel for the device."""
+"""Self-attention over pixels through `scaled_dot_product_attention`, which picks the device's best kernel."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ def conv3x3(
 ) -> torch.Tensor:
     """x convolved with 3×3 kernels, (B, O, H, W): Σ_(c,i,j) weight[o, c, i, j]·x[b, c, h + i − 1, w + j − 1] + bias[o].
 
-    x (B, C, H, W), zero outside of the image; weight (O, C, 3, 3); bias (O,) or None. On CPUs with AVX2, large enough float32
-    problems run by Winograd's minimal filtering, within twice the rounding error of the direct sum. `impl` forces an
-    implementation. Raises InputError where the shapes do not fit, or a forced implementation cannot take them.
+    x (B, C, H, W), zero outside of the image; weight (O, C, 3, 3); bias (O,) or None. On CPUs with AVX2, large enough
+    float32 problems run by Winograd's minimal filtering, within twice the rounding error of the direct sum. `impl`
+    forces one. Raises InputError where the shapes do not fit, or a forced one cannot take them.
     """
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise InputError(
@@ -49,8 +49,8 @@ def conv3x3(
             return native.conv3x3_winograd(x, weight, bias, False)
         if impl == "native":
             raise InputError(
-                f"conv3x3: impl='native' takes float32, channels in multiples of 8, outputs of 16, at least 64 tiles of 4×4 pixels, "
-                f"not {x.dtype} x {tuple(x.shape)} and {weight.shape[0]} outputs"
+                f"conv3x3: impl='native' takes float32, channels in multiples of 8, outputs of 16 and at least "
+                f"64 tiles of 4×4 pixels, not {x.dtype} x {tuple(x.shape)} and {weight.shape[0]} outputs"
             )
         chosen = "pytorch"
     if chosen == "pytorch":

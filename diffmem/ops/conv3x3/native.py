@@ -1,7 +1,7 @@
 """The Winograd convolution of csrc/conv3x3, as an op that torch.compile and autograd know.
 
-The gradient of the images is the same convolution with the kernel flipped and its channels exchanged; the gradient of the
-weights is left to PyTorch.
+The gradient of the images is the same convolution with the kernel flipped and its channels exchanged; the gradient of
+the weights is formed in the transformed domain as well.
 """
 
 from __future__ import annotations
@@ -78,6 +78,44 @@ def _(x, weight, bias, transposed):
     return torch.empty_like(x.new_empty((batch, outputs, height, width)), memory_format=torch.channels_last)
 
 
+@torch.library.custom_op("diffmem::conv3x3_weight_gradient", mutates_args=(), device_types="cpu")
+def conv3x3_weight_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """(O, C, 3, 3): the gradient of the weights, from x (B, C, H, W) and the gradient (B, O, H, W) of the result."""
+    batch, channels, height, width = x.shape
+    outputs = gradient.shape[1]
+    x = x.contiguous(memory_format=torch.channels_last)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    # Channels and outputs are shared among the threads in slices of 64 and 128; where those are too few, tiles are too.
+    splits = -(-threads // (-(-channels // 64) * -(-outputs // 128)))
+    sums = torch.zeros(splits, 36, channels * outputs)
+    native_module().conv3x3_weight_sums(
+        [batch, height, width, channels, outputs], x.data_ptr(), gradient.data_ptr(), splits, sums.data_ptr(), threads
+    )
+    points = torch.tensor(_WEIGHT_TRANSFORM, dtype=torch.float64)
+    matrix = torch.kron(points, points).to(torch.float32)  # (36, 9)
+    taps = (matrix.t() @ sums.sum(dim=0)).reshape(3, 3, channels, outputs)
+    return taps.permute(3, 2, 0, 1).contiguous()
+
+
+@conv3x3_weight_gradient.register_fake
+def _(x, gradient):
+    return x.new_empty((gradient.shape[1], x.shape[1], 3, 3))
+
+
+def _weight_transform() -> list[list[float]]:
+    """The (6, 3) matrix that takes three weights to the points 0, ±a, ±b, ∞ of csrc/conv3x3."""
+    a2, b2 = 0.75**2, 1.5**2
+    rows = [[1 / (a2 * b2), 0.0, 0.0]]
+    for square, other in ((a2, b2), (b2, a2)):
+        factor = 1 / (2 * square * (square - other))
+        rows += [[factor, sign * square**0.5 * factor, square * factor] for sign in (1, -1)]
+    return [*rows, [0.0, 0.0, 1.0]]
+
+
+_WEIGHT_TRANSFORM = _weight_transform()
+
+
 def _save(ctx, inputs, output):
     x, weight, bias, transposed = inputs
     ctx.save_for_backward(x, weight)
@@ -97,9 +135,12 @@ def _backward(ctx, gradient):
     if ctx.needs_input_grad[1]:
         # Exchanging what goes in and what comes out turns the one kernel's gradient into the other's.
         inputs, outputs = (gradient, x) if ctx.transposed else (x, gradient)
-        _, grad_weight, _ = torch.ops.aten.convolution_backward(
-            outputs, inputs, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-        )
+        if inputs.shape[1] % 8 == 0 and outputs.shape[1] % 16 == 0:
+            grad_weight = conv3x3_weight_gradient(inputs, outputs)
+        else:
+            _, grad_weight, _ = torch.ops.aten.convolution_backward(
+                outputs, inputs, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+            )
     if ctx.has_bias and ctx.needs_input_grad[2]:
         grad_bias = gradient.sum(dim=(0, 2, 3))
     return grad_x, grad_weight, grad_bias, None

@@ -1,4 +1,4 @@
-"""GroupNorm followed by SiLU, with an optional scale and shift per image and channel: half of a UNet's elementwise work."""
+"""GroupNorm followed by SiLU, with an optional scale and shift: most of a UNet's elementwise work."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def group_norm_silu(
         raise InputError(f"group_norm_silu: x {tuple(x.shape)} does not split into {num_groups} groups of channels")
     if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise InputError(
-            f"group_norm_silu: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},) like x's channels"
+            f"group_norm_silu: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},)"
         )
     if (scale is None) != (shift is None):
         raise InputError("group_norm_silu: scale and shift go together; give both or neither")
