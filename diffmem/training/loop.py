@@ -42,8 +42,8 @@ from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 
 CONFIG, STATS = "config.json", "stats.jsonl"
 
-# When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves. Measured for the CPU (a
-# 32-channel network at 8×8 on 2 cores: 122 s, 7 %); for GPUs guesses.
+# When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves. CPU: measured on a
+# 32-channel network at 8×8 (122 s, 7 %); GPU: not measured.
 _COMPILE_SECONDS = {"cpu": 125.0, "cuda": 180.0}
 _COMPILE_SAVES = {"cpu": 0.07, "cuda": 0.3}
 _TICKS = 1000  # lines of statistics per run, about
