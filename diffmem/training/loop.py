@@ -101,7 +101,7 @@ def train(
     if snapshot_images is not None and snapshot_images < 1:
         raise InputError(f"snapshot_images is {snapshot_images}, but must be at least 1")
     with _own_random_numbers(), _stop_requests() as stop:
-        trainer = _Trainer(config, data, device, batch_gpu, compile, ranks)
+        trainer = Trainer(config, data, device, batch_gpu, compile, ranks)
         snapshots = ranks.agree(lambda: _open_run(out, config, trainer.data, keep, resume))
         state = ranks.agree(lambda: latest_state(out) if resume else None)
         if state is not None:
@@ -131,7 +131,7 @@ def plan_training(
     """What `train` with these arguments would do and cost, from a few passes of the network; nothing is written."""
     ranks = Ranks()
     with _own_random_numbers():
-        return _Trainer(config, data, device, batch_gpu, compile, ranks).plan()
+        return Trainer(config, data, device, batch_gpu, compile, ranks).plan()
 
 
 class _Objective(nn.Module):
@@ -161,18 +161,19 @@ class _Objective(nn.Module):
         return loss.sum(dim=(1, 2, 3))
 
 
-class _Trainer:
-    """Network, averaged network, optimizer and data of a run, and the step that advances them."""
+class Trainer:
+    """Network, averaged network, optimizer and data of a run, and their step; arguments as for `train`."""
 
     def __init__(
         self,
         config: TrainingConfig,
         data: Any,
-        device: str | torch.device,
-        batch_gpu: int | None,
-        compile: bool | str,
-        ranks: Ranks,
+        device: str | torch.device = "auto",
+        batch_gpu: int | None = None,
+        compile: bool | str = "auto",
+        ranks: Ranks | None = None,
     ):
+        ranks = Ranks() if ranks is None else ranks
         if compile not in (True, False, "auto"):
             raise InputError(f"compile is {compile!r}, but must be True, False or 'auto'")
         self.config, self.ranks = config, ranks
@@ -375,7 +376,7 @@ class _Trainer:
 
 
 def _run(
-    trainer: _Trainer,
+    trainer: Trainer,
     out: Path,
     snapshots: Snapshots,
     snapshot_images: int | None,
@@ -448,9 +449,7 @@ def _run(
     return Run(out, trainer.images, ending, reason, last_loss, tuple(snapshots.records))
 
 
-def _snapshot(
-    trainer: _Trainer, out: Path, snapshots: Snapshots, loss: float, observers: Sequence[Observer]
-) -> Verdict:
+def _snapshot(trainer: Trainer, out: Path, snapshots: Snapshots, loss: float, observers: Sequence[Observer]) -> Verdict:
     folder = snapshots.write(trainer.averaged, trainer.images)
     snapshot = Snapshot(folder, trainer.images, trainer.epochs, loss, trainer.averaged)
     verdict = combined([observer.snapshot(snapshot) for observer in observers])
@@ -520,7 +519,7 @@ def _truncate_stats(path: Path, images: int) -> None:
         whole.write_text("".join(kept))
 
 
-def _advice(trainer: _Trainer, out: Path) -> str:
+def _advice(trainer: Trainer, out: Path) -> str:
     config = trainer.config
     state = latest_state(out)
     back = "no state was saved before" if state is None else f"the state after {int(state.name):,} images is whole"
