@@ -284,14 +284,12 @@ class Trainer:
         self.loss_counts[which] = 0
 
     def plan(self) -> Plan:
-        """Measures a few passes, and settles whether to compile; leaves no trace in the state."""
+        """Measures a few passes, and settles whether the run is to be compiled; leaves no trace in the state."""
         seconds = self.ranks.agree(self._seconds_per_step)
         left = self.total_steps - self.steps
         if self.compile == "auto":
             kind = self.device.type
             self.compile = seconds * left * _COMPILE_SAVES[kind] > _COMPILE_SECONDS[kind]
-        if self.compile:
-            self.objective = torch.compile(self.objective, dynamic=False)
         return Plan(
             images=self.total_steps * self.config.batch,
             steps=self.total_steps,
@@ -387,6 +385,8 @@ def _run(
 ) -> Run:
     """Steps until the end or a wish to stop, with all that is to be written on the way."""
     config = trainer.config
+    if trainer.compile:
+        trainer.objective = torch.compile(trainer.objective, dynamic=False)
     first = ranks.rank == 0
     tick_steps = max(1, min(_LONGEST_TICK, trainer.total_steps // _TICKS))
     read_stop = _READ_STOP_EVERY[trainer.device.type]
