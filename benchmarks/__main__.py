@@ -25,7 +25,7 @@ def main(subjects: tuple[str, ...], quick: bool, only: str) -> None:
         bench = Bench(subject, quick, only)
         importlib.import_module(f"benchmarks.bench_{subject}").run(bench)
         if bench.rows:
-            print(f"wrote {bench.write()}", file=sys.stderr)
+            print(f"wrote {bench.path}", file=sys.stderr)
 
 
 main()

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, Bench, Contender, machine_slug, read_table
+from benchmarks.harness import Bench, Contender, read_table
 from diffmem.data import load_images
 from diffmem.ops.nearest import nearest
 from diffmem.search import Neighbors, TrainingIndex
@@ -179,7 +179,9 @@ def checked_by(training: np.ndarray, queries: np.ndarray) -> Callable[[dict], No
 
     def check(answers: dict) -> None:
         some = np.linspace(0, len(queries) - 1, min(len(queries), CHECKED)).astype(np.int64)
-        expected, indices = nearest(torch.from_numpy(queries[some]), torch.from_numpy(np.asarray(training)), K)
+        expected, indices = nearest(
+            torch.from_numpy(queries[some]), torch.from_numpy(np.asarray(training)), K, impl="torch"
+        )
         for name, answer in answers.items():
             if isinstance(answer, Neighbors):
                 np.testing.assert_array_equal(answer.squared_distances[some], expected)
@@ -256,7 +258,7 @@ def draw_chart(bench: Bench) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    table = read_table(bench.write())
+    table = read_table(bench.path)
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for contender, mark in (("faiss IndexFlatL2", "s"), ("diffmem", "o")):
         points = sorted(
@@ -274,5 +276,5 @@ def draw_chart(bench: Bench) -> None:
     )
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
-    figure.savefig(RESULTS / f"nearest.{machine_slug()}{'.quick' if bench.quick else ''}.svg")
+    figure.savefig(bench.path.with_suffix(".svg"))
     plt.close(figure)

@@ -1,23 +1,18 @@
-"""Speed of a UNet's forward pass and training step: channels_last and compiled against contiguous eager.
-
-`python -m benchmarks.bench_unet [--sizes 8 16 32] [--modes forward train] [--repeats 5]` prints one line per network
-and way. Baseline: the same weights in NCHW, eager, every operation PyTorch's own. Values are compared before anything
-is timed; figures are medians.
-"""
+"""Speed of a UNet's forward pass and training step on this device: channels_last and our own convolution, eager and
+compiled, against the same weights in NCHW, eager, every operation PyTorch's own."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 from unittest import mock
 
 import torch
 
+from benchmarks.harness import Bench, Contender
 from diffmem.models import Denoiser, preset
 from diffmem.ops.conv3x3 import native
 
+BASELINE = "PyTorch eager, NCHW"
 # Image size: preset, changes, images per batch.
 WORKLOADS = {
     32: ("ddpmpp_cifar10", {}, 8),
@@ -70,77 +65,32 @@ def with_pytorch_convolutions(run: Callable[[], torch.Tensor]) -> Callable[[], t
     return plain
 
 
-def medians(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Seconds per call, the ways taking turns so that a busy moment hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def run(bench: Bench) -> None:
+    for size, (_, _, batch) in WORKLOADS.items():
+        generator = torch.Generator().manual_seed(1)
+        x, c_noise = (
+            torch.randn(batch, 3, size, size, generator=generator),
+            torch.rand(batch, generator=generator) * 999,
+        )
+        last = x.to(memory_format=torch.channels_last)
+        plain, ours = network(size, torch.contiguous_format), network(size, torch.channels_last)
+        name = f"UNet {size}×{size}, {ours.config.model_channels} channels, batch {batch}"
+        baseline = Contender(BASELINE, with_pytorch_convolutions(forward(plain, x, c_noise)))
+        bench.compare(f"{name}, forward", [Contender("diffmem", forward(ours, last, c_noise)), baseline], agree)
+        if not bench.quick and bench.wants(f"{name}, forward, compiled"):  # compiling takes minutes
+            compiled = Contender("diffmem, compiled", forward(torch.compile(ours), last, c_noise))
+            bench.compare(f"{name}, forward, compiled", [compiled, baseline], agree)
+        steps = [
+            Contender("diffmem", training_step(ours, ours, last, c_noise)),
+            Contender(BASELINE, with_pytorch_convolutions(training_step(plain, plain, x, c_noise))),
+        ]
+        bench.compare(f"{name}, training step", steps, agree, repeats=3)
 
 
-def compare(size: int, mode: str, repeats: int, skip_compiled: bool = False) -> list[dict]:
-    """One row per way: size, mode, way, milliseconds, speedup over the baseline, relative difference from it."""
-    batch = WORKLOADS[size][2]
-    generator = torch.Generator().manual_seed(1)
-    x, c_noise = torch.randn(batch, 3, size, size, generator=generator), torch.rand(batch, generator=generator) * 999
-    last = x.to(memory_format=torch.channels_last)
-    plain, ours = network(size, torch.contiguous_format), network(size, torch.channels_last)
-    compiled = torch.compile(ours)
-
-    def way(model: Callable, module: torch.nn.Module, inputs: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return forward(model, inputs, c_noise) if mode == "forward" else training_step(model, module, inputs, c_noise)
-
-    ways = {
-        "eager NCHW": with_pytorch_convolutions(way(plain, plain, x)),
-        "eager channels_last": way(ours, ours, last),
-        "compiled channels_last": way(compiled, ours, last),
-    }
-    if skip_compiled:
-        del ways["compiled channels_last"]
-    values = {}
-    for name, run in ways.items():
-        run()
-        values[name] = run().clone()
-    baseline = values["eager NCHW"]
-    differences = {name: ((value - baseline).norm() / baseline.norm()).item() for name, value in values.items()}
-    for name, difference in differences.items():
+def agree(answers: dict[str, torch.Tensor]) -> None:
+    """Raises where an answer differs from the baseline's by more than float32 rounding."""
+    expected = answers[BASELINE]
+    for name, answer in answers.items():
+        difference = float((answer - expected).norm() / expected.norm())
         if not difference < 1e-4:
-            raise SystemExit(f"{size}×{size} {mode}: {name} differs from the baseline by {difference:.1e}")
-    seconds = medians(ways, repeats)
-    return [
-        {
-            "size": size,
-            "batch": batch,
-            "mode": mode,
-            "way": name,
-            "milliseconds": 1e3 * seconds[name],
-            "speedup": seconds["eager NCHW"] / seconds[name],
-            "difference": differences[name],
-        }
-        for name in ways
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--modes", nargs="+", choices=["forward", "train"], default=["forward", "train"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--eager-only", action="store_true", help="without compiling, which takes minutes")
-    options = parser.parse_args()
-    torch.set_flush_denormal(True)
-    for size in options.sizes:
-        for mode in options.modes:
-            for row in compare(size, mode, options.repeats, options.eager_only):
-                print(
-                    f"{row['size']:2d}×{row['size']:<2d} batch {row['batch']:<3d} {row['mode']:8s}{row['way']:24s}"
-                    f"{row['milliseconds']:9.1f} ms {row['speedup']:6.2f}×  difference {row['difference']:.0e}",
-                    flush=True,
-                )
-
-
-if __name__ == "__main__":
-    main()
+            raise SystemExit(f"{name} differs from the baseline by {difference:.1e}")

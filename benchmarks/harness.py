@@ -3,8 +3,8 @@
 A benchmark is a module `bench_<subject>.py` with a function `run(bench)`. It calls `bench.compare(workload,
 contenders, check)`: the contenders are run once, their answers are checked, and only then they are timed, warm, in
 turns, so that what else the machine does falls on all of them alike. Each row of the table holds the median of the
-repeats, the machine, the versions and the commit; rows go to `results/<subject>.<machine>.csv`, where they replace
-earlier ones of the same workload and contender.
+repeats, the machine, the versions and the commit; rows go to `results/<subject>.<machine>.csv` as soon as they are
+there, and replace earlier ones of the same workload and contender.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ COLUMNS = (
     "workload", "contender", "seconds", "fastest", "repeats", "ratio", "note", "machine", "threads", "versions",
     "commit", "date",
 )  # fmt: skip
+SHORT = 1.0  # seconds below which a run is repeated untimed before each timed one: another contender emptied the caches
 LONGEST = 40.0  # seconds of timing per contender, after which no repeat is added
 
 
@@ -70,7 +71,11 @@ class Bench:
         """
         if not self.wants(workload):
             return
-        answers = {contender.name: contender.run() for contender in contenders}  # also the warm-up
+        answers, warming = {}, {}
+        for contender in contenders:  # also the warm-up
+            start = time.perf_counter()
+            answers[contender.name] = contender.run()
+            warming[contender.name] = time.perf_counter() - start
         if check is not None:
             check(answers)
         answers.clear()
@@ -79,6 +84,8 @@ class Bench:
             for contender in contenders:
                 if sum(times[contender.name]) > LONGEST:
                     continue
+                if warming[contender.name] < SHORT:
+                    contender.run()
                 start = time.perf_counter()
                 contender.run()
                 times[contender.name].append(time.perf_counter() - start)
@@ -95,6 +102,7 @@ class Bench:
                 repeats=str(len(measured)),
                 ratio=f"{median / first:.4g}",
             )
+        self.write()
 
     def record(self, workload: str, contender: str, note: str = "", **values: str) -> None:
         """Adds a row and prints it."""
@@ -105,19 +113,22 @@ class Bench:
             flush=True,
         )
 
-    def write(self) -> Path:
-        """Merges the rows into the subject's table for this machine. Quick runs are kept apart."""
+    @property
+    def path(self) -> Path:
+        """The subject's table for this machine. Quick runs are kept apart."""
+        return RESULTS / f"{self.subject}.{machine_slug()}{'.quick' if self.quick else ''}.csv"
+
+    def write(self) -> None:
+        """Merges the rows into the table."""
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{self.subject}.{machine_slug()}{'.quick' if self.quick else ''}.csv"
-        table = {(row["workload"], row["contender"]): row for row in read_table(path)}
+        table = {(row["workload"], row["contender"]): row for row in read_table(self.path)}
         table |= {(row["workload"], row["contender"]): row for row in self.rows}
-        partial = path.with_suffix(".partial")
+        partial = self.path.with_suffix(".partial")
         with partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(table.values())
-        partial.replace(path)
-        return path
+        partial.replace(self.path)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,10 +11,9 @@ from typing import Any
 import torch
 
 import diffmem
+import diffmem.ops
 from diffmem.ops.registry import OPS, build_info, native_module
 
-# Importing an op's folder registers it.
-OP_FOLDERS = ("nearest",)
 # Package: the extra that brings it, and what it is for.
 OPTIONAL = {
     "faiss-cpu": ("faiss", "approximate and GPU search"),
@@ -25,8 +25,9 @@ OPTIONAL = {
 
 def describe() -> dict[str, Any]:
     """Versions, processor features, builds, each op's implementation and why, and the optional packages found."""
-    for folder in OP_FOLDERS:
-        importlib.import_module(f"diffmem.ops.{folder}")
+    for module in pkgutil.iter_modules(diffmem.ops.__path__):
+        if module.ispkg:  # importing an op's folder registers it
+            importlib.import_module(f"diffmem.ops.{module.name}")
     module, built = native_module(), build_info()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {

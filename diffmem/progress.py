@@ -2,13 +2,16 @@
 
 A progress callback is called as `progress(stage, done, total)`: `stage` a short English phrase ("reading images"),
 `done` and `total` whole numbers in the stage's own units. It may be called often (callers limit themselves to a few
-calls a second or one a block) and from the calling thread only. `total` may be 0 when there is nothing to do.
+calls a second or one a block) and from the calling thread only. `total` may be 0 when there is nothing to do. What
+follows a colon in `stage` may change as the work goes on ("sampling: 93.4% copies so far").
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 Progress = Callable[[str, int, int], None]
 
@@ -19,22 +22,67 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def progress_bars(enabled: bool = True) -> Iterator[Progress]:
-    """A callback that draws one bar per stage on standard error, where that is a terminal."""
+    """A callback that draws one bar per stage, with speed and time left, on standard error; where that is no terminal
+    (a log file), stages that take long print a line now and then."""
     if not enabled:
         yield silent
         return
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class SpeedColumn(rich_progress.ProgressColumn):
+        def render(self, task: rich_progress.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{_digits(speed)}/s" if speed else "")
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with RichProgress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+    if not console.is_terminal:
+        yield _Log(console.file)
+        return
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        SpeedColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    # Speed is that of the last minutes: a step of the work may take that long.
+    with rich_progress.Progress(*columns, console=console, speed_estimate_period=300) as bars:
         tasks: dict[str, int] = {}
 
         def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks or (done == 0 and bars.tasks[tasks[stage]].finished):
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+            name = stage.partition(":")[0]
+            if name not in tasks or (done == 0 and bars.tasks[tasks[name]].finished):
+                tasks[name] = bars.add_task(stage, total=total)
+            bars.update(tasks[name], description=stage, completed=done, total=total)
 
         yield show
+
+
+class _Log:
+    """Lines about stages that take longer than `INTERVAL` seconds, at most one per stage in that time."""
+
+    INTERVAL = 30.0
+
+    def __init__(self, file: TextIO):
+        self.file = file
+        self.begun: dict[str, tuple[float, int]] = {}  # when a stage began, and how much was done by then
+        self.told: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        name, now = stage.partition(":")[0], time.monotonic()
+        began, before = self.begun.setdefault(name, (now, done))
+        if now - self.told.setdefault(name, now) < self.INTERVAL:
+            return
+        self.told[name] = now
+        line = f"{stage}: {done:,} of {total:,}"
+        if done > before:
+            speed = (done - before) / (now - began)
+            line += f", {_digits(speed)}/s, {(total - done) / speed / 60:.0f} min left"
+        print(line, file=self.file, flush=True)
+
+
+def _digits(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"

@@ -19,9 +19,10 @@ ALLOWED = {
     "training": {"models", "ops", "data", "sampling"},
     "search": {"ops", "data"},
     "memorization": {"search", "data"},
+    "generation": {"models", "sampling", "data", "search", "memorization"},
     "demo": {"memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "sampling", "training", "demo", "environment"},
+    "cli": {"data", "search", "memorization", "models", "generation", "training", "demo", "environment"},
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
 

@@ -3,7 +3,8 @@
 // nearest_simd.h defines the loops once over a small vector type; nearest_cpu.cpp (portable), nearest_avx2.cpp and
 // nearest_avx512.cpp each instantiate them with their own. Layouts shared by all of them:
 //
-//   panel     `kPanel` = 16 points side by side: for each pair of coordinates (2j, 2j+1), 16 x (int16, int16). One 32-bit
+//   panel     `kPanel` = 16 points side by side: for each pair of coordinates (2j, 2j+1), 16 x (int16, int16). One
+//   32-bit
 //             lane therefore holds one point's pair, and one multiply-add instruction advances 8 or 16 points by two
 //             coordinates.
 //   strip     the same for the other operand, `rows` (= strip_rows of the table) points side by side.

@@ -1,31 +1,36 @@
 // Exact k nearest training rows: the contract of the CPU (and CUDA) search.
 //
-// Rows are uint8 (distances are int64 and exact), float32 or float64 (distances are float64: eight running sums, value j
-// going to sum j mod 8, added as ((0+1)+(2+3))+((4+5)+(6+7)), without fused multiply-add). Equal distances go to the lower
-// index. Every pointer is to memory of the caller; nothing here keeps one after it returns.
+// Rows are uint8 (distances are int64 and exact), float32 or float64 (distances are float64: eight running sums, value
+// j going to sum j mod 8, added as ((0+1)+(2+3))+((4+5)+(6+7)), without fused multiply-add). Equal distances go to the
+// lower index. Every pointer is to memory of the caller; nothing here keeps one after it returns.
 //
 // The bound. Let A be an m x d matrix with ||A|| <= 1 (spectral norm) and z = x - mu. Then I - A'A is positive
 // semidefinite, rho(z) = sqrt(||z||^2 - ||Az||^2) is a seminorm, and by its triangle inequality
 //
 //   ||x - y||^2 = ||A(x - y)||^2 + rho(x - y)^2 >= ||A(x - y)||^2 + (rho(x - mu) - rho(y - mu))^2 = ||x' - y'||^2
 //
-// with x' = (A(x - mu), rho(x - mu)) in R^(m+1). A needs not be orthonormal, only of norm <= 1; the rows of A are leading
-// principal components, so that the bound is tight, but no accuracy of theirs is assumed. The same holds for any leading
-// rows of A alone. ||x'|| = ||x - mu|| for each such choice ("level").
+// with x' = (A(x - mu), rho(x - mu)) in R^(m+1). A needs not be orthonormal, only of norm <= 1; the rows of A are
+// leading principal components, so that the bound is tight, but no accuracy of theirs is assumed. The same holds for
+// any leading rows of A alone. ||x'|| = ||x - mu|| for each such choice ("level").
 //
 // What the code holds is v^ = round(scale * x') in int16 with one scale for all points, chosen so that
-// scale * ||x - mu|| <= 32767 - 1 for every admissible row. e(x) = ||v^ - scale * x'|| is measured for each point, as the
-// index or the query is encoded, against x' as computed, and
+// scale * ||x - mu|| <= 32767 - 1 for every admissible row. e(x) = ||v^ - scale * x'|| is measured for each point, as
+// the index or the query is encoded, against x' as computed, and
 //
 //   ||x - y|| <= t   implies   ||x^ - y^|| <= R := scale * t * (1 + r) + e(x) + max_y e(y) + slack.           (1)
 //
-// `slack` covers the difference between x' as computed and as defined. Uint8 rows: A = P / s with integer P, whose product
-// with a row is exact in int32 (the index builder keeps 128 * sum_j |P_ij| < 2^31), ||x - mu||^2 is an exact integer, and
-// the remaining few float64 operations have relative error <= (m + 8) u, u = 2^-53. Float rows: products in float64, of
-// relative error <= (d + 2) u in the sense |fl(a.z) - a.z| <= (d + 2) u ||a|| ||z||. So rho^2 is off by at most
-// delta = 4 (d + m + 8) u ||z||^2, rho by at most sqrt(delta) (|sqrt(a) - sqrt(b)| <= sqrt|a - b|), and the coordinates by
-// less than that, too. With scale * ||z|| <= 32767 for both x and y: slack = 4 * 32767 * sqrt(4 (d + m + 8) u).
-// r = (d + 16) 2^-52 covers the rounding of float64 squared distances (relative error <= (d + 2) u) and of sqrt.
+// `slack` covers the difference between x' as computed and as defined. With z = x - mu, in units of ||z|| and u =
+// 2^-53:
+//   uint8 rows: A = P / s with integer P, whose product with a row is exact in int32 (the index builder keeps
+//     128 * sum_j |P_ij| < 2^31); ||z||^2 is an exact integer; what follows is a few float64 operations per coordinate.
+//   float rows: products in float64, |fl(a.z) - a.z| <= (d + 2) u ||a|| ||z||; with ||A||_F <= sqrt(m) the coordinates
+//   are
+//     together off by at most e = (d + 2) sqrt(m) u, their squared length by 2 e + (m + 8) u, and ||z||^2 by (d + 2) u.
+// So rho^2 is off by at most delta = 4 (d + m + 8) sqrt(m + 1) u, hence rho by at most sqrt(delta), since |sqrt(a) -
+// sqrt(b)| <= sqrt|a - b|, and the coordinates by less. Both points have scale * ||z|| <= 32767, so that
+// slack = 4 * 32767 * sqrt(delta). And r = (d + 16) 2^-52 covers the rounding of float64 squared distances (relative
+// error
+// <= (d + 2) u) and of their square root.
 //
 // In integers: ||x^ - y^||^2 = |x^|^2 + |y^|^2 - 2 x^.y^, so a pair within t has
 //
@@ -91,16 +96,16 @@ void encode_coordinates(const double* coordinates, const double* squared_norms, 
 struct Index {
   Rows rows;
   CodeShape shape;
-  const std::int16_t* panels = nullptr;        // [ceil(count / 16)][steps][16][2]
-  const std::int32_t* bias = nullptr;          // [16 * ceil(count / 16)]
-  const std::int16_t* fine = nullptr;          // [levels][count][64]
-  const std::int64_t* order = nullptr;         // [count]: position in the code -> row
-  const float* error = nullptr;                // [1 + levels]: the largest of all points
+  const std::int16_t* panels = nullptr;  // [ceil(count / 16)][steps][16][2]
+  const std::int32_t* bias = nullptr;    // [16 * ceil(count / 16)]
+  const std::int16_t* fine = nullptr;    // [levels][count][64]
+  const std::int64_t* order = nullptr;   // [count]: position in the code -> row
+  const float* error = nullptr;          // [1 + levels]: the largest of all points
   double scale = 0;
   int clusters = 0;
-  const std::int16_t* centroids = nullptr;     // panels of the clusters' centres, coded as points
+  const std::int16_t* centroids = nullptr;  // panels of the clusters' centres, coded as points
   const std::int32_t* centroid_bias = nullptr;
-  const std::int64_t* starts = nullptr;        // [clusters + 1]: positions where clusters begin
+  const std::int64_t* starts = nullptr;  // [clusters + 1]: positions where clusters begin
 };
 
 struct Answer {
@@ -118,8 +123,8 @@ struct Work {
   bool gave_up = false;
 };
 
-// Filtered search. `code` is the queries' own (row layout as encoded). Gives up, leaving the answer undefined, once more
-// than `allowance` of the pairs seen so far (and a few per query) had to be refined; allowance >= 1 never does.
+// Filtered search. `code` is the queries' own (row layout as encoded). Gives up, leaving the answer undefined, once
+// more than `allowance` of the pairs seen so far (and a few per query) had to be refined; allowance >= 1 never does.
 Work search_filtered(const Index& index, const Rows& queries, const Code& code, int k, double allowance,
                      const Answer& out, int threads);
 

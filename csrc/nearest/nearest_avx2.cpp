@@ -1,4 +1,5 @@
-// AVX2 instance of the search's inner loops (nearest_simd.h). Compiled with -mavx2 -mfma; compiles to nothing elsewhere.
+// AVX2 instance of the search's inner loops (nearest_simd.h). Compiled with -mavx2 -mfma; compiles to nothing
+// elsewhere.
 #include "nearest/kernels.h"
 
 #ifdef __AVX2__
@@ -9,7 +10,8 @@ namespace {
 struct V {
   using Int = __m256i;
   static constexpr int kLanes = 8;
-  static constexpr int kStripRows = 6;  // 6 x 2 accumulators + 2 panel vectors + 1 broadcast + 1 product: all 16 registers
+  static constexpr int kStripRows =
+      6;  // 6 x 2 accumulators + 2 panel vectors + 1 broadcast + 1 product: all 16 registers
   static constexpr std::size_t kBytes = 32;
 
   static Int zero() { return _mm256_setzero_si256(); }
@@ -19,7 +21,8 @@ struct V {
   static Int broadcast(std::int32_t a) { return _mm256_set1_epi32(a); }
   static Int madd(Int acc, Int a, Int b) {
     // In assembly: from the intrinsics GCC hoists a step's broadcasts to its top and spills half of the accumulators
-    // (48 instead of 9x GMAC/s a core in `tile`); tamed with empty asm statements, it still copies each accumulator (75).
+    // (48 instead of 9x GMAC/s a core in `tile`); tamed with empty asm statements, it still copies each accumulator
+    // (75).
     Int products;
     asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(a), "xm"(b));
     return acc;

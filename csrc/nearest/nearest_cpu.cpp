@@ -1,5 +1,38 @@
-// The CPU search: encoding, the filtered search and the dense search over the inner loops of kernels.h, and those loops'
-// portable instance.
+// The CPU search: encoding, the filtered search and the dense search over the inner loops of kernels.h, and those
+// loops' portable instance.
+//
+// What it should cost, written down before tuning. Two Zen 3 cores at 3.2 GHz (AVX2), Q = 10,000 queries, N = 50,000
+// images, d = 3072. VPMADDWD: 2 per cycle and core x 16 products = 206 GMAC/s (float32 FMA: 103). 12 of them with 12
+// adds and 6 broadcasts take 6.0 cycles in isolation, so the adds and loads are free.
+//
+//   dense    Q N d = 1.54 TMAC / 206 G                                    7.5 s (any float32 product: 14.9 s)
+//   encode   Q d 180 = 5.5 GMAC                                           0.03 s
+//   scan     Q N 32 = 16 GMAC                                             0.08 s
+//   filter   3 % of the pairs, ~8 cycles each                             0.02 s
+//   refine   0.1 % of the pairs, 3 KB each = 1.8 GB from L3 or memory     0.1 s
+//   index    N d 180 = 28 GMAC, and the principal components (~10 GMAC)   0.25 s
+//
+// What was measured (CPU seconds of both cores / 2, CIFAR-10): scan 0.10, filter 0.06, refine 0.10, lists and
+// thresholds 0.05, seeds 0.03, encode 0.05: 0.4 s in all. dense: 10.5 s, `tile` runs at 81 of 103 GMAC/s a core. The
+// index takes 1 s, half of it LAPACK's QR and eigenvalues, which two cores hardly share.
+//
+// What was tried, and what it gave:
+//   `tile` from intrinsics 48 GMAC/s a core (GCC spills accumulators); with the multiply-add in assembly 73; strips and
+//     panels on cache lines 81; unrolled twice 60, four times 72.
+//   values of the coarse code 20, 24, 28, 32, 40: search in 0.38, 0.39, 0.37, 0.35, 0.38 s. 5.8 to 1.8 % of the pairs
+//   pass. fine coordinates 120, 180, 240: 0.24, 0.12, 0.07 % refined, search 0.35, 0.32, 0.29 s, encode 0.03, 0.06,
+//   0.08 s;
+//     180 is best with few queries, whose refinements come from memory.
+//   the remainder's length by image regions instead of as a whole: at 60 coordinates 0.67 % pass, with 4 x 4 regions
+//   0.47 %,
+//     with 8 x 8 0.37 %. Costs a reconstruction per image; as many further coordinates do the same.
+//   first limits (mean ratio to the true squared distance, 256 clusters): the nearest cluster's points 1.12, two
+//   clusters
+//     1.065, four 1.04; a random sample of 8192 points 1.15; the 8 smallest 15-dimensional bounds of all points 1.15.
+//   skipping whole clusters by the triangle inequality: 8 to 11 % of the pairs, less than its bookkeeping.
+//   queries per chunk 512, 1024, 2048, 5000: 0.39, 0.37, 0.34, 0.355 s (a chunk's images and a block's must fit the
+//   L3). prefetching the next candidate's first 0, 8, 16, 48 lines: 0.41, 0.40, 0.37, 0.37 s. two accumulators in
+//   distance_u8: nothing, it waits for the L3 (27 GB/s a core).
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -11,6 +44,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -53,8 +87,8 @@ struct V {
     std::memcpy(x, a.lane, sizeof x);
     std::memcpy(y, b.lane, sizeof y);
     for (int i = 0; i < kLanes; ++i) {  // unsigned: partial sums may wrap (nearest.h)
-      const auto pair = static_cast<std::uint32_t>(x[2 * i] * y[2 * i]) +
-                        static_cast<std::uint32_t>(x[2 * i + 1] * y[2 * i + 1]);
+      const auto pair =
+          static_cast<std::uint32_t>(x[2 * i] * y[2 * i]) + static_cast<std::uint32_t>(x[2 * i + 1] * y[2 * i + 1]);
       acc.lane[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(acc.lane[i]) + pair);
     }
     return acc;
@@ -120,8 +154,8 @@ const Kernels& kernels() {
   return portable_kernels();
 }
 
-// Runs task(0) .. task(count - 1) on up to `threads` threads, the caller's among them. Threads live as long as the call,
-// so a process may fork between calls. The first exception is passed on.
+// Runs task(0) .. task(count - 1) on up to `threads` threads, the caller's among them. Threads live as long as the
+// call, so a process may fork between calls. The first exception is passed on.
 template <class Task>
 void parallel(std::int64_t count, int threads, const Task& task) {
   std::atomic<std::int64_t> next{0};
@@ -137,7 +171,10 @@ void parallel(std::int64_t count, int threads, const Task& task) {
     }
   };
   std::vector<std::thread> others;
-  for (std::int64_t t = 1; t < std::min<std::int64_t>(threads, count); ++t) others.emplace_back(worker);
+  try {
+    for (std::int64_t t = 1; t < std::min<std::int64_t>(threads, count); ++t) others.emplace_back(worker);
+  } catch (const std::system_error&) {  // the system gives no more threads: those there are do the work
+  }
   worker();
   for (std::thread& other : others) other.join();
   if (failure) std::rethrow_exception(failure);
@@ -216,7 +253,11 @@ template <class Distance>
 class Lists {
  public:
   Lists(std::int64_t ranges, std::int64_t queries, int k)
-      : ranges_(ranges), queries_(queries), k_(k), distance_(ranges * queries * k), index_(ranges * queries * k),
+      : ranges_(ranges),
+        queries_(queries),
+        k_(k),
+        distance_(ranges * queries * k),
+        index_(ranges * queries * k),
         count_(ranges * queries, 0) {}
 
   Best<Distance> get(std::int64_t range, std::int64_t query) {
@@ -245,18 +286,22 @@ class Lists {
   std::vector<int> count_;
 };
 
-// How Q x N is cut: chunks of queries; where those are fewer than the threads, also ranges of the training set.
+// How Q x N is cut into equal parts for the threads: by queries, or, where those are few, by ranges of the training
+// set, which is counted in `units` that stay whole.
 struct Cut {
+  static constexpr std::int64_t kFew = 128;
   std::int64_t chunk;
-  std::int64_t chunks;
+  std::int64_t chunks = 1;
   std::int64_t range;
-  std::int64_t ranges;
+  std::int64_t ranges = 1;
+
   Cut(std::int64_t queries, std::int64_t largest_chunk, std::int64_t units, int threads) {
-    chunks = std::max(divide_up(queries, largest_chunk), std::min<std::int64_t>(threads, queries / 128));
-    chunks = std::max<std::int64_t>(chunks, 1);
-    chunk = divide_up(queries, chunks);
-    chunks = std::max<std::int64_t>(divide_up(queries, std::max<std::int64_t>(chunk, 1)), 1);
-    ranges = chunks >= threads ? 1 : std::clamp<std::int64_t>(divide_up(threads, chunks), 1, std::max<std::int64_t>(units, 1));
+    if (queries >= kFew * threads) {
+      chunks = divide_up(divide_up(queries, largest_chunk), threads) * threads;
+    } else {
+      ranges = std::clamp<std::int64_t>(threads, 1, units);
+    }
+    chunk = std::max<std::int64_t>(divide_up(queries, chunks), 1);
     range = divide_up(units, ranges);
   }
 };
@@ -323,11 +368,11 @@ class Encoder {
 // Points side by side in strips (kernels.h), from rows of 2 * steps values.
 void pack_strip(const std::int16_t* rows, std::size_t stride, std::size_t count, std::size_t steps, int strip_rows,
                 std::int16_t* strip) {
+  const std::size_t there = std::min<std::size_t>(count, strip_rows);
+  if (there < static_cast<std::size_t>(strip_rows)) std::fill_n(strip, steps * 2 * strip_rows, std::int16_t{0});
   for (std::size_t s = 0; s < steps; ++s) {
-    for (int i = 0; i < strip_rows; ++i, strip += 2) {
-      const bool there = static_cast<std::size_t>(i) < count;
-      strip[0] = there ? rows[i * stride + 2 * s] : std::int16_t{0};
-      strip[1] = there ? rows[i * stride + 2 * s + 1] : std::int16_t{0};
+    for (std::size_t i = 0; i < there; ++i) {
+      std::memcpy(strip + 2 * (s * strip_rows + i), rows + i * stride + 2 * s, 2 * sizeof(std::int16_t));
     }
   }
 }
@@ -380,8 +425,8 @@ void encode_bytes(const Rows& rows, const Basis& basis, bool queries, const Code
     points.resize(panels * steps * 2 * kPanel);
     c.resize(strips * k.strip_rows * panels * kPanel);
     for (std::int64_t i = 0; i < panels; ++i) {
-      k.pack_panel(row<std::uint8_t>(rows, first + i * kPanel), rows.stride, std::min<std::int64_t>(kPanel, count - i * kPanel),
-                   d, points.data() + i * steps * 2 * kPanel);
+      k.pack_panel(row<std::uint8_t>(rows, first + i * kPanel), rows.stride,
+                   std::min<std::int64_t>(kPanel, count - i * kPanel), d, points.data() + i * steps * 2 * kPanel);
     }
     product(k, steps, packed.data(), strips, points.data(), panels, c.data());
     std::vector<double> v(m);
@@ -389,8 +434,8 @@ void encode_bytes(const Rows& rows, const Basis& basis, bool queries, const Code
       for (int j = 0; j < m; ++j) {
         v[j] = static_cast<double>(c[j * panels * kPanel + i] - basis.shift[j]) * basis.factor;
       }
-      const std::int64_t norm = k.distance_u8(row<std::uint8_t>(rows, first + i), basis.mean, d,
-                                              std::numeric_limits<std::int64_t>::max());
+      const std::int64_t norm =
+          k.distance_u8(row<std::uint8_t>(rows, first + i), basis.mean, d, std::numeric_limits<std::int64_t>::max());
       encoder.point(first + i, v.data(), static_cast<double>(norm) * basis.scale * basis.scale);
     }
   });
@@ -414,8 +459,8 @@ void encode_coordinates(const double* coordinates, const double* squared_norms, 
 
 namespace {
 
-constexpr std::int64_t kBlockPanels = 64;  // 1024 points: their coarse code and finest rows fit the L2 cache
-constexpr std::int64_t kQueryChunk = 2048;    // queries that meet a block, and its rows in the L3 cache, at a time
+constexpr std::int64_t kBlockPanels = 64;   // 1024 points: their coarse code and finest rows fit the L2 cache
+constexpr std::int64_t kQueryChunk = 2048;  // queries that meet a block, and its rows in the L3 cache, at a time
 constexpr std::int64_t kSeedMembers = 512;  // points of the nearest clusters whose bounds pick the seeds
 constexpr int kSeeds = 8;
 
@@ -426,11 +471,17 @@ class Filtered {
   static constexpr Distance kFar = std::numeric_limits<Distance>::max();
 
   Filtered(const Index& index, const Rows& queries, const Code& code, int k, double allowance)
-      : index_(index), queries_(queries), code_(code), k_(k), allowance_(allowance), kernels_(kernels()),
+      : index_(index),
+        queries_(queries),
+        code_(code),
+        k_(k),
+        allowance_(allowance),
+        kernels_(kernels()),
         levels_(1 + index.shape.levels) {
     const double d = static_cast<double>(index.rows.d);
+    const double m = index.shape.coordinates();
     const double unit = std::ldexp(1.0, -53);
-    slack_ = index.scale == 0 ? 0 : 4 * 32767 * std::sqrt(4 * (d + index.shape.coordinates() + 8) * unit);
+    slack_ = index.scale == 0 ? 0 : 4 * 32767 * std::sqrt(4 * (d + m + 8) * std::sqrt(m + 1) * unit);
     relative_ = (d + 16) * 2 * unit;
   }
 
@@ -439,7 +490,8 @@ class Filtered {
     const std::int64_t count = queries_.count;
     limit_.assign(count, kFar);
     const std::int64_t rows = kernels_.strip_rows;
-    parallel(divide_up(count, rows), threads, [&](std::int64_t strip) { seed(strip * rows, std::min(rows, count - strip * rows)); });
+    parallel(divide_up(count, rows), threads,
+             [&](std::int64_t strip) { seed(strip * rows, std::min(rows, count - strip * rows)); });
     Work work;
     work.seed_seconds = seconds_since(start);
     const std::int64_t panels = divide_up(index_.rows.count, kPanel);
@@ -467,7 +519,8 @@ class Filtered {
   const std::int16_t* fine_rows(int level) const { return index_.fine + level * index_.rows.count * kRow; }
 
   Distance exact(std::int64_t q, std::int64_t position, Distance limit) const {
-    return distance(kernels_, row<Row>(queries_, q), row<Row>(index_.rows, index_.order[position]), index_.rows.d, limit);
+    return distance(kernels_, row<Row>(queries_, q), row<Row>(index_.rows, index_.order[position]), index_.rows.d,
+                    limit);
   }
 
   // threshold(x) of nearest.h for a squared distance `limit`.
@@ -561,15 +614,16 @@ class Filtered {
       std::int64_t refined = 0;
       for (std::int64_t s = 0; s < strips && !gave_up_; ++s) {
         kernels_.scan(steps, packed.data() + s * steps * 2 * rows, thresholds.data() + s * rows,
-                      index_.panels + block * steps * 2 * kPanel, index_.bias + base, panels, masks.data(), kBlockPanels);
+                      index_.panels + block * steps * 2 * kPanel, index_.bias + base, panels, masks.data(),
+                      kBlockPanels);
         for (std::int64_t q = s * rows; q < std::min<std::int64_t>(count, (s + 1) * rows); ++q) {
           std::size_t kept = list(masks.data() + (q - s * rows) * kBlockPanels, panels, points, candidates.data());
           if (kept == 0) continue;
           fine += static_cast<std::int64_t>(kept);
           std::fill_n(dots.begin(), kept, 0);
           for (int l = 0; l < index_.shape.levels && kept > 0; ++l) {
-            kept = kernels_.filter(fine_query(l, first + q), fine_rows(l) + base * kRow, candidates.data(), dots.data(), kept,
-                                   fine_thresholds[q * index_.shape.levels + l]);
+            kept = kernels_.filter(fine_query(l, first + q), fine_rows(l) + base * kRow, candidates.data(), dots.data(),
+                                   kept, fine_thresholds[q * index_.shape.levels + l]);
           }
           if (kept == 0) continue;
           refined += static_cast<std::int64_t>(kept);
@@ -594,7 +648,8 @@ class Filtered {
       fine_ += fine;
       refined_ += refined;
       // A few blocks' worth of grace: the first ones are seen with the loosest limits.
-      if (static_cast<double>(refined_) > allowance_ * static_cast<double>(bounded_ + 4 * kBlockPanels * kPanel)) gave_up_ = true;
+      if (static_cast<double>(refined_) > allowance_ * static_cast<double>(bounded_ + 4 * kBlockPanels * kPanel))
+        gave_up_ = true;
       if (gave_up_) return;
     }
   }
@@ -698,7 +753,8 @@ class Dense {
     const std::int64_t strips = divide_up(count, strip_rows);
     const std::vector<std::uint8_t> centre(d, 128);
     const auto norm = [&](const Rows& rows, std::int64_t i) {
-      return kernels_.distance_u8(row<std::uint8_t>(rows, i), centre.data(), d, std::numeric_limits<std::int64_t>::max());
+      return kernels_.distance_u8(row<std::uint8_t>(rows, i), centre.data(), d,
+                                  std::numeric_limits<std::int64_t>::max());
     };
     Aligned<std::int16_t> packed(strips * steps * 2 * strip_rows);
     std::vector<std::int64_t> query_norm(count);
@@ -724,7 +780,8 @@ class Dense {
       const std::int64_t panel_count = divide_up(points, kPanel);
       for (std::int64_t p = 0; p < panel_count; ++p) {
         kernels_.pack_panel(row<std::uint8_t>(rows_, base + p * kPanel), rows_.stride,
-                            std::min<std::int64_t>(kPanel, points - p * kPanel), d, panels.data() + p * steps * 2 * kPanel);
+                            std::min<std::int64_t>(kPanel, points - p * kPanel), d,
+                            panels.data() + p * steps * 2 * kPanel);
       }
       for (std::int64_t j = 0; j < points; ++j) {
         norms[j] = norm(rows_, base + j);
@@ -733,7 +790,8 @@ class Dense {
       const std::int64_t ldc = panel_count * kPanel;
       for (std::int64_t s = 0; s < strips; s += kDenseStrips) {
         const std::int64_t here = std::min(kDenseStrips, strips - s);
-        product(kernels_, steps, packed.data() + s * steps * 2 * strip_rows, here, panels.data(), panel_count, c.data());
+        product(kernels_, steps, packed.data() + s * steps * 2 * strip_rows, here, panels.data(), panel_count,
+                c.data());
         for (std::int64_t i = 0; i < std::min(here * strip_rows, count - s * strip_rows); ++i) {
           const std::int64_t q = s * strip_rows + i;
           std::int32_t* dots = c.data() + i * ldc;
@@ -744,8 +802,8 @@ class Dense {
             lists.put(range, first + q, best);
             if (!best.full()) continue;
             // floor((|x|^2 - t) / 2) - 1; the shift rounds towards minus infinity.
-            threshold[q] = static_cast<std::int32_t>(std::max<std::int64_t>(
-                ((query_norm[q] - best.worst()) >> 1) - 1, std::numeric_limits<std::int32_t>::min()));
+            threshold[q] = static_cast<std::int32_t>(std::max<std::int64_t>(((query_norm[q] - best.worst()) >> 1) - 1,
+                                                                            std::numeric_limits<std::int32_t>::min()));
           }
         }
       }
@@ -763,7 +821,8 @@ class Dense {
 Work search_filtered(const Index& index, const Rows& queries, const Code& code, int k, double allowance,
                      const Answer& out, int threads) {
   switch (index.rows.type) {
-    case Type::u8: return Filtered<std::uint8_t>(index, queries, code, k, allowance).run(out.integer, out.index, threads);
+    case Type::u8:
+      return Filtered<std::uint8_t>(index, queries, code, k, allowance).run(out.integer, out.index, threads);
     case Type::f32: return Filtered<float>(index, queries, code, k, allowance).run(out.real, out.index, threads);
     default: return Filtered<double>(index, queries, code, k, allowance).run(out.real, out.index, threads);
   }

@@ -1,11 +1,13 @@
-// The inner loops of the nearest-neighbour search, written once over a vector type `V` (see kernels.h for what they do).
+// The inner loops of the nearest-neighbour search, written once over a vector type `V` (see kernels.h for what they
+// do).
 //
-// Included once by each of nearest_cpu.cpp, nearest_avx2.cpp and nearest_avx512.cpp after they define `V`. Everything is in
-// an anonymous namespace, so that no inline function compiled for a newer processor can be linked into an older path.
+// Included once by each of nearest_cpu.cpp, nearest_avx2.cpp and nearest_avx512.cpp after they define `V`. Everything
+// is in an anonymous namespace, so that no inline function compiled for a newer processor can be linked into an older
+// path.
 //
 // `V` provides: `Int` (`kLanes` int32), `kStripRows`; zero, load, store, broadcast (one int32), add,
-// madd(acc, a, b) (acc + the products of int16 pairs, summed in each int32 lane), greater (bit mask), sum; transpose for
-// packing; square_difference(acc, x, y) over kBytes bytes; and the float64 sums of distance_f32 and distance_f64.
+// madd(acc, a, b) (acc + the products of int16 pairs, summed in each int32 lane), greater (bit mask), sum; transpose
+// for packing; square_difference(acc, x, y) over kBytes bytes; and the float64 sums of distance_f32 and distance_f64.
 #include <cstring>
 
 #include "nearest/kernels.h"
@@ -55,7 +57,7 @@ void scan(std::size_t steps, const std::int16_t* strip, const std::int32_t* thre
       for (int i = 0; i < V::kStripRows; ++i) {
         const typename V::Int a = V::broadcast(pair_at(a_pairs + 2 * i));
         for (int v = 0; v < kVectors; ++v) acc[i][v] = V::madd(acc[i][v], a, b[v]);
-        }
+      }
     }
     for (int i = 0; i < V::kStripRows; ++i) {
       const typename V::Int threshold = V::broadcast(thresholds[i]);
@@ -179,8 +181,8 @@ double distance_real(const Real* x, const Real* y, std::size_t d, double limit) 
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-const Kernels kTable = {V::kStripRows, tile,       scan,        filter,      score,
-                        pack_panel,    distance_u8, distance_real<float>, distance_real<double>};
+const Kernels kTable = {V::kStripRows,        tile, scan, filter, score, pack_panel, distance_u8, distance_real<float>,
+                        distance_real<double>};
 
 }  // namespace
 }  // namespace diffmem::nearest

@@ -11,10 +11,12 @@ import click
 
 import diffmem
 from diffmem.cli.audit import audit_command
+from diffmem.cli.dataset import dataset_command
 from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
+from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.cli.train import train_command
 from diffmem.errors import InputError, MissingExtraError
 
@@ -30,11 +32,20 @@ def cli() -> None:
     \b
     Start here:
       diffmem audit samples/ training.zip --out report   which of these images are copies?
+      diffmem sample model/ --out samples.npz            images from a checkpoint
       diffmem demo                                       see it work on real digits
     """
 
 
-for command in (audit_command, demo_command, info_command, train_command):
+for command in (
+    audit_command,
+    dataset_command,
+    train_command,
+    sample_command,
+    import_edm_command,
+    demo_command,
+    info_command,
+):
     cli.add_command(command)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
-from diffmem.cli.options import debug_option
+from diffmem.cli.options import Source, debug_option
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,17 +27,6 @@ class Threshold(click.ParamType):
             return parse_threshold(value)
         except InputError as error:
             self.fail(str(error), parameter, context)
-
-
-class Source(click.ParamType):
-    """A path that exists, or a built-in set."""
-
-    name = "source"
-
-    def convert(self, value, parameter, context) -> str:
-        if not str(value).startswith("builtin:") and not Path(value).exists():
-            self.fail(f"{value} does not exist", parameter, context)
-        return value
 
 
 @click.command("audit")

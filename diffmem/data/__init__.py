@@ -2,6 +2,36 @@
 
 from diffmem.data.image_set import ImageSet, SkippedFile
 from diffmem.data.load import load_images
+from diffmem.data.subsets import (
+    DerivedSet,
+    Mix,
+    at_resolution,
+    class_balanced,
+    derive,
+    first_classes,
+    mixed,
+    random_labels,
+    unique_labels,
+    without_labels,
+)
 from diffmem.data.write import write_edm_zip, write_folder, write_images, write_npz
 
-__all__ = ["ImageSet", "SkippedFile", "load_images", "write_edm_zip", "write_folder", "write_images", "write_npz"]
+__all__ = [
+    "DerivedSet",
+    "ImageSet",
+    "Mix",
+    "SkippedFile",
+    "at_resolution",
+    "class_balanced",
+    "derive",
+    "first_classes",
+    "load_images",
+    "mixed",
+    "random_labels",
+    "unique_labels",
+    "without_labels",
+    "write_edm_zip",
+    "write_folder",
+    "write_images",
+    "write_npz",
+]

@@ -25,11 +25,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises `InputError` where `path` exists already and is not an empty folder.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path}: exists already: choose another name, or empty it first")
+    check_new_folder(path)
     with _beside(path) as partial:
         partial.mkdir()
         yield partial
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises `InputError` where `path` exists already and is not an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: exists already: choose another name, or empty it first")
 
 
 @contextmanager

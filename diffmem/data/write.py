@@ -1,4 +1,8 @@
-"""Writing image sets: EDM's zip archives, `.npz` files, folders of PNG with a sub-folder per 1000 seeds."""
+"""Writing image sets: EDM's zip archives, `.npz` files, folders of PNG with a sub-folder per 1000 seeds.
+
+A manifest (how the set was made) lies in the archive or folder itself, as `manifest.json`, so that it cannot get lost;
+readers of images pass over it.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +10,67 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from diffmem.data.image_set import ImageSet
 from diffmem.data.labels import DATASET_JSON
-from diffmem.data.whole import whole_file, whole_folder
+from diffmem.data.whole import check_new_folder, whole_file, whole_folder
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 
 STAGE = "writing images"
+MANIFEST_JSON = "manifest.json"
 _REPORT_EVERY = 500
 
 
-def write_images(image_set: ImageSet, path: str | os.PathLike, *, progress: Progress = silent) -> None:
+def write_images(
+    image_set: ImageSet,
+    path: str | os.PathLike,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> None:
     """Write `image_set` in the form that the suffix of `path` names: `.zip` (EDM), `.npz`, none (a folder of PNG)."""
     writers = {".zip": write_edm_zip, ".npz": write_npz, "": write_folder}
+    writers[_checked_suffix(path)](image_set, path, manifest=manifest, progress=progress)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises the `InputError` of `write_images` where the name or place of `path` is wrong: before long work, not after
+    it."""
+    path = Path(path)
+    if _checked_suffix(path) == "":
+        check_new_folder(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written: the folder {path.parent} is read-only")
+
+
+def _checked_suffix(path: str | os.PathLike) -> str:
     suffix = Path(path).suffix.lower()
-    if suffix not in writers:
+    if suffix not in (".zip", ".npz", ""):
         raise InputError(f"{path}: images are written as .zip, as .npz, or, without a suffix, as a folder")
-    writers[suffix](image_set, path, progress=progress)
+    return suffix
 
 
-def write_edm_zip(image_set: ImageSet, path: str | os.PathLike, *, progress: Progress = silent) -> None:
+def write_edm_zip(
+    image_set: ImageSet,
+    path: str | os.PathLike,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> None:
     """Write `image_set` as EDM's dataset archive: `00000/img00000000.png` … and `dataset.json` with the labels.
 
     Images are stored as PNG, entries carry a fixed date: the same pixels and labels give the same bytes (with the same
-    version of Pillow and zlib). File names are those of EDM's layout, not those of the set. Raises `InputError` for
-    float images and for other than 1 or 3 channels.
+    version of Pillow and zlib). File names are those of EDM's layout, not those of the set. `manifest` is kept as JSON
+    in `manifest.json`. Raises `InputError` for float images and for other than 1 or 3 channels.
     """
     path = Path(path)
     _require_uint8(image_set, path, channels=(1, 3))
@@ -46,6 +80,8 @@ def write_edm_zip(image_set: ImageSet, path: str | os.PathLike, *, progress: Pro
             archive.writestr(_entry(name), _png(image_set.images[index]))
             _tell(progress, index + 1, len(names))
         archive.writestr(_entry(DATASET_JSON), _dataset_json(image_set, names))
+        if manifest is not None:
+            archive.writestr(_entry(MANIFEST_JSON), _manifest_json(manifest))
 
 
 def write_npz(
@@ -53,11 +89,13 @@ def write_npz(
     path: str | os.PathLike,
     seeds: Sequence[int] | np.ndarray | None = None,
     *,
+    manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write `image_set` as `.npz`: `images` uint8 [N, C, H, W], with `labels`, `names` and `seeds` where there are any.
 
-    Raises `InputError` for float images and for seeds that do not fit.
+    `manifest` is kept as JSON in the entry `manifest.json`, which `numpy.load` gives as bytes. Raises `InputError` for
+    float images and for seeds that do not fit.
     """
     path = Path(path)
     _require_uint8(image_set, path)
@@ -68,8 +106,12 @@ def write_npz(
         arrays["names"] = np.array(list(image_set.names), dtype=np.str_)
     if seeds is not None:
         arrays["seeds"] = _checked_seeds(seeds, len(image_set), path)
-    with whole_file(path) as partial, open(partial, "xb") as file:
-        np.savez(file, **arrays)
+    with whole_file(path) as partial:
+        with open(partial, "xb") as file:
+            np.savez(file, **arrays)
+        if manifest is not None:
+            with zipfile.ZipFile(partial, "a") as archive:
+                archive.writestr(_entry(MANIFEST_JSON), _manifest_json(manifest))
     progress(STAGE, len(image_set), len(image_set))
 
 
@@ -78,11 +120,13 @@ def write_folder(
     path: str | os.PathLike,
     seeds: Sequence[int] | np.ndarray | None = None,
     *,
+    manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write `image_set` as a new folder of PNG, `000000/000000.png` being seed 0, with `dataset.json` for labels.
 
     Seed s lies in the sub-folder of its thousand, `{s − s mod 1000:06d}/{s:06d}.png`; `seeds` are 0 … N−1 unless given.
+    `manifest` is kept as JSON in `manifest.json`.
     Raises `InputError` for float images, for other than 1 or 3 channels, and where `path` exists and is not empty.
     """
     path = Path(path)
@@ -97,6 +141,8 @@ def write_folder(
             _tell(progress, index + 1, len(names))
         if image_set.labels is not None:
             (partial / DATASET_JSON).write_bytes(_dataset_json(image_set, names))
+        if manifest is not None:
+            (partial / MANIFEST_JSON).write_bytes(_manifest_json(manifest))
 
 
 def _require_uint8(image_set: ImageSet, path: Path, channels: tuple[int, ...] | None = None) -> None:
@@ -133,6 +179,10 @@ def _png(image: np.ndarray) -> bytes:
 def _dataset_json(image_set: ImageSet, names: Sequence[str]) -> bytes:
     labels = None if image_set.labels is None else list(map(list, zip(names, image_set.labels.tolist(), strict=True)))
     return json.dumps({"labels": labels}).encode()
+
+
+def _manifest_json(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=2).encode() + b"\n"
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

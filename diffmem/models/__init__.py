@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffmem.models.checkpoint import import_edm, load, save
+from diffmem.models.checkpoint import fingerprint, import_edm, load, save
 from diffmem.models.config import PRESETS, ADMConfig, DenoiserConfig, UNetConfig, preset
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.networks import ADM, UNet
@@ -20,6 +20,7 @@ __all__ = [
     "DenoiserConfig",
     "UNet",
     "UNetConfig",
+    "fingerprint",
     "import_edm",
     "load",
     "preset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -72,6 +73,15 @@ def import_edm(path: str | Path, out: str | Path) -> Path:
     """
     config, tensors = read_edm_snapshot(path)
     return save(_assemble(config, tensors, Path(path)), out)
+
+
+def fingerprint(denoiser: Denoiser) -> str:
+    """SHA-256 over configuration and weights: equal for equal denoisers, in whatever file they came."""
+    digest = hashlib.sha256(json.dumps(denoiser.config.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tensor]]:

@@ -58,6 +58,14 @@ class Denoiser(nn.Module):
         """The highest noise level the denoiser knows."""
         return self.config.preconditioning.sigma_max
 
+    def summary(self) -> str:
+        """One line for a person: network, preconditioning, image size, parameters, classes."""
+        size = f"{self.channels}x{self.resolution}x{self.resolution}"
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        classes = f"label_dim {self.label_dim}" if self.label_dim else "unconditional"
+        network, around = type(self.model).__name__, type(self.config.preconditioning).__name__
+        return f"{network} with {around} preconditioning, images {size}, {parameters:,} parameters, {classes}"
+
     def round_sigma(self, sigma: float) -> float:
         """The noise level the network really sees for `sigma`: the nearest discrete one for iDDPM, else itself."""
         preconditioning = self.config.preconditioning

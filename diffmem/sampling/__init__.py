@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from diffmem.sampling.batches import Samples, sample, sample_batches, to_uint8
+from diffmem.sampling.batches import Samples, sample, sample_batches, to_uint8, worth_compiling
+from diffmem.sampling.schedules import Churn, Plan
 from diffmem.sampling.seeds import SeededGenerators
-from diffmem.sampling.solvers import dpmpp_sample, general_sample, heun_sample
+from diffmem.sampling.solvers import (
+    DPMPP_STEPS,
+    HEUN_STEPS,
+    dpmpp_plan,
+    dpmpp_sample,
+    general_sample,
+    heun_plan,
+    heun_sample,
+    is_compiled,
+)
 
 __all__ = [
+    "DPMPP_STEPS",
+    "HEUN_STEPS",
+    "Churn",
+    "Plan",
     "Samples",
     "SeededGenerators",
+    "dpmpp_plan",
     "dpmpp_sample",
     "general_sample",
+    "heun_plan",
     "heun_sample",
+    "is_compiled",
     "sample",
     "sample_batches",
     "to_uint8",
+    "worth_compiling",
 ]

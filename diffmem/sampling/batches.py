@@ -51,7 +51,7 @@ def sample_batches(
     `solver` "heun" (18 steps, 35 network calls) or "dpm++" (14 steps and calls); solver_arguments go to it, see
     `diffmem.sampling.solvers`. compile: True, False, or "auto": after the first batch has shown that the rest takes
     long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. Raises
-    InputError for labels or classes that do not fit.
+    InputError for labels or classes that do not fit, and for images that are not finite.
     """
     if solver not in SAMPLERS:
         raise InputError(f"solver is {solver!r}, but must be one of {', '.join(SAMPLERS)}")
@@ -84,15 +84,20 @@ def sample_batches(
         if arguments.get("S_churn"):
             arguments["noise"] = lambda g=generators: g.randn(shape, torch.float64)
         images = SAMPLERS[solver](denoiser, latents, labels=batch_labels, compiled=compiled, **arguments)
+        _check_finite(images[:size], chosen)
         images = to_uint8(images[:size]).cpu()
         yield Samples(
             images, torch.tensor(chosen), None if batch_labels is None else batch_labels[:size].to("cpu", copy=True)
         )
         done = start + size
         progress("sampling", done, len(seeds))
-        if compile == "auto" and not compiled and start == 0 and device.type in _COMPILE_SECONDS:
-            rest = (time.perf_counter() - began) * (len(seeds) - done) / size
-            compiled = rest * _COMPILE_SAVES[device.type] > _COMPILE_SECONDS[device.type]
+        if compile == "auto" and not compiled and start == 0:
+            compiled = worth_compiling(device, (time.perf_counter() - began) * (len(seeds) - done) / size)
+
+
+def worth_compiling(device: torch.device, seconds: float) -> bool:
+    """Whether compiling the step pays for itself in a run that takes `seconds` more without."""
+    return device.type in _COMPILE_SECONDS and seconds * _COMPILE_SAVES[device.type] > _COMPILE_SECONDS[device.type]
 
 
 def sample(denoiser: Any, seeds: Sequence[int], **arguments: Any) -> Samples:
@@ -102,6 +107,15 @@ def sample(denoiser: Any, seeds: Sequence[int], **arguments: Any) -> Samples:
         raise InputError("seeds: none given")
     labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts])
     return Samples(torch.cat([part.images for part in parts]), torch.cat([part.seeds for part in parts]), labels)
+
+
+def _check_finite(images: torch.Tensor, seeds: Sequence[int]) -> None:
+    bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise InputError(
+            f"seed {seeds[bad[0]]}{f' and {len(bad) - 1} more' if bad[1:] else ''}: the image is not finite (NaN or "
+            "infinity); the checkpoint is damaged, or needs float32 or other noise levels"
+        )
 
 
 def _checked_labels(denoiser: Any, labels: torch.Tensor | int | None, count: int) -> torch.Tensor | None:

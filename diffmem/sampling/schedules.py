@@ -81,7 +81,7 @@ def edm_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> li
     return [(high + i / (steps - 1) * (low - high)) ** rho for i in range(steps)]
 
 
-def dpmpp_plan(
+def multistep_plan(
     steps: int, sigma_min: float, sigma_max: float, rho: float, round_sigma: Callable[[float], float]
 ) -> Plan:
     """DPM-Solver++(2M) in σ: `steps` network calls, second order but for the first and the last step.

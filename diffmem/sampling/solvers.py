@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
-from diffmem.sampling.schedules import Churn, Plan, check_steps, dpmpp_plan, noise_range, table_1_plan
+from diffmem.sampling.schedules import Churn, Plan, check_steps, multistep_plan, noise_range, table_1_plan
+
+# Steps of the protocol's sampler (35 network calls), and of the fast one (as many calls).
+HEUN_STEPS, DPMPP_STEPS = 18, 14
 
 # draw() → (B, C, H, W) float64 standard normal numbers
 Noise = Callable[[], torch.Tensor]
@@ -24,11 +27,28 @@ def _identity(sigma: float) -> float:
     return sigma
 
 
+def heun_plan(
+    denoiser: Any,
+    steps: int = HEUN_STEPS,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    churn: Churn = Churn(),  # noqa: B008 (frozen)
+) -> Plan:
+    """What heun_sample does with these arguments; one stage is one network call."""
+    check_steps(steps)
+    low, high = noise_range(denoiser, sigma_min, sigma_max)
+    round_sigma = getattr(denoiser, "round_sigma", _identity)
+    return table_1_plan(
+        steps, low, high, rho, "heun", "edm", "linear", "none", 1e-3, 0.001, 0.008, 1000, 1.0, churn, round_sigma
+    )
+
+
 def heun_sample(
     denoiser: Any,
     latents: torch.Tensor,
     *,
-    steps: int = 18,
+    steps: int = HEUN_STEPS,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
@@ -49,12 +69,7 @@ def heun_sample(
     (default: torch's own generator); labels as the denoiser takes them; compiled: run the network through
     torch.compile, once per shape. Raises InputError for steps or ranges that make no sense.
     """
-    check_steps(steps)
-    low, high = noise_range(denoiser, sigma_min, sigma_max)
-    plan = table_1_plan(
-        steps, low, high, rho, "heun", "edm", "linear", "none", 1e-3, 0.001, 0.008, 1000, 1.0,
-        Churn(S_churn, S_min, S_max, S_noise), getattr(denoiser, "round_sigma", _identity),
-    )  # fmt: skip
+    plan = heun_plan(denoiser, steps, sigma_min, sigma_max, rho, Churn(S_churn, S_min, S_max, S_noise))
     return run_plan(plan, denoiser, latents, labels, noise, compiled)
 
 
@@ -66,7 +81,7 @@ def general_sample(
     discretization: str = "edm",
     schedule: str = "linear",
     scaling: str = "none",
-    steps: int = 18,
+    steps: int = HEUN_STEPS,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     rho: float = 7.0,
@@ -102,11 +117,20 @@ def general_sample(
     return run_plan(plan, denoiser, latents, labels, noise, compiled)
 
 
+def dpmpp_plan(
+    denoiser: Any, steps: int = DPMPP_STEPS, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Plan:
+    """What dpmpp_sample does with these arguments; one stage is one network call."""
+    check_steps(steps)
+    low, high = noise_range(denoiser, sigma_min, sigma_max)
+    return multistep_plan(steps, low, high, rho, getattr(denoiser, "round_sigma", _identity))
+
+
 def dpmpp_sample(
     denoiser: Any,
     latents: torch.Tensor,
     *,
-    steps: int = 14,
+    steps: int = DPMPP_STEPS,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
@@ -117,10 +141,7 @@ def dpmpp_sample(
 
     Arguments as for heun_sample.
     """
-    check_steps(steps)
-    low, high = noise_range(denoiser, sigma_min, sigma_max)
-    plan = dpmpp_plan(steps, low, high, rho, getattr(denoiser, "round_sigma", _identity))
-    return run_plan(plan, denoiser, latents, labels, None, compiled)
+    return run_plan(dpmpp_plan(denoiser, steps, sigma_min, sigma_max, rho), denoiser, latents, labels, None, compiled)
 
 
 def run_plan(

@@ -24,7 +24,7 @@ LEVEL_COORDINATES = 60  # coordinates a fine row holds, kLevelCoordinates
 LARGEST_CODE = 32766
 COMPONENTS = 180
 COARSE_STEPS = 16  # pairs of values in the coarse code: 31 coordinates and the remainder's length
-LARGEST_LEVELS = 64
+LARGEST_LEVELS = 64  # 3,840 coordinates: nearest.h counts on fewer than 4,096
 BLOCK_VALUES = 1 << 25  # values projected at a time
 CLUSTER_SAMPLE = 16384
 CLUSTER_ITERATIONS = 4
@@ -132,7 +132,7 @@ def build(rows: torch.Tensor, components: int | None = None, progress: Progress 
     """The code of training rows [N, d]; float rows must be finite."""
     n, d = rows.shape
     wanted = min(COMPONENTS if components is None else components, d)
-    levels = -(-wanted // LEVEL_COORDINATES)
+    levels = min(LARGEST_LEVELS, -(-wanted // LEVEL_COORDINATES))
     steps = min(COARSE_STEPS, max(2, levels * LEVEL_COORDINATES // 4), -(-(d + 1) // 2))
     basis: ByteBasis | FloatBasis
     if rows.dtype == torch.uint8:

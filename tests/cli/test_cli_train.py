@@ -74,8 +74,8 @@ def test_dry_run_takes_every_factor(run, tmp_path):
     status, stdout, stderr = run(
         "--data", "builtin:digits", "--resize", 16, "--color", "rgb", "--cond", "--arch", "ncsnpp", "--precond", "edm",
         "--num-channels", 16, "--channel-mult", "1,1", "--num-blocks", 2, "--embedding", "positional",
-        "--skips", "16,8.1", "--dropout", 0.2, "--duration", 3, "--batch", 64, "--batch-gpu", 8, "--optimizer", "adamw",
-        "--lr", 1e-3,
+        "--skips", "16,8.1", "--dropout", 0.2, "--duration", 3, "--batch", 64, "--batch-gpu", 8,
+        "--optimizer", "adamw", "--lr", 1e-3,
         "--weight-decay", 1e-4, "--ema-target", 0.9, "--tikhonov", 0.01, "--augment", 0.1, "--window", 0.2, "--seed", 7,
         "--dry-run",
     )  # fmt: skip

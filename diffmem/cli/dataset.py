@@ -1,0 +1,120 @@
+"""`diffmem dataset`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffmem.cli.options import Source, debug_option
+from diffmem.errors import InputError
+
+
+class Labels(click.ParamType):
+    name = "labels"
+
+    def convert(self, value, parameter, context) -> str:
+        from diffmem.data.subsets import parse_labels
+
+        try:
+            parse_labels(value)
+        except InputError as error:
+            self.fail(str(error), parameter, context)
+        return value
+
+
+@click.command("dataset")
+@click.argument("source", type=Source())
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--size", type=click.IntRange(min=1), help="Class-balanced subset: the first N/C images of each class.")
+@click.option("--classes", type=click.IntRange(min=1), help="Only the first C classes.")
+@click.option(
+    "--labels", type=Labels(), metavar="true|none|random:C|unique", default="true", show_default=True,
+    help="Those of SOURCE, none, one of C classes drawn for each image, or a class of its own for each image.",
+)  # fmt: skip
+@click.option(
+    "--label-seed", type=click.IntRange(min=0),
+    help="Seed of random:C; without it the sequence is that of the paper's public code.",
+)  # fmt: skip
+@click.option(
+    "--resolution", "--resize", type=click.IntRange(min=1), metavar="R", help="Bring all images to R x R, antialiased."
+)
+@click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
+@click.option("--mix", type=Source(), metavar="OTHER", help="Replace images of one class by the same class of OTHER.")
+@click.option("--share", type=click.FloatRange(0, 1), help="With --mix: the share of the class to replace.")
+@click.option("--class", "class_index", type=int, help="With --mix: the class, as its number in the labels.")
+@click.option(
+    "--seed", type=click.IntRange(min=0),
+    help="Draw the images of --size and --mix at random; without it they are the first ones.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), help="Read only the first N images of SOURCE.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the manifest as JSON on standard output and nothing else there."
+)
+@debug_option
+def dataset_command(
+    source, out, size, classes, labels, label_seed, resolution, color, mix, share, class_index, seed, limit, as_json
+) -> None:
+    """Make the training set OUT from SOURCE.
+
+    SOURCE is whatever `diffmem audit` reads. OUT is a .zip (EDM's layout), an .npz or, without a suffix, a new folder
+    of PNG. It holds a manifest.json that says how it was made. The same SOURCE and options give the same bytes.
+
+    \b
+    Examples:
+      diffmem dataset cifar10-train.zip c10-1000.zip --size 1000
+      diffmem dataset cifar10-train.zip two-classes-16.zip --size 2000 --classes 2 --resolution 16
+      diffmem dataset cifar10-train.zip random-labels.zip --size 5000 --labels random:100
+      diffmem dataset cifar10-train.zip dogs.zip --size 2000 --mix imagenet-dogs/ --share 0.5 --class 5 --resolution 32
+    """
+    if len({mix is None, share is None, class_index is None}) > 1:
+        raise click.UsageError("--mix, --share and --class go together")
+    if label_seed is not None and not labels.startswith("random:"):
+        raise click.UsageError("--label-seed is for --labels random:C")
+    for read in (source, mix):
+        if read is not None and os.path.exists(read) and out.exists() and os.path.samefile(read, out):
+            raise click.UsageError(f"{out} is also what is read: choose another name for the new set")
+
+    from diffmem.data.subsets import RANDOM_LABEL_SEED, Mix, derive
+    from diffmem.data.write import check_writable
+    from diffmem.progress import progress_bars
+
+    check_writable(out)
+    with progress_bars() as progress:
+        derived = derive(
+            source,
+            limit=limit,
+            color=color,
+            resolution=resolution,
+            classes=classes,
+            size=size,
+            mix=None if mix is None else Mix(mix, share, class_index),
+            labels=labels,
+            label_seed=RANDOM_LABEL_SEED if label_seed is None else label_seed,
+            seed=seed,
+            progress=progress,
+        )
+        derived.write(out, progress)
+    for note in derived.images.notes:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        click.echo(json.dumps({"path": str(out), **derived.manifest}))
+    else:
+        print_summary(out, derived.manifest)
+
+
+def print_summary(out: Path, manifest: dict[str, Any]) -> None:
+    """What was made of what, on standard output."""
+    result = manifest["result"]
+    count, *shape = result["shape"]
+    classes = "no labels" if result["classes"] is None else f"{result['classes']:,} classes"
+    click.echo(f"{out}: {count:,} images of {'x'.join(map(str, shape))}, {classes}.")
+    click.echo(f"  from {manifest['source']['name']}, {manifest['source']['shape'][0]:,} images")
+    for operation in manifest["operations"]:
+        arguments = {name: value["name"] if name == "other" else value for name, value in operation.items()}
+        name = arguments.pop("operation")
+        click.echo(f"  {name}({', '.join(f'{key}={value}' for key, value in arguments.items())})")
+    click.echo(f"  fingerprint {result['fingerprint']}")

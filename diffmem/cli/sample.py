@@ -1,0 +1,177 @@
+"""`diffmem sample` and `diffmem import-edm`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from diffmem.cli.audit import Source, print_verdict
+from diffmem.cli.distributed import is_first_rank, process_group
+from diffmem.cli.options import debug_option
+from diffmem.errors import InputError
+
+if TYPE_CHECKING:
+    from diffmem.generation import Generated
+
+
+class Seeds(click.ParamType):
+    name = "seeds"
+
+    def convert(self, value, parameter, context) -> list[int]:
+        from diffmem.generation import parse_seeds
+
+        try:
+            return value if isinstance(value, list) else parse_seeds(value)
+        except InputError as error:
+            self.fail(str(error), parameter, context)
+
+
+@click.command("sample")
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option("--seeds", type=Seeds(), default="0-9999", show_default=True, help="Which images: 0-9999 or 0,3,5-7.")
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Write an .npz (images, seeds, labels), a .zip (EDM's layout), or a new folder (PNG, one sub-folder per 1000 "
+    "seeds).",
+)  # fmt: skip
+@click.option(
+    "--solver", type=click.Choice(["heun", "dpm++"]), default="heun", show_default=True,
+    help="heun: the protocol's, 2·steps − 1 network calls. dpm++: DPM-Solver++(2M), one call per step.",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=2), help="Noise levels.  [default: heun 18, dpm++ 14]")
+@click.option(
+    "--sigma-min", "--sigma_min", type=click.FloatRange(min=0, min_open=True), default=0.002, show_default=True,
+    help="Lowest noise level; clipped to the network's range, as is the highest.",
+)  # fmt: skip
+@click.option(
+    "--sigma-max", "--sigma_max", type=click.FloatRange(min=0, min_open=True), default=80.0, show_default=True,
+    help="Highest noise level.",
+)  # fmt: skip
+@click.option(
+    "--rho", type=click.FloatRange(min=0, min_open=True), default=7.0, show_default=True,
+    help="Exponent of the noise levels: the higher, the more of them are low.",
+)  # fmt: skip
+@click.option(
+    "--churn", "--S_churn", "S_churn", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Noise added on the way (heun only), spread over the steps; 0: deterministic.",
+)  # fmt: skip
+@click.option(
+    "--churn-min", "--S_min", "S_min", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Churn at noise levels from here",
+)  # fmt: skip
+@click.option(
+    "--churn-max", "--S_max", "S_max", type=click.FloatRange(min=0), default=float("inf"), show_default=True,
+    help="… to here.",
+)  # fmt: skip
+@click.option(
+    "--churn-noise", "--S_noise", "S_noise", type=click.FloatRange(min=0), default=1.0, show_default=True,
+    help="Factor on the deviation of the churn's noise.",
+)  # fmt: skip
+@click.option(
+    "--class", "class_index", type=click.IntRange(min=0), metavar="K",
+    help="All images of this class.  [default: drawn per seed]",
+)  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option(
+    "--compile", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+    help="Run the step through torch.compile; auto: where the run is long enough to pay for it.",
+)  # fmt: skip
+@click.option("--fp16", "precision", flag_value="fp16", help="Run the network in float16 …")
+@click.option("--bf16", "precision", flag_value="bf16", help="… or bfloat16.  [default: float32]")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--audit", "training", type=Source(), metavar="TRAINING", help="Audit against these images as it goes.")
+@click.option("--holdout", type=Source(), help="With --audit: real images the model has not seen.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="With --audit: write report.html and its tables into this folder."
+)
+@click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a summary as JSON on standard output and nothing else there."
+)
+@debug_option
+def sample_command(
+    checkpoint, seeds, out, precision, device, training, holdout, report, restart, as_json, **settings
+) -> None:
+    """Sample images from CHECKPOINT, a folder with model.safetensors and config.json, or an EDM snapshot (.pkl).
+
+    The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
+    OUT.partial until the whole is written: the same command, given again after an interrupt, goes on from there.
+
+    \b
+    Examples:
+      diffmem sample model/ --out samples.npz                           the protocol: seeds 0-9999, 18 steps of Heun
+      diffmem sample model/ --seeds 0-999 --audit training.zip          only the share of copies
+      diffmem sample network-snapshot.pkl --class 3 --out cats.zip --audit training.zip --report report
+      diffmem sample model/ --out samples.npz --solver dpm++            14 network calls instead of 35
+      torchrun --nproc-per-node 8 -m diffmem sample model/ --out samples.npz --batch 512 --fp16
+    """
+    import torch
+
+    from diffmem.generation import SampleSettings, generate, work_folder
+    from diffmem.memorization.report import check_output_folder
+    from diffmem.progress import progress_bars
+
+    if out is None and training is None:
+        raise click.UsageError("nothing to do: give --out, --audit, or both")
+    for name, value in (("--holdout", holdout), ("--report", report)):
+        if value is not None and training is None:
+            raise click.UsageError(f"{name} goes with --audit")
+    if restart and out is None:
+        raise click.UsageError("--restart goes with --out")
+    try:
+        settings = SampleSettings(precision=precision or "float32", **settings)
+    except InputError as error:
+        raise click.UsageError(str(error)) from None
+    torch.set_flush_denormal(True)
+    if report is not None and is_first_rank():
+        check_output_folder(report)
+    try:
+        with process_group(), progress_bars(is_first_rank()) as progress:
+            result = generate(
+                checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, device=device,
+                restart=restart, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if out is not None and is_first_rank() and work_folder(out).exists():
+            click.echo(f"finished images are kept in {work_folder(out)}; the same command goes on from there", err=True)
+        raise
+    if result is None:  # not the first rank
+        return
+    page = None if report is None else result.audit.save(report)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), allow_nan=False))
+        return
+    print_summary(result)
+    if page is not None:
+        click.echo(f"report: {page}")
+
+
+def print_summary(result: Generated) -> None:
+    """What was made and how fast, and the verdict of the audit, on standard output."""
+    images = len(result.samples.seeds)
+    line = f"{images:,} images, {result.network_calls} network calls each"
+    if result.new < images:
+        line += f", {images - result.new:,} of them kept from before"
+    if result.new:
+        line += f", {result.images_per_second:.3g} images/s"
+    click.echo(line + (f": {result.out}" if result.out is not None else ""))
+    if result.audit is not None:
+        print_verdict(result.audit)
+
+
+@click.command("import-edm")
+@click.argument("snapshot", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@debug_option
+def import_edm_command(snapshot: Path, out: Path) -> None:
+    """Turn SNAPSHOT, an EDM network-snapshot-*.pkl or training-state-*.pt, into a checkpoint folder OUT.
+
+    Nothing in SNAPSHOT is executed: its tensors and its description of the network are read, all else is refused.
+    """
+    from diffmem.models import import_edm, load
+
+    folder = import_edm(snapshot, out)
+    click.echo(f"{folder}: {load(folder).summary()}")

@@ -1,0 +1,279 @@
+"""Training sets derived from others: the subsets and labels whose influence on memorization the paper studies.
+
+Every function returns a new `ImageSet` and is deterministic: the same arguments give the same pixels and labels on
+every machine. Images stay in the order of their source. `derive` chains the functions and keeps a manifest of what was
+done, which `diffmem dataset` writes into the archive. The factors are those of Gu et al., arXiv 2310.02664.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffmem import __version__
+from diffmem.data.image_set import ImageSet
+from diffmem.data.load import load_images
+from diffmem.data.storage import allocate
+from diffmem.data.write import write_images
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+
+# The seed that gives the public code's sequence of random labels.
+RANDOM_LABEL_SEED = 1024
+
+
+def first_classes(images: ImageSet, classes: int) -> ImageSet:
+    """The images of the `classes` lowest class indices that occur in `images`; labels stay as they are.
+
+    Raises `InputError` where there are not so many classes, and for labels that are not class indices.
+    """
+    present = np.unique(_class_indices(images))
+    if not 1 <= classes <= len(present):
+        raise InputError(f"{images.source}: {classes} classes cannot be taken: 1 to {len(present):,} are possible")
+    return images.select(images.labels <= present[classes - 1])
+
+
+def class_balanced(images: ImageSet, size: int, seed: int | None = None) -> ImageSet:
+    """The class-balanced subset of `size` images: the first ⌊size / C⌋ of each of the C classes that occur, and as many
+    more of the last class (the one of the highest index) as are missing.
+
+    seed: None takes the first images of each class; a seed takes the first ones in a random order of the set, for
+        repetitions with other images of the same distribution.
+
+    With the same seed, the subset is contained in every larger one whose size is a multiple of C, and in any other that
+    takes no fewer images of the last class. (19 images of 10 classes hold 10 of the last class, 20 images hold 2.)
+
+    Raises `InputError`, naming the largest possible size, where a class has too few images; for fewer images than
+    classes; and for labels that are not class indices.
+    """
+    labels = _class_indices(images)
+    present, counts = np.unique(labels, return_counts=True)
+    share, remainder = divmod(size, len(present))
+    if share < 1:
+        raise InputError(f"{images.source}: size {size} is less than one image of each of {len(present):,} classes")
+    wanted = np.full(len(present), share)
+    wanted[-1] += remainder
+    if (lacking := np.flatnonzero(wanted > counts)).size:
+        fewest = counts.min()
+        largest = fewest * len(present) + min(len(present) - 1, counts[-1] - fewest)
+        first = lacking[0]
+        raise InputError(
+            f"{images.source}: size {size:,} needs {wanted[first]:,} images of class {present[first]}, there are"
+            f" {counts[first]:,}: the largest possible size is {largest:,}"
+            + (f", and every multiple of {len(present)} below it is possible" if size < largest else "")
+        )
+    order = _order(len(images), seed)
+    labels = labels[order]
+    rows = [order[labels == index][:count] for index, count in zip(present, wanted, strict=True)]
+    return images.select(np.sort(np.concatenate(rows)))
+
+
+def random_labels(images: ImageSet, classes: int, seed: int = RANDOM_LABEL_SEED) -> ImageSet:
+    """`images` with uninformative labels: one draw from 0 … `classes` − 1 per image, in order.
+
+    The draws are Python's `random.Random(seed).randint(0, classes - 1)`, which with the default seed is the sequence of
+    the paper's public code.
+    """
+    if classes < 1:
+        raise InputError(f"random labels need at least 1 class, got {classes}")
+    draw = random.Random(seed).randint
+    return replace(images, labels=np.array([draw(0, classes - 1) for _ in range(len(images))], dtype=np.int64))
+
+
+def unique_labels(images: ImageSet) -> ImageSet:
+    """`images` with label i for image i."""
+    return replace(images, labels=np.arange(len(images), dtype=np.int64))
+
+
+def without_labels(images: ImageSet) -> ImageSet:
+    """`images` without labels."""
+    return replace(images, labels=None)
+
+
+def at_resolution(images: ImageSet, resolution: int) -> ImageSet:
+    """`images` at `resolution`×`resolution` pixels: Lanczos with antialiasing, as `load_images(resize=…)` does it."""
+    return load_images(images, resize=resolution)
+
+
+def mixed(images: ImageSet, other: ImageSet, share: float, class_index: int, seed: int | None = None) -> ImageSet:
+    """`images` with the share α of its images of one class replaced by images of the same class from another set.
+
+    Of the n images of the class, the last r = ⌊α·n + ½⌋ give their places, in order, to the first r of the other set.
+    So a larger α keeps what a smaller one replaced; and without seeds, the mixture of a class-balanced subset is
+    contained in that of a larger one that contains the subset.
+
+    other: the same kind and size of images; its images labelled `class_index`, or all of them where it has no labels.
+    share: α, 0 to 1.
+    seed: "first" and "last" in a random order of each set, rather than in their own.
+
+    Raises `InputError` where the two sets do not fit each other, where `images` lacks the class, and, naming the
+    largest possible share, where `other` has too few images.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"the share of replaced images must lie within 0 … 1, got {share}")
+    if (images.image_shape, images.images.dtype) != (other.image_shape, other.images.dtype):
+        this, that = (
+            f"{each.images.dtype} {'×'.join(map(str, each.image_shape))} ({each.source})" for each in (images, other)
+        )
+        raise InputError(
+            f"images of {this} and of {that} cannot be mixed: bring both to one size and colour"
+            f" (--resolution {images.image_shape[-1]}, --color)"
+        )
+    order, other_order = _order(len(images), seed), _order(len(other), seed)
+    rows = order[_class_indices(images)[order] == class_index]
+    if not len(rows):
+        raise InputError(f"{images.source}: no image has class {class_index}")
+    if other.labels is not None:
+        other_order = other_order[_class_indices(other)[other_order] == class_index]
+    count = int(share * len(rows) + 0.5)
+    if count > len(other_order):
+        most = f"the largest possible share is {len(other_order) / len(rows):.4g}"
+        if not len(other_order):
+            most = "without labels, all of its images would count as that class"
+        raise InputError(
+            f"{other.source}: {count:,} images of class {class_index} are needed,"
+            f" there are {len(other_order):,}: {most}"
+        )
+    out, taken = np.sort(rows[len(rows) - count :]), np.sort(other_order[:count])
+    pixels = allocate(images.images.shape, images.images.dtype)
+    pixels[:] = images.images
+    pixels[out] = other.images[taken]
+    names = [images.name(row) for row in range(len(images))]
+    for row, source in zip(out.tolist(), taken.tolist(), strict=True):
+        names[row] = f"{_base_name(other)}/{other.name(source)}"
+    return replace(
+        images,
+        images=pixels,
+        names=names,
+        source=f"{images.source} mixed with {other.source}",
+        skipped=images.skipped + other.skipped,
+        notes=images.notes + other.notes,
+    )
+
+
+class Mix(NamedTuple):
+    """What `derive` mixes in: a share of the images of one class comes from `other`, anything `load_images` takes."""
+
+    other: Any
+    share: float
+    class_index: int
+
+
+class DerivedSet(NamedTuple):
+    """A derived training set and how it was made.
+
+    manifest: JSON-ready. `source` (base name, shape, fingerprint and the options it was read with), `operations` (the
+        functions of this module, in order, with their arguments), `result` (shape, number of classes, fingerprint) and
+        `diffmem` (version).
+    """
+
+    images: ImageSet
+    manifest: dict[str, Any]
+
+    def write(self, path: str | os.PathLike, progress: Progress = silent) -> None:
+        """Write the images and the manifest by `write_images`: the same sources and arguments give the same bytes."""
+        write_images(self.images, path, manifest=self.manifest, progress=progress)
+
+
+def derive(
+    source: Any,
+    *,
+    limit: int | None = None,
+    color: str | None = None,
+    resolution: int | None = None,
+    classes: int | None = None,
+    size: int | None = None,
+    mix: Mix | None = None,
+    labels: str = "true",
+    label_seed: int = RANDOM_LABEL_SEED,
+    seed: int | None = None,
+    progress: Progress = silent,
+) -> DerivedSet:
+    """The training set that the options make of `source`, with its manifest.
+
+    The order is fixed, that of the arguments: `source` (anything `load_images` takes) is read, its first `limit` images
+    if given, in `color` and at `resolution`, so that every image is resampled once; then `first_classes`,
+    `class_balanced` to `size`, `mixed`, and the labels. A mixture's other set is read in the same colour and size.
+
+    labels: "true" (those of the source, which must have some), "none", "random:C" or "unique".
+    label_seed: of random labels.
+    seed: of `class_balanced` and `mixed`; None takes first images.
+
+    Raises `InputError` as the functions do, and for other `labels`.
+    """
+    kind, label_classes = parse_labels(labels)
+    options = {"color": color, "resize": resolution}
+    images = load_images(source, limit=limit, **options, progress=progress)
+    if kind == "true" and images.labels is None:
+        raise InputError(f"{images.source}: has no labels to keep: choose other labels (--labels none)")
+    manifest = {"source": {**_description(images), "name": _base_name(images), "options": {"limit": limit, **options}}}
+    operations: list[dict[str, Any]] = []
+
+    def apply(function: Callable[..., ImageSet], **arguments: Any) -> None:
+        nonlocal images
+        images = function(images, **arguments)
+        if "other" in arguments:
+            other = arguments["other"]
+            arguments["other"] = {**_description(other), "name": _base_name(other), "options": options}
+        operations.append({"operation": function.__name__, **arguments})
+
+    if classes is not None:
+        apply(first_classes, classes=classes)
+    if size is not None:
+        apply(class_balanced, size=size, seed=seed)
+    if mix is not None:
+        other = load_images(mix.other, **options, progress=progress)
+        apply(mixed, other=other, share=mix.share, class_index=mix.class_index, seed=seed)
+    if kind == "random":
+        apply(random_labels, classes=label_classes, seed=label_seed)
+    elif kind == "unique":
+        apply(unique_labels)
+    elif kind == "none":
+        apply(without_labels)
+    return DerivedSet(
+        images, {**manifest, "operations": operations, "result": _description(images), "diffmem": __version__}
+    )
+
+
+def parse_labels(text: str) -> tuple[str, int | None]:
+    """("true", None), ("none", None), ("unique", None) or ("random", C) for `random:C`; raises `InputError`."""
+    kind, colon, classes = text.partition(":")
+    if kind == "random" and classes.isascii() and classes.isdigit() and int(classes) >= 1:
+        return kind, int(classes)
+    if kind in ("true", "none", "unique") and not colon:
+        return kind, None
+    raise InputError(f"labels are true, none, unique or random:C with C at least 1, not {text!r}")
+
+
+def _class_indices(images: ImageSet) -> np.ndarray:
+    if images.labels is None:
+        raise InputError(
+            f"{images.source}: has no labels to tell classes by: give it labels, or take its first images (--limit N)"
+        )
+    if images.labels.ndim != 1:
+        raise InputError(f"{images.source}: its labels are vectors, and classes are told by whole numbers only")
+    return images.labels
+
+
+def _order(count: int, seed: int | None) -> np.ndarray:
+    """The numbers below `count`, in an order that `seed` decides; without one, as they are."""
+    return np.arange(count) if seed is None else np.array(random.Random(seed).sample(range(count), count))
+
+
+def _base_name(images: ImageSet) -> str:
+    """What the source is called, without the folders above it: the same files elsewhere give the same manifest."""
+    return os.path.basename(os.path.abspath(images.source))
+
+
+def _description(images: ImageSet) -> dict[str, Any]:
+    return {
+        "shape": list(images.images.shape),
+        "dtype": str(images.images.dtype),
+        "classes": None if images.labels is None else len(np.unique(images.labels, axis=0)),
+        "fingerprint": images.fingerprint,
+    }

@@ -1,0 +1,10 @@
+"""Runs of a sampler: many seeds to one file, resumed where they stopped, shared among ranks, audited as they go."""
+
+from __future__ import annotations
+
+from diffmem.generation.kept import work_folder
+from diffmem.generation.run import Generated, generate
+from diffmem.generation.seed_ranges import format_seeds, parse_seeds
+from diffmem.generation.settings import SampleSettings
+
+__all__ = ["Generated", "SampleSettings", "format_seeds", "generate", "parse_seeds", "work_folder"]

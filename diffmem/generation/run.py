@@ -1,0 +1,289 @@
+"""`generate`: the images of many seeds, kept as they come, shared among ranks, written and audited."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+import diffmem
+from diffmem.data import ImageSet, write_edm_zip, write_folder, write_npz
+from diffmem.devices import pick_device
+from diffmem.errors import InputError
+from diffmem.generation.kept import KeptBlocks
+from diffmem.generation.running_audit import RunningAudit
+from diffmem.generation.seed_ranges import format_seeds
+from diffmem.generation.settings import PRECISIONS, SampleSettings
+from diffmem.memorization import Audit
+from diffmem.models import Denoiser, fingerprint, load
+from diffmem.progress import Progress, silent
+from diffmem.sampling import Samples, is_compiled, sample_batches, worth_compiling
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSource
+
+STAGE = "sampling"
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """What `generate` made.
+
+    samples: all images, with seeds and labels, in the order asked for.
+    new: how many of them this run made (the others were kept by an earlier one); seconds: what these took.
+    network_calls: per image. checkpoint, fingerprint: where the denoiser came from, and the SHA-256 of what it is.
+    """
+
+    samples: Samples
+    new: int
+    seconds: float
+    network_calls: int
+    settings: SampleSettings
+    checkpoint: str
+    fingerprint: str
+    out: Path | None = None
+    audit: Audit | None = None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of the images that this run made; None where it made none."""
+        return self.new / self.seconds if self.new else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A summary in plain JSON types, without the images."""
+        return {
+            "seeds": format_seeds(self.samples.seeds.tolist()),
+            "images": len(self.samples.seeds),
+            "new": self.new,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "network_calls": self.network_calls,
+            "settings": self.settings.to_dict(),
+            "checkpoint": {"path": self.checkpoint, "fingerprint": self.fingerprint},
+            "out": None if self.out is None else str(self.out),
+            "audit": None if self.audit is None else self.audit.to_dict(),
+        }
+
+
+def generate(
+    checkpoint: str | Path,
+    seeds: Sequence[int],
+    *,
+    out: str | Path | None = None,
+    settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+    training: ImageSource | None = None,
+    holdout: ImageSource | None = None,
+    device: str = "auto",
+    restart: bool = False,
+    progress: Progress = silent,
+) -> Generated | None:
+    """The images of `seeds`, sampled from `checkpoint`, written to `out` and audited against `training`.
+
+    An image depends on its seed, the checkpoint and the settings; the batch size and the number of ranks change it by
+    rounding at most. In a `torch.distributed` process group the seeds are divided among the ranks, and the first rank
+    writes and returns; the others return None. With `out`, finished batches are kept in `<out>.partial/` until all is
+    written: a run that ended early goes on from there and ends with the same bytes.
+
+    checkpoint: a folder of `diffmem.models.save`, or an EDM snapshot. seeds: distinct whole numbers from 0 (0 … 9999 in
+        the protocol).
+    out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a new
+        folder (PNG, a sub-folder per 1000 seeds). training: audit against these images, with a running estimate in the
+        progress; holdout: see `diffmem.audit`.
+    device: "cpu", "cuda", or "auto". restart: forget what an earlier run has kept.
+    Raises InputError for what does not fit together, before anything is sampled; for a work folder of another run,
+    naming the settings that differ; and for images that are not finite.
+    """
+    seeds = [int(seed) for seed in seeds]
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
+    group = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
+    place = pick_device(device)
+    denoiser = load(checkpoint, place)
+    denoiser.autocast_dtype = PRECISIONS[settings.precision]
+    network_calls = len(settings.plan(denoiser).stages)
+    image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
+    out = None if out is None else Path(out)
+    if out is not None and rank == 0:
+        _check_output(out, denoiser.channels)
+    auditor = None
+    if training is not None and rank == 0:
+        auditor = RunningAudit(training, holdout, image_shape, place, progress)
+
+    share = _Share(denoiser, seeds, settings, rank, ranks, None if out is None else KeptBlocks(out))
+    identity = {
+        "checkpoint": fingerprint(denoiser),
+        "seeds": format_seeds(seeds),
+        **settings.to_dict(),
+        "device": place.type,
+        "diffmem": diffmem.__version__,
+        "torch": torch.__version__,
+    }
+    compiled = [share.begin(identity, restart, network_calls) if rank == 0 else None]
+    if group:
+        dist.broadcast_object_list(compiled)
+    began = time.perf_counter()
+    failure = None
+    try:
+        share.sample(compiled[0], auditor, progress)
+    except InputError as error:
+        if rank == 0:
+            raise
+        failure = error
+    shares = _gathered((share.blocks, share.new, failure), rank, ranks)
+    if shares is None:
+        return None
+    seconds = time.perf_counter() - began
+    for *_, other_failure in shares:
+        if other_failure is not None:
+            raise other_failure
+    blocks = {index: block for part, *_ in shares for index, block in part.items()}
+    samples = _joined(blocks[index] for index in sorted(blocks))
+    if out is not None:
+        _write(samples, out, progress)
+        share.kept.remove()
+    result = None if auditor is None else auditor.audit(_image_set(samples, str(out or checkpoint), named=True))
+    return Generated(
+        samples, sum(new for _, new, _ in shares), seconds, network_calls, settings, str(checkpoint),
+        identity["checkpoint"], out, result,
+    )  # fmt: skip
+
+
+class _Share:
+    """The blocks (batches) of one rank: every `ranks`-th, so that a block is the same however many ranks there are."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        seeds: list[int],
+        settings: SampleSettings,
+        rank: int,
+        ranks: int,
+        kept: KeptBlocks | None,
+    ):
+        self.denoiser, self.settings, self.ranks, self.kept = denoiser, settings, ranks, kept
+        self.total = len(seeds)
+        starts = range(0, len(seeds), settings.batch)
+        self.seeds_of = {i: seeds[starts[i] : starts[i] + settings.batch] for i in range(rank, len(starts), ranks)}
+        self.blocks: dict[int, Samples] = {}
+        self.new = 0
+
+    def begin(self, identity: dict[str, Any], restart: bool, network_calls: int) -> bool:
+        """Opens the work folder and returns whether this run's steps are compiled."""
+        decided = None if self.kept is None else self.kept.begin(identity, restart)
+        if decided is None:
+            auto = self.settings.compile == "auto"
+            decided = self._worth_compiling(network_calls) if auto else self.settings.compile == "on"
+            if self.kept is not None:
+                self.kept.decide(identity, decided)
+        return decided
+
+    def _worth_compiling(self, network_calls: int) -> bool:
+        """Decided once for the whole run, by the time that one network call takes: blocks made in two ways would differ
+        by rounding, and a resumed run would depend on where it was interrupted."""
+        if is_compiled(self.denoiser):
+            return True
+        device = next(self.denoiser.parameters()).device
+        size = min(self.settings.batch, self.total)
+        x = torch.zeros(size, self.denoiser.channels, *[self.denoiser.resolution] * 2, device=device)
+        with torch.inference_mode(), _memory_errors(size):
+            for _ in range(2):  # the first one warms up
+                began = time.perf_counter()
+                self.denoiser(x, 1.0).sum().item()
+                seconds = time.perf_counter() - began
+        return worth_compiling(device, seconds * network_calls * len(self.seeds_of))
+
+    def sample(self, compiled: bool, auditor: RunningAudit | None, progress: Progress) -> None:
+        """Fills `blocks` with what is kept and what is left to make; tells the progress of all ranks, as if they kept
+        pace with this one."""
+        done = 0
+        if self.kept is not None:
+            for index, seeds in self.seeds_of.items():
+                if (block := self.kept.read(index, seeds)) is not None:
+                    self.blocks[index] = block
+                    done += len(seeds)
+                    if auditor is not None:
+                        auditor.add(block.images.numpy())
+        progress(STAGE, min(done * self.ranks, self.total), self.total)
+        for index, seeds in self.seeds_of.items():
+            if index in self.blocks:
+                continue
+            block = self._make(seeds, compiled)
+            if self.kept is not None:
+                self.kept.write(index, block)
+            self.blocks[index] = block
+            self.new += len(seeds)
+            done += len(seeds)
+            stage = STAGE
+            if auditor is not None:
+                auditor.add(block.images.numpy())
+                stage = f"{STAGE}: {auditor.so_far()}"
+            progress(stage, min(done * self.ranks, self.total), self.total)
+
+    def _make(self, seeds: list[int], compiled: bool) -> Samples:
+        settings = self.settings
+        with _memory_errors(len(seeds)):
+            return next(
+                sample_batches(
+                    self.denoiser, seeds, solver=settings.solver, labels=settings.class_index, batch=settings.batch,
+                    compile=compiled, **settings.solver_arguments(),
+                )
+            )  # fmt: skip
+
+
+@contextmanager
+def _memory_errors(batch: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(f"{batch} images at a time do not fit into the device's memory: use a smaller batch") from None
+
+
+def _check_output(out: Path, channels: int) -> None:
+    """Raises InputError where `_write` would fail after the work."""
+    suffix = out.suffix.lower()
+    if suffix not in (".npz", ".zip", ""):
+        raise InputError(f"{out}: images are written as .npz, as .zip, or, without a suffix, as a folder")
+    if suffix != ".npz" and channels not in (1, 3):
+        raise InputError(f"{out}: PNG files hold 1 or 3 channels, these images have {channels}: write .npz")
+    if suffix and out.is_dir():
+        raise InputError(f"{out}: is a folder; choose another name")
+    if not suffix and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists already: choose another name, or empty it first")
+
+
+def _write(samples: Samples, out: Path, progress: Progress) -> None:
+    images, seeds = _image_set(samples, str(out)), samples.seeds.numpy()
+    suffix = out.suffix.lower()
+    if suffix == ".npz":
+        write_npz(images, out, seeds, progress=progress)
+    elif suffix == ".zip":
+        write_edm_zip(images, out, progress=progress)
+    else:
+        write_folder(images, out, seeds, progress=progress)
+
+
+def _image_set(samples: Samples, source: str, named: bool = False) -> ImageSet:
+    names = [f"seed {seed}" for seed in samples.seeds.tolist()] if named else None
+    labels = None if samples.labels is None else samples.labels.numpy()
+    return ImageSet(samples.images.numpy(), names=names, labels=labels, source=source)
+
+
+def _joined(blocks: Iterable[Samples]) -> Samples:
+    images, seeds, labels = zip(*blocks, strict=True)
+    return Samples(torch.cat(images), torch.cat(seeds), None if labels[0] is None else torch.cat(labels))
+
+
+def _gathered(value: Any, rank: int, ranks: int) -> list[Any] | None:
+    """Every rank's value on the first rank, None on the others."""
+    if ranks == 1:
+        return [value]
+    values = [None] * ranks if rank == 0 else None
+    dist.gather_object(value, values)
+    return values

@@ -1,0 +1,65 @@
+"""An audit that keeps pace with the sampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from diffmem.data import ImageSet, load_images
+from diffmem.errors import InputError
+from diffmem.memorization import Audit, audit, parse_threshold, ratio_rule
+from diffmem.progress import Progress
+from diffmem.search import DistinctNeighbors, TrainingIndex
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSource
+
+
+class RunningAudit:
+    """Counts copies block by block, by the rule of `diffmem.audit`'s defaults, and audits the whole at the end.
+
+    training, holdout: as for `diffmem.audit`. image_shape: (C, H, W) of the images to come. Raises InputError, before
+    anything is sampled, for all that `diffmem.audit` would complain about afterwards.
+    """
+
+    def __init__(
+        self,
+        training: ImageSource,
+        holdout: ImageSource | None,
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+        progress: Progress,
+    ):
+        self.training = load_images(training, progress=progress)
+        self.holdout = None if holdout is None else load_images(holdout, progress=progress)
+        self.progress = progress
+        if self.training.image_shape != image_shape:
+            theirs, ours = ("x".join(map(str, shape)) for shape in (self.training.image_shape, image_shape))
+            raise InputError(
+                f"training images ({self.training.source}) are {theirs}, this network makes {ours}: give a training "
+                "set of that size, or write the images first and bring both to one size with diffmem audit"
+            )
+        self.index = TrainingIndex(self.training, device=str(device), progress=progress)
+        # One image stands for those to come, so that sets that do not fit together come to light now.
+        stand_in = ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled")
+        unseen = None if self.holdout is None else self.holdout.select(slice(0, 1))
+        first = audit(stand_in, self.training, holdout=unseen, index=self.index)
+        self._search = DistinctNeighbors(self.index, self.training.images, first.duplicate_groups)
+        self._threshold = parse_threshold(first.settings["threshold"])
+        self.count = self.total = 0
+
+    def add(self, images: np.ndarray) -> None:
+        """Counts the copies among uint8 images [n, C, H, W]."""
+        nearest = self._search.outside_duplicates(images, self._search.nearest(images))
+        self.count += int(ratio_rule(nearest.squared_distances, self._threshold).sum())
+        self.total += len(images)
+
+    def so_far(self) -> str:
+        """The running estimate, for a progress line."""
+        return f"{self.count / self.total:.1%} copies so far"
+
+    def audit(self, generated: ImageSet) -> Audit:
+        """The audit of all images."""
+        return audit(generated, self.training, holdout=self.holdout, index=self.index, progress=self.progress)

@@ -1,0 +1,83 @@
+"""What decides the images of a run, beside the checkpoint and the seeds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from diffmem.errors import InputError
+from diffmem.models import Denoiser
+from diffmem.sampling import DPMPP_STEPS, HEUN_STEPS, Churn, Plan, dpmpp_plan, heun_plan
+
+STEPS = {"heun": HEUN_STEPS, "dpm++": DPMPP_STEPS}
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """The defaults are the protocol's.
+
+    solver: "heun" (2·steps − 1 network calls) or "dpm++" (one call per step). steps: None for the solver's default.
+    sigma_min, sigma_max, rho: the noise levels, clipped to the network's range.
+    S_churn, S_min, S_max, S_noise: noise added on the way, by "heun" only; S_churn = 0: none.
+    class_index: the class of all images; None: drawn per seed, where the network has classes.
+    batch: images at a time. precision: "float32", or "bf16" or "fp16" inside the network.
+    compile: "on", "off", or "auto": where the run is long enough to pay for it.
+    Raises InputError for values that make no sense.
+    """
+
+    solver: str = "heun"
+    steps: int | None = None
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+    class_index: int | None = None
+    batch: int = 64
+    precision: str = "float32"
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("solver", STEPS), ("precision", PRECISIONS), ("compile", COMPILE)):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+        if self.steps is None:
+            object.__setattr__(self, "steps", STEPS[self.solver])
+        if self.batch < 1:
+            raise InputError(f"batch is {self.batch}, but must be at least 1")
+        if not 0 < self.rho < math.inf:
+            raise InputError(f"rho is {self.rho:g}, but must be positive and finite")
+        if not all(value >= 0 for value in (self.S_churn, self.S_min, self.S_max, self.S_noise)):
+            raise InputError("churn: S_churn, S_min, S_max and S_noise must not be negative")
+        if self.S_churn and self.solver != "heun":
+            raise InputError(f"churn is for the solver heun; {self.solver} adds no noise")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in plain JSON types: no bound on S_max is None."""
+        return {**asdict(self), "S_max": None if math.isinf(self.S_max) else self.S_max}
+
+    def solver_arguments(self) -> dict[str, Any]:
+        """What `diffmem.sampling.sample_batches` passes on to the solver."""
+        arguments = {"steps": self.steps, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho}
+        if self.S_churn:
+            arguments |= {"S_churn": self.S_churn, "S_min": self.S_min, "S_max": self.S_max, "S_noise": self.S_noise}
+        return arguments
+
+    def plan(self, denoiser: Denoiser) -> Plan:
+        """The run's plan for this denoiser. Raises InputError where the settings do not fit it."""
+        classes = denoiser.label_dim
+        if self.class_index is not None and not classes:
+            raise InputError(f"class {self.class_index}: this network is unconditional, it knows no classes")
+        if self.class_index is not None and not 0 <= self.class_index < classes:
+            raise InputError(f"class {self.class_index}: this network has the classes 0 … {classes - 1}")
+        levels = (self.steps, self.sigma_min, self.sigma_max, self.rho)
+        if self.solver == "dpm++":
+            return dpmpp_plan(denoiser, *levels)
+        return heun_plan(denoiser, *levels, Churn(self.S_churn, self.S_min, self.S_max, self.S_noise))
