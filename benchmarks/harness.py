@@ -29,6 +29,7 @@ COLUMNS = (
     "workload", "contender", "seconds", "fastest", "repeats", "ratio", "note", "machine", "threads", "versions",
     "commit", "date",
 )  # fmt: skip
+SHORT = 1.0  # seconds below which a run is repeated untimed before each timed one: another contender emptied the caches
 LONGEST = 40.0  # seconds of timing per contender, after which no repeat is added
 
 
@@ -70,7 +71,11 @@ class Bench:
         """
         if not self.wants(workload):
             return
-        answers = {contender.name: contender.run() for contender in contenders}  # also the warm-up
+        answers, warming = {}, {}
+        for contender in contenders:  # also the warm-up
+            start = time.perf_counter()
+            answers[contender.name] = contender.run()
+            warming[contender.name] = time.perf_counter() - start
         if check is not None:
             check(answers)
         answers.clear()
@@ -79,6 +84,8 @@ class Bench:
             for contender in contenders:
                 if sum(times[contender.name]) > LONGEST:
                     continue
+                if warming[contender.name] < SHORT:
+                    contender.run()
                 start = time.perf_counter()
                 contender.run()
                 times[contender.name].append(time.perf_counter() - start)

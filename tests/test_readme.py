@@ -25,3 +25,9 @@ def test_example(language, code, tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_table_is_that_of_the_results():
+    from benchmarks.readme_table import with_table
+
+    assert with_table(README) == README

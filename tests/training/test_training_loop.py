@@ -197,6 +197,7 @@ def test_plan_writes_nothing_and_changes_nothing(digits, tmp_path, monkeypatch):
     assert (plan.steps, plan.images, plan.size, plan.batch_gpu, plan.compiled) == (3, 24, 40, 4, False)
     assert plan.seconds_per_step > 0
     assert not list(tmp_path.iterdir())
+    assert plan_training(tiny(10**9), digits).compiled  # long enough to gain by it
 
 
 def test_divergence_stops_with_advice(digits, tmp_path):
