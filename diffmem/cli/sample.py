@@ -101,6 +101,10 @@ def sample_command(
     The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
     OUT.partial until the whole is written: the same command, given again after an interrupt, goes on from there.
 
+    To save time, --solver unipc: its 14 network calls are as near to the exact flow as the protocol's 35, and lead to
+    the same verdict of the memorization rule on all but a few seeds (0.4 % where the model memorizes all, 2.6 % where
+    it memorizes 95 %). For figures to be compared with published ones, keep the default.
+
     \b
     Examples:
       diffmem sample model/ --out samples.npz                           the protocol: seeds 0-9999, 18 steps of Heun
