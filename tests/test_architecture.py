@@ -8,8 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
-# What each room may import from the others; `devices`, `errors`, `progress` and the package itself are everybody's.
-EVERYBODY = {"", "devices", "errors", "progress"}
+# What each room may import from the others; `devices`, `errors`, `progress`, `whole` and the package itself are
+# everybody's.
+EVERYBODY = {"", "devices", "errors", "progress", "whole"}
 ALLOWED = {
     "data": set(),
     "ops": set(),

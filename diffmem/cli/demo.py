@@ -18,8 +18,8 @@ def demo_command(out: Path) -> None:
     """Audit a mixture of disturbed training digits and unseen digits, where the answer is known."""
     from diffmem.cli.audit import print_verdict
     from diffmem.demo import run_demo
-    from diffmem.memorization.report import check_output_folder
     from diffmem.progress import progress_bars
+    from diffmem.whole import check_output_folder
 
     check_output_folder(out)
     with progress_bars() as progress:

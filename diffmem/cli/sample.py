@@ -117,8 +117,8 @@ def sample_command(
     import torch
 
     from diffmem.generation import SampleSettings, generate, work_folder
-    from diffmem.memorization.report import check_output_folder
     from diffmem.progress import progress_bars
+    from diffmem.whole import check_output_folder
 
     if out is None and training is None:
         raise click.UsageError("nothing to do: give --out, --audit, or both")

@@ -20,9 +20,9 @@ import numpy as np
 from diffmem.data.decode import BadImage
 from diffmem.data.decode_pool import EncodedImages
 from diffmem.data.image_set import ImageSet, SkippedFile
-from diffmem.data.whole import whole_file
 from diffmem.errors import InputError
 from diffmem.progress import Progress
+from diffmem.whole import whole_file
 
 # Part of the settings: raise it when the same source would decode to other pixels.
 _VERSION = 1

@@ -19,9 +19,9 @@ from PIL import Image
 
 from diffmem.data.image_set import ImageSet
 from diffmem.data.labels import DATASET_JSON
-from diffmem.data.whole import check_new_folder, whole_file, whole_folder
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
+from diffmem.whole import check_new_folder, whole_file, whole_folder
 
 STAGE = "writing images"
 MANIFEST_JSON = "manifest.json"

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmem.data.whole import whole_file
 from diffmem.errors import InputError
 from diffmem.sampling import Samples
+from diffmem.whole import whole_file
 
 _RUN = "run.json"
 

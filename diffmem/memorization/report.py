@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from diffmem.data import ImageSet
-from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold
+from diffmem.whole import check_output_folder, whole_file
 
 if TYPE_CHECKING:
     from diffmem.memorization.audit import Audit
@@ -30,42 +30,21 @@ THUMBNAIL = 160  # pixels; larger images are reduced, smaller ones are embedded 
 def write_report(audit: Audit, folder: str | Path) -> Path:
     """Write the three files into `folder` (made if need be) and return the path of `report.html`."""
     folder = check_output_folder(folder)
-    try:
-        with _written(folder / "report.json") as file:
-            json.dump(audit.to_dict(), file, separators=(",", ":"))
-        with _written(folder / "samples.csv") as file:
-            _write_samples(audit, file)
-        page = render(audit)
-        with _written(folder / "report.html") as file:
-            file.write(page)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write the report: {error.strerror or error}") from error
+    with _written(folder / "report.json") as file:
+        json.dump(audit.to_dict(), file, separators=(",", ":"))
+    with _written(folder / "samples.csv") as file:
+        _write_samples(audit, file)
+    page = render(audit)
+    with _written(folder / "report.html") as file:
+        file.write(page)
     return folder / "report.html"
-
-
-def check_output_folder(folder: str | Path) -> Path:
-    """Make `folder` and see that files can be written there, before long work is done for it."""
-    folder = Path(folder)
-    probe = folder / ".diffmem-write-test"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write there ({error.strerror}): choose another output folder") from error
-    return folder
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[IO[str]]:
     """A text file that appears under its name only when it is whole."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            yield file
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        yield file
 
 
 def _write_samples(audit: Audit, file: IO[str]) -> None:

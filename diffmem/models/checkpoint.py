@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from diffmem.errors import InputError
 from diffmem.models.config import DenoiserConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.edm_snapshot import read_edm_snapshot
+from diffmem.whole import replaced_folder
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -32,18 +32,9 @@ def save(denoiser: Denoiser, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {_WEIGHTS, _CONFIG}):
         raise InputError(f"{folder}: exists and is not a checkpoint; choose another name")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            whole = Path(scratch, "new")
-            whole.mkdir()
-            (whole / _WEIGHTS).write_bytes(serialize(tensors))
-            (whole / _CONFIG).write_text(json.dumps(denoiser.config.to_json(), indent=1, allow_nan=False) + "\n")
-            if folder.exists():
-                folder.rename(Path(scratch, "old"))
-            whole.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be written ({error})") from None
+    with replaced_folder(folder) as partial:
+        (partial / _WEIGHTS).write_bytes(serialize(tensors))
+        (partial / _CONFIG).write_text(json.dumps(denoiser.config.to_json(), indent=1, allow_nan=False) + "\n")
     return folder
 
 

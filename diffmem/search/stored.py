@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from diffmem.errors import InputError
 from diffmem.search.basis import ByteBasis, FloatBasis
 from diffmem.search.filtered import FilteredRows
 from diffmem.search.rows import as_rows
+from diffmem.whole import replaced_folder
 
 FORMAT = "diffmem-index-1"
 DESCRIPTION = "index.json"
@@ -48,18 +47,9 @@ def new_index_folder(folder: Path, description: dict) -> Iterator[Path]:
     """
     if folder.exists() and not (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder} exists and is not an index: choose another folder")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with replaced_folder(folder) as partial:
         yield partial
         (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: the index could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[str, torch.Tensor, FilteredRows | None]:

@@ -24,7 +24,6 @@ import torch.nn as nn
 
 import diffmem
 from diffmem.data import ImageSet, load_images
-from diffmem.data.whole import whole_file
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.models import Denoiser
@@ -39,6 +38,7 @@ from diffmem.training.seeds import seed_of
 from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
 from diffmem.training.state import latest_state, read_facts, read_tensors, save_state
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
+from diffmem.whole import whole_file
 
 CONFIG, STATS = "config.json", "stats.jsonl"
 

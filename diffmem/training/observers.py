@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffmem.data.whole import whole_file
 from diffmem.models import Denoiser
 from diffmem.sampling import sample
+from diffmem.whole import whole_file
 
 
 @dataclass(frozen=True)

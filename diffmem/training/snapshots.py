@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from diffmem.data.whole import whole_file
 from diffmem.errors import InputError
 from diffmem.models import Denoiser, save
+from diffmem.whole import whole_file
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffmem.data.whole import whole_folder
 from diffmem.errors import InputError
+from diffmem.whole import whole_folder
 
 FOLDER = "state"
 _TENSORS, _FACTS = "state.safetensors", "state.json"

@@ -31,6 +31,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield partial
 
 
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill that takes the place of `path`, of which nothing is lost before; parents are made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with _beside(path) as partial:
+        partial.mkdir()
+        yield partial
+
+
+def check_output_folder(folder: str | os.PathLike) -> Path:
+    """Make `folder` and see that files can be written there, before long work is done for it."""
+    folder = Path(folder)
+    probe = folder / ".diffmem-write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there ({error.strerror}): choose another output folder") from error
+    return folder
+
+
 def check_new_folder(path: Path) -> None:
     """Raises `InputError` where `path` exists already and is not an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -42,7 +67,7 @@ def _beside(path: Path) -> Iterator[Path]:
     partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(4)}.partial"
     try:
         yield partial
-        os.replace(partial, path)
+        _put_in_place(partial, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
@@ -50,3 +75,18 @@ def _beside(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; a folder that is there, which no rename replaces, is moved aside and then removed."""
+    if not path.is_dir() or path.is_symlink():
+        os.replace(partial, path)
+        return
+    aside = partial.with_suffix(".old")
+    os.replace(path, aside)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
