@@ -79,7 +79,7 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def _put_in_place(partial: Path, path: Path) -> None:
     """Rename `partial` to `path`; a folder that is there, which no rename replaces, is moved aside and then removed."""
-    if not path.is_dir() or path.is_symlink():
+    if not path.is_dir():
         os.replace(partial, path)
         return
     aside = partial.with_suffix(".old")
@@ -89,4 +89,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
     except OSError:
         os.replace(aside, path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_symlink():
+        aside.unlink()
+    else:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
-# What each room may import from the others; `devices`, `errors`, `progress`, `whole` and the package itself are
-# everybody's.
+# What each room may import from the others; what EVERYBODY holds, and the package itself, is for all.
 EVERYBODY = {"", "devices", "errors", "progress", "whole"}
 ALLOWED = {
     "data": set(),
