@@ -22,7 +22,7 @@ ALLOWED = {
     "generation": {"models", "sampling", "data", "search", "memorization"},
     "demo": {"memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "generation", "training", "demo", "environment"},
+    "cli": {"data", "search", "memorization", "models", "generation", "training", "optimum", "demo", "environment"},
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
 

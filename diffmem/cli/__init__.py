@@ -15,6 +15,7 @@ from diffmem.cli.dataset import dataset_command
 from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.info import info_command
+from diffmem.cli.optimum import optimum_command
 from diffmem.cli.options import debug_option, debugging
 from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.cli.train import train_command
@@ -42,6 +43,7 @@ for command in (
     dataset_command,
     train_command,
     sample_command,
+    optimum_command,
     import_edm_command,
     demo_command,
     info_command,

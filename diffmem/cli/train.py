@@ -16,6 +16,7 @@ from diffmem.errors import InputError
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
+    from diffmem.progress import Progress
     from diffmem.training import Observer, Plan, Run, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
@@ -114,6 +115,7 @@ def train_command(
     """
     import torch
 
+    from diffmem.progress import progress_bars
     from diffmem.training import (
         EMA,
         Grids,
@@ -131,7 +133,8 @@ def train_command(
         raise click.UsageError("Missing option '--out' (or --dry-run).")
     torch.set_flush_denormal(True)
     with process_group():
-        data = _load(source, size, resize, color)
+        with progress_bars(is_first_rank()) as progress:
+            data = load_training_set(source, size, resize, color, progress)
         if cond and data.labels is None:
             raise InputError(f"{source}: --cond needs labels, and there are none")
         label_dim = 0
@@ -198,13 +201,13 @@ def train_command(
     return INTERRUPTED if run.ending == "interrupted" else 0
 
 
-def _load(source: str, size: int | None, resize: int | None, color: str | None) -> ImageSet:
+def load_training_set(
+    source: str, size: int | None, resize: int | None, color: str | None, progress: Progress
+) -> ImageSet:
     """The training set: read, and cut down to `size` images."""
     from diffmem.data import load_images
-    from diffmem.progress import progress_bars
 
-    with progress_bars(is_first_rank()) as progress:
-        images = load_images(source, resize=resize, color=color, progress=progress)
+    images = load_images(source, resize=resize, color=color, progress=progress)
     for note in images.notes if is_first_rank() else ():
         click.echo(f"note: {note}", err=True)
     if size is None:

@@ -21,9 +21,9 @@ from diffmem.generation.running_audit import RunningAudit
 from diffmem.generation.seed_ranges import format_seeds
 from diffmem.generation.settings import PRECISIONS, SampleSettings
 from diffmem.memorization import Audit
-from diffmem.models import Denoiser, fingerprint, load
+from diffmem.models import fingerprint, load
 from diffmem.progress import Progress, silent
-from diffmem.sampling import Samples, is_compiled, sample_batches, worth_compiling
+from diffmem.sampling import Samples, is_compilable, is_compiled, sample_batches, worth_compiling
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -37,7 +37,8 @@ class Generated:
 
     samples: all images, with seeds and labels, in the order asked for.
     new: how many of them this run made (the others were kept by an earlier one); seconds: what these took.
-    network_calls: per image. checkpoint, fingerprint: where the denoiser came from, and the SHA-256 of what it is.
+    network_calls: per image. checkpoint, fingerprint: where the denoiser came from (or what it is), and the SHA-256 of
+        what it is.
     """
 
     samples: Samples
@@ -72,7 +73,7 @@ class Generated:
 
 
 def generate(
-    checkpoint: str | Path,
+    checkpoint: str | Path | torch.nn.Module,
     seeds: Sequence[int],
     *,
     out: str | Path | None = None,
@@ -90,8 +91,9 @@ def generate(
     writes and returns; the others return None. With `out`, finished batches are kept in `<out>.partial/` until all is
     written: a run that ended early goes on from there and ends with the same bytes.
 
-    checkpoint: a folder of `diffmem.models.save`, or an EDM snapshot. seeds: distinct whole numbers from 0 (0 … 9999 in
-        the protocol).
+    checkpoint: a folder of `diffmem.models.save`, or an EDM snapshot; or a denoiser with the interface of
+        `diffmem.models.Denoiser`, a `fingerprint` of its own and its own device (`diffmem.optimum`). seeds: distinct
+        whole numbers from 0 (0 … 9999 in the protocol).
     out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a new
         folder (PNG, a sub-folder per 1000 seeds). training: audit against these images, with a running estimate in the
         progress; holdout: see `diffmem.audit`.
@@ -104,9 +106,14 @@ def generate(
         raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
     group = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
-    place = pick_device(device)
-    denoiser = load(checkpoint, place)
-    denoiser.autocast_dtype = PRECISIONS[settings.precision]
+    if isinstance(checkpoint, torch.nn.Module):
+        denoiser, source, identifier = checkpoint, checkpoint.summary(), checkpoint.fingerprint
+        place = next(denoiser.parameters()).device
+    else:
+        place = pick_device(device)
+        denoiser, source = load(checkpoint, place), str(checkpoint)
+        denoiser.autocast_dtype = PRECISIONS[settings.precision]
+        identifier = fingerprint(denoiser)
     network_calls = len(settings.plan(denoiser).stages)
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     out = None if out is None else Path(out)
@@ -118,7 +125,7 @@ def generate(
 
     share = _Share(denoiser, seeds, settings, rank, ranks, None if out is None else KeptBlocks(out))
     identity = {
-        "checkpoint": fingerprint(denoiser),
+        "checkpoint": identifier,
         "seeds": format_seeds(seeds),
         **settings.to_dict(),
         "device": place.type,
@@ -148,10 +155,10 @@ def generate(
     if out is not None:
         _write(samples, out, progress)
         share.kept.remove()
-    result = None if auditor is None else auditor.audit(_image_set(samples, str(out or checkpoint), named=True))
+    result = None if auditor is None else auditor.audit(_image_set(samples, str(out or source), named=True))
     return Generated(
-        samples, sum(new for _, new, _ in shares), seconds, network_calls, settings, str(checkpoint),
-        identity["checkpoint"], out, result,
+        samples, sum(new for _, new, _ in shares), seconds, network_calls, settings, source, identifier, out,
+        result,
     )  # fmt: skip
 
 
@@ -160,7 +167,7 @@ class _Share:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: torch.nn.Module,
         seeds: list[int],
         settings: SampleSettings,
         rank: int,
@@ -189,6 +196,8 @@ class _Share:
         by rounding, and a resumed run would depend on where it was interrupted."""
         if is_compiled(self.denoiser):
             return True
+        if not is_compilable(self.denoiser):
+            return False
         device = next(self.denoiser.parameters()).device
         size = min(self.settings.batch, self.total)
         x = torch.zeros(size, self.denoiser.channels, *[self.denoiser.resolution] * 2, device=device)

@@ -11,7 +11,7 @@ import torch
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.sampling.seeds import SeededGenerators
-from diffmem.sampling.solvers import dpmpp_sample, heun_sample, is_compiled, unipc_sample
+from diffmem.sampling.solvers import dpmpp_sample, heun_sample, is_compilable, is_compiled, unipc_sample
 
 SAMPLERS = {"heun": heun_sample, "dpm++": dpmpp_sample, "unipc": unipc_sample}
 
@@ -91,7 +91,7 @@ def sample_batches(
         )
         done = start + size
         progress("sampling", done, len(seeds))
-        if compile == "auto" and not compiled and start == 0:
+        if compile == "auto" and not compiled and start == 0 and is_compilable(denoiser):
             compiled = worth_compiling(device, (time.perf_counter() - began) * (len(seeds) - done) / size)
 
 

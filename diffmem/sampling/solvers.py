@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from diffmem.errors import InputError
 from diffmem.sampling.schedules import (
     Churn,
     Plan,
@@ -250,8 +251,15 @@ def is_compiled(denoiser: Any) -> bool:
     return denoiser in _COMPILED
 
 
+def is_compilable(denoiser: Any) -> bool:
+    """Whether this denoiser is one that torch.compile can take: networks are; what says `compilable = False` is not."""
+    return getattr(denoiser, "compilable", True)
+
+
 def _compiled_stage(denoiser: Any) -> Callable:
     """The compiled stage of this denoiser, made once."""
+    if not is_compilable(denoiser):
+        raise InputError("compile: this denoiser is no network, there is nothing to compile")
     if denoiser not in _COMPILED:
         device = next((parameter.device.type for parameter in denoiser.parameters()), "cpu")
         # CUDA graphs where there is CUDA: the step is dozens of small kernels.

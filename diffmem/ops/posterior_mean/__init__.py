@@ -1,0 +1,39 @@
+"""Op `posterior_mean`: the mean of the training rows, weighted by how likely each is behind a noisy observation."""
+
+from __future__ import annotations
+
+import torch
+
+from diffmem.errors import InputError
+from diffmem.ops.posterior_mean.rows import OP, PosteriorMean, PosteriorRows
+
+__all__ = ["OP", "PosteriorMean", "PosteriorRows", "posterior_mean"]
+
+
+def posterior_mean(
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    training: torch.Tensor,
+    *,
+    tolerance: float = 1e-5,
+    impl: str | None = None,
+) -> PosteriorMean:
+    """Σ_i w_i y_i with w = softmax_i(−‖x − y_i‖² / (2σ²)) for each query: the optimal denoiser of a finite set.
+
+    Karras et al., arXiv 2206.00364, appendix B.3; Gu et al., arXiv 2310.02664, section 3.1.
+
+    x: [B, d] real, on the device to compute on. sigma: [B] the noise levels, positive, in the rows' units.
+    training: [N, d] uint8, float32 or float64; it may lie on the CPU while x does not. Whoever asks the same rows again
+        and again makes them ready once: `PosteriorRows`.
+    tolerance: the relative error of the mean that is aimed at, ‖mean − exact‖ / ‖exact‖, for means whose length is
+        about the spread of the rows or more. impl: forces an implementation.
+    Raises InputError where shapes do not fit, the training set is empty or a noise level is not positive.
+    """
+    if x.ndim != 2 or training.ndim != 2 or x.shape[1] != training.shape[1]:
+        raise InputError(
+            f"posterior_mean: x {list(x.shape)} and training {list(training.shape)} must be [B, d] and [N, d]"
+        )
+    if sigma.shape != (len(x),) or not bool(((sigma > 0) & sigma.isfinite()).all()):
+        raise InputError(f"sigma: one positive noise level for each of {len(x)} queries is needed")
+    centre = torch.full((x.shape[1],), 128.0 if training.dtype == torch.uint8 else 0.0)
+    return PosteriorRows(training, centre, x.device, impl).mean(x, sigma, tolerance)

@@ -1,0 +1,149 @@
+"""The posterior mean by blocks of the training set, in PyTorch, for any device and any real dtype.
+
+With u = x − c and z_i = y_i − c for a centre c, the logit of image i is, but for a constant of the query,
+s_i = (u·z_i − ‖z_i‖²/2) / σ². One float32 product per block gives all of them, with an error of at most
+
+    e = (γ_(d+2)·‖u‖·‖z‖ + 2^-23·(‖u‖·‖z‖ + ‖z‖²/2)) / σ²,   γ_n = n·2^-24 / (1 − n·2^-24)
+
+(Higham, Accuracy and Stability of Numerical Algorithms, §3.1; the second term is the rounding of what follows the
+product). With M the largest s_i so far as computed, an image whose computed s_i is below M − 2e − ln(N/ε) has less than
+ε/N of the weight of the image at M: all that are left out hold less than ε of the mass, proven, and what they were is
+added up: `dropped`. Blocks where few images are left have these recomputed in float64 from the differences; the others
+are added densely, in float32 where its rounding is below the tolerance, else in float64. For this the largest rounding
+error of a product is taken as 2·2^-24·‖u‖·‖z‖ and not as the proven e, which is a hundred times larger: the signs of d
+roundings do not conspire (measured over all σ: at most 0.6 of it).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+BLOCK_PAIRS = 1 << 24  # pairs of query and image at a time
+BLOCK_VALUES = 1 << 26  # values of a block of images
+DENSE_SHARE = 1 / 16  # share of pairs that carry weight from which a block is added densely
+REFINE_VALUES = 1 << 24
+SMALL = 1 << 27  # multiplications of a product for which float64 is as good as free
+DROPPED_SHARE = 0.1  # of the tolerance, for the mass that is left out
+
+
+class RunningMean:
+    """The weighted mean of what has been seen so far, per query: an online log-sum-exp in float64.
+
+    top [B]: the logit that weights are relative to. mass [B]: Σ exp(logit − top). total [B, d]: the same sum of rows.
+    dropped [B]: a bound on the mass left out, in the same unit.
+    """
+
+    def __init__(self, count: int, dimension: int, device: torch.device):
+        self.top = torch.full((count,), -math.inf, dtype=torch.float64, device=device)
+        self.mass = torch.zeros(count, dtype=torch.float64, device=device)
+        self.dropped = torch.zeros(count, dtype=torch.float64, device=device)
+        self.total = torch.zeros(count, dimension, dtype=torch.float64, device=device)
+
+    def raise_top(self, top: torch.Tensor) -> None:
+        """Makes `top` [B] the reference where it is higher."""
+        higher = torch.maximum(self.top, top)
+        factor = (self.top - higher).exp().nan_to_num(0.0)  # −inf − −inf: nothing has been seen
+        for part in (self.mass, self.dropped):
+            part *= factor
+        if not bool((factor == 1).all()):
+            self.total *= factor[:, None]
+        self.top = higher
+
+    def mean(self) -> torch.Tensor:
+        return self.total / self.mass[:, None]
+
+
+def posterior_mean_blocked(
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    training: torch.Tensor,
+    tolerance: float,
+    centre: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean [B, d], log-sum-exp [B] and dropped share of the mass [B], float64; see `posterior_mean`."""
+    count, d = x.shape
+    device = x.device
+    centre = centre.to(device, torch.float64)
+    u = x.double() - centre
+    inverse_variance = 1 / sigma.double().square()
+    lengths = u.norm(dim=1)
+    state = RunningMean(count, d, device)
+    reach = math.log(len(training) / (DROPPED_SHARE * tolerance))
+    gamma = (d + 2) * 2.0**-24 / (1 - (d + 2) * 2.0**-24)
+    narrow = u.float()
+    step = max(1, min(BLOCK_PAIRS // max(count, 1), BLOCK_VALUES // d))
+    if count * len(training) * d <= SMALL:
+        for rows in training.split(step):
+            _add_all(state, u, rows.to(device).double() - centre, inverse_variance)
+        return state.mean() + centre, _log_sum(state, u, inverse_variance), state.dropped / state.mass
+    for start in range(0, len(training), step):
+        rows = training[start : start + step].to(device)
+        z = rows.float() - centre.float() if rows.dtype == torch.uint8 else (rows.double() - centre).float()
+        exact = rows.dtype == torch.uint8 and bool((centre == centre.round()).all())
+        squared = z.double().square().sum(dim=1) if exact else (rows.double() - centre).square().sum(dim=1)
+        longest = squared.max().sqrt()
+        logits = torch.addmm(-0.5 * squared.float(), narrow, z.T).mul_(inverse_variance[:, None].float())
+        error = (gamma + 2.0**-22) * (lengths + longest) * longest * inverse_variance
+        if not exact:  # rounding of u and z themselves
+            error = error + 2.0**-23 * (lengths + longest) * longest * inverse_variance
+        # Of these lower bounds on the largest logit one belongs to this block, the other to what has been seen.
+        known = torch.maximum(state.top, logits.amax(dim=1).double() - error)
+        kept = logits.double() >= (known - error - reach)[:, None]
+        if int(kept.count_nonzero()) <= DENSE_SHARE * kept.numel():
+            queries, images = kept.nonzero(as_tuple=True)
+            _add_pairs(state, u, rows, centre, inverse_variance, queries, images)
+            state.dropped += (len(rows) - kept.sum(dim=1)) * math.exp(-reach)
+        elif float((2 * 2.0**-24 * lengths * longest * inverse_variance).max()) > 0.5 * tolerance:
+            _add_all(state, u, rows.double() - centre, inverse_variance)
+        else:
+            _add_weighted(state, logits, z)
+    return state.mean() + centre, _log_sum(state, u, inverse_variance), state.dropped / state.mass
+
+
+def _add_pairs(
+    state: RunningMean,
+    u: torch.Tensor,
+    rows: torch.Tensor,
+    centre: torch.Tensor,
+    inverse_variance: torch.Tensor,
+    queries: torch.Tensor,
+    images: torch.Tensor,
+) -> None:
+    """Adds these pairs of query and row, with weights from float64 differences."""
+    step = max(1, REFINE_VALUES // u.shape[1])
+    parts = list(zip(queries.split(step), images.split(step), strict=True))
+    # u·z − ‖z‖²/2 as (2u − z)·z / 2: neither ‖u‖² nor ‖z‖² has to cancel.
+    centred = [rows[i].double() - centre for _, i in parts] if len(parts) == 1 else None
+    logits = []
+    for part, (q, i) in enumerate(parts):
+        z = centred[part] if centred else rows[i].double() - centre
+        logits.append(((2 * u[q] - z) * z).sum(dim=1) * (0.5 * inverse_variance[q]))
+    if not logits:
+        return
+    state.raise_top(state.top.scatter_reduce(0, queries, torch.cat(logits), "amax"))
+    for part, (q, i) in enumerate(parts):
+        z = centred[part] if centred else rows[i].double() - centre
+        weights = (logits[part] - state.top[q]).exp()
+        state.mass.index_add_(0, q, weights)
+        state.total.index_add_(0, q, z * weights[:, None])
+
+
+def _add_all(state: RunningMean, u: torch.Tensor, z: torch.Tensor, inverse_variance: torch.Tensor) -> None:
+    """Adds all pairs of query and float64 row."""
+    half = -0.5 * z.square().sum(dim=1)
+    _add_weighted(state, torch.addmm(half, u, z.T).mul_(inverse_variance[:, None]), z)
+
+
+def _add_weighted(state: RunningMean, logits: torch.Tensor, z: torch.Tensor) -> None:
+    """Adds all rows z [n, d] by their logits [B, n], which are overwritten."""
+    state.raise_top(logits.amax(dim=1).double())
+    weights = logits.sub_(state.top.to(logits.dtype)[:, None]).exp_()
+    state.mass += weights.sum(dim=1, dtype=torch.float64)
+    state.total += weights @ z
+
+
+def _log_sum(state: RunningMean, u: torch.Tensor, inverse_variance: torch.Tensor) -> torch.Tensor:
+    """log Σ exp(−‖x − y_i‖² / (2σ²)): the logits carry ‖u‖² / (2σ²) more than that."""
+    return state.top + state.mass.log() - 0.5 * u.square().sum(dim=1) * inverse_variance

@@ -1,0 +1,73 @@
+"""`PosteriorRows`: training rows made ready to be averaged again and again, by the implementation that fits best."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from diffmem.errors import InputError
+from diffmem.ops.posterior_mean.blocked import posterior_mean_blocked
+from diffmem.ops.posterior_mean.reference import posterior_mean_reference
+from diffmem.ops.registry import Implementation, Op, always, register
+
+OP = register(
+    Op(
+        "posterior_mean",
+        (
+            Implementation("torch", "blocked float32 products, float64 where they do not do", always),
+            Implementation("reference", "every difference, in float64", always),
+        ),
+    )
+)
+
+
+class PosteriorMean(NamedTuple):
+    """mean [B, d], log_sum [B] (log Σ_i exp(−‖x − y_i‖² / 2σ²)) and dropped [B], float64.
+
+    dropped: a proven bound on the share of the weights' sum that was left out.
+    """
+
+    mean: torch.Tensor
+    log_sum: torch.Tensor
+    dropped: torch.Tensor
+
+
+class PosteriorRows:
+    """Training rows [N, d] uint8, float32 or float64, and what the implementation derives from them.
+
+    rows: on the CPU, or on `device`; elsewhere they are moved block by block. centre: [d] float64, a point in their
+        middle, from which distances are reckoned; whole numbers for uint8 rows. It decides about rounding only.
+    device: where queries come from and answers go. impl: forces an implementation.
+    Raises InputError where the rows are none, or the implementation cannot be used here.
+    """
+
+    def __init__(self, rows: torch.Tensor, centre: torch.Tensor, device: torch.device, impl: str | None = None):
+        if rows.ndim != 2 or len(rows) == 0:
+            raise InputError(f"training rows must be [N, d], N > 0, got {list(rows.shape)}")
+        self.rows, self.centre, self.device = rows, centre.double(), device
+        self.impl = OP.choose(device.type, impl)
+
+    @property
+    def dimension(self) -> int:
+        return self.rows.shape[1]
+
+    def mean(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        tolerance: float,
+        images: tuple[int, int] | torch.Tensor | None = None,
+    ) -> PosteriorMean:
+        """The posterior mean of x [B, d] at sigma [B], over the rows start … stop − 1, a list of rows, or all.
+
+        tolerance: the relative error aimed at, see `posterior_mean`.
+        """
+        if images is None:
+            chosen = self.rows
+        else:
+            chosen = self.rows[images] if isinstance(images, torch.Tensor) else self.rows[slice(*images)]
+        if self.impl == "reference":
+            mean, log_sum = posterior_mean_reference(x, sigma, chosen)
+            return PosteriorMean(mean, log_sum, torch.zeros_like(log_sum))
+        return PosteriorMean(*posterior_mean_blocked(x, sigma, chosen, tolerance, self.centre))
