@@ -4,12 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
 #include "conv3x3/conv3x3.h"
 #include "cpu/features.h"
 #include "nearest/nearest.h"
+#include "posterior_mean/posterior_mean.h"
 #ifdef DIFFMEM_WITH_CUDA
 #include "nearest/nearest_cuda.h"
 #endif
@@ -155,6 +157,105 @@ void bind_nearest(py::module_& m) {
       py::arg("threads"), "Exact k nearest rows by all pairs.");
 }
 
+// diffmem::posterior_mean: integer products and exact pairs (posterior_mean.h says what each array holds).
+void bind_posterior_mean(py::module_& m) {
+  namespace pm = diffmem::posterior_mean;
+  using std::int32_t, std::int64_t, std::uint8_t;
+  using Address = std::uintptr_t;
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+
+  py::class_<pm::Term>(m, "PosteriorTerm")
+      .def(py::init([](Address rows, int64_t stride, int64_t k, Address panel, Address shift, Address scale) {
+             return pm::Term{at<const uint8_t>(rows), stride, k, at<const std::int8_t>(panel), at<const int32_t>(shift),
+                             at<const float>(scale)};
+           }),
+           py::arg("rows"), py::arg("stride"), py::arg("k"), py::arg("panel"), py::arg("shift"), py::arg("scale"));
+  py::class_<pm::ByteRows>(m, "PosteriorRows")
+      .def(py::init([](Address data, int64_t stride, int64_t d, Address centre) {
+             return pm::ByteRows{at<const uint8_t>(data), stride, d, at<const uint8_t>(centre)};
+           }),
+           py::arg("data"), py::arg("stride"), py::arg("d"), py::arg("centre"));
+  py::class_<pm::Pairs>(m, "PosteriorPairs")
+      .def_readonly("complete", &pm::Pairs::complete)
+      .def_property_readonly("count", [](const pm::Pairs& pairs) { return pairs.images.size(); })
+      .def(
+          "copy",
+          [](const pm::Pairs& pairs, Address starts, Address images) {
+            std::copy(pairs.starts.begin(), pairs.starts.end(), at<int64_t>(starts));
+            std::copy(pairs.images.begin(), pairs.images.end(), at<int32_t>(images));
+          },
+          py::arg("starts"), py::arg("images"));
+
+  m.attr("posterior_largest_sum") = pm::kLargestSum;
+  m.def("posterior_available", &pm::available, "Whether this processor and build have the 8-bit products.");
+  m.def(
+      "posterior_scores",
+      [](const std::vector<pm::Term>& terms, int64_t n, int64_t columns, Address half_norms, Address weight,
+         Address out, int threads) {
+        pm::scores(terms, n, columns, at<const float>(half_norms), at<const float>(weight), at<float>(out), threads);
+      },
+      unlocked, py::arg("terms"), py::arg("n"), py::arg("columns"), py::arg("half_norms"), py::arg("weight"),
+      py::arg("out"), py::arg("threads"));
+  m.def(
+      "posterior_column_top",
+      [](Address scores, int64_t n, int64_t columns, Address top, Address where, int threads) {
+        pm::column_top(at<const float>(scores), n, columns, at<float>(top), at<int64_t>(where), threads);
+      },
+      unlocked, py::arg("scores"), py::arg("n"), py::arg("columns"), py::arg("top"), py::arg("where"),
+      py::arg("threads"));
+  m.def(
+      "posterior_column_mass",
+      [](Address scores, int64_t n, int64_t columns, Address top, Address mass, int threads) {
+        pm::column_mass(at<const float>(scores), n, columns, at<const float>(top), at<double>(mass), threads);
+      },
+      unlocked, py::arg("scores"), py::arg("n"), py::arg("columns"), py::arg("top"), py::arg("mass"),
+      py::arg("threads"));
+  m.def(
+      "posterior_select",
+      [](Address scores, int64_t n, int64_t columns, Address threshold, Address reach, Address slack, int64_t limit,
+         int threads) {
+        return pm::select(at<const float>(scores), n, columns, at<const float>(threshold), at<const float>(reach),
+                          at<const float>(slack), limit, threads);
+      },
+      unlocked, py::arg("scores"), py::arg("n"), py::arg("columns"), py::arg("threshold"), py::arg("reach"),
+      py::arg("slack"), py::arg("limit"), py::arg("threads"));
+  m.def(
+      "posterior_pair_logits",
+      [](const pm::ByteRows& rows, Address queries, Address half_norms, Address weight, Address starts, Address images,
+         int64_t columns, Address out, int threads) {
+        pm::pair_logits(rows, at<const double>(queries), at<const double>(half_norms), at<const double>(weight),
+                        at<const int64_t>(starts), at<const int32_t>(images), columns, at<double>(out), threads);
+      },
+      unlocked, py::arg("rows"), py::arg("queries"), py::arg("half_norms"), py::arg("weight"), py::arg("starts"),
+      py::arg("images"), py::arg("columns"), py::arg("out"), py::arg("threads"));
+  m.def(
+      "posterior_pair_sums",
+      [](const pm::ByteRows& rows, Address weights, Address starts, Address images, int64_t columns, Address out,
+         int threads) {
+        pm::pair_sums(rows, at<const double>(weights), at<const int64_t>(starts), at<const int32_t>(images), columns,
+                      at<double>(out), threads);
+      },
+      unlocked, py::arg("rows"), py::arg("weights"), py::arg("starts"), py::arg("images"), py::arg("columns"),
+      py::arg("out"), py::arg("threads"));
+  m.def(
+      "posterior_round_weights",
+      [](Address scores, int64_t n, int64_t columns, Address limit, Address chosen, int64_t count, Address high,
+         Address low, Address sum, Address high_sum, int threads) {
+        pm::round_weights(at<const float>(scores), n, columns, at<const float>(limit), at<const int32_t>(chosen), count,
+                          at<uint8_t>(high), at<uint8_t>(low), at<int64_t>(sum), at<int64_t>(high_sum), threads);
+      },
+      unlocked, py::arg("scores"), py::arg("n"), py::arg("columns"), py::arg("limit"), py::arg("chosen"),
+      py::arg("count"), py::arg("high"), py::arg("low"), py::arg("sum"), py::arg("high_sum"), py::arg("threads"));
+  m.def(
+      "posterior_weighted_sums",
+      [](Address rows, int64_t stride, int64_t k, int64_t n, Address weights, int64_t count, Address out, int threads) {
+        pm::weighted_sums(at<const uint8_t>(rows), stride, k, n, at<const uint8_t>(weights), count, at<int32_t>(out),
+                          threads);
+      },
+      unlocked, py::arg("rows"), py::arg("stride"), py::arg("k"), py::arg("n"), py::arg("weights"), py::arg("count"),
+      py::arg("out"), py::arg("threads"));
+}
+
 #ifdef DIFFMEM_WITH_CUDA
 void bind_nearest_cuda(py::module_& m) {
   namespace cuda = diffmem::nearest::cuda;
@@ -223,6 +324,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &diffmem::cpu::features, "Relevant processor features found.");
   bind_conv3x3(m);
   bind_nearest(m);
+  bind_posterior_mean(m);
 #ifdef DIFFMEM_WITH_CUDA
   m.attr("with_cuda") = true;
   bind_nearest_cuda(m);

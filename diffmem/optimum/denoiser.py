@@ -19,14 +19,18 @@ import torch.nn as nn
 from diffmem.data import load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.ops.posterior_mean import PosteriorRows
+from diffmem.ops.posterior_mean import OP, PosteriorRows
 from diffmem.optimum.regularized import Regularization, to_json
 from diffmem.progress import Progress, silent
+from diffmem.search.basis import principal_components, sample_rows
 from diffmem.search.rows import as_rows, check_finite
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
+NARROWEST = 512  # values of a row below which principal components do not pay
+LEAST_ROWS = 4096
+COMPONENTS = 5  # twelfths of the values of a row: what JPEG's chroma leaves of three channels, and a little less
 WEIGHT_BLOCK = 1 << 24  # values of the training rows at a time when weights are listed
 
 
@@ -46,8 +50,8 @@ class OptimalDenoiser(nn.Module):
     """D(x; σ) of a training set, with the interface of `diffmem.models.Denoiser`: a drop-in for every sampler.
 
     training: uint8 images, or float images in [-1, 1]; anything `diffmem.load_images` reads. A memory-mapped set stays
-        on disk. Beyond the images memory is bounded by a constant and what an index of them takes (at most a third of
-        their size); it does not grow with N times the batch.
+        on disk. Beyond the images memory is bounded by a constant and what an index of them takes (at most half their
+        size); it does not grow with N times the batch.
     tolerance: relative error against a direct evaluation in float64, ‖D − D_exact‖ / ‖D_exact‖.
     labels: None: the set's own, where it has class indices, and unconditional where it has none; False: unconditional;
         or int64 [N]. With labels, the sum of a query of class k runs over the images of class k.
@@ -104,7 +108,9 @@ class OptimalDenoiser(nn.Module):
             raise InputError(f"subset: {subset} images cannot be drawn from {largest:,} (of the largest class)")
         place = pick_device(device)
         mean = _mean(rows)
-        self.rows = PosteriorRows(rows, mean, place, impl)
+        basis = self._basis(rows, mean) if OP.choose(place.type, impl) == "native" else None
+        length = float(self._to_images(mean).norm()) * (127.5 if self.integer else 1)
+        self.rows = PosteriorRows(rows, mean, place, basis=basis, length=length, impl=impl, progress=progress)
         # The mean image, which D tends to as σ grows; as a parameter, so that samplers find the device.
         average = self._to_images(mean).float().reshape(images.image_shape)
         self.mean = nn.Parameter(average.to(place), requires_grad=False)
@@ -123,6 +129,12 @@ class OptimalDenoiser(nn.Module):
                 f"{list(found.shape)} for {len(self.images):,} images; labels=False leaves them out"
             )
         return found.astype(np.int64)
+
+    def _basis(self, rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor | None:
+        """Leading principal components, where they are worth their while."""
+        if not self.integer or rows.shape[1] < NARROWEST or len(rows) < LEAST_ROWS:
+            return None
+        return principal_components(sample_rows(rows).float() - mean.float(), COMPONENTS * rows.shape[1] // 12)
 
     def summary(self) -> str:
         """One line for a person."""

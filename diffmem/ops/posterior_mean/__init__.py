@@ -36,4 +36,4 @@ def posterior_mean(
     if sigma.shape != (len(x),) or not bool(((sigma > 0) & sigma.isfinite()).all()):
         raise InputError(f"sigma: one positive noise level for each of {len(x)} queries is needed")
     centre = torch.full((x.shape[1],), 128.0 if training.dtype == torch.uint8 else 0.0)
-    return PosteriorRows(training, centre, x.device, impl).mean(x, sigma, tolerance)
+    return PosteriorRows(training, centre, x.device, impl=impl).mean(x, sigma, tolerance)

@@ -7,14 +7,17 @@ from typing import NamedTuple
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.posterior_mean.blocked import posterior_mean_blocked
+from diffmem.ops.posterior_mean import native
+from diffmem.ops.posterior_mean.blocked import SMALL, posterior_mean_blocked
 from diffmem.ops.posterior_mean.reference import posterior_mean_reference
 from diffmem.ops.registry import Implementation, Op, always, register
+from diffmem.progress import Progress, silent
 
 OP = register(
     Op(
         "posterior_mean",
         (
+            Implementation("native", "8-bit integer products, bounds from principal components", native.unavailable),
             Implementation("torch", "blocked float32 products, float64 where they do not do", always),
             Implementation("reference", "every difference, in float64", always),
         ),
@@ -38,15 +41,34 @@ class PosteriorRows:
 
     rows: on the CPU, or on `device`; elsewhere they are moved block by block. centre: [d] float64, a point in their
         middle, from which distances are reckoned; whole numbers for uint8 rows. It decides about rounding only.
-    device: where queries come from and answers go. impl: forces an implementation.
+    device: where queries come from and answers go. basis: leading principal components [m, d] of the rows, which
+        "native" makes use of. length: of the mean row, for what a relative error is relative to (default: ‖centre‖).
+        impl: forces an implementation.
     Raises InputError where the rows are none, or the implementation cannot be used here.
     """
 
-    def __init__(self, rows: torch.Tensor, centre: torch.Tensor, device: torch.device, impl: str | None = None):
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        centre: torch.Tensor,
+        device: torch.device,
+        *,
+        basis: torch.Tensor | None = None,
+        length: float | None = None,
+        impl: str | None = None,
+        progress: Progress = silent,
+    ):
         if rows.ndim != 2 or len(rows) == 0:
             raise InputError(f"training rows must be [N, d], N > 0, got {list(rows.shape)}")
         self.rows, self.centre, self.device = rows, centre.double(), device
         self.impl = OP.choose(device.type, impl)
+        length = float(self.centre.norm()) if length is None else length
+        self.native: native.NativeRows | None = None
+        if self.impl == "native":
+            if native.serves(rows, self.centre):
+                self.native = native.NativeRows(rows, self.centre, length, basis, progress)
+            elif impl == "native":
+                raise InputError("posterior_mean: impl='native' takes uint8 rows of at most 65,536 values on the CPU")
 
     @property
     def dimension(self) -> int:
@@ -67,6 +89,11 @@ class PosteriorRows:
             chosen = self.rows
         else:
             chosen = self.rows[images] if isinstance(images, torch.Tensor) else self.rows[slice(*images)]
+        if self.native is not None and len(x) * chosen.numel() > SMALL and not isinstance(images, torch.Tensor):
+            start, stop = (0, len(self.rows)) if images is None else images
+            result = self.native.mean(x, sigma, tolerance, start, stop)
+            if result is not None:
+                return PosteriorMean(*result)
         if self.impl == "reference":
             mean, log_sum = posterior_mean_reference(x, sigma, chosen)
             return PosteriorMean(mean, log_sum, torch.zeros_like(log_sum))

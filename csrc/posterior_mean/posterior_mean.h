@@ -1,0 +1,87 @@
+// The posterior mean of uint8 rows: its two matrix products in 8-bit integers, and the pairs that need more.
+//
+// diffmem/ops/posterior_mean/native.py says how these steps make a posterior mean and what their rounding may be. Here:
+//
+//   scores        s[i][c] = Σ_t scale_t[c]·(Σ_j row_t[i][j]·column_t[c][j] − shift_t[c]) − weight[c]·half_norm[i]
+//   column_top    the largest score of each column, and where
+//   column_mass   Σ_i exp(s[i][c] − top[c])
+//   select        the pairs with s[i][c] + reach[c]·slack[i] >= threshold[c]
+//   pair_logits   (u_c·z_i − ‖z_i‖²/2)·weight[c] in float64 for listed pairs, z_i = y_i − centre
+//   pair_sums     Σ over listed pairs of a column of weight·z_i, in float64
+//   round_weights exp(s[i][c] − limit[c]) in 8 or 16 bits
+//   weighted_sums Σ_i w[c][i]·(y_i − 128), exact in int32
+//
+// The integer products are exact: |u8·s8| summed over at most 65,536 terms fits int32. All scores are float32, a row of
+// `columns` of them per image; `columns` is a multiple of 16. Needs AVX-512 with VNNI (`available`): VPDPBUSD
+// multiplies 64 pairs of bytes where a float32 instruction multiplies 16 pairs of numbers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace diffmem::posterior_mean {
+
+inline constexpr std::int64_t kLargestSum = 65536;  // terms of a product of bytes
+inline constexpr int kLanes = 16;
+
+bool available();
+
+// One product of uint8 rows with int8 columns. panel: 64 columns at a time, and then the rest (16, 32 or 48) at once:
+// [ceil(k / 4)][columns][4], zeros beyond k.
+struct Term {
+  const std::uint8_t* rows = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t k = 0;  // <= kLargestSum
+  const std::int8_t* panel = nullptr;
+  const std::int32_t* shift = nullptr;  // [columns]
+  const float* scale = nullptr;         // [columns]
+};
+
+void scores(const std::vector<Term>& terms, std::int64_t n, std::int64_t columns, const float* half_norms,
+            const float* weight, float* out, int threads);
+
+void column_top(const float* scores, std::int64_t n, std::int64_t columns, float* top, std::int64_t* where,
+                int threads);
+
+void column_mass(const float* scores, std::int64_t n, std::int64_t columns, const float* top, double* mass,
+                 int threads);
+
+// Listed pairs, column by column: images[starts[c]] … images[starts[c + 1] − 1], ascending.
+struct Pairs {
+  std::vector<std::int64_t> starts;
+  std::vector<std::int32_t> images;
+  bool complete = true;  // false: there were more than `limit`, and none is listed
+};
+Pairs select(const float* scores, std::int64_t n, std::int64_t columns, const float* threshold, const float* reach,
+             const float* slack, std::int64_t limit, int threads);
+
+struct ByteRows {
+  const std::uint8_t* data = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t d = 0;
+  const std::uint8_t* centre = nullptr;  // [d]
+};
+
+// queries: u [columns][d]; half_norms ‖z_i‖²/2.
+void pair_logits(const ByteRows& rows, const double* queries, const double* half_norms, const double* weight,
+                 const std::int64_t* starts, const std::int32_t* images, std::int64_t columns, double* out,
+                 int threads);
+
+// out [columns][d].
+void pair_sums(const ByteRows& rows, const double* weights, const std::int64_t* starts, const std::int32_t* images,
+               std::int64_t columns, double* out, int threads);
+
+// ŵ = largest·exp(s − limit), rounded, 0 where s > limit, for the columns listed in `chosen` (ascending). Without
+// `low`, largest = 255 and high[r][i] = ŵ, rounded up or down by a fixed sequence over the images that is uniform and
+// makes the mean error 0: most weights may be below half a unit. With it, largest = 65,280, high = floor((ŵ + 128) /
+// 256) and low = ŵ − 256·high + 128. high, low: [chosen][4·ceil(n / 4)], zero beyond n. sum, high_sum [chosen]: Σ ŵ and
+// Σ high.
+void round_weights(const float* scores, std::int64_t n, std::int64_t columns, const float* limit,
+                   const std::int32_t* chosen, std::int64_t count, std::uint8_t* high, std::uint8_t* low,
+                   std::int64_t* sum, std::int64_t* high_sum, int threads);
+
+// out [count][k] = Σ_i weights[r][i]·(rows[i][j] − 128) for n <= kLargestSum rows; weights as round_weights makes them.
+void weighted_sums(const std::uint8_t* rows, std::int64_t stride, std::int64_t k, std::int64_t n,
+                   const std::uint8_t* weights, std::int64_t count, std::int32_t* out, int threads);
+
+}  // namespace diffmem::posterior_mean

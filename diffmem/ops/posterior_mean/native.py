@@ -1,0 +1,522 @@
+"""The posterior mean of uint8 rows by 8-bit integer products (csrc/posterior_mean): dense at high noise, a search below.
+
+With u = x − c and z_i = y_i − c for a centre c of whole numbers, the logit of image i is s_i = (u·z_i − ‖z_i‖²/2) / σ² but
+for a constant of the query. Three things can be had of the machine: products of bytes at four times float32's rate,
+exact; bounds from principal components; and float64 for listed pairs. P are m orthonormal principal components (as
+nearly as ε = ‖PPᵀ − 1‖), the code of an image ẑ ≈ Pz in bytes, one scale per component, ρ² = ‖·‖² − ‖P·‖².
+
+**Search.** ŝ_i = (q·ẑ_i − ‖z_i‖²/2) / σ² with q ≈ Pu in bytes, group of components by group, is one product over m bytes
+an image. As u·z = Pu·Pz + u·(1 − PᵀP)z, and 1 − PᵀP is within ε of a projection,
+
+    |u·z_i − q·ẑ_i| ≤ ‖Pu‖·max‖Pz − ẑ‖ + Σ_groups ‖Pu − q‖·max‖ẑ‖ + ρ(u)·ρ(z_i) + ε‖u‖‖z_i‖        (1)
+
+(ρ with ε‖·‖² added; 2^-21 of all magnitudes covers float32). The image of the largest ŝ gives, exactly, a lower bound on
+the largest logit; only images whose upper bound by (1) comes within ln(N/ε') of it can hold more than ε'/N of the mass.
+These, few, are computed in float64. What is left out holds at most N·exp(−(cut)): proven.
+
+**Dense.** u is rounded to bytes, u = s·q + δ (or to two bytes), and q·z is exact. What δ does to the logits is made good to
+first order where it matters: Pδ·ẑ is another product over the leading components; the rest, of length ρ(δ)·ρ(z), has the
+direction of rounding noise. Weights above CAP times the average one are taken out and computed in float64 (by Markov's
+inequality they are at most N/CAP images, 1 % in practice); the others are rounded to bytes (and what that leaves, to
+bytes again, summed over the components only). No weight is left out, so nothing is dropped; the error is that of the
+roundings, which are independent of one another and of the images: with E over images, λ the variances of the components,
+R² = E‖z‖², S = min(CAP, exp(R²/σ²)) (N Σ w² of the images that are left), ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²),
+
+    first product:   rms δ / σ² · (√tail(m) · √(S/N) · R + √Σ_{k>m} λ_k²) / ‖D‖
+    second product:  S/256·√(1/12N) · √tail(m') / ‖D‖                                                  (2)
+
+Not proven, but a model, with the constants of the data: the plan is the cheapest whose model error is half the tolerance.
+
+Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 in float32: one product over
+all bytes is 79 Gop: 85 ms (float32: 340 ms); reading the images once, 153 MB: 8 ms. Predicted before it was written: dense
+calls 2.1 (tolerance 1e-3) to 3.4 such products, 0.25 and 0.35 s; search 0.06 s; the direct way two float32 products and a
+softmax, 1 s; so 5 times faster at 1e-5 and 8 at 1e-3 over the 35 calls of 18 steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE, RunningMean
+from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.progress import Progress, silent
+
+CAP = 12.0  # times the average weight: heavier images are computed exactly
+LANES, PANEL = 16, 64  # queries in a vector, and side by side in a product
+BLOCK_VALUES = 1 << 25
+SCORE_BYTES = 1 << 28
+SEARCH_SHARE = 1 / 24  # of the pairs: with more of them left the search gives up
+SEARCH_BELOW = 1 / 4  # noise level over R from which down the search is tried
+GROUP_RATIO = 3.0  # of the scales of the components in one group
+FINE = 256  # components whose part of δ is rounded to two bytes: its first byte would leave a hundredth of their error
+ENERGIES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why 8-bit products cannot be had on `device_type`, or None."""
+    if device_type != "cpu":
+        return "written for the CPU"
+    reason = native_unavailable("cpu")
+    if reason is None and not native_module().posterior_available():
+        reason = "this processor (or build) has no AVX-512 with VNNI"
+    return reason
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the dense products are done. planes: bytes of u. corrected: components that make good what they leave.
+    low: components over which the second byte of the weights is summed; None: there is none."""
+
+    planes: int
+    corrected: int
+    low: int | None
+
+
+class Codes:
+    """Principal components of rows in bytes.
+
+    p [m, d] float64; scale [m]: of a code's unit; bytes uint8 [N, m], Pz ≈ scale·(bytes − 128); rho float32 [N], rounded
+    up; error: the largest ‖Pz − ẑ‖; groups: (begin, end, largest ‖ẑ‖ in units of the scale) of components of like scale.
+    """
+
+    def __init__(self, rows: torch.Tensor, centre: torch.Tensor, p: torch.Tensor, progress: Progress):
+        self.p = torch.linalg.qr(p.double().T).Q.T.contiguous()
+        m = len(self.p)
+        self.defect = float((self.p @ self.p.T - torch.eye(m, dtype=torch.float64)).abs().sum(dim=1).max()) + 1e-12
+        middle = centre.double()
+        step = max(1, BLOCK_VALUES // rows.shape[1])
+        blocks = [slice(start, min(len(rows), start + step)) for start in range(0, len(rows), step)]
+        self.bytes = torch.empty(len(rows), m, dtype=torch.uint8)
+        self.rho = torch.empty(len(rows))
+        coordinates = torch.empty(len(rows), m)
+        for number, block in enumerate(blocks):
+            progress("components of training images", number, len(blocks))
+            # In float64: the rounding of float32 products, as far as it can be proven, would be the largest part of ρ.
+            z = rows[block].double().sub_(middle)
+            exact = z @ self.p.T
+            coordinates[block] = exact
+            squared = z.square().sum(dim=1)
+            outside = (squared - exact.square().sum(dim=1)).clamp(min=0) + (self.defect + 1e-9) * squared
+            self.rho[block] = outside.sqrt().float() * (1 + 1e-6)
+        progress("components of training images", len(blocks), len(blocks))
+        self.energy = coordinates.square().mean(dim=0, dtype=torch.float64)
+        self.scale = (coordinates.abs().amax(dim=0).double() / 127).clamp(min=1e-12)
+        self.error = 0.0
+        for block in blocks:
+            units = (coordinates[block] / self.scale.float()).round_()
+            self.bytes[block] = (units + 128).to(torch.uint8)
+            gap = coordinates[block].double() - units.double() * self.scale
+            # Coordinates were rounded to float32 in between.
+            gap = gap.norm(dim=1) + 2.0**-23 * coordinates[block].double().norm(dim=1)
+            self.error = max(self.error, float(gap.max()))
+        self.groups = self._groups()
+        self._sums: tuple[slice, torch.Tensor] | None = None
+
+    def sums(self, block: slice) -> torch.Tensor:
+        """Σ bytes over the images of a block, float64 [m]; kept for the block asked for last."""
+        if self._sums is None or self._sums[0] != block:
+            self._sums = block, self.bytes[block].sum(dim=0, dtype=torch.int64).double()
+        return self._sums[1]
+
+    def _groups(self) -> list[tuple[int, int, float]]:
+        order = self.scale.tolist()
+        groups, begin = [], 0
+        for k in range(4, len(order) + 4, 4):
+            part = order[begin : min(k + 4, len(order))]
+            if k >= len(order) or max(part) > GROUP_RATIO * min(part):
+                end = min(k, len(order))
+                longest = max(
+                    float((block[:, begin:end].float() - 128).norm(dim=1).max()) for block in self.bytes.split(16384)
+                )
+                groups.append((begin, end, longest * (1 + 1e-6)))
+                begin = end
+            if begin >= len(order):
+                break
+        return groups
+
+
+class NativeRows:
+    """uint8 rows [N, d] and, where `basis` [m, d] is given, the codes of their principal components.
+
+    length: of the mean of the rows, as far as relative errors are concerned (its distance from what counts as 0).
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        centre: torch.Tensor,
+        length: float,
+        basis: torch.Tensor | None,
+        progress: Progress = silent,
+    ):
+        self.length = length
+        self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        self.centre = centre.to(torch.uint8)
+        middle = centre.double()
+        step = max(1, BLOCK_VALUES // rows.shape[1])
+        self.half_norms = torch.cat(
+            [block.double().sub_(middle).square_().sum(dim=1) / 2 for block in self.rows.split(step)]
+        )
+        self.narrow_half_norms = self.half_norms.float()
+        self.longest = math.sqrt(2 * float(self.half_norms.max()))
+        self.spread = max(math.sqrt(2 * float(self.half_norms.mean())), 1e-6)  # R
+        self.codes = None if basis is None else Codes(self.rows, middle, basis, progress)
+        self.core = native_module()
+
+    def mean(
+        self, x: torch.Tensor, sigma: torch.Tensor, tolerance: float, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Mean, log-sum-exp and dropped share as of `posterior_mean_blocked`; None where no plan meets the tolerance."""
+        u = x.double() - self.centre.double()
+        count = len(u)
+        plans = {level: self.plan(level, tolerance, stop - start) for level in sigma.unique().tolist()}
+        mean = torch.empty_like(u)
+        log_sum, dropped = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
+        most = max(LANES, SCORE_BYTES // (4 * self.core.posterior_largest_sum) // LANES * LANES)
+        for search, plan in {self._key(level, plan) for level, plan in plans.items()}:
+            same = [level for level in plans if self._key(level, plans[level]) == (search, plan)]
+            chosen = torch.isin(sigma, torch.tensor(same, dtype=sigma.dtype)).nonzero().flatten()
+            for part in chosen.split(most):
+                state = _Call(self, u[part], sigma[part], tolerance, plan).run(start, stop, search)
+                if state is None:
+                    return None
+                mean[part] = state.mean()
+                squared = u[part].square().sum(dim=1)
+                log_sum[part] = state.top + state.mass.log() - squared / (2 * sigma[part].square())
+                dropped[part] = state.dropped / state.mass
+        return mean + self.centre.double(), log_sum, dropped
+
+    def _key(self, sigma: float, plan: Plan | None) -> tuple[bool, Plan | None]:
+        return self.codes is not None and sigma < SEARCH_BELOW * self.spread, plan
+
+    def plan(self, sigma: float, tolerance: float, images: int) -> Plan | None:
+        """The cheapest plan whose model error (2) is below half the tolerance, None where there is none."""
+        d, components = self.rows.shape[1], 0 if self.codes is None else len(self.codes.scale)
+        choices = sorted({m for m in (*ENERGIES, components) if m <= components})
+        concentration = min(CAP, math.exp(min(50.0, (self.spread / sigma) ** 2)))
+        rounding = max(4 * sigma, self.longest / math.sqrt(d)) / 127 / math.sqrt(12)
+        length = self._length(sigma)
+        best, least = None, math.inf
+        for corrected in choices:
+            tail, variances = self._tail(corrected)
+            for planes in (1, 2):
+                noise = rounding / 256 ** (planes - 1) / sigma**2
+                error = noise * (math.sqrt(tail * concentration / images) * self.spread + variances) / length
+                if error < tolerance / 2 and planes + corrected / d < least:
+                    best, least = (planes, corrected), planes + corrected / d
+        if best is None:
+            return None
+        unit = concentration / math.sqrt(12 * images) / length
+        for low in (None, *choices[1:], d):
+            left = self.spread if low is None else math.sqrt(self._tail(low)[0]) if low < d else self.spread / 256
+            if unit / 256 * left < tolerance / 2:
+                return Plan(*best, low)
+        return None
+
+    def _length(self, sigma: float) -> float:
+        """About how long results are: of Gaussian data with these variances, ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²)."""
+        energy = torch.tensor([self.spread**2 / 2]) if self.codes is None else self.codes.energy
+        return math.sqrt(self.length**2 + float((energy.square() / (energy + sigma**2)).sum()))
+
+    def _tail(self, components: int) -> tuple[float, float]:
+        """Mean energy beyond the leading components, and the root of the sum of the squared variances there."""
+        if self.codes is None:
+            return self.spread**2, self.spread**2
+        energy = self.codes.energy
+        beyond = max(self.spread**2 - float(energy.sum()), 0.0)
+        rest = energy[components:]
+        coarse = float(self.codes.scale[:components].square().sum()) / 12  # of the leading ones, by their bytes
+        return float(rest.sum()) + beyond + coarse, math.sqrt(
+            float(rest.square().sum()) + beyond**2 / max(1, self.rows.shape[1] - len(energy))
+        )
+
+
+class _Call:
+    """One batch of queries u [B, d] float64, sigma [B]."""
+
+    def __init__(self, rows: NativeRows, u: torch.Tensor, sigma: torch.Tensor, tolerance: float, plan: Plan | None):
+        self.data, self.core, self.u, self.tolerance, self.plan = rows, rows.core, u.contiguous(), tolerance, plan
+        self.count, self.d = u.shape
+        self.columns = -(-self.count // LANES) * LANES
+        self.weight = 1 / sigma.double().square()
+        self.threads = torch.get_num_threads()
+        self.lengths = u.norm(dim=1)
+        self.state = RunningMean(self.count, self.d, u.device)
+
+    def run(self, start: int, stop: int, search: bool) -> RunningMean | None:
+        self.reach = math.log((stop - start) / (DROPPED_SHARE * self.tolerance))
+        for first in range(start, stop, self.core.posterior_largest_sum):
+            block = slice(first, min(stop, first + self.core.posterior_largest_sum))
+            if search and self._search(block):
+                continue
+            if self.plan is None:
+                return None
+            self._dense(block)
+        return self.state
+
+    # Search
+
+    def _search(self, block: slice) -> bool:
+        """Adds the images of this block that can hold mass; False, with nothing done, where they are too many."""
+        codes, n = self.data.codes, block.stop - block.start
+        coordinates = self.u @ codes.p.T
+        terms, error = self._code_terms(coordinates, len(codes.scale), block, codes.groups)
+        inside = coordinates.norm(dim=1)
+        squared = self.lengths.square()
+        rho = (squared * (1 + codes.defect) - inside.square()).clamp(min=0).sqrt() + 1e-9 * self.lengths
+        fixed = inside * codes.error + error + codes.defect * self.lengths * self.data.longest
+        fixed += 2.0**-21 * (self.lengths + self.data.longest) * self.data.longest
+        scores = self._scores(terms, block)
+        where = self._top(scores)[1]
+        best = self._logits(torch.arange(self.count + 1), where.to(torch.int32), block)
+        known = torch.maximum(self.state.top, best)
+        pairs = self._select(
+            scores,
+            known - self.reach - fixed * self.weight,
+            rho * self.weight,
+            codes.rho[block],
+            int(SEARCH_SHARE * self.count * n),
+        )
+        if pairs is None:
+            return False
+        starts, images = pairs
+        self._add_pairs(starts, images, block)
+        return True
+
+    def _add_pairs(self, starts: torch.Tensor, images: torch.Tensor, block: slice) -> None:
+        """Adds listed pairs by their exact logits, those without weight left out."""
+        logits = self._logits(starts, images, block)
+        column = torch.repeat_interleave(torch.arange(self.count), starts.diff())
+        top = torch.full((self.count,), -math.inf, dtype=torch.float64).scatter_reduce(0, column, logits, "amax")
+        self.state.raise_top(top)
+        kept = logits >= self.state.top[column] - self.reach
+        column, logits = column[kept], logits[kept]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(column, minlength=self.count).cumsum(0)])
+        weights = (logits - self.state.top[column]).exp()
+        self.state.mass += torch.zeros_like(self.state.mass).index_add_(0, column, weights)
+        self.state.total += self._sums(weights, starts, images[kept], block)
+        self.state.dropped += (block.stop - block.start - starts.diff()) * math.exp(-self.reach)
+
+    # Dense
+
+    def _dense(self, block: slice) -> None:
+        plan, codes, n = self.plan, self.data.codes, block.stop - block.start
+        terms, left = self._pixel_terms(block)
+        if plan.corrected:
+            coordinates = left @ codes.p[: plan.corrected].T.float()
+            groups = [(b, min(e, plan.corrected), size) for b, e, size in codes.groups if b < plan.corrected]
+            terms += self._code_terms(coordinates.double(), plan.corrected, block, groups, FINE)[0]
+        scores = self._scores(terms, block)
+        top = self._top(scores)[0]
+        mass = self._mass(scores, top)
+        limit = torch.minimum(top.double(), top.double() + (CAP * mass / n).log()).float()
+        starts, images = self._select(
+            scores, limit.nextafter(torch.tensor(math.inf)).double(), None, None, n * self.count
+        )
+        logits = self._logits(starts, images, block)
+        column = torch.repeat_interleave(torch.arange(self.count), starts.diff())
+        reference = top.double().scatter_reduce(0, column, logits, "amax")
+        self.state.raise_top(reference)
+        weights = (logits - self.state.top[column]).exp()
+        self.state.mass.index_add_(0, column, weights)
+        total = self._sums(weights, starts, images, block)
+        # What remains, where it is anything.
+        heavy = torch.zeros_like(mass).index_add_(0, column, weights) * (self.state.top - top.double()).exp()
+        chosen = (mass - heavy > 1e-3 * self.tolerance * mass).nonzero().flatten().to(torch.int32)
+        if len(chosen):
+            some = chosen.long()
+            factor = (limit.double() - self.state.top)[some].exp()
+            light_mass, light_total = self._rounded_sums(scores, limit, chosen, block)
+            self.state.mass[some] += factor * light_mass
+            total[some] += factor[:, None] * light_total
+        left_out = torch.ones(self.count, dtype=torch.bool)
+        left_out[chosen.long()] = False
+        self.state.dropped += left_out * (mass - heavy).clamp(min=0) * (top.double() - self.state.top).exp()
+        self.state.total += total
+
+    def _rounded_sums(
+        self, scores: torch.Tensor, limit: torch.Tensor, chosen: torch.Tensor, block: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ ŵ and Σ ŵ·z over the images below the limit, ŵ = exp(s − limit) rounded, for the chosen queries."""
+        n, count, low = block.stop - block.start, len(chosen), self.plan.low
+        high_bytes = torch.empty(count, 4 * -(-n // 4), dtype=torch.uint8)
+        low_bytes = torch.empty_like(high_bytes) if low is not None else None
+        sums, high_sums = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+        limits = self._padded(limit)
+        self.core.posterior_round_weights(
+            scores.data_ptr(), n, self.columns, limits.data_ptr(), chosen.data_ptr(), count, high_bytes.data_ptr(),
+            0 if low_bytes is None else low_bytes.data_ptr(), sums.data_ptr(), high_sums.data_ptr(), self.threads,
+        )  # fmt: skip
+        offset = 128 - self.data.centre.double()
+        total = self._weighted(self.data.rows[block], high_bytes).double() + high_sums.double()[:, None] * offset
+        if low is None:
+            return sums.double() / 255, total / 255
+        total *= 256
+        if low == self.d:
+            rows = self.data.rows[block]
+            part = self._weighted(rows, low_bytes).double() - 128 * (rows.sum(dim=0, dtype=torch.int64) - 128 * n)
+            total += part + (sums - 256 * high_sums).double()[:, None] * offset
+        else:
+            codes = self.data.codes.bytes[block]
+            part = self._weighted(codes, low_bytes, low).double()
+            part -= 128 * (self.data.codes.sums(block)[:low] - 128 * n)
+            total += ((part * self.data.codes.scale[:low]).float() @ self.data.codes.p[:low].float()).double()
+        return sums.double() / 65280, total / 65280
+
+    # Terms
+
+    def _pixel_terms(self, block: slice) -> tuple[list, torch.Tensor]:
+        """Products of the rows with u rounded to one or two bytes, and what that leaves of u, float32 [B, d]."""
+        rows = self.data.rows[block]
+        largest = self.u.abs().amax(dim=1).clamp(min=1e-30)
+        if self.plan.planes == 1:
+            unit = largest / 127
+            values = (self.u / unit[:, None]).round_()
+            return [self._term(rows, self.d, values, unit, self.data.centre)], (self.u - values * unit[:, None]).float()
+        unit = largest / 32512
+        values = (self.u / unit[:, None]).round_()
+        high = (values / 256).round_()
+        low = (values - 256 * high).clamp_(max=127)
+        left = (self.u - (256 * high + low) * unit[:, None]).float()
+        terms = [
+            self._term(rows, self.d, high, 256 * unit, self.data.centre),
+            self._term(rows, self.d, low, unit, self.data.centre),
+        ]
+        return terms, left
+
+    def _code_terms(
+        self,
+        coordinates: torch.Tensor,
+        components: int,
+        block: slice,
+        groups: list[tuple[int, int, float]],
+        fine: int = 0,
+    ) -> tuple[list, torch.Tensor]:
+        """Products of the codes with coordinates [B, components] rounded to bytes, and a bound on what that changes.
+
+        fine: groups that begin before this component have their coordinates rounded to two bytes.
+        """
+        codes = self.data.codes
+        folded = coordinates * codes.scale[:components]
+        terms, error = [], torch.zeros(self.count, dtype=torch.float64)
+        for begin, end, longest in groups:
+            part, rows = folded[:, begin:end], codes.bytes[block, begin:end]
+            offset = torch.full((end - begin,), 128, dtype=torch.uint8)
+            for _ in range(2 if begin < fine else 1):
+                unit = part.abs().amax(dim=1).clamp(min=1e-30) / 127
+                values = (part / unit[:, None]).round_()
+                part = part - values * unit[:, None]
+                terms.append(self._term(rows, end - begin, values, unit, offset))
+            error += part.norm(dim=1) * longest
+        return terms, error
+
+    def _term(self, rows: torch.Tensor, k: int, values: torch.Tensor, unit: torch.Tensor, offset: torch.Tensor):
+        """One product: rows uint8 [n, k] less `offset`, with whole numbers −128 … 127 [B, k] times `unit` [B] and 1/σ²."""
+        steps = -(-k // 4)
+        padded = torch.zeros(self.columns, 4 * steps, dtype=torch.int8)
+        padded[: self.count, :k] = values.to(torch.int8)
+        parts = padded.view(self.columns, steps, 4).split(PANEL)
+        panel = torch.cat([part.transpose(0, 1).flatten() for part in parts])
+        shift = self._padded((values @ offset.double()).to(torch.int32))
+        scale = self._padded((unit * self.weight).float())
+        self.kept = [*getattr(self, "kept", []), panel, shift, scale]
+        return self.core.PosteriorTerm(
+            rows=rows.data_ptr(), stride=rows.stride(0) if len(rows) > 1 else k, k=k, panel=panel.data_ptr(),
+            shift=shift.data_ptr(), scale=scale.data_ptr(),
+        )  # fmt: skip
+
+    # The core
+
+    def _padded(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        result = torch.full((self.columns,), fill, dtype=values.dtype)
+        result[: self.count] = values
+        return result
+
+    def _scores(self, terms: list, block: slice) -> torch.Tensor:
+        n = block.stop - block.start
+        scores = torch.empty(n, self.columns)
+        half_norms, weight = self.data.narrow_half_norms[block], self._padded(self.weight.float())
+        self.core.posterior_scores(
+            terms, n, self.columns, half_norms.data_ptr(), weight.data_ptr(), scores.data_ptr(), self.threads
+        )
+        self.kept = []
+        return scores
+
+    def _top(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        top, where = torch.empty(self.columns), torch.empty(self.columns, dtype=torch.int64)
+        self.core.posterior_column_top(
+            scores.data_ptr(), len(scores), self.columns, top.data_ptr(), where.data_ptr(), self.threads
+        )
+        return top[: self.count], where[: self.count]
+
+    def _mass(self, scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        tops, mass = self._padded(top), torch.empty(self.columns, dtype=torch.float64)
+        self.core.posterior_column_mass(
+            scores.data_ptr(), len(scores), self.columns, tops.data_ptr(), mass.data_ptr(), self.threads
+        )
+        return mass[: self.count]
+
+    def _select(
+        self,
+        scores: torch.Tensor,
+        threshold: torch.Tensor,
+        reach: torch.Tensor | None,
+        slack: torch.Tensor | None,
+        limit: int,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Pairs with score + reach·slack >= threshold as (starts [B + 1], images): None where they exceed the limit."""
+        n = len(scores)
+        lowered = threshold.float().nextafter(torch.tensor(-math.inf)) if reach is not None else threshold.float()
+        thresholds = self._padded(lowered, math.inf)
+        reaches = self._padded(torch.zeros(self.count) if reach is None else reach.float() * (1 + 2.0**-20))
+        slack = torch.zeros(n) if slack is None else slack.contiguous()
+        pairs = self.core.posterior_select(
+            scores.data_ptr(), n, self.columns, thresholds.data_ptr(), reaches.data_ptr(), slack.data_ptr(), limit,
+            self.threads,
+        )  # fmt: skip
+        if not pairs.complete:
+            return None
+        starts = torch.empty(self.columns + 1, dtype=torch.int64)
+        images = torch.empty(pairs.count, dtype=torch.int32)
+        pairs.copy(starts.data_ptr(), images.data_ptr())
+        return starts[: self.count + 1], images
+
+    def _byte_rows(self, block: slice):
+        rows = self.data.rows[block]
+        stride = rows.stride(0) if len(rows) > 1 else self.d
+        return self.core.PosteriorRows(rows.data_ptr(), stride, self.d, self.data.centre.data_ptr())
+
+    def _logits(self, starts: torch.Tensor, images: torch.Tensor, block: slice) -> torch.Tensor:
+        logits = torch.empty(len(images), dtype=torch.float64)
+        half_norms = self.data.half_norms[block]
+        self.core.posterior_pair_logits(
+            self._byte_rows(block), self.u.data_ptr(), half_norms.data_ptr(), self.weight.data_ptr(),
+            starts.data_ptr(), images.data_ptr(), self.count, logits.data_ptr(), self.threads,
+        )  # fmt: skip
+        return logits
+
+    def _sums(self, weights: torch.Tensor, starts: torch.Tensor, images: torch.Tensor, block: slice) -> torch.Tensor:
+        total = torch.empty(self.count, self.d, dtype=torch.float64)
+        self.core.posterior_pair_sums(
+            self._byte_rows(block), weights.data_ptr(), starts.data_ptr(), images.data_ptr(), self.count,
+            total.data_ptr(), self.threads,
+        )  # fmt: skip
+        return total
+
+    def _weighted(self, rows: torch.Tensor, weights: torch.Tensor, k: int | None = None) -> torch.Tensor:
+        k = rows.shape[1] if k is None else k
+        sums = torch.empty(len(weights), k, dtype=torch.int32)
+        self.core.posterior_weighted_sums(
+            rows.data_ptr(), rows.stride(0) if len(rows) > 1 else k, k, len(rows), weights.data_ptr(), len(weights),
+            sums.data_ptr(), self.threads,
+        )  # fmt: skip
+        return sums
+
+
+def serves(rows: torch.Tensor, centre: torch.Tensor) -> bool:
+    """Whether rows can be taken: bytes on the CPU, not too many of them per row, about a centre of bytes."""
+    whole = bool(((centre == centre.round()) & (centre >= 0) & (centre <= 255)).all())
+    return rows.dtype == torch.uint8 and rows.device.type == "cpu" and rows.shape[1] <= 65536 and whole
