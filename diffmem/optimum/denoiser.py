@@ -222,7 +222,7 @@ class OptimalDenoiser(nn.Module):
                 weights[query] = shares[:count]
                 # Logits are off by (d + 3)·2^-53 of themselves at most, shares by twice that, their sum by N·2^-53.
                 d, largest = self.rows.dimension, float(logits.max().abs())
-                missing[query] = float(behind[count - 1]) * (1 + 2**-50 * (d * (1 + largest) + len(logits))) + 1e-300
+                missing[query] = float(behind[count - 1]) * +(2**-50) * (d * (1 + largest) + len(logits))
         return Weights(indices, weights, missing)
 
     def _exact_logits(self, row: torch.Tensor, sigma: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -278,7 +278,7 @@ class OptimalDenoiser(nn.Module):
         return groups
 
     def _levels(self, sigma: torch.Tensor | float, count: int, device: torch.device) -> torch.Tensor:
-        levels = torch.as_tensor(sigma, device=device).double().flatten()
+        levels = torch.as_tensor(sigma, dtype=torch.float64, device=device).flatten()
         if levels.numel() not in (1, count):
             raise InputError(f"sigma: {levels.numel()} noise levels for {count} images; give one, or one per image")
         if not bool((levels > 0).all() and levels.isfinite().all()):

@@ -1,36 +1,40 @@
-"""The posterior mean of uint8 rows by 8-bit integer products (csrc/posterior_mean): dense at high noise, a search below.
+"""The posterior mean of uint8 rows by 8-bit integer products (csrc/posterior_mean): dense at high noise, else a search.
 
-With u = x − c and z_i = y_i − c for a centre c of whole numbers, the logit of image i is s_i = (u·z_i − ‖z_i‖²/2) / σ² but
-for a constant of the query. Three things can be had of the machine: products of bytes at four times float32's rate,
-exact; bounds from principal components; and float64 for listed pairs. P are m orthonormal principal components (as
-nearly as ε = ‖PPᵀ − 1‖), the code of an image ẑ ≈ Pz in bytes, one scale per component, ρ² = ‖·‖² − ‖P·‖².
+With u = x − c and z_i = y_i − c for a centre c of whole numbers, the logit of image i is, but for a constant of the
+query, s_i = (u·z_i − ‖z_i‖²/2) / σ². The machine offers exact products of bytes at four times float32's rate, bounds
+from principal components, and float64 for listed pairs. P are m orthonormal components (within ε = ‖PPᵀ − 1‖), the code
+of an image ẑ ≈ Pz in bytes, one scale per component, and ρ(z)² = ‖z‖² − ‖Pz‖².
 
-**Search.** ŝ_i = (q·ẑ_i − ‖z_i‖²/2) / σ² with q ≈ Pu in bytes, group of components by group, is one product over m bytes
-an image. As u·z = Pu·Pz + u·(1 − PᵀP)z, and 1 − PᵀP is within ε of a projection,
+**Search.** ŝ_i = (q·ẑ_i − ‖z_i‖²/2) / σ² with q ≈ Pu in bytes, group of components by group, is one product over m
+bytes an image. As u·z = Pu·Pz + u·(1 − PᵀP)z, and 1 − PᵀP is within ε of a projection,
 
     |u·z_i − q·ẑ_i| ≤ ‖Pu‖·max‖Pz − ẑ‖ + Σ_groups ‖Pu − q‖·max‖ẑ‖ + ρ(u)·ρ(z_i) + ε‖u‖‖z_i‖        (1)
 
-(ρ with ε‖·‖² added; 2^-21 of all magnitudes covers float32). The image of the largest ŝ gives, exactly, a lower bound on
-the largest logit; only images whose upper bound by (1) comes within ln(N/ε') of it can hold more than ε'/N of the mass.
-These, few, are computed in float64. What is left out holds at most N·exp(−(cut)): proven.
+(ρ² with ε‖·‖² added; 2^-21 of all magnitudes covers float32). The exact logit of the image of the largest ŝ is a lower
+bound on the largest; only images whose upper bound by (1) comes within Δ = ln(N/ε') of it can hold more than ε'/N of
+the mass. These, few, are computed in float64. What is left out holds at most N·exp(−Δ): proven.
 
-**Dense.** u is rounded to bytes, u = s·q + δ (or to two bytes), and q·z is exact. What δ does to the logits is made good to
-first order where it matters: Pδ·ẑ is another product over the leading components; the rest, of length ρ(δ)·ρ(z), has the
-direction of rounding noise. Weights above CAP times the average one are taken out and computed in float64 (by Markov's
-inequality they are at most N/CAP images, 1 % in practice); the others are rounded to bytes (and what that leaves, to
-bytes again, summed over the components only). No weight is left out, so nothing is dropped; the error is that of the
-roundings, which are independent of one another and of the images: with E over images, λ the variances of the components,
-R² = E‖z‖², S = min(CAP, exp(R²/σ²)) (N Σ w² of the images that are left), ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²),
+**Dense.** u is rounded to one byte or two, u = q + δ, and q·z is exact. What δ does to the logits is made good where it
+matters: Pδ·ẑ is another product over the leading components; the rest, at most ρ(δ)·ρ(z), has the direction of rounding
+noise. Weights above CAP times the average are taken out and computed in float64 (by Markov's inequality N/CAP images at
+most; 1 % in practice). The others are rounded to bytes (and what that leaves, to bytes again, summed over the components
+only). Nothing is dropped; the error is that of the roundings. Taken as independent, with λ the variances of the
+components, R² = E‖z‖², S = min(CAP, exp(R²/σ²)), tail(m) = E ρ(z)² and ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²):
 
     first product:   rms δ / σ² · (√tail(m) · √(S/N) · R + √Σ_{k>m} λ_k²) / ‖D‖
-    second product:  S/256·√(1/12N) · √tail(m') / ‖D‖                                                  (2)
+    second product:  CAP/256·√(1/12N) · √tail(m') / ‖D‖                                                (2)
 
-Not proven, but a model, with the constants of the data: the plan is the cheapest whose model error is half the tolerance.
+This is a model and no bound; on CIFAR-10 single queries reach three times its first and twice its second line. So the
+plan is the cheapest that keeps them below a sixth and a half of the tolerance.
 
-Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 in float32: one product over
-all bytes is 79 Gop: 85 ms (float32: 340 ms); reading the images once, 153 MB: 8 ms. Predicted before it was written: dense
-calls 2.1 (tolerance 1e-3) to 3.4 such products, 0.25 and 0.35 s; search 0.06 s; the direct way two float32 products and a
-softmax, 1 s; so 5 times faster at 1e-5 and 8 at 1e-3 over the 35 calls of 18 steps.
+Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 Gflop/s in float32: a
+product over all bytes is 79 Gop, 85 ms (float32: 340 ms); reading the images once, 153 MB, 8 ms. Predicted before it was
+written: dense calls 2.1 (tolerance 1e-3) to 3.4 (1e-5) such products, 0.25 and 0.35 s; search 0.06 s; so 5 times faster
+than two float32 products and a softmax at 1e-5, and 8 times at 1e-3, over the 35 calls of 18 steps.
+
+Tried: components beyond 1024 (JPEG leaves 1536 dimensions) make the search prune a little more and the second bytes'
+sum short; one scale for all components costs the search its sharpness; rounding weights to one byte without a dither
+loses those below half a unit, most of them at σ ≈ 10 (error 1.5e-3 instead of 3e-4).
 """
 
 from __future__ import annotations
@@ -78,8 +82,9 @@ class Plan:
 class Codes:
     """Principal components of rows in bytes.
 
-    p [m, d] float64; scale [m]: of a code's unit; bytes uint8 [N, m], Pz ≈ scale·(bytes − 128); rho float32 [N], rounded
-    up; error: the largest ‖Pz − ẑ‖; groups: (begin, end, largest ‖ẑ‖ in units of the scale) of components of like scale.
+    p [m, d] float64; scale [m]: of a code's unit; bytes uint8 [N, m], Pz ≈ scale·(bytes − 128); rho float32 [N],
+    rounded up; error: the largest ‖Pz − ẑ‖; groups: (begin, end, largest ‖ẑ‖ in units of the scale) of components of
+    like scale.
     """
 
     def __init__(self, rows: torch.Tensor, centre: torch.Tensor, p: torch.Tensor, progress: Progress):
@@ -169,7 +174,7 @@ class NativeRows:
     def mean(
         self, x: torch.Tensor, sigma: torch.Tensor, tolerance: float, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Mean, log-sum-exp and dropped share as of `posterior_mean_blocked`; None where no plan meets the tolerance."""
+        """Mean, log-sum-exp and dropped share as of `posterior_mean_blocked`; None where no plan is good enough."""
         u = x.double() - self.centre.double()
         count = len(u)
         plans = {level: self.plan(level, tolerance, stop - start) for level in sigma.unique().tolist()}
@@ -193,7 +198,7 @@ class NativeRows:
         return self.codes is not None and sigma < SEARCH_BELOW * self.spread, plan
 
     def plan(self, sigma: float, tolerance: float, images: int) -> Plan | None:
-        """The cheapest plan whose model error (2) is below half the tolerance, None where there is none."""
+        """The cheapest plan whose model error (2) is small enough, None where there is none."""
         d, components = self.rows.shape[1], 0 if self.codes is None else len(self.codes.scale)
         choices = sorted({m for m in (*ENERGIES, components) if m <= components})
         concentration = min(CAP, math.exp(min(50.0, (self.spread / sigma) ** 2)))
@@ -205,11 +210,11 @@ class NativeRows:
             for planes in (1, 2):
                 noise = rounding / 256 ** (planes - 1) / sigma**2
                 error = noise * (math.sqrt(tail * concentration / images) * self.spread + variances) / length
-                if error < tolerance / 2 and planes + corrected / d < least:
+                if error < tolerance / 6 and planes + corrected / d < least:
                     best, least = (planes, corrected), planes + corrected / d
         if best is None:
             return None
-        unit = concentration / math.sqrt(12 * images) / length
+        unit = CAP / math.sqrt(12 * images) / length
         for low in (None, *choices[1:], d):
             left = self.spread if low is None else math.sqrt(self._tail(low)[0]) if low < d else self.spread / 256
             if unit / 256 * left < tolerance / 2:
@@ -414,7 +419,7 @@ class _Call:
         return terms, error
 
     def _term(self, rows: torch.Tensor, k: int, values: torch.Tensor, unit: torch.Tensor, offset: torch.Tensor):
-        """One product: rows uint8 [n, k] less `offset`, with whole numbers −128 … 127 [B, k] times `unit` [B] and 1/σ²."""
+        """A product of uint8 rows [n, k] less `offset`, with whole numbers −128 … 127 [B, k] times unit [B] / σ²."""
         steps = -(-k // 4)
         padded = torch.zeros(self.columns, 4 * steps, dtype=torch.int8)
         padded[: self.count, :k] = values.to(torch.int8)

@@ -1,4 +1,4 @@
-// The loops of posterior_mean.h with AVX-512/VNNI. Compiles to nothing without those instructions.
+// The loops of posterior_mean.h with AVX-512/VNNI; elsewhere there are none, and `available` says so.
 //
 // Both products keep a tile of sums in registers: 4 vectors of 16 columns by 6 rows, 24 sums, 4 + 1 registers for the
 // operands. A step (4 bytes of K) is 24 multiply-adds and 10 loads. scores() broadcasts 4 bytes of a row and holds the
@@ -9,20 +9,31 @@
 // 415–425 Gop/s; 5x5, 9x3 and 12x2 tiles at 380–425; with rows straight from memory instead of blocks that stay in the
 // cache 140–220. Cutting K to keep the panel in the first-level cache gained nothing.
 #include "cpu/features.h"
-#include "posterior_mean/posterior_mean.h"
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
-    defined(__AVX512VNNI__)
-#include <immintrin.h>
-
+//
+// The instructions are turned on for the functions of this file only, after all headers: what is instantiated from
+// those (std::vector, the sharing of work) may be linked into code for older processors.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <mutex>
+#include <new>
 
+#include "cpu/features.h"
 #include "cpu/share.h"
+#include "posterior_mean/posterior_mean.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
+#endif
 
 namespace diffmem::posterior_mean {
 
@@ -510,6 +521,12 @@ void weighted_sums(const std::uint8_t* rows, std::int64_t stride, std::int64_t k
 }
 
 }  // namespace diffmem::posterior_mean
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 
 #else
 

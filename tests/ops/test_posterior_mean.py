@@ -1,0 +1,125 @@
+"""diffmem.ops.posterior_mean: every implementation against float64, at every noise level, ties and hostile shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffmem.errors import InputError
+from diffmem.ops.posterior_mean import OP, PosteriorRows, blocked, native, posterior_mean
+from diffmem.search.basis import principal_components
+
+SIGMAS = (80.0, 20.0, 5.0, 1.0, 0.1, 0.002)  # of images in [-1, 1]
+
+
+def rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    """Bytes whose energy lies in few components, as that of images."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(n, 12, generator=generator) * torch.linspace(40, 4, 12)
+    directions = torch.randn(12, d, generator=generator)
+    return (130 + factors @ directions / 4 + torch.randn(n, d, generator=generator)).clip(0, 255).to(torch.uint8)
+
+
+def noisy(y: torch.Tensor, sigma: float, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return y[:count].double() + 127.5 * sigma * torch.randn(count, y.shape[1], generator=generator, dtype=torch.float64)
+
+
+def assert_close(result, x, sigma, y, tolerance):
+    expected = posterior_mean(x, sigma, y, impl="reference")
+    # As the denoiser counts: relative to the image in [-1, 1].
+    error = (result.mean - expected.mean).norm(dim=1) / (expected.mean - 127.5).norm(dim=1)
+    assert float(error.max()) <= tolerance
+    assert bool((result.dropped <= tolerance).all())
+    torch.testing.assert_close(result.log_sum, expected.log_sum, rtol=1e-9, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_blocked_against_float64(sigma, monkeypatch):
+    monkeypatch.setattr(blocked, "SMALL", 0)  # no shortcut for small problems
+    monkeypatch.setattr(blocked, "BLOCK_PAIRS", 6 * 300)  # several blocks
+    y = rows(1000, 75)
+    y[7] = y[3]
+    x = noisy(y, sigma, 6)
+    x[5] = (y[1].double() + y[2]) / 2  # as near to the one as to the other
+    levels = torch.full((6,), 127.5 * sigma, dtype=torch.float64)
+    assert_close(posterior_mean(x, levels, y, impl="torch"), x, levels, y, 1e-5)
+
+
+@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+def test_native_against_float64(tolerance):
+    y = rows(6003, 77)
+    centre = y.double().mean(dim=0).round()
+    basis = principal_components(y[:2000].float() - centre.float(), 24)
+    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), basis)
+    searched = dense = 0
+    for sigma in SIGMAS:
+        x = noisy(y, sigma, 19)
+        x[5] = (y[1].double() + y[2]) / 2
+        levels = torch.full((19,), 127.5 * sigma, dtype=torch.float64)
+        found = data.mean(x, levels, tolerance, 0, len(y))
+        searched, dense = searched + (found is not None and sigma < 1), dense + (found is not None and sigma > 1)
+        if found is not None:
+            result = type(posterior_mean(x, levels, y[:9]))(*found)
+            assert_close(result, x, levels, y, tolerance)
+    assert searched == 2
+    assert dense or tolerance < 1e-3  # byte sums of so few images cannot be as exact as 1e-5
+
+
+@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.booleans())
+def test_byte_products_are_exact(n, k, count, low):
+    """Both products, for sizes that fill no register: sums of rounded weights against int64."""
+    core = native.native_module()
+    generator = torch.Generator().manual_seed(n * k)
+    y = torch.randint(0, 256, (n, k), dtype=torch.uint8, generator=generator)
+    columns = -(-count // 16) * 16
+    scores = torch.randn(n, columns, generator=generator)
+    limit, chosen = torch.zeros(columns), torch.arange(count, dtype=torch.int32)
+    high = torch.full((count, 4 * -(-n // 4)), 77, dtype=torch.uint8)
+    second = high.clone() if low else None
+    sums, high_sums = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+    core.posterior_round_weights(
+        scores.data_ptr(), n, columns, limit.data_ptr(), chosen.data_ptr(), count, high.data_ptr(),
+        second.data_ptr() if low else 0, sums.data_ptr(), high_sums.data_ptr(), 2,
+    )  # fmt: skip
+    found = high[:, :n].long()
+    assert not bool(high[:, n:].any())
+    assert torch.equal(found.sum(dim=1), high_sums)
+    if low:
+        found = 256 * found + second[:, :n].long() - 128
+    assert torch.equal(found.sum(dim=1), sums)
+    expected = torch.where(scores > 0, 0.0, scores.exp() * (65280 if low else 255)).T[:count]
+    assert float((found - expected).abs().max()) <= (0.52 if low else 1.001)
+    out = torch.full((count, k), 7, dtype=torch.int32)
+    core.posterior_weighted_sums(y.data_ptr(), k, k, n, high.data_ptr(), count, out.data_ptr(), 2)
+    assert torch.equal(out.long(), high[:, :n].long() @ (y.long() - 128))
+
+
+def test_float_rows_and_levels_of_their_own():
+    y = rows(50, 12).float() / 127.5 - 1
+    x, levels = y[:3] + 0.3, torch.tensor([0.5, 3.0, 40.0])
+    result, expected = (posterior_mean(x, levels, y, impl=impl) for impl in ("torch", "reference"))
+    torch.testing.assert_close(result.mean, expected.mean, rtol=1e-5, atol=1e-6)
+    one = posterior_mean(x[1:2], levels[1:2], y)
+    torch.testing.assert_close(one.mean, expected.mean[1:2], rtol=1e-5, atol=1e-6)
+    assert posterior_mean(x[:0], levels[:0], y).mean.shape == (0, 12)
+
+
+def test_bad_arguments():
+    y = rows(5, 4)
+    for x, levels, words in (
+        (torch.zeros(2, 3), torch.ones(2), "must be"),
+        (torch.zeros(2, 4), torch.ones(3), "noise level"),
+        (torch.zeros(2, 4), torch.zeros(2), "positive"),
+    ):
+        with pytest.raises(InputError, match=words):
+            posterior_mean(x, levels, y)
+    with pytest.raises(InputError, match="N > 0"):
+        posterior_mean(torch.zeros(1, 4), torch.ones(1), y[:0])
+    with pytest.raises(InputError, match="uint8"):
+        PosteriorRows(y.float(), torch.zeros(4), torch.device("cpu"), impl="native")
+    assert OP.implementations[-1].name == "reference"
