@@ -1,0 +1,103 @@
+"""The theoretical optimum of CIFAR-10 (JPEG) against the direct computation.
+
+`python -m benchmarks optimum` samples 256 images with 18 steps of Heun (35 calls of the denoiser over all 50,000
+training images) and times single calls along the way. The baseline is what one writes first, in float32 with all
+threads: torch.cdist (by matrix product) of the queries and the whole set, kept as contiguous float32 rows; softmax;
+matmul. Values are checked against float64 on 8 of the queries before anything is timed, the baseline's own error is in
+its note. Queries of a call are those that the sampler meets there. Preparing the rows is not timed; the note says what
+it takes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Bench, Contender
+from diffmem.data import load_images
+from diffmem.optimum import OptimalDenoiser
+from diffmem.sampling import SeededGenerators, heun_plan, heun_sample
+
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10-train.zip"
+QUERIES, CHECKED = 256, 8
+
+
+class Direct:
+    """cdist, softmax, matmul."""
+
+    def __init__(self, images: torch.Tensor):
+        self.rows = images.flatten(1).float().div_(127.5).sub_(1)
+
+    def __call__(self, x: torch.Tensor, sigma, labels=None) -> torch.Tensor:
+        squared = torch.cdist(x.float().flatten(1), self.rows).square_()
+        weights = torch.softmax(squared.mul_(-0.5 / float(sigma) ** 2), dim=1)
+        return (weights @ self.rows).reshape(x.shape)
+
+
+def run(bench: Bench) -> None:
+    if not CIFAR10.exists():
+        print(f"optimum: no {CIFAR10}")
+        return
+    training = load_images(CIFAR10, limit=8000 if bench.quick else None)
+    queries = 32 if bench.quick else QUERIES
+    direct = Direct(torch.from_numpy(training.images))
+    denoisers = {}
+    for tolerance in (1e-3, 1e-5):
+        began = time.perf_counter()
+        denoisers[tolerance] = OptimalDenoiser(training, labels=False, tolerance=tolerance)
+        prepared = time.perf_counter() - began
+    latents = SeededGenerators(range(queries)).randn((3, 32, 32))
+    met = states(denoisers[1e-5], latents)
+    errors = dict.fromkeys((*denoisers, "direct"), 0.0)
+    for x, sigma in met:
+        expected = exact(direct.rows, x[:CHECKED], sigma)
+        for name, denoiser in (*denoisers.items(), ("direct", direct)):
+            gap = denoiser(x, sigma)[:CHECKED].double() - expected
+            error = float((gap.flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max())
+            errors[name] = max(errors[name], error)
+            print(f"sigma {sigma:.4g}, {name}: relative error {error:.1e}", flush=True)
+    assert all(errors[tolerance] <= tolerance for tolerance in denoisers), errors
+
+    def contenders(tolerance: float, do) -> list[Contender]:
+        note = f"relative error at most {errors[tolerance]:.1e}; prepared in {prepared:.1f} s"
+        return [
+            Contender("diffmem", lambda: do(denoisers[tolerance]), note),
+            Contender("cdist, softmax, matmul", lambda: do(direct), f"relative error {errors['direct']:.1e}"),
+        ]
+
+    for tolerance in denoisers:
+        name = f"optimum, {queries} images, 18 steps of Heun, tolerance {tolerance:g}"
+        bench.compare(name, contenders(tolerance, lambda d: heun_sample(d, latents)), repeats=1)
+    for x, sigma in met[::3]:
+        for tolerance in denoisers:
+            name = f"optimum, one call at sigma {sigma:.3g}, tolerance {tolerance:g}"
+            bench.compare(name, contenders(tolerance, lambda d, x=x, sigma=sigma: d(x, sigma)), repeats=2)
+
+
+def states(denoiser: OptimalDenoiser, latents: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+    """What the sampler asks for: the first call at each noise level."""
+    met: dict[float, torch.Tensor] = {}
+
+    class Recorder:
+        sigma_min, sigma_max = denoiser.sigma_min, denoiser.sigma_max
+
+        def __call__(self, x, sigma, labels=None):
+            met.setdefault(float(sigma), x.clone())
+            return denoiser(x, sigma, labels)
+
+    heun_sample(Recorder(), latents)
+    assert len(met) == len({stage.sigma for stage in heun_plan(denoiser).stages})
+    return [(x, sigma) for sigma, x in met.items()]
+
+
+def exact(rows: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The formula in float64."""
+    flat = x.double().flatten(1)
+    logits = torch.stack([
+        torch.cat([(block.double() - query).square().sum(dim=1) for block in rows.split(5000)]) for query in flat
+    ]) / (-2 * sigma**2)  # fmt: skip
+    weights = torch.softmax(logits, dim=1)
+    blocks = zip(weights.split(5000, dim=1), rows.split(5000), strict=True)
+    return sum(w @ block.double() for w, block in blocks).reshape(x.shape)
