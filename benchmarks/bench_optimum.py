@@ -95,9 +95,7 @@ def states(denoiser: OptimalDenoiser, latents: torch.Tensor) -> list[tuple[torch
 def exact(rows: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
     """The formula in float64."""
     flat = x.double().flatten(1)
-    logits = torch.stack([
-        torch.cat([(block.double() - query).square().sum(dim=1) for block in rows.split(5000)]) for query in flat
-    ]) / (-2 * sigma**2)  # fmt: skip
+    blocks = [block.double() for block in rows.split(10000)]
+    logits = torch.cat([flat @ y.T - 0.5 * y.square().sum(dim=1) for y in blocks], dim=1) / sigma**2
     weights = torch.softmax(logits, dim=1)
-    blocks = zip(weights.split(5000, dim=1), rows.split(5000), strict=True)
-    return sum(w @ block.double() for w, block in blocks).reshape(x.shape)
+    return sum(w @ y for w, y in zip(weights.split(10000, dim=1), blocks, strict=True)).reshape(x.shape)

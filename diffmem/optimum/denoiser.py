@@ -222,7 +222,7 @@ class OptimalDenoiser(nn.Module):
                 weights[query] = shares[:count]
                 # Logits are off by (d + 3)·2^-53 of themselves at most, shares by twice that, their sum by N·2^-53.
                 d, largest = self.rows.dimension, float(logits.max().abs())
-                missing[query] = float(behind[count - 1]) * +(2**-50) * (d * (1 + largest) + len(logits))
+                missing[query] = float(behind[count - 1]) + 2**-50 * (d * (1 + largest) + len(logits))
         return Weights(indices, weights, missing)
 
     def _exact_logits(self, row: torch.Tensor, sigma: torch.Tensor, start: int, stop: int) -> torch.Tensor:

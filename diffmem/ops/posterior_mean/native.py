@@ -24,13 +24,13 @@ components, R² = E‖z‖², S = min(CAP, exp(R²/σ²)), tail(m) = E ρ(z)² a
     first product:   rms δ / σ² · (√tail(m) · √(S/N) · R + √Σ_{k>m} λ_k²) / ‖D‖
     second product:  CAP/256·√(1/12N) · √tail(m') / ‖D‖                                                (2)
 
-This is a model and no bound; on CIFAR-10 single queries reach three times its first and twice its second line. So the
-plan is the cheapest that keeps them below a sixth and a half of the tolerance.
+This is a model and no bound; on CIFAR-10 single queries reach six times its first and three times its second line. So
+the plan is the cheapest that keeps them below a twelfth and a third of the tolerance.
 
 Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 Gflop/s in float32: a
 product over all bytes is 79 Gop, 85 ms (float32: 340 ms); reading the images once, 153 MB, 8 ms. Predicted before it
-was written: dense calls 2.1 (tolerance 1e-3) to 3.4 (1e-5) such products, 0.25 and 0.35 s; search 0.06 s; so 5 times faster
-than two float32 products and a softmax at 1e-5, and 8 times at 1e-3, over the 35 calls of 18 steps.
+was written: dense calls 2.1 (tolerance 1e-3) to 3.4 (1e-5) such products, 0.25 and 0.35 s; search 0.06 s; so 5 times
+faster than two float32 products and a softmax at 1e-5, and 8 times at 1e-3, over the 35 calls of 18 steps.
 
 Tried: components beyond 1024 (JPEG leaves 1536 dimensions) make the search prune a little more and the second bytes'
 sum short; one scale for all components costs the search its sharpness; rounding weights to one byte without a dither
@@ -210,7 +210,7 @@ class NativeRows:
             for planes in (1, 2):
                 noise = rounding / 256 ** (planes - 1) / sigma**2
                 error = noise * (math.sqrt(tail * concentration / images) * self.spread + variances) / length
-                if error < tolerance / 6 and planes + corrected / d < least:
+                if error < tolerance / 12 and planes + corrected / d < least:
                     best, least = (planes, corrected), planes + corrected / d
         if best is None:
             return None
@@ -218,7 +218,7 @@ class NativeRows:
         for low in (None, *choices[1:], d):
             left = self.spread if low is None else math.sqrt(self._tail(low)[0]) if low < d else self.spread / 256
             # Rounding up or down by a dither has up to three times the variance of rounding to the nearest.
-            if unit / 256 * left * (3**0.5 if low is None else 1) < tolerance / 2:
+            if unit / 256 * left * (3**0.5 if low is None else 1) < tolerance / 3:
                 return Plan(*best, low)
         return None
 
