@@ -24,8 +24,8 @@ components, R² = E‖z‖², S = min(CAP, exp(R²/σ²)), tail(m) = E ρ(z)² a
     first product:   rms δ / σ² · (√tail(m) · √(S/N) · R + √Σ_{k>m} λ_k²) / ‖D‖
     second product:  CAP/256·√(1/12N) · √tail(m') / ‖D‖                                                (2)
 
-This is a model and no bound; on CIFAR-10 single queries reach six times its first and three times its second line. So
-the plan is the cheapest that keeps them below a twelfth and a third of the tolerance.
+This is a model and no bound; on CIFAR-10 single queries exceed both lines by a factor of up to six. So the plan is the
+cheapest that keeps them below a sixteenth and a sixth of the tolerance.
 
 Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 Gflop/s in float32: a
 product over all bytes is 79 Gop, 85 ms (float32: 340 ms); reading the images once, 153 MB, 8 ms. Predicted before it
@@ -48,7 +48,7 @@ from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE, RunningMean
 from diffmem.ops.registry import native_module, native_unavailable
 from diffmem.progress import Progress, silent
 
-CAP = 12.0  # times the average weight: heavier images are computed exactly
+CAP = 6.0  # times the average weight: heavier images are computed exactly
 LANES, PANEL = 16, 64  # queries in a vector, and side by side in a product
 BLOCK_VALUES = 1 << 25
 SCORE_BYTES = 1 << 28
@@ -210,7 +210,7 @@ class NativeRows:
             for planes in (1, 2):
                 noise = rounding / 256 ** (planes - 1) / sigma**2
                 error = noise * (math.sqrt(tail * concentration / images) * self.spread + variances) / length
-                if error < tolerance / 12 and planes + corrected / d < least:
+                if error < tolerance / 16 and planes + corrected / d < least:
                     best, least = (planes, corrected), planes + corrected / d
         if best is None:
             return None
@@ -218,7 +218,7 @@ class NativeRows:
         for low in (None, *choices[1:], d):
             left = self.spread if low is None else math.sqrt(self._tail(low)[0]) if low < d else self.spread / 256
             # Rounding up or down by a dither has up to three times the variance of rounding to the nearest.
-            if unit / 256 * left * (3**0.5 if low is None else 1) < tolerance / 3:
+            if unit / 256 * left * (3**0.5 if low is None else 1) < tolerance / 6:
                 return Plan(*best, low)
         return None
 
