@@ -94,7 +94,7 @@ _NUMBER, _SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
 @click.option("--audit-samples", type=_POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
 @click.option("--audit-solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
               help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
-@click.option("--stop-at", type=_SHARE, metavar="SHARE",
+@click.option("--stop-at", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
               help="End the run once an audit shows that R_mem is at least SHARE.")  # fmt: skip
 @click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
               show_default=True, help="Of --stop-at, over all audits of the run.")  # fmt: skip
