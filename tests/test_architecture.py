@@ -20,9 +20,10 @@ ALLOWED = {
     "search": {"ops", "data"},
     "memorization": {"search", "data"},
     "generation": {"models", "sampling", "data", "search", "memorization"},
+    "studies": {"models", "sampling", "data", "search", "memorization", "generation", "training", "monitoring"},
     "demo": {"memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "generation", "training", "demo", "environment"},
+    "cli": {"data", "search", "memorization", "models", "generation", "training", "studies", "demo", "environment"},
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
 
