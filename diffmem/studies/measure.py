@@ -119,8 +119,9 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
 
     Snapshots are audited with seeds 0, 1, … as training goes on. An audit ends early when it is all but certain
     (99.9 %, at whatever image one looks) that its snapshot is not the best one; with a question also when that is
-    answered, and a yes ends the run. device: "cpu", "cuda", or "auto". Raises InputError where data, network and training do not fit,
-    DivergedError for a loss that is no number, InterruptedUnitError when stopped by SIGINT or SIGTERM.
+    answered, and a yes ends the run. device: "cpu", "cuda", or "auto". Raises InputError where data, network and
+    training do not fit, DivergedError for a loss that is no number, InterruptedUnitError when stopped by SIGINT or
+    SIGTERM.
     """
     folder = Path(folder)
     if (known := read_result(folder)) is not None:

@@ -100,7 +100,7 @@ def _size(scale: str, base: Setting, other: str | None) -> Study:
 
 def _resolution(scale: str, base: Setting, other: str | None) -> Study:
     if scale == "digits":
-        levels = {8: None, 4: None}
+        levels = dict.fromkeys((8, 4), (20, 30, 50, 100))
     else:
         levels = {32: (500, 1000, 2000, 4000), 16: (1000, 2000, 4000, 8000, 16000), 8: (1000, 2000, 4000, 8000, 16000)}
     variants = [
@@ -254,7 +254,7 @@ def _conditioning(scale: str, base: Setting, other: str | None) -> Study:
 
 def _random_labels(scale: str, base: Setting, other: str | None) -> Study:
     if scale == "digits":
-        levels, sizes = (1, 2, 5, 10, 20, 50), (50,)
+        levels, sizes = (1, 2, 10, 50), (50,)
     else:
         levels, sizes = (1, 2, 5, 10, 20, 50, 100, 500, 1000), (1000, 2000, 5000)
     variants = [_variant(f"C = {count}", base, {"data.labels": f"random:{count}"}, count) for count in levels]
