@@ -10,15 +10,12 @@ results/emm.csv holds a row per kind of curve: coverage of the 95 % intervals, t
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, Bench
 from diffmem.memorization import Question
 from diffmem.studies.curve import Observation, Posterior
 from diffmem.studies.search import Search, Trial, carry_out

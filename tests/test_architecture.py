@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
 # What each room may import from the others; what EVERYBODY holds, and the package itself, is for all.
-EVERYBODY = {"", "devices", "errors", "progress", "whole"}
+EVERYBODY = {"", "devices", "errors", "pictures", "progress", "whole"}
 ALLOWED = {
     "data": set(),
     "ops": set(),
@@ -20,10 +20,22 @@ ALLOWED = {
     "search": {"ops", "data"},
     "memorization": {"search", "data"},
     "generation": {"models", "sampling", "data", "search", "memorization"},
-    "studies": {"models", "sampling", "data", "search", "memorization", "generation", "training", "monitoring"},
-    "demo": {"memorization", "data"},
+    "monitoring": {"training", "generation", "sampling", "models", "memorization", "search", "data"},
+    "studies": {"monitoring", "training", "generation", "sampling", "models", "memorization", "search", "data"},
+    "demo": {"monitoring", "training", "generation", "memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "generation", "training", "studies", "demo", "environment"},
+    "cli": {
+        "data",
+        "search",
+        "memorization",
+        "models",
+        "generation",
+        "training",
+        "monitoring",
+        "studies",
+        "demo",
+        "environment",
+    },
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
 

@@ -18,6 +18,7 @@ from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
 from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.cli.train import train_command
+from diffmem.cli.trajectory import trajectory_command
 from diffmem.errors import InputError, MissingExtraError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -41,6 +42,7 @@ for command in (
     audit_command,
     dataset_command,
     train_command,
+    trajectory_command,
     sample_command,
     import_edm_command,
     demo_command,

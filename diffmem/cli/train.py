@@ -16,7 +16,8 @@ from diffmem.errors import InputError
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
-    from diffmem.training import Observer, Plan, Run, Snapshot, Stats, TrainingConfig
+    from diffmem.monitoring import Point
+    from diffmem.training import DataSource, Observer, Plan, Run, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
 _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
@@ -89,6 +90,14 @@ _NUMBER, _SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
 @click.option(
     "--grid", type=click.IntRange(min=0), default=16, show_default=True, help="Images to sample at snapshots."
 )
+@click.option("--audit-every", type=_POSITIVE, metavar="N", help="Audit a snapshot every N images, and the last.")
+@click.option("--audit-samples", type=_POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
+@click.option("--audit-solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+              help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
+@click.option("--stop-at", type=_SHARE, metavar="SHARE",
+              help="End the run once an audit shows that R_mem is at least SHARE.")  # fmt: skip
+@click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
+              show_default=True, help="Of --stop-at, over all audits of the run.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
               help="Compile the network; auto: where the run is long enough.")  # fmt: skip
@@ -98,7 +107,8 @@ _NUMBER, _SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
 def train_command(
     source, out, size, resize, color, cond, xflip, window, augment, preset, arch, precond, skips, images, epochs,
     duration, batch, batch_gpu, optimizer, lr, warmup_epochs, weight_decay, momentum, ema_rule, ema_target,
-    ema_halflife, tikhonov, seed, snapshot_images, keep, grid, device, compile_, resume, dry_run, **network,
+    ema_halflife, tikhonov, seed, snapshot_images, keep, grid, audit_every,
+    audit_samples, audit_solver, stop_at, confidence, device, compile_, resume, dry_run, **network,
 ) -> int:  # fmt: skip
     """Train a diffusion model.
 
@@ -110,12 +120,17 @@ def train_command(
     Examples:
       diffmem train --data cifar10.zip --size 1000 --duration 2000 --snapshot-images 2000000 --out run
       diffmem train --data builtin:digits --epochs 500 --num-channels 32 --num-blocks 1 --batch 128 --out run
+      diffmem train --data builtin:digits --size 100 --epochs 5000 --audit-every 50000 --stop-at 0.9 --out run
       torchrun --nproc-per-node 8 -m diffmem train --data cifar10.zip --epochs 4000 --out run
     """
     import torch
 
+    from diffmem.generation import SampleSettings
+    from diffmem.memorization import Question
+    from diffmem.monitoring import AuditEvery
     from diffmem.training import (
         EMA,
+        DataSource,
         Grids,
         KeepLast,
         TensorBoard,
@@ -129,9 +144,12 @@ def train_command(
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
+    if stop_at is not None and audit_every is None:
+        raise click.UsageError("--stop-at goes with --audit-every")
     torch.set_flush_denormal(True)
     with process_group():
-        data = _load(source, size, resize, color)
+        found_at = DataSource(source, size, resize, color)
+        data = _load(found_at)
         if cond and data.labels is None:
             raise InputError(f"{source}: --cond needs labels, and there are none")
         label_dim = 0
@@ -178,7 +196,25 @@ def train_command(
             if is_first_rank():
                 _print_plan(plan)
             return 0
-        observers = [_display()]
+        display = _display()
+        observers = [display]
+        if audit_every is not None:
+            # Without a snapshot there is nothing to audit.
+            snapshot_images = min(snapshot_images or audit_every, audit_every)
+            if is_first_rank():
+                observers.append(
+                    AuditEvery(
+                        data,
+                        out,
+                        every=audit_every,
+                        samples=audit_samples,
+                        question=None if stop_at is None else Question(stop_at, confidence),
+                        flip=xflip,
+                        settings=SampleSettings(solver=audit_solver),
+                        device=device,
+                        tell=display.audited,
+                    )
+                )
         if grid:
             observers.append(Grids(out, grid))
         if TensorBoard.available() and is_first_rank():
@@ -191,6 +227,7 @@ def train_command(
             keep=keep_all if keep is None else KeepLast(keep),
             resume=resume,
             observers=observers,
+            found_at=found_at,
             **choices,
         )
     if is_first_rank():
@@ -198,24 +235,15 @@ def train_command(
     return INTERRUPTED if run.ending == "interrupted" else 0
 
 
-def _load(source: str, size: int | None, resize: int | None, color: str | None) -> ImageSet:
-    """The training set: read, and cut down to `size` images."""
-    from diffmem.data import load_images
+def _load(data: DataSource) -> ImageSet:
+    """The training set, with a progress bar."""
     from diffmem.progress import progress_bars
 
     with progress_bars(is_first_rank()) as progress:
-        images = load_images(source, resize=resize, color=color, progress=progress)
+        images = data.load(progress)
     for note in images.notes if is_first_rank() else ():
         click.echo(f"note: {note}", err=True)
-    if size is None:
-        return images
-    if images.labels is not None and images.labels.ndim == 1:
-        from diffmem.data.subsets import class_balanced
-
-        return class_balanced(images, size)
-    if size > len(images):
-        raise InputError(f"{source}: holds {len(images):,} images; --size can be {len(images)} at most")
-    return images.select(slice(size))
+    return images
 
 
 def _print_plan(plan: Plan) -> None:
@@ -259,6 +287,7 @@ def _display() -> Observer:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from diffmem.memorization import percent
     from diffmem.training import Observer
 
     class Display(Observer):
@@ -286,6 +315,12 @@ def _display() -> Observer:
         def snapshot(self, snapshot: Snapshot) -> None:
             if self.bar is None:
                 click.echo(f"snapshot {snapshot.folder}: loss {snapshot.loss:.4g}", err=True)
+
+        def audited(self, point: Point) -> None:
+            low, high = (percent(end) for end in point.interval)
+            line = f"audit after {point.epochs:,.0f} epochs: R_mem {percent(point.ratio)} ({low} to {high}), "
+            line += f"{point.count:,} of {point.total:,} images"
+            click.echo(line, err=True) if self.bar is None else self.bar.console.print(line, highlight=False)
 
         def finished(self) -> None:
             if self.bar is not None:

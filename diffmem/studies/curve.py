@@ -5,10 +5,10 @@ The share of copies of a run on N images is R = link(η + τz), z normal and new
     η = x₀ − s·(ln N − ln EMM),   link(η) = (1 / (1 + e^−η))^ν,
 
 s > 0 the steepness, τ the spread between runs, ν the asymmetry (1: the logistic curve; the limits are the two
-log-log curves), and x₀ what makes the expected R at N = EMM just 1 − ζ. So the four unknowns are EMM itself, s, τ and ν; all
-of them are integrated over, and an interval of EMM covers what is not known of the others: the noise of sampling (binomial), that between runs,
-and the shape of the curve between the sizes that were tried. `python -m benchmarks emm` measures its coverage on curves
-that are none of these.
+log-log curves), and x₀ what makes the expected R at N = EMM just 1 − ζ. So the four unknowns are EMM itself, s, τ and
+ν; all are integrated over, and an interval of EMM covers what is not known of the others: the noise of sampling
+(binomial), that between runs, and the shape of the curve between the sizes that were tried. `python -m benchmarks emm`
+measures its coverage on curves that are none of these.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Posterior:
 
     def quantile(self, probability: float) -> float:
         """The size below which EMM lies with this probability."""
-        heights = (np.cumsum(self.marginal) - self.marginal / 2)
+        heights = np.cumsum(self.marginal) - self.marginal / 2
         return math.exp(np.interp(probability, heights, self.log_sizes))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from diffmem.data import ImageSet
+from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.memorization import Audit, Question, anytime_interval, audit, wilson_interval
+from diffmem.memorization import Question, audit, wilson_interval
 from diffmem.memorization.audit import software_versions
-from diffmem.models import Denoiser
-from diffmem.sampling import sample_batches
-from diffmem.search import TrainingIndex
+from diffmem.models import load
+from diffmem.monitoring import AuditEvery, Point
+from diffmem.sampling import sample
 from diffmem.studies.unit import Unit
-from diffmem.training import KeepLast, Observer, Plan, Snapshot, Verdict, train
+from diffmem.training import KeepLast, Plan, Snapshot, Verdict, snapshot_folder, train
 from diffmem.whole import whole_file
 
 UNIT, RUN, AUDITS, RESULT, GALLERY = "unit.json", "run", "audits.json", "result.json", "gallery.npz"
@@ -37,10 +38,11 @@ class InterruptedUnitError(Exception):
 
 
 @dataclass(frozen=True)
-class SnapshotAudit:
+class SnapshotResult:
     """R_mem of one snapshot: copies among the images of seeds 0 … total − 1, and what the run had cost by then.
 
-    training_seconds, sampling_seconds: wall-clock time since the start of the unit, over all its continuations.
+    answer: to the unit's question, None where it has none or it stayed open. training_seconds, sampling_seconds:
+    wall-clock time since the start of the unit, over all its continuations.
     """
 
     images: int
@@ -50,6 +52,7 @@ class SnapshotAudit:
     total: int
     training_seconds: float
     sampling_seconds: float
+    answer: bool | None = None
 
     @property
     def ratio(self) -> float:
@@ -80,7 +83,7 @@ class Result:
     training_seconds: float
     sampling_seconds: float
     training_set: str
-    snapshots: tuple[SnapshotAudit, ...]
+    snapshots: tuple[SnapshotResult, ...]
     versions: dict[str, str]
 
     @property
@@ -108,7 +111,7 @@ def read_result(folder: Path) -> Result | None:
     try:
         values = json.loads(path.read_text())
         del values["r_mem"], values["interval"]
-        return Result(**{**values, "snapshots": tuple(SnapshotAudit(**each) for each in values["snapshots"])})
+        return Result(**{**values, "snapshots": tuple(SnapshotResult(**each) for each in values["snapshots"])})
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: not the result of a unit ({error}); remove its folder to run it again") from None
 
@@ -117,11 +120,9 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
     """The result of `unit`, from its `folder` where it lies there; else trained, sampled and audited, continuing what
     lies there.
 
-    Snapshots are audited with seeds 0, 1, … as training goes on. An audit ends early when it is all but certain
-    (99.9 %, at whatever image one looks) that its snapshot is not the best one; with a question also when that is
-    answered, and a yes ends the run. device: "cpu", "cuda", or "auto". Raises InputError where data, network and
-    training do not fit, DivergedError for a loss that is no number, InterruptedUnitError when stopped by SIGINT or
-    SIGTERM.
+    Snapshots are audited as training goes on (see `diffmem.monitoring.AuditEvery`); with a question a yes ends the run.
+    device: "cpu", "cuda", or "auto". Raises InputError where data, network and training do not fit, DivergedError for a
+    loss that is no number, InterruptedUnitError when stopped by SIGINT or SIGTERM.
     """
     folder = Path(folder)
     if (known := read_result(folder)) is not None:
@@ -132,7 +133,7 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
     _write_json(folder / UNIT, unit.to_json())
     steps = math.ceil(config.images / config.batch)
     snapshot_steps = math.ceil(steps / unit.setting.snapshots)
-    audits = _Audits(unit, images, folder, looks=math.ceil(steps / snapshot_steps), device=device)
+    audits = _Audits(unit, images, folder, device)
     run = train(
         config,
         images,
@@ -147,102 +148,71 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
     if run.ending == "interrupted":
         raise InterruptedUnitError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
     result = audits.result(run.images, run.images / len(images), censored=run.ending == "stopped")
+    _write_gallery(folder, images, unit, result.best_images, device)
     _write_json(folder / RESULT, result.to_json())
     shutil.rmtree(folder / RUN / "state", ignore_errors=True)
     return result
 
 
-class _Audits(Observer):
-    """Audits every snapshot of a run, and ends the run when its question is answered."""
+class _Audits(AuditEvery):
+    """Audits every snapshot of a unit's run, and keeps the list of what was found and spent."""
 
-    def __init__(self, unit: Unit, training: ImageSet, folder: Path, looks: int, device: str):
-        self.unit, self.training, self.folder = unit, training, folder
-        self.index = TrainingIndex(training, device=device)
-        self.question = None if unit.at_least is None else Question(unit.at_least).shared_among(looks)
-        self.audits: list[SnapshotAudit] = []
+    def __init__(self, unit: Unit, training: ImageSet, folder: Path, device: str):
+        setting = unit.setting
+        super().__init__(
+            training,
+            folder / RUN,
+            samples=setting.samples,
+            question=None if unit.at_least is None else Question(unit.at_least),
+            flip=bool(setting.training.get("xflip")),
+            settings=setting.sample_settings(),
+            device=device,
+            tell=self._add,
+        )
+        self.unit, self.folder = unit, folder
+        self.audits: list[SnapshotResult] = []
 
     def started(self, plan: Plan) -> None:
+        super().started(plan)
         path = self.folder / AUDITS
-        known = json.loads(path.read_text()) if path.exists() else []
-        self.audits = [SnapshotAudit(**each) for each in known if each["images"] <= plan.resumed_at]
-        # What was spent on steps that are now done again is spent: the last line knows it.
-        self.training_before, self.sampling_seconds = (
-            (known[-1]["training_seconds"], known[-1]["sampling_seconds"]) if known else (0.0, 0.0)
+        known = [SnapshotResult(**each) for each in json.loads(path.read_text())] if path.exists() else []
+        self.audits = [audited for audited in known if audited.images <= plan.resumed_at]
+        # What was spent on steps that are now done again is spent.
+        self.training_seconds, self.sampling_seconds = (
+            (known[-1].training_seconds, known[-1].sampling_seconds) if known else (0.0, 0.0)
         )
         self.parameters = plan.parameters
-        self.began, self.sampling_now = time.perf_counter(), 0.0
-
-    @property
-    def best(self) -> SnapshotAudit | None:
-        return max(self.audits, key=lambda audited: audited.ratio, default=None)
+        self.since = time.perf_counter()
 
     def snapshot(self, snapshot: Snapshot) -> Verdict:
-        began = time.perf_counter()
-        count, total, shown = self._audited(snapshot.denoiser)
-        self.sampling_now += time.perf_counter() - began
-        ratio = count / total
-        if self.best is None or ratio > self.best.ratio:
-            self._write_gallery(shown)
+        now = time.perf_counter()
+        self.training_seconds += now - self.since
+        self.since = now
+        return super().snapshot(snapshot)
+
+    def _add(self, point: Point) -> None:
+        now = time.perf_counter()
+        self.sampling_seconds += now - self.since
+        self.since = now
         self.audits.append(
-            SnapshotAudit(
-                snapshot.images,
-                snapshot.epochs,
-                snapshot.loss,
-                count,
-                total,
-                self.training_before + time.perf_counter() - self.began - self.sampling_now,
-                self.sampling_seconds + self.sampling_now,
+            SnapshotResult(
+                images=point.images,
+                epochs=point.epochs,
+                loss=point.loss,
+                count=point.count,
+                total=point.total,
+                training_seconds=self.training_seconds,
+                sampling_seconds=self.sampling_seconds,
+                answer=point.answer,
             )
         )
         _write_json(self.folder / AUDITS, [asdict(each) for each in self.audits])
-        if self.question is not None and self.question.answer(count, total):
-            return Verdict(ratio, stop=True, reason=f"R_mem is at least {self.unit.at_least:g}: {count} of {total}")
-        return Verdict(ratio)
-
-    def _audited(self, denoiser: Denoiser) -> tuple[int, int, Audit]:
-        """Copies, images, and the audit of the first batch."""
-        setting = self.unit.setting
-        settings = setting.sample_settings()
-        count = total = 0
-        first = None
-        for samples in sample_batches(
-            denoiser,
-            range(setting.samples),
-            solver=settings.solver,
-            batch=min(settings.batch, setting.samples),
-            compile={"auto": "auto", "on": True, "off": False}[settings.compile],
-            **settings.solver_arguments(),
-        ):
-            audited = audit(ImageSet(samples.images.numpy()), self.training, index=self.index)
-            first = first or audited
-            count, total = count + audited.count, total + audited.total
-            best = self.best
-            if best is not None and (
-                anytime_interval(count, total, 0.999)[1] < anytime_interval(best.count, best.total, 0.999)[0]
-            ):
-                break
-            if self.question is not None and self.question.answer(count, total) is not None:
-                break
-        return count, total, first
-
-    def _write_gallery(self, audited: Audit) -> None:
-        rows = slice(SHOWN)
-        with whole_file(self.folder / GALLERY) as partial, partial.open("wb") as stream:
-            np.savez_compressed(
-                stream,
-                generated=audited.generated.images[rows],
-                nearest=self.training.images[audited.neighbors.indices[rows, 0]],
-                memorized=audited.memorized[rows],
-            )
 
     def result(self, images: int, epochs: float, censored: bool) -> Result:
-        best, last = self.best, self.audits[-1]
-        answers = [] if self.question is None else [self.question.answer(a.count, a.total) for a in self.audits]
-        if any(answers):
-            decided = True
-        else:
-            # The highest is below only where all are.
-            decided = False if answers and all(answer is False for answer in answers) else None
+        last, best = self.audits[-1], max(self.audits, key=lambda audited: audited.ratio)
+        # The highest R_mem is too low only where all are.
+        answers = [audited.answer for audited in self.audits]
+        decided = True if any(answers) else False if all(answer is False for answer in answers) else None
         return Result(
             key=self.unit.key,
             size=self.unit.size,
@@ -260,6 +230,23 @@ class _Audits(Observer):
             training_set=self.training.fingerprint,
             snapshots=tuple(self.audits),
             versions=software_versions(),
+        )
+
+
+def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device: str) -> None:
+    """The first images of the snapshot after `at` images, beside the training images nearest to them."""
+    settings = unit.setting.sample_settings()
+    denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
+    images = sample(
+        denoiser, range(SHOWN), batch=SHOWN, solver=settings.solver, compile=False, **settings.solver_arguments()
+    ).images.numpy()
+    judged = audit(images, training, device=device)
+    with whole_file(folder / GALLERY) as partial, partial.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            generated=images,
+            nearest=training.images[judged.neighbors.indices[:, 0]],
+            memorized=judged.memorized,
         )
 
 

@@ -1,4 +1,4 @@
-"""The search for EMM: which run to make next, and when to stop. It knows runs only by what they are asked and answer."""
+"""The search for EMM: which run to make next, and when to stop. Of runs it knows what they are asked and answer only."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ class Search:
         return size // self.step * self.step
 
 
-def carry_out(search: Search, measure: Callable[[Sequence[Trial]], Sequence[Observation | None]], at_once: int = 1) -> list[tuple[Trial, Observation | None]]:
+def carry_out(
+    search: Search, measure: Callable[[Sequence[Trial]], Sequence[Observation | None]], at_once: int = 1
+) -> list[tuple[Trial, Observation | None]]:
     """Every run that the search asked for, with what was seen; None for a run that failed.
 
     measure: makes some runs and returns what each showed. at_once: how many it is asked for at a time.

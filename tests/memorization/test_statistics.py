@@ -1,4 +1,4 @@
-"""The intervals against their defining equations and their promised coverage; answers that may be sought at any time."""
+"""Intervals against their defining equations and their promised coverage; answers sought at any time."""
 
 import numpy as np
 import pytest
