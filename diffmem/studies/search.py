@@ -1,4 +1,4 @@
-"""The search for EMM: which run to make next, and when to stop. Of runs it knows what they are asked and answer only."""
+"""The search for EMM: which run to make next, and when to stop. How runs are made is not its affair."""
 
 from __future__ import annotations
 

@@ -52,28 +52,41 @@ class DataRecipe:
         the last class takes (see `class_balanced`); repetition 0 takes the first images of each class, others take
         them in an order of their own. Raises InputError as `derive` does.
         """
-        images = load_images(self.source)
-        labels, kind = self.labels, parse_labels(self.labels)[0]
-        if self.only_class is not None:
-            if images.labels is None or images.labels.ndim != 1:
-                raise InputError(f"{images.source}: has no classes to choose class {self.only_class} from")
-            images = images.select(np.flatnonzero(images.labels == self.only_class))
-        elif images.labels is None or images.labels.ndim != 1:
-            # Without classes to balance, all images are of one.
-            if kind == "true" or self.classes is not None:
-                raise InputError(f"{images.source}: has no class indices, which labels 'true' and classes need")
-            images = replace(images, labels=np.zeros(len(images), np.int64))
         return derive(
-            images,
+            self._images(),
             color=self.color,
             resolution=self.resolution,
             classes=self.classes,
             size=size,
             mix=None if self.mix is None else Mix(*self.mix),
-            labels=labels,
+            labels=self.labels,
             label_seed=RANDOM_LABEL_SEED + repetition,
             seed=None if repetition == 0 else repetition,
         ).images
+
+    def limits(self) -> tuple[int, int]:
+        """(number of classes, of which sizes should be multiples; the largest size that is one)."""
+        _, counts = np.unique(self._images().labels, return_counts=True)
+        counts = counts[: self.classes]
+        return len(counts), int(counts.min()) * len(counts)
+
+    def _images(self) -> ImageSet:
+        """What the training sets are taken from, with class indices."""
+        images = load_images(self.source)
+        has_classes = images.labels is not None and images.labels.ndim == 1
+        if not has_classes and (self.labels == "true" or self.classes is not None or self.only_class is not None):
+            raise InputError(
+                f"{images.source}: has no class indices, and labels 'true' and choices of classes need them"
+            )
+        if not has_classes:
+            # Without classes to balance, all images are of one.
+            return replace(images, labels=np.zeros(len(images), np.int64))
+        if self.only_class is None:
+            return images
+        chosen = np.flatnonzero(images.labels == self.only_class)
+        if not len(chosen):
+            raise InputError(f"{images.source}: no image has class {self.only_class}")
+        return images.select(chosen)
 
 
 @dataclass(frozen=True)
