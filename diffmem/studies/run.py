@@ -101,6 +101,9 @@ def run_units(
                     time.sleep(_LOOK_SECONDS)
                 else:
                     break
+        except BaseException:
+            executor.close()
+            raise
         finally:
             for key in list(held):
                 ledger.release(key)
