@@ -10,25 +10,12 @@ import click
 
 from diffmem.cli.execution import executor_of, executor_options, tell_outcome
 from diffmem.cli.options import debug_option
+from diffmem.cli.training_options import Numbers
 
 if TYPE_CHECKING:
     from diffmem.studies import Study
 
 FAILURE = 1
-
-
-class Sizes(click.ParamType):
-    """Whole numbers, separated by commas."""
-
-    name = "n,n,…"
-
-    def convert(self, value, parameter, context) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of sizes like 100,200,400", parameter, context)
 
 
 def _choice_options(command):
@@ -39,7 +26,7 @@ def _choice_options(command):
             click.option("--scale", type=click.Choice(["digits", "cifar10"]), default="digits", show_default=True),
             click.option("--data", "source", help="Training images instead of the scale's own; see `diffmem audit`."),
             click.option("--other", help="The images that the study of intra-class diversity mixes in."),
-            click.option("--sizes", type=Sizes(), help="Training-set sizes instead of the study's."),
+            click.option("--sizes", type=Numbers(), help="Training-set sizes instead of the study's."),
             click.option("--seeds", "repetitions", type=click.IntRange(min=1), help="Runs per cell."),
         ]
     ):
@@ -98,17 +85,20 @@ def list_command(as_json: bool) -> None:
 @study_command.command("show")
 @_choice_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs: what is done there costs nothing.")
-@click.option("--plan", "workers", type=Sizes(), metavar="W,W,…",
+@click.option("--plan", "workers", type=Numbers(), metavar="W,W,…",
               help="Measure what the runs cost here, and simulate a schedule on so many devices.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="The device to measure on.")
 @click.option("--json", "as_json", is_flag=True, help="The studies as JSON, which `run` reads as a study of your own.")
 @debug_option
 def show_command(out, workers, device, as_json, **choice) -> None:
     """Show what studies consist of, and what they would cost."""
+    import torch
+
     from diffmem.progress import progress_bars
     from diffmem.studies.folder import all_units
     from diffmem.studies.schedule import costs, schedule
 
+    torch.set_flush_denormal(True)
     chosen = _chosen(**choice)
     if as_json:
         click.echo(

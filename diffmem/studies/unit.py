@@ -175,6 +175,8 @@ class Unit:
     def __post_init__(self):
         if self.size < 2 or self.repetition < 0:
             raise InputError(f"a run on {self.size} images, repetition {self.repetition}: at least 2, and 0")
+        if self.at_least is not None and not 0 < self.at_least <= 1:
+            raise InputError(f"at_least is {self.at_least}, but must be a share above 0")
 
     @property
     def key(self) -> str:
