@@ -46,11 +46,14 @@ def write_studies(found: Sequence[Findings], root: Path, folder: Path) -> Path:
     """
     check_output_folder(folder)
     numbers = published()
+    # What all studies note is said once.
+    shared = [note for note in found[0].study.notes if all(note in each.study.notes for each in found)] if found else []
     page = (
         _environment()
         .get_template("studies.html.j2")
         .render(
             studies=[_section(each, root, numbers) for each in found],
+            shared=shared,
             source=numbers["source"],
             runs=len({result.key for each in found for result in each.results}),
             seconds=sum({result.key: result.seconds for each in found for result in each.results}.values()),
@@ -246,7 +249,9 @@ def _gallery(found: Findings, root: Path) -> list[tuple[str, str, int, int]]:
             continue
         with np.load(path) as stored:
             generated, nearest, memorized = (stored[name][:SHOWN] for name in ("generated", "nearest", "memorized"))
-        picture = np.asarray(grid(np.concatenate([generated, nearest]), scale=1, columns=len(generated)))
+        # A frame of grey keeps neighbours apart.
+        framed = np.pad(np.concatenate([generated, nearest]), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=190)
+        picture = np.asarray(grid(framed, scale=1, columns=len(generated)))
         pixels = picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
         pictures.append((f"{variant.name}, N = {cell.size:,}", data_url(pixels), int(memorized.sum()), len(memorized)))
     return pictures
