@@ -192,7 +192,7 @@ def _finish(axes: Axes) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylim(top=1.05)
+    axes.set_ylim(min(axes.get_ylim()[0], -0.03), 1.05)
     axes.legend(fontsize=8)
 
 
