@@ -46,8 +46,9 @@ def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, devic
     from diffmem.studies.executors import InProcess, Processes, Ray
 
     if ray is not None:
-        address = None if ray == "local" else ray
-        return Ray(address, gpus=gpus_per_run, slots=workers, device=device, include_dashboard=False)
+        local = {"address": None, "include_dashboard": False}
+        where = local if ray == "local" else {"address": ray}
+        return Ray(**where, gpus=gpus_per_run, slots=workers, device=device)
     if workers is not None and workers > 1:
         return Processes(workers, device=device)
     return InProcess(device)

@@ -17,6 +17,8 @@ from diffmem.studies.run import Outcome, run_units
 from diffmem.studies.search import Search, Trial, carry_out
 from diffmem.studies.unit import Setting, Unit
 
+_AT_ONCE = 6  # runs: more of them could not make use of what each other finds
+
 
 @dataclass(frozen=True)
 class EMM:
@@ -113,7 +115,7 @@ def find_emm(
 
     sizes: the smallest and the largest N to try; None: from 2 images of each class to all there are. precision: half of
     the 95 % interval as a share of EMM at which to stop. repetitions: runs per size at most, runs: in all at most.
-    executor: see `diffmem.studies.executors`; it is asked for as many runs at once as it has slots. tell: called with
+    executor: see `diffmem.studies.executors`; with several slots, up to six runs are made at once. tell: called with
     every run that ends. Raises InputError where nothing can be found out, because no run succeeds.
     """
     executor = InProcess() if executor is None else executor
@@ -141,5 +143,5 @@ def find_emm(
         progress("searching EMM", len(results) + len(failures), runs)
         return seen
 
-    carry_out(search, measure, executor.slots)
+    carry_out(search, measure, min(executor.slots, _AT_ONCE))
     return EMM(setting, search, tuple(results), tuple(failures))

@@ -10,6 +10,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any, Protocol
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.studies.measure import Result, run_unit
 from diffmem.studies.unit import Unit
+
+_WATCH_SECONDS = 5.0  # between looks of a process at whether its parent is still there
 
 
 class Executor(Protocol):
@@ -77,7 +81,7 @@ class Processes:
         for _ in range(2):
             if self._pools[place] is None:
                 self._pools[place] = ProcessPoolExecutor(
-                    1, multiprocessing.get_context("spawn"), _begin_worker, (self.threads,)
+                    1, multiprocessing.get_context("spawn"), _begin_process, (self.threads, os.getpid())
                 )
             try:
                 self._processes[place] = self._pools[place].submit(os.getpid).result()
@@ -107,7 +111,21 @@ class Processes:
         self._pools = [None] * self.slots
 
 
-def _begin_worker(threads: int) -> None:
+def _begin_process(threads: int, parent: int) -> None:
+    """A process of a pool. An interrupt from the keyboard is its parent's affair, which then ends it properly; when the
+    parent is gone without that, it saves what it has and ends by itself."""
+    os.setpgid(0, 0)
+    _prepare(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _prepare(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
@@ -172,7 +190,7 @@ class Ray:
 
 
 def _run_on_cluster(unit: dict[str, Any], folder: str, device: str, cpus: float) -> Result:
-    _begin_worker(max(1, int(cpus)))
+    _prepare(max(1, int(cpus)))
     return run_unit(Unit.from_json(unit), folder, device)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.memorization import Question, audit, wilson_interval
+from diffmem.memorization import Question, anytime_interval, audit, wilson_interval
 from diffmem.memorization.audit import software_versions
 from diffmem.models import load
 from diffmem.monitoring import AuditEvery, Point
@@ -63,8 +63,8 @@ class SnapshotResult:
 class Result:
     """What a unit found.
 
-    key, size, repetition: of the unit. count, total: copies and images of the snapshot with the highest share, R_mem.
-    decided: the answer to the unit's question, None where it has none or it stayed open; censored: the run was ended
+    key, size, repetition, at_least: of the unit. count, total: copies and images of the snapshot with the highest
+    share, R_mem. decided: the answer to the unit's question, None where it has none or it stayed open; censored: the run was ended
     by its answer, so that R_mem is at least what was seen. images, epochs: length of the run; best_images: of the
     snapshot. training_seconds, sampling_seconds: wall-clock. parameters: of the network. training_set: fingerprint.
     """
@@ -85,6 +85,7 @@ class Result:
     training_set: str
     snapshots: tuple[SnapshotResult, ...]
     versions: dict[str, str]
+    at_least: float | None = None
 
     @property
     def r_mem(self) -> float:
@@ -92,8 +93,10 @@ class Result:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval: of sampling noise alone, another run differs by more."""
-        return wilson_interval(self.count, self.total)
+        """95 % interval of sampling noise alone, another run differs by more: Wilson's, or, where sampling stopped with
+        an answer, one that allows for that."""
+        interval = wilson_interval if self.at_least is None else anytime_interval
+        return interval(self.count, self.total)
 
     @property
     def seconds(self) -> float:
@@ -230,6 +233,7 @@ class _Audits(AuditEvery):
             training_set=self.training.fingerprint,
             snapshots=tuple(self.audits),
             versions=software_versions(),
+            at_least=self.unit.at_least,
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +123,9 @@ def _renewed(ledger: Ledger, held: set[str]) -> Iterator[None]:
 
     def renew() -> None:
         while not stop.wait(LEASE_SECONDS / 4):
-            ledger.renew(list(held))
+            # A ledger that is busy now is asked again before the lease ends.
+            with suppress(sqlite3.OperationalError):
+                ledger.renew(list(held))
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()

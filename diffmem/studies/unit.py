@@ -7,6 +7,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,7 @@ class DataRecipe:
 
     def _images(self) -> ImageSet:
         """What the training sets are taken from, with class indices."""
-        images = load_images(self.source)
+        images = _loaded(self.source, Path(self.source).stat().st_mtime_ns if Path(self.source).exists() else 0)
         has_classes = images.labels is not None and images.labels.ndim == 1
         if not has_classes and (self.labels == "true" or self.classes is not None or self.only_class is not None):
             raise InputError(
@@ -197,6 +199,12 @@ class Unit:
     def from_json(values: Mapping[str, Any]) -> Unit:
         """The unit that `to_json` gave."""
         return Unit(**{**values, "setting": Setting.from_json(values["setting"])})
+
+
+@lru_cache(maxsize=1)
+def _loaded(source: str, changed: int) -> ImageSet:
+    """The images of a source, read once for all the units of a study."""
+    return load_images(source)
 
 
 def _without_none(values: Any) -> Any:
