@@ -64,9 +64,10 @@ class Result:
     """What a unit found.
 
     key, size, repetition, at_least: of the unit. count, total: copies and images of the snapshot with the highest
-    share, R_mem. decided: the answer to the unit's question, None where it has none or it stayed open; censored: the run was ended
-    by its answer, so that R_mem is at least what was seen. images, epochs: length of the run; best_images: of the
-    snapshot. training_seconds, sampling_seconds: wall-clock. parameters: of the network. training_set: fingerprint.
+    share, R_mem. decided: the answer to the unit's question, None where it has none or it stayed open; censored: the
+    run was ended by its answer, so that R_mem is at least what was seen. images, epochs: length of the run;
+    best_images: of the snapshot. training_seconds, sampling_seconds: wall-clock. parameters: of the network.
+    training_set: fingerprint.
     """
 
     key: str
