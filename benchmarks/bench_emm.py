@@ -24,9 +24,9 @@ import numpy as np
 from benchmarks.harness import RESULTS, Bench
 from diffmem.memorization import Question
 from diffmem.studies.curve import Observation, Posterior
-from diffmem.studies.search import Search, Trial, carry_out
+from diffmem.studies.search import Search, Trial, carry_out, half_width
 
-CURVES, COMPARED = 250, 25  # curves per shape, and how many of them are gridded too
+CURVES, COMPARED = 120, 12  # curves per shape, and how many of them are gridded too
 PRECISION = 0.1
 COLUMNS = ("shape", "curves", "covered", "half_width", "runs", "unresolved", "grid_costs", "near_grid_costs")
 LOW, HIGH, ZETA = 100, 10_000, 0.1
@@ -163,7 +163,7 @@ class Answer:
 
 def answer(posterior: Posterior, simulation: Simulation, runs: int) -> Answer:
     low, high = posterior.interval()
-    return Answer(low <= simulation.curve.emm <= high, (high - low) / 2 / posterior.median, simulation.cost, runs)
+    return Answer(low <= simulation.curve.emm <= high, half_width(posterior), simulation.cost, runs)
 
 
 def searched(curve: Curve, generator: np.random.Generator, search: Search) -> Answer:

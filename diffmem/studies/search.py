@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from diffmem.errors import InputError
 from diffmem.studies.curve import Observation, Posterior
 
+# Runs before the answer counts as precise. Fewer say too little of how much runs differ: of the simulated searches that
+# ended after six runs or fewer only 84 % had intervals that hold EMM, instead of 95 %.
+_FEWEST_RUNS = 8
+
 # Where in the posterior of EMM the next run goes, in turns: about its middle, and to both sides, where the steepness of
 # the curve shows. A run costs in proportion to its size, so that the lower side is cheaper.
 _TURNS = (0.5, 0.25, 0.6, 0.4, 0.1, 0.5, 0.75)
@@ -52,17 +56,16 @@ class Search:
     def posterior(self, seen: Sequence[Observation]) -> Posterior:
         return Posterior(seen, self.low, max(self.high, self.low + 1), self.zeta)
 
-    def precise(self, posterior: Posterior) -> bool:
-        """Whether the interval of EMM is as narrow as was asked for."""
-        lower, upper = posterior.interval()
-        return (upper - lower) / 2 <= self.precision * posterior.median
+    def precise(self, seen: Sequence[Observation]) -> bool:
+        """Whether the interval of EMM is as narrow as was asked for, and rests on runs enough."""
+        return len(seen) >= _FEWEST_RUNS and half_width(self.posterior(seen)) <= self.precision
 
     def next_trials(self, seen: Sequence[Observation], tried: Sequence[Trial], count: int = 1) -> list[Trial]:
         """Up to `count` runs to be made at the same time, after those that were `tried`; none where nothing is left to
         try or to find out."""
-        posterior = self.posterior(seen)
-        if seen and self.precise(posterior):
+        if self.precise(seen):
             return []
+        posterior = self.posterior(seen)
         chosen: list[Trial] = []
         while len(chosen) < count and len(tried) + len(chosen) < self.runs:
             made = [trial.size for trial in (*tried, *chosen)]
@@ -80,8 +83,7 @@ class Search:
     def unresolved(self, seen: Sequence[Observation]) -> list[str]:
         """What the runs leave open, in sentences; none where the answer is as precise as was asked for."""
         posterior = self.posterior(seen)
-        lower, upper = posterior.interval()
-        found = []
+        half, found = half_width(posterior), []
         if posterior.below(self.high) < 0.975:
             found.append(
                 f"EMM may lie above {self.high:,}, the largest size that was allowed (probability "
@@ -92,8 +94,12 @@ class Search:
                 f"EMM may lie below {self.low:,}, the smallest size that was allowed (probability "
                 f"{posterior.below(self.low):.0%}): allow smaller sizes"
             )
-        if not self.precise(posterior):
-            half = (upper - lower) / 2 / posterior.median
+        if len(seen) < _FEWEST_RUNS:
+            found.append(
+                f"{len(seen)} runs say too little of how much runs differ for an interval to be trusted: allow "
+                f"{_FEWEST_RUNS} or more"
+            )
+        if half > self.precision:
             found.append(
                 f"the interval is ±{half:.0%}, not ±{self.precision:.0%}, after {len(seen)} runs: allow more runs or "
                 f"repetitions (runs of one size differ by {posterior.spread:.2g} in logit R_mem)"
@@ -108,6 +114,12 @@ class Search:
 
     def _floor(self, size: int) -> int:
         return size // self.step * self.step
+
+
+def half_width(posterior: Posterior) -> float:
+    """Half of the 95 % interval of EMM, as a share of its median."""
+    lower, upper = posterior.interval()
+    return (upper - lower) / 2 / posterior.median
 
 
 def carry_out(
