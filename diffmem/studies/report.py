@@ -61,7 +61,7 @@ def write_studies(found: Sequence[Findings], root: Path, folder: Path) -> Path:
             versions=next((result.versions for each in found for result in each.results), {}),
         )
     )
-    _write(folder / "studies.json", json.dumps([_as_json(each) for each in found], indent=1) + "\n")
+    _write(folder / "studies.json", json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n")
     _write(folder / "runs.csv", _table(RUN_COLUMNS, (row for each in found for row in _rows(each))))
     _write(folder / "report.html", page)
     return folder / "report.html"
