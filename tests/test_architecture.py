@@ -21,9 +21,21 @@ ALLOWED = {
     "memorization": {"search", "data"},
     "generation": {"models", "sampling", "data", "search", "memorization"},
     "monitoring": {"training", "generation", "sampling", "models", "memorization", "search", "data"},
+    "studies": {"monitoring", "training", "generation", "sampling", "models", "memorization", "search", "data"},
     "demo": {"monitoring", "training", "generation", "memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "generation", "training", "monitoring", "demo", "environment"},
+    "cli": {
+        "data",
+        "search",
+        "memorization",
+        "models",
+        "generation",
+        "training",
+        "monitoring",
+        "studies",
+        "demo",
+        "environment",
+    },
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
 

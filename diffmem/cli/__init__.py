@@ -14,9 +14,11 @@ from diffmem.cli.audit import audit_command
 from diffmem.cli.dataset import dataset_command
 from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
+from diffmem.cli.emm import emm_command
 from diffmem.cli.info import info_command
 from diffmem.cli.options import debug_option, debugging
 from diffmem.cli.sample import import_edm_command, sample_command
+from diffmem.cli.study import study_command
 from diffmem.cli.train import train_command
 from diffmem.cli.trajectory import trajectory_command
 from diffmem.errors import InputError, MissingExtraError
@@ -43,6 +45,8 @@ for command in (
     dataset_command,
     train_command,
     trajectory_command,
+    emm_command,
+    study_command,
     sample_command,
     import_edm_command,
     demo_command,
