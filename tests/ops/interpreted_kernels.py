@@ -1,8 +1,8 @@
 """The Triton kernels' values and gradients, run on the CPU by Triton's interpreter; `test_triton.py` starts this file.
 
 It needs a process of its own: TRITON_INTERPRET=1 must be there before triton is imported, and a load outside of an
-array ends the process. Memory is filled with NaN before the kernels get it. Not checked here: a dot product of bfloat16,
-which the interpreter (triton 3.9) gets silently wrong, and races, since it runs one program after the other.
+array ends the process. Memory is full of NaN before the kernels get it. Not checked here: a dot product of bfloat16,
+which triton 3.9's interpreter gets silently wrong, and races, since it runs one program after the other.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_group_norm(shape, groups, layout):
     options = SHAPES.index((shape, groups)) + len(layout)  # every option with every layout and kind of tile, in turn
     adaptive, silu, rows = options % 2 == 0, options % 3 != 0, shape[0] if options % 5 else 1
     mean = 300.0 if options % 4 < 2 else 0.0
-    batch, channels = shape[:2]
+    channels = shape[1]
     x = laid_out(normal(*shape) + mean, layout)
     scale, shift = (normal(rows, channels, seed=each) for each in (1, 2)) if adaptive else (None, None)
     added = normal(rows, channels, seed=3) if options % 2 or options % 3 else None

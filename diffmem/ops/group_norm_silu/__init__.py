@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.group_norm_silu import composite, reference
+from diffmem.ops.group_norm_silu import composite, native, reference
 from diffmem.ops.registry import Implementation, Op, always, register
 from diffmem.ops.triton_ops import triton_unavailable
 
@@ -14,6 +14,9 @@ OP = register(
         "group_norm_silu",
         (
             Implementation("triton", "one pass over memory where a group fits on chip", triton_unavailable),
+            Implementation(
+                "native", "float32 channels_last, channels in multiples of 8; else PyTorch's", native.unavailable
+            ),
             Implementation("pytorch", "PyTorch operations, fused under torch.compile", always),
             Implementation("reference", "the plain formula", always),
         ),
@@ -63,14 +66,17 @@ def group_norm_silu(
             raise InputError(
                 f"group_norm_silu: {name} {tuple(values.shape)} must be {tuple(x.shape[:2])} or (1, {x.shape[1]})"
             )
-    chosen = _choose(x.device.type, impl)
-    if chosen == "triton":
-        from diffmem.ops.group_norm_silu import triton_kernels
+    function = _FUNCTIONS.get(chosen := _choose(x.device.type, impl))
+    if function is None:
+        fast = native if chosen == "native" else _triton_kernels()
+        why_not = fast.unfit(x, num_groups)
+        if why_not is not None and impl is not None:
+            raise InputError(f"group_norm_silu: implementation {impl!r} cannot take these arguments: {why_not}")
+        function = fast.group_norm_silu if why_not is None else composite.group_norm_silu
+    return function(x, num_groups, weight, bias, eps, scale, shift, silu, added)
 
-        why_not = triton_kernels.unfit(x, num_groups)
-        if why_not is None:
-            return triton_kernels.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, added)
-        if impl == "triton":
-            raise InputError(f"group_norm_silu: implementation 'triton' cannot take these arguments: {why_not}")
-        chosen = "pytorch"
-    return _FUNCTIONS[chosen](x, num_groups, weight, bias, eps, scale, shift, silu, added)
+
+def _triton_kernels():
+    from diffmem.ops.group_norm_silu import triton_kernels  # imports triton
+
+    return triton_kernels
