@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from benchmarks.cuda_resources import MULTIPROCESSORS, blocks_per_multiprocessor
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 _OPTIONS = ("num_warps", "num_stages")
+OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,22 @@ class Launch:
 
     @property
     def configuration(self) -> str:
-        """What decides the compiled code, in one line: constants, options and the dtype of the first tensor."""
-        parts = {**self.constants, **self.options}
+        """What decides the compiled code, in one line: the dtype of the first tensor, constants and options.
+
+        Without what a kernel leaves out where it is not asked for (SiLU, scale and shift, the added embedding): what is
+        compiled has it all.
+        """
+        parts = {name: value for name, value in self.constants.items() if name not in OMISSIBLE} | self.options
         first = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
         text = " ".join(f"{name.lower()}={int(value) if isinstance(value, bool) else value}"
                         for name, value in parts.items())  # fmt: skip
         return f"{str(first.dtype).removeprefix('torch.')} {text}"
+
+
+def _width(suffix: str) -> int:
+    """Bytes of a PTX access, from its suffix: ".v4.b32" is 16."""
+    count, bits = re.fullmatch(r"(?:\.v(\d))?\.b(\d+)", suffix).groups()
+    return int(count or 1) * int(bits) // 8
 
 
 @contextmanager
@@ -63,19 +75,12 @@ def recorded(module: ModuleType) -> Iterator[list[Launch]]:
     """Collects the launches that `module`'s host code would make, instead of making them."""
     launches: list[Launch] = []
 
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
+    def record(kernel, grid, *positional, **named):
+        options = {name: named.pop(name) for name in _OPTIONS if name in named}
+        arguments = {**dict(zip(kernel.arg_names, positional, strict=False)), **named}
+        launches.append(Launch(kernel, arguments, options, grid))
 
-        def __getitem__(self, grid):
-            def launch(*positional, **named):
-                options = {name: named.pop(name) for name in _OPTIONS if name in named}
-                arguments = {**dict(zip(self.kernel.arg_names, positional, strict=False)), **named}
-                launches.append(Launch(self.kernel, arguments, options, grid))
-
-            return launch
-
-    with mock.patch.object(module, "launchable", Recorder):
+    with mock.patch.object(module, "launch", record):
         yield launches
 
 
@@ -105,9 +110,25 @@ class Compiled:
         """Resident warps over the most that a multiprocessor holds."""
         return round(self.blocks_per_multiprocessor * self.warps / MULTIPROCESSORS[self.architecture].warps, 3)
 
-    def sass(self) -> str:
-        """The machine code, disassembled."""
+    @cached_property
+    def instructions(self) -> list[str]:
+        """The names of the machine's instructions, in order."""
+        return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self._sass(), re.MULTILINE)
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Of the tensor cores: mma (HMMA), wgmma (HGMMA), tcgen05 (UTCHMMA)."""
+        return sum(bool(re.match(r"[HIQ]G?MMA|UTC\w*MMA", name)) for name in self.instructions)
+
+    def _sass(self) -> str:
         return _tool("nvdisasm", "-c", cubin=self.cubin)
+
+    def map_bytes(self) -> tuple[int, int]:
+        """Bytes that all threads of a program load, but for loads marked evict_last, and store: the count of
+        instructions times their width, so a loop's are counted once."""
+        loads = re.findall(r"ld\.global(?!\S*evict_last)\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
+        stores = re.findall(r"st\.global\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
+        return tuple(32 * self.warps * sum(map(_width, found)) for found in (loads, stores))
 
 
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
@@ -126,7 +147,9 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    # Said, because its default is about to change; fused multiply-adds round less.
+    options = {**launch.options, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     cubin = compiled.asm["cubin"]
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
@@ -162,11 +185,8 @@ def _tool(name: str, *options: str, cubin: bytes) -> str:
         return subprocess.run([str(path), *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def source_digest(*modules: ModuleType) -> str:
-    """Of the modules' source and Triton's version: a row of the table is current while this is what it was."""
+def source_digest(kernel) -> str:
+    """Of a kernel's source, with what it calls, and Triton's version: what is compiled changes only with it."""
     import triton
 
-    digest = hashlib.sha256(triton.__version__.encode())
-    for module in modules:
-        digest.update(Path(module.__file__).read_bytes())
-    return digest.hexdigest()[:12]
+    return hashlib.sha256(f"{triton.__version__} {kernel.cache_key}".encode()).hexdigest()[:12]

@@ -138,7 +138,8 @@ class ResampleConv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm over min(32, channels // 4) groups, with SiLU and an adaptive scale and shift where asked for."""
+    """GroupNorm over min(32, channels // 4) groups, with SiLU, an adaptive scale and shift, and an embedding
+    added before it, where asked for."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
@@ -153,8 +154,9 @@ class GroupNorm(nn.Module):
         scale: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
         silu: bool = True,
+        added: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu)
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu, added)
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class UNetBlock(nn.Module):
             scale, shift = conditioning.chunk(2, dim=1)
             y = self.norm1(y, scale, shift)
         else:
-            y = self.norm1(y + conditioning[:, :, None, None])
+            y = self.norm1(y, added=conditioning)
         y = self.conv1(F.dropout(y, style.dropout, self.training))
         y = (y + self._skip(x)) * style.skip_scale
         if self.num_heads:

@@ -64,7 +64,7 @@ def assert_as_exact(function, tensors, dy, dtype):
 # Maps whose groups fit on chip and, the last two of each, those that are split; sizes at the edges of the tiles.
 SHAPES = [
     ((2, 12, 5, 7), 3), ((3, 40, 3, 3), 10), ((2, 3, 8, 8), 1), ((1, 64, 1, 1), 16), ((2, 48, 4, 17), 8),
-    ((1, 64, 17, 16), 1), ((2, 5, 65, 63), 1),
+    ((1, 32, 17, 16), 1), ((2, 5, 65, 63), 1),
 ]  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_group_norm(shape, groups, layout):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("shape", "groups"), [((2, 32, 4, 8), 8), ((1, 64, 17, 16), 1)])
+@pytest.mark.parametrize(("shape", "groups"), [((2, 32, 4, 8), 8), ((1, 32, 17, 16), 1)])
 def test_group_norm_in_half_precision(shape, groups, dtype):
     """As under autocast: the map is half, parameters are float32, what a linear layer made is half."""
     channels = shape[1]
@@ -106,7 +106,7 @@ def test_group_norm_in_half_precision(shape, groups, dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 16, 5, 5), (1, 64, 17, 16)])
+@pytest.mark.parametrize("shape", [(2, 16, 5, 5), (1, 32, 17, 16)])
 def test_group_norm_of_constants_is_the_bias(shape, layout):
     bias = normal(shape[1])
     x = laid_out(torch.full(shape, 7.1), layout)
@@ -115,7 +115,7 @@ def test_group_norm_of_constants_is_the_bias(shape, layout):
 
 
 def test_group_norm_twice_gives_the_same_bits():
-    x, w = normal(3, 64, 17, 16).requires_grad_(), normal(64).requires_grad_()
+    x, w = normal(3, 32, 17, 16).requires_grad_(), normal(32).requires_grad_()
     runs = []
     for _ in range(2):
         y = group_norm_silu(x, 1, w, w, 1e-5, impl="triton")
@@ -123,7 +123,7 @@ def test_group_norm_twice_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 64, 17, 16)])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 32, 17, 16)])
 def test_group_norm_beyond_two_to_the_31(shape, tmp_path):
     """Images 2^31 elements apart, in a sparse file: 32-bit offsets would read elsewhere."""
     apart = 2**31
@@ -154,7 +154,7 @@ def test_group_norm_refuses_and_passes_on():
     assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(8))
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (1, 64, 17, 16)])
+@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (1, 32, 17, 16)])
 def test_group_norm_op_is_well_registered(shape):
     w, rows = normal(shape[1]).requires_grad_(), normal(shape[0], shape[1]).requires_grad_()
     x = normal(*shape).to(memory_format=torch.channels_last).requires_grad_()
@@ -178,7 +178,7 @@ def test_kernels_fill_what_they_own():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", guarded)
         patch.setattr(triton_kernels, "_empty_like", lambda x: guarded(x.shape, dtype=x.dtype))
-        for shape in [(1, 12, 3, 5), (1, 66, 17, 16)]:
+        for shape in [(1, 12, 3, 5), (1, 34, 33, 31)]:
             x, w = normal(*shape), normal(shape[1])
             y, mean, rstd = triton_kernels.launch_forward(x, 2, w, w, 1e-5, None, None, True, None)
             triton_kernels.launch_backward(y, x, mean, rstd, 2, w, w, None, None, True, None)

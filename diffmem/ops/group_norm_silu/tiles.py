@@ -14,7 +14,7 @@ from dataclasses import dataclass
 WHOLE = 16384  # elements of the largest group that is kept on chip: 32 per thread of 16 warps
 SPLIT = 8192  # elements of a tile of a larger one
 SMALL = 2048  # elements below which a program takes further groups along
-WIDEST_GROUP = 64  # channels
+WIDEST_GROUP = 32  # channels
 SECTOR = 32  # bytes that memory hands out at once; channels_last rows of a tile are at least this long
 
 
@@ -37,7 +37,7 @@ class Tile:
 def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int) -> Tile:
     """The tile for maps of `pixels` pixels of `itemsize` bytes, normalized over `group_channels` channels at once."""
     channels = max(4, _power_of_two(group_channels))
-    square = 16
+    square = 64
     while square < pixels:
         square *= 4
     groups = 1
@@ -64,16 +64,16 @@ def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int) -
     )
 
 
-def every_tile(channels_last: bool, itemsize: int) -> Iterator[Tile]:
-    """All tiles that `tile` can return, each once."""
+def every_tile(channels_last: bool, itemsize: int) -> Iterator[tuple[int, int]]:
+    """(group_channels, pixels) that between them lead to every Tile there is, each once."""
     seen = set()
-    for group_channels in (3, 4, 5, 8, 9, 16, 17, 32, 33, 64):
-        pixels = 1
+    for group_channels in (3, 4, 5, 8, 9, 16, 17, 32):
+        pixels = 64
         while pixels <= 4 * WHOLE:
             found = tile(group_channels, pixels, channels_last, itemsize)
             if found not in seen:
                 seen.add(found)
-                yield found
+                yield group_channels, pixels
             pixels *= 4
 
 
