@@ -14,6 +14,7 @@ from golden_networks import golden_denoiser, relative_error
 
 from diffmem.errors import InputError
 from diffmem.models.blocks import BlockStyle, UNetBlock
+from diffmem.ops.attention import attention
 from diffmem.ops.group_norm_silu import group_norm_silu
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -154,13 +155,15 @@ def test_group_norm_refuses_and_passes_on():
     assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(8))
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (1, 32, 17, 16)])
-def test_group_norm_op_is_well_registered(shape):
+def test_group_norm_op_is_well_registered():
+    shape = (2, 8, 3, 3)
     w, rows = normal(shape[1]).requires_grad_(), normal(shape[0], shape[1]).requires_grad_()
     x = normal(*shape).to(memory_format=torch.channels_last).requires_grad_()
     torch.use_deterministic_algorithms(False)  # opcheck runs ops that have no deterministic form
     torch.library.opcheck(torch.ops.diffmem.group_norm_silu_triton, (x, 1, w, w, 1e-5, rows, rows, True, rows))
-    torch.library.opcheck(torch.ops.diffmem.group_norm_silu_triton, (x, 1, w, w, 1e-5, None, None, False, None))
+    torch.library.opcheck(
+        torch.ops.diffmem.group_norm_silu_triton, (x.detach(), 1, w.detach(), w.detach(), 1e-5, None, None, False, None)
+    )
 
 
 def test_kernels_fill_what_they_own():
@@ -185,3 +188,107 @@ def test_kernels_fill_what_they_own():
     assert len(made) >= 10
     for memory, size in made:
         assert (memory[size:] == 12345.0).all()
+
+
+# One token, edges of the tiles (16 and 64 tokens, 16 to 64 channels), several rounds and parts of channels.
+@pytest.mark.parametrize(
+    ("shape", "heads", "layout"),
+    [
+        ((2, 48, 4, 4), 1, "channels_last"), ((2, 90, 3, 5), 5, "strided"), ((2, 30, 3, 5), 1, "every other image"),
+        ((1, 12, 1, 1), 2, "contiguous"), ((1, 120, 5, 13), 1, "contiguous"), ((1, 120, 5, 13), 1, "channels_last"),
+        ((1, 51, 9, 7), 1, "channels_last"),
+    ],
+)  # fmt: skip
+def test_attention(shape, heads, layout):
+    qkv = laid_out(normal(*shape), layout)
+    dy = normal(shape[0], shape[1] // 3, *shape[2:], seed=1)
+    y, dqkv = assert_as_exact(lambda qkv, impl: attention(qkv, heads, impl), [qkv], dy, torch.float32)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert dqkv.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(1, 3 * 136, 3, 6), (2, 96, 5, 4)])
+def test_attention_in_half_precision(shape):
+    """float16 only: the interpreter's bfloat16 products are wrong."""
+    qkv = normal(*shape, dtype=torch.float16).to(memory_format=torch.channels_last)
+    dy = normal(shape[0], shape[1] // 3, *shape[2:], seed=1, dtype=torch.float16)
+    y, dqkv = assert_as_exact(lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float16)
+    assert y.dtype == dqkv.dtype == torch.float16
+
+
+def test_attention_tf32_tiles(monkeypatch):
+    """The tiles of TF32, whose products the interpreter forms in float32."""
+    from diffmem.ops.attention import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "precision_of", lambda dtype: "tf32")
+    qkv, dy = normal(1, 3 * 72, 5, 4), normal(1, 72, 5, 4, seed=1)
+    assert_as_exact(lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float32)
+
+
+def test_attention_of_large_and_equal_scores():
+    """Scores of ±2500 leave one weight each, equal ones the mean; no power overflows, nothing is divided by zero."""
+    sharp = 50 * normal(1, 48, 4, 5)
+    torch.testing.assert_close(attention(sharp, 1, "triton"), attention(sharp, 1, "pytorch"), rtol=1e-4, atol=1e-3)
+    equal = normal(1, 48, 4, 5)
+    equal[:, 0::3] = 0
+    mean = equal[:, 2::3].mean(dim=(2, 3), keepdim=True).expand(1, 16, 4, 5)
+    torch.testing.assert_close(attention(equal, 1, "triton"), mean)
+
+
+def test_attention_refuses_passes_on_and_takes_nothing():
+    with pytest.raises(InputError, match="float64 is not"):
+        attention(normal(1, 12, 2, 2).double(), 1, "triton")
+    with pytest.raises(InputError, match="513 channels are wider"):
+        attention(normal(1, 3 * 513, 1, 1), 1, "triton")
+    with pytest.raises(InputError, match="4225 pixels"):
+        attention(normal(1, 3, 65, 65), 1, "triton")
+    assert attention(normal(1, 3 * 513, 1, 1), 1).shape == (1, 513, 1, 1)  # by PyTorch
+    empty = normal(0, 12, 2, 3).requires_grad_()
+    y = attention(empty, 2, "triton")
+    assert y.shape == (0, 4, 2, 3)
+    assert torch.autograd.grad(y.sum(), empty)[0].shape == empty.shape
+
+
+def test_attention_beyond_two_to_the_31(tmp_path):
+    apart = 2**31
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(4 * (apart + 2**20))
+    memory = torch.from_file(str(path), shared=True, size=apart + 2**20, dtype=torch.float32)
+    qkv = memory.as_strided((2, 24, 2, 2), (apart, 4, 2, 1))
+    qkv.copy_(normal(2, 24, 2, 2))
+    torch.testing.assert_close(attention(qkv, 1, "triton"), attention(normal(2, 24, 2, 2), 1, "triton"))
+
+
+def test_attention_op_is_well_registered():
+    qkv = normal(2, 24, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(torch.ops.diffmem.attention_triton, (qkv, 2))
+
+
+@pytest.mark.parametrize("name", ["ddpmpp-vp-skips", "adm-edm-cond"])
+def test_networks_match_the_golden_files(name):
+    """The whole network, in one graph, through the kernels: the additive embedding and the adaptive one."""
+    made, tensors = golden_denoiser(name)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        out = made(tensors["x"][:1], tensors["sigma"][:1], None if (c := tensors.get("class_index")) is None else c[:1])
+    assert relative_error(out, tensors["denoised"][:1]) < 1e-5
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["diffmem::group_norm_silu_triton"] > 20
+    assert calls["diffmem::attention_triton"] > 1
+
+
+def test_one_graph_without_breaks_and_its_gradients():
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    block = UNetBlock(16, 8, BlockStyle(1e-6, 0.7, False, None, False, (1, 1), 0.0, 8), attention=True)
+    block.to(memory_format=torch.channels_last)
+    x, emb = normal(2, 16, 4, 4).to(memory_format=torch.channels_last), normal(2, 8)
+    found = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        block.zero_grad()
+        function(x, emb).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in block.parameters()])
+    for compiled, eager in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)

@@ -1,9 +1,9 @@
 """How the Triton kernels of attention are cut: tokens and channels of one program, and its warps.
 
-A program handles `rows` tokens and goes through all others `columns` at a time. Scores are sums over the head's channels,
-`inner` at a time; of the result's channels it makes `outer`, so that wide heads take several programs, each of which
-computes the scores anew. With matrix units (half precision, TF32) `outer` is as large as registers allow; IEEE float32
-has none, and its products keep few channels at a time.
+A program handles `rows` tokens and goes through all others `columns` at a time. Scores are sums over the head's
+channels, `inner` at a time; of the result's channels it makes `outer`, so that wide heads take several programs, each
+of which computes the scores anew. With matrix units (half precision, TF32) `outer` is as large as registers allow;
+IEEE float32 has none, and its products keep few channels at a time.
 """
 
 from __future__ import annotations
@@ -36,15 +36,21 @@ def tile(kernel: str, tokens: int, head_channels: int, dtype: torch.dtype, preci
     warps = 4
     if dtype == torch.float32 and precision == "ieee":
         side = min(side, 32)
-        columns, inner, outer = side, 16, 32
+        inner, outer = 16, 32
     elif dtype == torch.float32:
-        columns, inner, outer = min(side, 32), 32, 64
+        inner, outer = 32, 64
     else:
-        columns, inner, outer = side if channels <= 64 else min(side, 32), 128 if channels <= 128 else 64, 128
+        inner, outer = 128 if channels <= 128 else 64, 128
+    columns = min(side, 32)
     # Twice the warps where four would run out of registers.
     if side == 64 and (channels > 64 or kernel == "key_value_gradient"):
         warps = 8
     return Tile(side, columns, min(inner, channels), min(outer, channels), warps, 1 if side == 16 else 2)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of float32 are formed: as `torch.backends.cuda.matmul.allow_tf32` says."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def every_tile(kernel: str, dtype: torch.dtype, precision: str) -> Iterator[tuple[int, int]]:

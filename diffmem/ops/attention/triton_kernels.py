@@ -12,9 +12,9 @@ and backward, from lse [N], out and its gradient do alone, so that no [N, N] mat
 layout: channel (c, 3) per head, pixels contiguous or channels last. dq comes from one kernel, dk and dv from another,
 each program being the only one to write its part: no atomics, the same bits every time.
 
-Scores are summed over `INNER` channels at a time and the result has `OUTER` of the head's channels per program (see
-`diffmem.ops.attention.tiles`). Products accumulate in float32; p and ds are rounded to the map's dtype before the second
-product.
+Scores are summed over `INNER` channels at a time, the result has `OUTER` of the head's channels per program (see
+`diffmem.ops.attention.tiles`). Products accumulate in float32; p and ds are rounded to the map's dtype before the
+second product.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffmem.ops.attention.tiles import MOST_TOKENS, WIDEST_HEAD, tile
+from diffmem.ops.attention.tiles import MOST_TOKENS, WIDEST_HEAD, precision_of, tile
 from diffmem.ops.triton_ops import launch
 
 DELTA_TOKENS, DELTA_CHANNELS = 32, 64
@@ -212,11 +212,6 @@ def unfit(qkv: torch.Tensor, num_heads: int) -> str | None:
     if tokens > MOST_TOKENS:
         return f"{tokens} pixels are more than {MOST_TOKENS}"
     return None
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: as `torch.backends.cuda.matmul.allow_tf32` says."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _is_last(x: torch.Tensor) -> bool:
