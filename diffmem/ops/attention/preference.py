@@ -44,7 +44,7 @@ def preferred(qkv: torch.Tensor, num_heads: int, ways: dict[str, Callable[[torch
     training = torch.is_grad_enabled() and qkv.requires_grad
     case = (qkv.device.type, qkv.device.index, *shape, qkv.dtype, layout, training)
     if not torch.compiler.is_compiling() and _unmeasured(*case):
-        MEASURED.add(*_filed_under(*case), measure(qkv, num_heads, ways))
+        MEASURED.add(*filed_under(*case), measure(qkv, num_heads, ways))
     return settled(*case)
 
 
@@ -64,7 +64,7 @@ def settled(
     if setting in ("triton", "pytorch"):
         return setting
     case = (device_type, device_index, tokens, num_heads, head_channels, dtype, layout, training)
-    return MEASURED.best(*_filed_under(*case)) or by_rule(tokens, head_channels, dtype, precision_of(dtype))
+    return MEASURED.best(*filed_under(*case)) or by_rule(tokens, head_channels, dtype, precision_of(dtype))
 
 
 def _setting() -> str:
@@ -76,12 +76,12 @@ def _setting() -> str:
 
 def _unmeasured(device_type: str, *case) -> bool:
     """Whether a measurement is wanted, missing and possible."""
-    if _setting() != "measure" or MEASURED.best(*_filed_under(device_type, *case)) is not None:
+    if _setting() != "measure" or MEASURED.best(*filed_under(device_type, *case)) is not None:
         return False
     return not (device_type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _filed_under(
+def filed_under(
     device_type: str,
     device_index: int | None,
     tokens: int,
