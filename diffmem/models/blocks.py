@@ -159,6 +159,24 @@ class GroupNorm(nn.Module):
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu, added)
 
 
+def dropout(x: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
+    """x with values zeroed at random and the others scaled so that the mean stays; x itself where not `training`.
+
+    On a CPU PyTorch draws one Bernoulli number per value, which is 8 % of a small network's training step. Here one
+    draw of 64 bits serves four values, and the probability is a multiple of 2^-16.
+    """
+    steps = round(probability * 2**16)
+    if not training or not 0 < steps < 2**16 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, probability, training)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = bits.view(torch.int16)[: x.numel()] >= steps - 2**15
+    noise = keep * (1 / (1 - steps / 2**16))
+    # In x's own order in memory, where x is dense.
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    noise = noise.as_strided(x.shape, x.stride()) if dense else noise.reshape(x.shape)
+    return x * noise.to(x.dtype)
+
+
 @dataclass(frozen=True)
 class BlockStyle:
     """What tells the residual blocks of the two families apart.
@@ -232,7 +250,7 @@ class UNetBlock(nn.Module):
             y = self.norm1(y, scale, shift)
         else:
             y = self.norm1(y, added=conditioning)
-        y = self.conv1(F.dropout(y, style.dropout, self.training))
+        y = self.conv1(dropout(y, style.dropout, self.training))
         y = (y + self._skip(x)) * style.skip_scale
         if self.num_heads:
             attended = self.proj(attention(self.qkv(self.norm2(y, silu=False)), self.num_heads))
