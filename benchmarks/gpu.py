@@ -109,6 +109,7 @@ def _with_gradients(
 def group_norm_cases(target: Target) -> Iterator[Case]:
     """group_norm_silu in both forms of the networks: an embedding added before it, a scale and shift after it."""
     from diffmem.ops.group_norm_silu import group_norm_silu
+    from diffmem.ops.group_norm_silu.tiles import WHOLE, WHOLE_BACKWARD
 
     shapes = [(1, 8, 4, 4), (1, 32, 17, 16)] if target.tiny else [
         (256, 256, 32, 32), (256, 256, 16, 16), (256, 256, 8, 8), (512, 64, 8, 8), (64, 192, 64, 64), (64, 768, 8, 8),
@@ -137,8 +138,8 @@ def group_norm_cases(target: Target) -> Iterator[Case]:
         ways["PyTorch eager"] = of("pytorch", inputs=same)
         if not target.tiny:
             ways["torch.compile"] = of("pytorch", inputs=same, op=compiled)
-        whole = x.numel() // shape[0] // groups <= 16384
-        passes = (2 if whole else 3) + (0 if step == "inference" else 3 if whole else 5)
+        group = x[0].numel() // groups
+        passes = (2 if group <= WHOLE else 3) + (0 if dy is None else 3 if group <= WHOLE_BACKWARD else 5)
         yield Case(
             f"group_norm_silu {size} {_name(dtype)} {_layout(layout)} {form} {step}",
             ways,

@@ -69,11 +69,13 @@ def test_nothing_in_the_table_spills_and_products_use_the_matrix_unit(table):
     itemsize=st.sampled_from([2, 4]),
 )
 def test_no_tile_of_group_norm_is_missing(group_channels, pixels, last, itemsize):
-    listed = {group_norm_tiles.tile(*each, last, itemsize) for each in group_norm_tiles.every_tile(last, itemsize)}
-    tile = group_norm_tiles.tile(group_channels, pixels, last, itemsize)
-    assert tile in listed
-    assert tile.channels >= group_channels
-    assert not tile.whole or tile.pixels >= pixels
+    for room in (group_norm_tiles.WHOLE, group_norm_tiles.WHOLE_BACKWARD):
+        every = group_norm_tiles.every_tile(last, itemsize)
+        listed = {group_norm_tiles.tile(*each, last, itemsize, room) for each in every}
+        tile = group_norm_tiles.tile(group_channels, pixels, last, itemsize, room)
+        assert tile in listed
+        assert tile.channels >= group_channels
+        assert not tile.whole or tile.pixels >= pixels
 
 
 @given(

@@ -43,7 +43,8 @@ def tile(kernel: str, tokens: int, head_channels: int, dtype: torch.dtype, preci
         inner, outer = 128 if channels <= 128 else 64, 128
     columns = min(side, 32)
     # Twice the warps where four would run out of registers.
-    if side == 64 and (channels > 64 or kernel == "key_value_gradient"):
+    most = {"forward": 64, "query_gradient": 32, "key_value_gradient": 0}[kernel]
+    if side == 64 and channels > most:
         warps = 8
     return Tile(side, columns, min(inner, channels), min(outer, channels), warps, 1 if side == 16 else 2)
 

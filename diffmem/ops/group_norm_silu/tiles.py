@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 WHOLE = 16384  # elements of the largest group that is kept on chip: 32 per thread of 16 warps
+WHOLE_BACKWARD = 8192  # the same where two maps are kept; with more, registers spill
 SPLIT = 8192  # elements of a tile of a larger one
 SMALL = 2048  # elements below which a program takes further groups along
 WIDEST_GROUP = 32  # channels
@@ -34,8 +35,11 @@ class Tile:
     warps: int
 
 
-def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int) -> Tile:
-    """The tile for maps of `pixels` pixels of `itemsize` bytes, normalized over `group_channels` channels at once."""
+def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int, room: int = WHOLE) -> Tile:
+    """The tile for maps of `pixels` pixels of `itemsize` bytes, normalized over `group_channels` channels at once.
+
+    room: elements of the largest tile.
+    """
     channels = max(4, _power_of_two(group_channels))
     square = 64
     while square < pixels:
@@ -45,9 +49,9 @@ def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int) -
     def rows_too_short() -> bool:
         return channels_last and channels * groups * itemsize < SECTOR
 
-    whole = channels * square <= WHOLE
+    whole = channels * square <= room
     if whole:
-        while channels * groups * square < SMALL or (rows_too_short() and channels * groups * square * 2 <= WHOLE):
+        while channels * groups * square < SMALL or (rows_too_short() and channels * groups * square * 2 <= room):
             groups *= 2
     else:
         while rows_too_short():
@@ -65,12 +69,14 @@ def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int) -
 
 
 def every_tile(channels_last: bool, itemsize: int) -> Iterator[tuple[int, int]]:
-    """(group_channels, pixels) that between them lead to every Tile there is, each once."""
+    """(group_channels, pixels) that between them lead to every Tile there is, forward and
+    backward, each pair once."""
     seen = set()
     for group_channels in (3, 4, 5, 8, 9, 16, 17, 32):
         pixels = 64
         while pixels <= 4 * WHOLE:
-            found = tile(group_channels, pixels, channels_last, itemsize)
+            shape = (group_channels, pixels, channels_last, itemsize)
+            found = (tile(*shape), tile(*shape, WHOLE_BACKWARD))
             if found not in seen:
                 seen.add(found)
                 yield group_channels, pixels

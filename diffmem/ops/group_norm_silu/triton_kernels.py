@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffmem.ops.group_norm_silu.tiles import WIDEST_GROUP, Tile, tile
+from diffmem.ops.group_norm_silu.tiles import WHOLE, WHOLE_BACKWARD, WIDEST_GROUP, Tile, tile
 from diffmem.ops.triton_ops import launch
 
 MERGED = 16  # partial statistics that are merged at a time
@@ -463,12 +463,12 @@ class _Cut:
         }  # fmt: skip
 
 
-def _cut(x: torch.Tensor, num_groups: int) -> _Cut:
+def _cut(x: torch.Tensor, num_groups: int, room: int) -> _Cut:
     batch, channels = x.shape[:2]
     pixels = x.shape[2:].numel()
     group_channels = channels // num_groups
     axis = 1 if _dense_format(x) == torch.contiguous_format else 0
-    cut = tile(group_channels, pixels, axis == 0, x.element_size())
+    cut = tile(group_channels, pixels, axis == 0, x.element_size(), room)
     blocks = -(-num_groups // cut.groups)
     chunks = 1 if cut.whole else -(-pixels // cut.pixels)
     sizes = (channels, pixels, num_groups, group_channels, blocks)
@@ -527,7 +527,7 @@ def launch_forward(
     rstd = torch.empty_like(mean[0])
     if x.numel() == 0:
         return y, mean, rstd
-    cut = _cut(x, num_groups)
+    cut = _cut(x, num_groups, WHOLE)
     scale_rows, scale_stride = _rows(scale, weight)
     shift_rows, shift_stride = _rows(shift, weight)
     added_rows, added_stride = _rows(added, weight)
@@ -582,7 +582,7 @@ def launch_backward(
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
     dx, dweight, dbias, dscale, dshift, dadded = gradients
     dy = dy.contiguous(memory_format=_dense_format(x))
-    cut = _cut(x, num_groups)
+    cut = _cut(x, num_groups, WHOLE_BACKWARD)
     batch, channels = x.shape[:2]
     scale_rows, scale_stride = _rows(scale, weight)
     shift_rows, shift_stride = _rows(shift, weight)
