@@ -11,7 +11,7 @@ import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
-from diffmem.cli.training_options import POSITIVE, SHARE, training_options, training_parts
+from diffmem.cli.training_options import POSITIVE, training_options, training_parts
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
