@@ -11,7 +11,7 @@ import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
-from diffmem.cli.training_options import POSITIVE, SHARE, training_options, training_parts
+from diffmem.cli.training_options import POSITIVE, training_options, training_parts
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 @click.option("--audit-samples", type=POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
 @click.option("--audit-solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
               help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
-@click.option("--stop-at", type=SHARE, metavar="SHARE",
+@click.option("--stop-at", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
               help="End the run once an audit shows that R_mem is at least SHARE.")  # fmt: skip
 @click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
               show_default=True, help="Of --stop-at, over all audits of the run.")  # fmt: skip

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     help="Which snapshots come first; bisect: only those that narrow down where R_mem passes --at-least, or 0.5.",
 )  # fmt: skip
 @click.option(
-    "--at-least", type=click.FloatRange(0, 1), metavar="SHARE",
+    "--at-least", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
     help="Ask whether R_mem is at least SHARE, and sample no more of a snapshot than that takes.",
 )  # fmt: skip
 @click.option(

@@ -71,15 +71,18 @@ class Question:
     """Is the memorization ratio at least `at_least`? To be answered with `confidence`, after as few images as will do.
 
     An answer may be sought after every image: the probability that one of the answers is wrong stays below
-    1 − confidence (see `anytime_interval`). Raises InputError for values outside 0 … 1.
+    1 − confidence (see `anytime_interval`). Raises InputError for a share outside (0, 1] or a confidence
+    outside (0, 1).
     """
 
     at_least: float = 0.9
     confidence: float = 0.95
 
     def __post_init__(self):
-        if not (0 <= self.at_least <= 1 and 0 < self.confidence < 1):
-            raise InputError(f"a share of at least {self.at_least} at confidence {self.confidence}: both lie in 0 … 1")
+        if not (0 < self.at_least <= 1 and 0 < self.confidence < 1):
+            raise InputError(
+                f"a share of at least {self.at_least} at confidence {self.confidence}: both lie between 0 and 1"
+            )
 
     def answer(self, count: int, total: int, of: int | None = None) -> bool | None:
         """True or False, or None while it is open. of: the images there are in all (10,000 in the protocol): an answer

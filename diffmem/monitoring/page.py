@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,11 @@ def write_page(trajectory: Trajectory, folder: Path) -> Path:
 
 
 def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
-    """R_mem with its intervals, and the training loss, against epochs, as SVG; several runs in one plot."""
-    from matplotlib.ticker import PercentFormatter
+    """R_mem with its intervals, and the training loss, as SVG: of one run against epochs; of several, which `names`
+    tells apart, against the images seen, the measure of what they cost."""
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
+    along = attrgetter("images" if names else "epochs")
     colors = ("#a3261c", "#3866a8", "#2b6b3f", "#8a5a00")
     with plot(7.2, 3.4) as figure:
         axes = figure.add_subplot()
@@ -80,18 +83,18 @@ def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
         for index, one in enumerate(trajectories):
             color = colors[index % len(colors)]
             label = names[index] if names else "R_mem, with 95 % intervals"
-            epochs, ratios = [p.epochs for p in one.points], [p.ratio for p in one.points]
+            seen, ratios = [along(point) for point in one.points], [point.ratio for point in one.points]
             ends = [p.interval for p in one.points]
             below = [ratio - low for ratio, (low, _) in zip(ratios, ends, strict=True)]
             above = [high - ratio for ratio, (_, high) in zip(ratios, ends, strict=True)]
             axes.errorbar(
-                epochs, ratios, yerr=(below, above), color=color, marker="o", markersize=3.5, linewidth=1.3,
+                seen, ratios, yerr=(below, above), color=color, marker="o", markersize=3.5, linewidth=1.3,
                 elinewidth=0.8, capsize=2, label=label, zorder=3,
             )  # fmt: skip
             # The first epochs' losses are large: they would flatten all that follows.
             lines = [line for line in one.losses if line.epochs >= 0.02 * one.losses[-1].epochs]
             losses.plot(
-                [line.epochs for line in lines], [line.loss for line in lines], linewidth=0.7, zorder=1,
+                [along(line) for line in lines], [line.loss for line in lines], linewidth=0.7, zorder=1,
                 color=color if names else "#8a94a0", alpha=0.45 if names else 1.0,
                 label=None if names else "training loss",
             )  # fmt: skip
@@ -102,7 +105,9 @@ def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlim(left=0)
-        axes.set_xlabel("epochs")
+        axes.set_xlabel("images seen in training" if names else "epochs")
+        if names:
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylabel("R_mem, share of copies")
         losses.set_ylabel("training loss per pixel")
         handles = [drawn for each in (axes, losses) for drawn in zip(*each.get_legend_handles_labels(), strict=True)]

@@ -64,9 +64,7 @@ class RunFolder:
         """
         if data is None:
             if self.data.get("found_at") is None:
-                raise InputError(
-                    f"{self.path}: its training set was given as images in memory: say where it is (--data)"
-                )
+                raise InputError(f"{self.path}: does not know where its training set lies: say it (--data)")
             data = DataSource(**self.data["found_at"])
         images, _ = read_data(data, progress)
         if images.fingerprint != self.data["fingerprint"]:

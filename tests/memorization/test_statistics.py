@@ -82,6 +82,6 @@ def test_answers():
     assert question.answer(159, 180, of=200) is False
     assert question.answer(162, 181, of=200) is None
     assert question.shared_among(5).confidence == pytest.approx(0.99)
-    for values in ((1.1, 0.95), (0.9, 1.0)):
-        with pytest.raises(InputError, match="both lie"):
+    for values in ((1.1, 0.95), (0.0, 0.95), (0.9, 1.0)):
+        with pytest.raises(InputError, match="both lie between"):
             Question(*values)
