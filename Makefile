@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # On machines without a GPU, a CPU build of PyTorch saves gigabytes: give its requirement or wheel here.
 TORCH ?= torch
-EXTRAS ?= demo,faiss,test,dev
+EXTRAS ?= demo,faiss,gpu,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

@@ -96,10 +96,9 @@ int main() {{ std::printf("%zu %zu", sizeof(SearchMemory<Narrow>), sizeof(Search
     return {"search_kernel<Narrow>": int(narrow), "search_kernel<Wide>": int(wide)}
 
 
-def blocks_per_multiprocessor(architecture: int, registers: int, shared_bytes: int) -> int:
-    """Resident blocks of THREADS threads; registers go to warps in units of 256, 1 KiB per block is reserved."""
+def blocks_per_multiprocessor(architecture: int, registers: int, shared_bytes: int, warps: int) -> int:
+    """Resident blocks of `warps` warps; registers go to warps in units of 256, 1 KiB per block is reserved."""
     limits = MULTIPROCESSORS[architecture]
-    warps = THREADS // 32
     registers_per_warp = -(-registers * 32 // 256) * 256
     return min(
         limits.warps // warps,
@@ -124,7 +123,7 @@ def read_report(architecture: int, report: str, dynamic: dict[str, int]) -> list
         }
         spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", section)))
         shared = found["static_shared_bytes"] + dynamic.get(name, 0)
-        blocks = blocks_per_multiprocessor(architecture, found["registers"], shared)
+        blocks = blocks_per_multiprocessor(architecture, found["registers"], shared, THREADS // 32)
         occupancy = round(blocks * THREADS / 32 / MULTIPROCESSORS[architecture].warps, 3)
         kernels.append(
             KernelResources(

@@ -106,7 +106,7 @@ class Bench:
 
     def record(self, workload: str, contender: str, note: str = "", **values: str) -> None:
         """Adds a row and prints it."""
-        row = {"workload": workload, "contender": contender, "note": note, **values} | environment()
+        row = environment() | {"workload": workload, "contender": contender, "note": note, **values}
         self.rows.append(row)
         print(
             f"{workload:44} {contender:26} {values.get('seconds', ''):>12} s  x{values.get('ratio', '')}  {note}",
@@ -155,7 +155,7 @@ def machine_slug() -> str:
 def environment() -> dict[str, str]:
     """Machine, thread count, versions, commit and date: the same columns in every row."""
     versions = []
-    for package in ("torch", "numpy", "faiss-cpu"):
+    for package in ("torch", "numpy", "faiss-cpu", "triton"):
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@
 
 #include "conv3x3/conv3x3.h"
 #include "cpu/features.h"
+#include "group_norm_silu/group_norm_silu.h"
 #include "nearest/nearest.h"
 #include "posterior_mean/posterior_mean.h"
 #ifdef DIFFMEM_WITH_CUDA
@@ -61,6 +62,50 @@ void bind_conv3x3(py::module_& m) {
 template <class T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// diffmem::group_norm_silu: the normalization of CPUs (group_norm_silu.h says what each array holds).
+void bind_group_norm_silu(py::module_& m) {
+  namespace op = diffmem::group_norm_silu;
+  using Address = std::uintptr_t;
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  // weight, bias, scale, shift, added; their strides; 0 for what is not there.
+  using Addresses = std::array<Address, 5>;
+  using Strides = std::array<std::int64_t, 3>;
+  static const auto parameters = [](const Addresses& from, const Strides& strides, float eps, bool silu) {
+    return op::Parameters{at<const float>(from[0]),
+                          at<const float>(from[1]),
+                          at<const float>(from[2]),
+                          at<const float>(from[3]),
+                          at<const float>(from[4]),
+                          strides[0],
+                          strides[1],
+                          strides[2],
+                          eps,
+                          silu};
+  };
+
+  m.def("group_norm_silu_available", &op::available, "Whether this processor and build have it.");
+  m.def(
+      "group_norm_silu_forward",
+      [](std::array<std::int64_t, 4> shape, Addresses from, Strides strides, float eps, bool silu, Address x, Address y,
+         Address mean, Address rstd, int threads) {
+        op::forward({shape[0], shape[1], shape[2], shape[3]}, parameters(from, strides, eps, silu), at<const float>(x),
+                    at<float>(y), at<double>(mean), at<float>(rstd), threads);
+      },
+      unlocked, py::arg("shape"), py::arg("parameters"), py::arg("strides"), py::arg("eps"), py::arg("silu"),
+      py::arg("x"), py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("threads"), "Normalizes.");
+  m.def(
+      "group_norm_silu_backward",
+      [](std::array<std::int64_t, 4> shape, Addresses from, Strides strides, bool silu, Address dy, Address x,
+         Address mean, Address rstd, Address dx, Address sums, int threads) {
+        op::backward({shape[0], shape[1], shape[2], shape[3]}, parameters(from, strides, 0.0f, silu),
+                     at<const float>(dy), at<const float>(x), at<const double>(mean), at<const float>(rstd),
+                     at<float>(dx), at<float>(sums), threads);
+      },
+      unlocked, py::arg("shape"), py::arg("parameters"), py::arg("strides"), py::arg("silu"), py::arg("dy"),
+      py::arg("x"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("sums"), py::arg("threads"),
+      "The gradients.");
 }
 
 // diffmem::nearest: exact nearest rows (nearest.h says what each array holds).
@@ -323,6 +368,7 @@ PYBIND11_MODULE(_C, m) {
       "Instruction set in use: portable, avx2 or avx512 (DIFFMEM_CPU lowers it).");
   m.def("cpu_features", &diffmem::cpu::features, "Relevant processor features found.");
   bind_conv3x3(m);
+  bind_group_norm_silu(m);
   bind_nearest(m);
   bind_posterior_mean(m);
 #ifdef DIFFMEM_WITH_CUDA

@@ -20,6 +20,7 @@ OPTIONAL = {
     "triton": ("gpu", "fused GPU kernels"),
     "scikit-learn": ("demo", "built-in digits and photographs"),
     "datasets": ("datasets", "Hugging Face data sets on disk"),
+    "ray": ("ray", "studies on many machines"),
 }
 
 

@@ -73,6 +73,9 @@ class _Log:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         name, now = stage.partition(":")[0], time.monotonic()
+        if done == 0:  # the stage begins, perhaps again
+            self.begun.pop(name, None)
+            self.told.pop(name, None)
         began, before = self.begun.setdefault(name, (now, done))
         if now - self.told.setdefault(name, now) < self.INTERVAL:
             return

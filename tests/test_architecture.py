@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
 # What each room may import from the others; what EVERYBODY holds, and the package itself, is for all.
-EVERYBODY = {"", "devices", "errors", "progress", "whole"}
+EVERYBODY = {"", "devices", "errors", "pictures", "progress", "whole"}
 ALLOWED = {
     "data": set(),
     "ops": set(),
@@ -20,9 +20,23 @@ ALLOWED = {
     "search": {"ops", "data"},
     "memorization": {"search", "data"},
     "generation": {"models", "sampling", "data", "search", "memorization"},
-    "demo": {"memorization", "data"},
+    "monitoring": {"training", "generation", "sampling", "models", "memorization", "search", "data"},
+    "studies": {"monitoring", "training", "generation", "sampling", "models", "memorization", "search", "data"},
+    "demo": {"monitoring", "training", "generation", "memorization", "data"},
     "environment": {"ops"},
-    "cli": {"data", "search", "memorization", "models", "generation", "training", "optimum", "demo", "environment"},
+    "cli": {
+        "data",
+        "search",
+        "memorization",
+        "models",
+        "generation",
+        "training",
+        "monitoring",
+        "studies",
+        "optimum",
+        "demo",
+        "environment",
+    },
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
 

@@ -1,4 +1,4 @@
-// Sharing work among threads.
+// Sharing the items of a loop among threads.
 #pragma once
 
 #if defined(__linux__) || defined(__APPLE__)
@@ -14,7 +14,7 @@
 namespace diffmem::cpu {
 
 // The OpenMP runtime that is already in the process, PyTorch's as a rule. Its idle threads spin for a while before they
-// sleep, so that threads of our own would have to share the cores with them: such work alternates with PyTorch's
+// sleep, so that threads of our own would have to share the cores with them: convolutions alternate with PyTorch's
 // operations within milliseconds. Null where there is none.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 

@@ -14,11 +14,14 @@ from diffmem.cli.audit import audit_command
 from diffmem.cli.dataset import dataset_command
 from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
+from diffmem.cli.emm import emm_command
 from diffmem.cli.info import info_command
 from diffmem.cli.optimum import optimum_command
 from diffmem.cli.options import debug_option, debugging
 from diffmem.cli.sample import import_edm_command, sample_command
+from diffmem.cli.study import study_command
 from diffmem.cli.train import train_command
+from diffmem.cli.trajectory import trajectory_command
 from diffmem.errors import InputError, MissingExtraError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -42,6 +45,9 @@ for command in (
     audit_command,
     dataset_command,
     train_command,
+    trajectory_command,
+    emm_command,
+    study_command,
     sample_command,
     optimum_command,
     import_edm_command,

@@ -10,7 +10,6 @@ import click
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import Source, debug_option
 from diffmem.cli.sample import Seeds, print_summary
-from diffmem.cli.train import load_training_set
 from diffmem.errors import InputError
 
 POSITIVE = click.IntRange(min=1)
@@ -87,6 +86,7 @@ def optimum_command(
     from diffmem.generation import SampleSettings, generate, work_folder
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
+    from diffmem.training import DataSource
     from diffmem.whole import check_output_folder
 
     if out is None and not audit:
@@ -104,7 +104,9 @@ def optimum_command(
         check_output_folder(report)
     try:
         with process_group(), progress_bars(is_first_rank()) as progress:
-            training = load_training_set(source, size, resize, color, progress)
+            training = DataSource(source, size, resize, color).load(progress)
+            for note in training.notes if is_first_rank() else ():
+                click.echo(f"note: {note}", err=True)
             if cond and training.labels is None:
                 raise InputError(f"{source}: --cond needs labels, and there are none")
             denoiser = OptimalDenoiser(

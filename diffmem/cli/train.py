@@ -9,87 +9,40 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffmem.cli.audit import Source
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
+from diffmem.cli.training_options import POSITIVE, training_options, training_parts
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
-    from diffmem.progress import Progress
-    from diffmem.training import Observer, Plan, Run, Snapshot, Stats, TrainingConfig
+    from diffmem.monitoring import Point
+    from diffmem.training import DataSource, Observer, Plan, Run, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
 _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
-class Numbers(click.ParamType):
-    """Whole numbers, separated by commas."""
-
-    name = "n,n,…"
-
-    def convert(self, value, parameter, context) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers like 2,2,2", parameter, context)
-
-
-_POSITIVE = click.IntRange(min=1)
-_NUMBER, _SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
-
-
 @click.command("train")
-@click.option("--data", "source", type=Source(), required=True, help="The training images; see `diffmem audit`.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Needed, but for --dry-run.")
-# The training set.
-@click.option("--size", type=_POSITIVE, metavar="N", help="A subset of N images, as many of each class.")
-@click.option("--resize", type=_POSITIVE, metavar="R", help="Bring all images to R x R, antialiased.")
-@click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
-@click.option("--cond", is_flag=True, help="Train a class-conditional model on the labels of the data.")
-@click.option("--xflip", is_flag=True, help="Mirrored images count as images too.")
-@click.option("--window", type=_SHARE, default=0.0, show_default=True,
-              help="Share of the set over which the order keeps mixing; 0: the same order every epoch.")  # fmt: skip
-@click.option("--augment", type=_SHARE, default=0.0, show_default=True,
-              help="Probability of EDM's non-leaking augmentations.")  # fmt: skip
-# The network.
-@click.option("--preset", help="A network and preconditioning by name; the options below change parts of it.")
-@click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", show_default=True)
-@click.option("--precond", type=click.Choice(["vp", "ve", "edm"]), help="[default: vp, ve, edm of the architectures]")
-@click.option("--num-channels", "--cbase", "model_channels", type=_POSITIVE, help="Width: channels at multiplier 1.")
-@click.option("--channel-mult", "--cres", type=Numbers(), help="Width multipliers per resolution.")
-@click.option("--num-blocks", type=_POSITIVE, help="Depth: residual blocks per resolution.")
-@click.option("--embedding", type=click.Choice(["positional", "fourier"]), help="Of the noise level.")
-@click.option("--attn-resolutions", type=Numbers(), help="Resolutions with self-attention.")
-@click.option("--skips", metavar="LIST",
-              help='Enabled skip connections: resolutions or single ones, as in "32,16.0", or "none".')  # fmt: skip
-@click.option("--dropout", type=_SHARE)
-# Training.
-@click.option("--images", type=_POSITIVE, help="Length of training in images seen.")
-@click.option("--epochs", type=_NUMBER, help="Length of training in epochs.")
-@click.option("--duration", type=_NUMBER, help="Length of training in the paper's unit, 20 epochs.")
-@click.option("--batch", type=_POSITIVE, default=512, show_default=True, help="Images per step, over all processes.")
-@click.option("--batch-gpu", type=_POSITIVE, help="Images per forward pass of a process. [default: all of its share]")
-@click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", show_default=True)
-@click.option("--lr", type=_NUMBER, default=2e-4, show_default=True, help="Learning rate.")
-@click.option("--warmup-epochs", type=_NUMBER, default=200.0, show_default=True, help="Of a linear warm-up.")
-@click.option("--weight-decay", type=_NUMBER, default=0.0, show_default=True)
-@click.option("--momentum", type=_NUMBER, default=0.0, show_default=True, help="Of sgd.")
-@click.option("--ema-rule", type=click.Choice(["by-size", "compensated", "constant", "target"]),
-              help="How the averaged weights follow. [default: compensated, or target with --ema-target]")  # fmt: skip
-@click.option("--ema-target", type=_SHARE, help="The decay at which the rule target ends.")
-@click.option("--ema-halflife", type=_POSITIVE, default=500_000, show_default=True,
-              help="Half-life of the averaged weights in images.")  # fmt: skip
-@click.option("--tikhonov", type=_NUMBER, default=0.0, show_default=True, help="Regularization of the score.")
+@click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images, as many of each class.")
+@training_options
+@click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass of a process. [default: all of its share]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 # The run.
-@click.option("--snapshot-images", type=_POSITIVE, metavar="N", help="A snapshot every N images. [default: at the end]")
-@click.option("--keep", type=_POSITIVE, metavar="K", help="Keep the last K snapshots and the best. [default: all]")
+@click.option("--snapshot-images", type=POSITIVE, metavar="N", help="A snapshot every N images. [default: at the end]")
+@click.option("--keep", type=POSITIVE, metavar="K", help="Keep the last K snapshots and the best. [default: all]")
 @click.option(
     "--grid", type=click.IntRange(min=0), default=16, show_default=True, help="Images to sample at snapshots."
 )
+@click.option("--audit-every", type=POSITIVE, metavar="N", help="Audit a snapshot every N images, and the last.")
+@click.option("--audit-samples", type=POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
+@click.option("--audit-solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+              help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
+@click.option("--stop-at", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+              help="End the run once an audit shows that R_mem is at least SHARE.")  # fmt: skip
+@click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
+              show_default=True, help="Of --stop-at, over all audits of the run.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
               help="Compile the network; auto: where the run is long enough.")  # fmt: skip
@@ -97,9 +50,8 @@ _NUMBER, _SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what it would cost, and stop.")
 @debug_option
 def train_command(
-    source, out, size, resize, color, cond, xflip, window, augment, preset, arch, precond, skips, images, epochs,
-    duration, batch, batch_gpu, optimizer, lr, warmup_epochs, weight_decay, momentum, ema_rule, ema_target,
-    ema_halflife, tikhonov, seed, snapshot_images, keep, grid, device, compile_, resume, dry_run, **network,
+    source, out, size, resize, color, cond, batch_gpu, seed, snapshot_images, keep, grid, audit_every, audit_samples,
+    audit_solver, stop_at, confidence, device, compile_, resume, dry_run, **options,
 ) -> int:  # fmt: skip
     """Train a diffusion model.
 
@@ -111,13 +63,17 @@ def train_command(
     Examples:
       diffmem train --data cifar10.zip --size 1000 --duration 2000 --snapshot-images 2000000 --out run
       diffmem train --data builtin:digits --epochs 500 --num-channels 32 --num-blocks 1 --batch 128 --out run
+      diffmem train --data builtin:digits --size 100 --epochs 5000 --audit-every 50000 --stop-at 0.9 --out run
       torchrun --nproc-per-node 8 -m diffmem train --data cifar10.zip --epochs 4000 --out run
     """
     import torch
 
-    from diffmem.progress import progress_bars
+    from diffmem.generation import SampleSettings
+    from diffmem.memorization import Question
+    from diffmem.monitoring import AuditEvery
     from diffmem.training import (
         EMA,
+        DataSource,
         Grids,
         KeepLast,
         TensorBoard,
@@ -131,43 +87,32 @@ def train_command(
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
+    if stop_at is not None and audit_every is None:
+        raise click.UsageError("--stop-at goes with --audit-every")
     torch.set_flush_denormal(True)
     with process_group():
-        with progress_bars(is_first_rank()) as progress:
-            data = load_training_set(source, size, resize, color, progress)
+        found_at = DataSource(source, size, resize, color)
+        data = _load(found_at)
         if cond and data.labels is None:
             raise InputError(f"{source}: --cond needs labels, and there are none")
         label_dim = 0
         if cond:
             label_dim = data.labels.shape[1] if data.labels.ndim == 2 else int(data.labels.max()) + 1
+        xflip = options["xflip"]
+        parts = training_parts(**options)
         denoiser = denoiser_config(
             data.image_shape[1],
             data.image_shape[0],
-            arch=arch,
-            precond=precond,
-            preset_name=preset,
-            skips=None if skips is None else [name for name in skips.split(",") if name not in ("", "none")],
             label_dim=label_dim,
-            augment_dim=9 if augment else 0,
-            **network,
+            augment_dim=9 if parts.training["augment"] else 0,
+            **parts.network,
         )
-        rule = ema_rule or ("compensated" if ema_target is None else "target")
         items = len(data) * (2 if xflip else 1)
         config = TrainingConfig(
             denoiser,
-            images_of(items, images=images, epochs=epochs, duration=duration),
-            batch=batch,
+            images_of(items, **parts.length),
             seed=seed,
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup_epochs,
-            ema=EMA(rule, halflife_images=ema_halflife, target=ema_target),
-            window=window,
-            xflip=xflip,
-            augment=augment,
-            tikhonov=tikhonov,
+            **{**parts.training, "ema": EMA(**parts.training["ema"])},
         )
         choices = {
             "device": device,
@@ -181,7 +126,25 @@ def train_command(
             if is_first_rank():
                 _print_plan(plan)
             return 0
-        observers = [_display()]
+        display = _display()
+        observers = [display]
+        if audit_every is not None:
+            # Without a snapshot there is nothing to audit.
+            snapshot_images = min(snapshot_images or audit_every, audit_every)
+            if is_first_rank():
+                observers.append(
+                    AuditEvery(
+                        data,
+                        out,
+                        every=audit_every,
+                        samples=audit_samples,
+                        question=None if stop_at is None else Question(stop_at, confidence),
+                        flip=xflip,
+                        settings=SampleSettings(solver=audit_solver),
+                        device=device,
+                        tell=display.audited,
+                    )
+                )
         if grid:
             observers.append(Grids(out, grid))
         if TensorBoard.available() and is_first_rank():
@@ -194,6 +157,7 @@ def train_command(
             keep=keep_all if keep is None else KeepLast(keep),
             resume=resume,
             observers=observers,
+            found_at=found_at,
             **choices,
         )
     if is_first_rank():
@@ -201,24 +165,15 @@ def train_command(
     return INTERRUPTED if run.ending == "interrupted" else 0
 
 
-def load_training_set(
-    source: str, size: int | None, resize: int | None, color: str | None, progress: Progress
-) -> ImageSet:
-    """The training set: read, and cut down to `size` images."""
-    from diffmem.data import load_images
+def _load(data: DataSource) -> ImageSet:
+    """The training set, with a progress bar."""
+    from diffmem.progress import progress_bars
 
-    images = load_images(source, resize=resize, color=color, progress=progress)
+    with progress_bars(is_first_rank()) as progress:
+        images = data.load(progress)
     for note in images.notes if is_first_rank() else ():
         click.echo(f"note: {note}", err=True)
-    if size is None:
-        return images
-    if images.labels is not None and images.labels.ndim == 1:
-        from diffmem.data.subsets import class_balanced
-
-        return class_balanced(images, size)
-    if size > len(images):
-        raise InputError(f"{source}: holds {len(images):,} images; --size can be {len(images)} at most")
-    return images.select(slice(size))
+    return images
 
 
 def _print_plan(plan: Plan) -> None:
@@ -262,6 +217,7 @@ def _display() -> Observer:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from diffmem.memorization import percent
     from diffmem.training import Observer
 
     class Display(Observer):
@@ -289,6 +245,12 @@ def _display() -> Observer:
         def snapshot(self, snapshot: Snapshot) -> None:
             if self.bar is None:
                 click.echo(f"snapshot {snapshot.folder}: loss {snapshot.loss:.4g}", err=True)
+
+        def audited(self, point: Point) -> None:
+            low, high = (percent(end) for end in point.interval)
+            line = f"audit after {point.epochs:,.0f} epochs: R_mem {percent(point.ratio)} ({low} to {high}), "
+            line += f"{point.count:,} of {point.total:,} images"
+            click.echo(line, err=True) if self.bar is None else self.bar.console.print(line, highlight=False)
 
         def finished(self) -> None:
             if self.bar is not None:

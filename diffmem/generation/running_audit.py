@@ -10,8 +10,8 @@ import torch
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.memorization import Audit, audit, parse_threshold, ratio_rule
-from diffmem.progress import Progress
-from diffmem.search import DistinctNeighbors, TrainingIndex
+from diffmem.progress import Progress, silent
+from diffmem.search import DistinctNeighbors, Neighbors, TrainingIndex
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class RunningAudit:
     """Counts copies block by block, by the rule of `diffmem.audit`'s defaults, and audits the whole at the end.
 
-    training, holdout: as for `diffmem.audit`. image_shape: (C, H, W) of the images to come. Raises InputError, before
-    anything is sampled, for all that `diffmem.audit` would complain about afterwards.
+    training, holdout, flip: as for `diffmem.audit`. image_shape: (C, H, W) of the images to come. Raises InputError,
+    before anything is sampled, for all that `diffmem.audit` would complain about afterwards.
     """
 
     def __init__(
@@ -30,8 +30,10 @@ class RunningAudit:
         holdout: ImageSource | None,
         image_shape: tuple[int, int, int],
         device: torch.device,
-        progress: Progress,
+        progress: Progress = silent,
+        flip: bool = False,
     ):
+        self.flip = flip
         self.training = load_images(training, progress=progress)
         self.holdout = None if holdout is None else load_images(holdout, progress=progress)
         self.progress = progress
@@ -45,15 +47,20 @@ class RunningAudit:
         # One image stands for those to come, so that sets that do not fit together come to light now.
         stand_in = ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled")
         unseen = None if self.holdout is None else self.holdout.select(slice(0, 1))
-        first = audit(stand_in, self.training, holdout=unseen, index=self.index)
-        self._search = DistinctNeighbors(self.index, self.training.images, first.duplicate_groups)
+        first = audit(stand_in, self.training, holdout=unseen, index=self.index, flip=flip)
+        self._search = DistinctNeighbors(self.index, self.training.images, first.duplicate_groups, flip=flip)
         self._threshold = parse_threshold(first.settings["threshold"])
         self.count = self.total = 0
 
+    def judge(self, images: np.ndarray) -> tuple[np.ndarray, Neighbors]:
+        """Which of uint8 images [n, C, H, W] are copies (bool [n]), and their nearest and second nearest images."""
+        nearest = self._search.outside_duplicates(images, self._search.nearest(images))
+        return ratio_rule(nearest.squared_distances, self._threshold), nearest
+
     def add(self, images: np.ndarray) -> None:
         """Counts the copies among uint8 images [n, C, H, W]."""
-        nearest = self._search.outside_duplicates(images, self._search.nearest(images))
-        self.count += int(ratio_rule(nearest.squared_distances, self._threshold).sum())
+        memorized, _ = self.judge(images)
+        self.count += int(memorized.sum())
         self.total += len(images)
 
     def so_far(self) -> str:
@@ -62,4 +69,6 @@ class RunningAudit:
 
     def audit(self, generated: ImageSet) -> Audit:
         """The audit of all images."""
-        return audit(generated, self.training, holdout=self.holdout, index=self.index, progress=self.progress)
+        return audit(
+            generated, self.training, holdout=self.holdout, index=self.index, flip=self.flip, progress=self.progress
+        )

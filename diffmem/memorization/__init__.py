@@ -1,7 +1,17 @@
 """Which generated images are copies: criteria, statistics, the audit and its report."""
 
-from diffmem.memorization.audit import Audit, CopiedImage, audit
+from diffmem.memorization.audit import Audit, CopiedImage, audit, percent
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
-from diffmem.memorization.statistics import wilson_interval
+from diffmem.memorization.statistics import Question, anytime_interval, wilson_interval
 
-__all__ = ["Audit", "CopiedImage", "audit", "parse_threshold", "ratio_rule", "wilson_interval"]
+__all__ = [
+    "Audit",
+    "CopiedImage",
+    "Question",
+    "anytime_interval",
+    "audit",
+    "parse_threshold",
+    "percent",
+    "ratio_rule",
+    "wilson_interval",
+]

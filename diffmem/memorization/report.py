@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import numpy as np
 
 from diffmem.data import ImageSet
 from diffmem.memorization.criteria import parse_threshold
+from diffmem.pictures import data_url, plot, svg
 from diffmem.whole import check_output_folder, whole_file
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 GALLERY_ROWS = 120  # triples shown, surest copies first
 BORDER_ROWS = 12  # triples shown on each side of the threshold
 PICTURE_BUDGET = 3_600_000  # bytes of embedded pictures, so that the page stays below 5 MB whatever the images are
-THUMBNAIL = 160  # pixels; larger images are reduced, smaller ones are embedded as they are and enlarged by the browser
 
 
 def write_report(audit: Audit, folder: str | Path) -> Path:
@@ -205,23 +203,10 @@ class _Pictures:
         return self.encoded[key]
 
     def _encode(self, image: np.ndarray) -> str:
-        from PIL import Image
-
         if image.dtype != np.uint8:
             low, high = self.scale
             image = np.clip((image - low) / (high - low) * 255, 0, 255).round().astype(np.uint8)
-        pixels = image[0] if image.shape[0] < 3 else np.moveaxis(image[:3], 0, -1)
-        picture = Image.fromarray(np.ascontiguousarray(pixels))
-        small = max(picture.size) <= THUMBNAIL
-        if not small:
-            picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        if max(picture.size) <= 64:
-            picture.save(buffer, "PNG", optimize=True)
-        else:
-            picture.save(buffer, "JPEG", quality=88)
-        kind = "png" if max(picture.size) <= 64 else "jpeg"
-        return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return data_url(image)
 
 
 def _float_scale(training: ImageSet) -> tuple[float, float]:
@@ -237,9 +222,6 @@ def _float_scale(training: ImageSet) -> tuple[float, float]:
 
 def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, threshold: float | None) -> str:
     """An SVG histogram of the generated images, and of the unseen ones where there are any."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     ours = values(audit)
     unseen = None if audit.holdout is None else values(audit.holdout)
     highest = (
@@ -251,8 +233,7 @@ def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, 
         left = max(1, round(60 * threshold))
         edges = np.concatenate([np.linspace(0, threshold, left + 1), np.linspace(threshold, 1, 61 - left)[1:]])
     few = 0 < audit.ratio < 0.02
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "diffmem", "font.family": "sans-serif", "font.size": 9}):
-        figure = Figure(figsize=(6.2, 2.9), layout="constrained")
+    with plot() as figure:
         axes = figure.add_subplot()
         axes.hist(ours, edges, weights=np.full(len(ours), 1 / len(ours)), color="#3866a8", label="generated")
         if unseen is not None:
@@ -275,11 +256,6 @@ def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, 
         axes.set_xlim(0, highest)
         axes.set_xlabel(label)
         axes.set_ylabel("share of images" + (" (log scale)" if few else ""))
-        axes.spines[["top", "right"]].set_visible(False)
         if unseen is not None or threshold is not None:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+            axes.legend()
+        return svg(figure)

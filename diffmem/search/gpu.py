@@ -15,12 +15,12 @@ answer, ties included.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from diffmem.ops.measured import fastest
 from diffmem.ops.nearest import exact_squared_distances
 from diffmem.ops.registry import native_unavailable
 
@@ -103,24 +103,6 @@ def available_ways(device: torch.device) -> list[str]:
         except ImportError:
             pass
     return ways
-
-
-def fastest(
-    ways: dict[str, Callable[[], object]], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> str:
-    """The name of the quickest of `ways`, each run once to warm up and then timed, the device synchronized around
-    it."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    seconds = {}
-    for name, run in ways.items():
-        run()
-        _synchronize(device)
-        started = clock()
-        run()
-        _synchronize(device)
-        seconds[name] = clock() - started
-    return min(seconds, key=seconds.get)
 
 
 class _Part:
@@ -229,8 +211,3 @@ def _centred_float(rows: torch.Tensor) -> torch.Tensor:
 
 def _multiple(value: int, of: int) -> int:
     return -(-value // of) * of
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

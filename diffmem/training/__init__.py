@@ -8,16 +8,20 @@ from diffmem.training.factors import denoiser_config
 from diffmem.training.loop import DivergedError, Run, plan_training, train
 from diffmem.training.losses import denoising_loss
 from diffmem.training.observers import Grids, Observer, Plan, Snapshot, Stats, TensorBoard, Verdict
+from diffmem.training.run_folder import RunFolder
 from diffmem.training.snapshots import KeepLast, SnapshotRecord, keep_all, read_records, snapshot_folder
+from diffmem.training.source import DataSource, read_data
 
 __all__ = [
     "EMA",
+    "DataSource",
     "DivergedError",
     "Grids",
     "KeepLast",
     "Observer",
     "Plan",
     "Run",
+    "RunFolder",
     "Snapshot",
     "SnapshotRecord",
     "Stats",
@@ -29,6 +33,7 @@ __all__ = [
     "images_of",
     "keep_all",
     "plan_training",
+    "read_data",
     "read_records",
     "snapshot_folder",
     "train",

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import torch
 import torch.nn as nn
 
 import diffmem
-from diffmem.data import ImageSet, load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.models import Denoiser
@@ -34,13 +33,13 @@ from diffmem.training.losses import Draws, denoising_loss, draw
 from diffmem.training.observers import Observer, Plan, Snapshot, Stats, Verdict, combined
 from diffmem.training.order import DataOrder
 from diffmem.training.parallel import Ranks
+from diffmem.training.run_folder import CONFIG, STATS
 from diffmem.training.seeds import seed_of
 from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
+from diffmem.training.source import DataSource, read_data
 from diffmem.training.state import latest_state, read_facts, read_tensors, save_state
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 from diffmem.whole import whole_file
-
-CONFIG, STATS = "config.json", "stats.jsonl"
 
 # When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves. CPU: measured on a
 # 32-channel network at 8×8 (122 s, 7 %); GPU: not measured.
@@ -81,17 +80,20 @@ def train(
     state_minutes: float = 10.0,
     resume: bool = False,
     observers: Sequence[Observer] = (),
+    found_at: DataSource | None = None,
 ) -> Run:
     """Trains a denoiser on `data` and returns how that ended; the results lie in the folder `out`.
 
-    config: what decides the result. data: anything that `diffmem.load_images` reads, uint8. snapshot_images: a snapshot
+    config: what decides the result. data: anything that `diffmem.load_images` reads,
+    or a DataSource, uint8. snapshot_images: a snapshot
     at the first step that reaches each multiple (default: only at the end; the last step always makes one). device:
     "cpu", "cuda", or "auto". batch_gpu: images per forward pass of one process, gradients are accumulated (default: the
     process's share of the batch). compile: True, False, or "auto", which compiles where the run is long enough to gain
     by it. keep: which snapshots stay. state_minutes: a state to resume from is saved so often, and at every snapshot,
     interruption and end. resume: continue the run in `out` (from its beginning where it has saved no state yet); on a
     CPU, with the same batch_gpu, number of threads and processes, the weights become those of a run never interrupted,
-    bit by bit. observers: see `Observer`.
+    bit by bit. observers: see `Observer`. found_at: how to find `data` again, where they are images in memory: then
+    `diffmem.monitoring` needs not be told.
 
     SIGINT and SIGTERM let the step finish and save a state; a second one interrupts at once. Under `torchrun`, with
     torch.distributed initialized, each process computes its slice of every batch, and noise, losses and gradients are
@@ -102,12 +104,12 @@ def train(
     if snapshot_images is not None and snapshot_images < 1:
         raise InputError(f"snapshot_images is {snapshot_images}, but must be at least 1")
     with _own_random_numbers(), _stop_requests() as stop:
-        trainer = Trainer(config, data, device, batch_gpu, compile, ranks)
-        snapshots = ranks.agree(lambda: _open_run(out, config, trainer.data, keep, resume))
+        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, found_at)
+        snapshots = ranks.agree(lambda: _open_run(out, trainer, keep, resume))
         state = ranks.agree(lambda: latest_state(out) if resume else None)
         if state is not None:
             trainer.restore(read_facts(state), read_tensors(state))
-        plan = trainer.plan()
+        plan = replace(trainer.plan(), snapshot_images=snapshot_images)
         if ranks.rank == 0:
             snapshots.forget_after(trainer.images)
             _truncate_stats(out / STATS, trainer.images)
@@ -173,6 +175,7 @@ class Trainer:
         batch_gpu: int | None = None,
         compile: bool | str = "auto",
         ranks: Ranks | None = None,
+        found_at: DataSource | None = None,
     ):
         ranks = Ranks() if ranks is None else ranks
         if compile not in (True, False, "auto"):
@@ -188,7 +191,8 @@ class Trainer:
                 f"batch {config.batch} cannot be split into passes of batch_gpu {self.micro} on {ranks.size} "
                 "process(es): choose a divisor"
             )
-        images = data if isinstance(data, ImageSet) else load_images(data)
+        images, source = read_data(data)
+        self.source = source or found_at
         self.data = TrainingImages(images, config.denoiser.network, self.device, config.xflip)
         self.order = DataOrder(len(self.data), seed_of(config.seed, "order"), config.window)
         torch.manual_seed(seed_of(config.seed, "weights"))
@@ -349,7 +353,7 @@ class Trainer:
             "loss_counts": self.loss_counts,
             "order": self.order.state(),
             "compiled": bool(self.compile),
-            **describe(self.config, self.data),
+            **describe(self.config, self.data, self.source),
         }
         return tensors, facts
 
@@ -436,7 +440,9 @@ def _run(
                     for observer in observers:
                         observer.tick(stats)
         if due:
+            paused = time.perf_counter()
             verdict = ranks.agree(partial(_snapshot, trainer, out, snapshots, snapshot_loss, observers))
+            ticked += time.perf_counter() - paused  # the speed is that of training
             trainer.forget_losses(1)
             if verdict.stop and not trainer.finished:
                 ending, reason = "stopped", verdict.reason
@@ -458,18 +464,23 @@ def _snapshot(trainer: Trainer, out: Path, snapshots: Snapshots, loss: float, ob
     return verdict
 
 
-def describe(config: TrainingConfig, data: TrainingImages) -> dict[str, Any]:
-    """What a run is: its configuration and its training set."""
+def describe(config: TrainingConfig, data: TrainingImages, source: DataSource | None) -> dict[str, Any]:
+    """What a run is: its configuration and its training set, with the way to find that again where there is one."""
     description = {
         "config": config.to_json(),
-        "data": {"source": data.source, "images": data.count, "fingerprint": data.fingerprint},
+        "data": {
+            "source": data.source,
+            "images": data.count,
+            "fingerprint": data.fingerprint,
+            "found_at": None if source is None else source.to_json(),
+        },
     }
     return json.loads(json.dumps(description))  # as it will be read back
 
 
-def _open_run(out: Path, config: TrainingConfig, data: TrainingImages, keep: KeepRule, resume: bool) -> Snapshots:
+def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snapshots:
     """The run's folder, new, or checked to be one of the same settings."""
-    description = describe(config, data)
+    description = describe(trainer.config, trainer.data, trainer.source)
     path, state = out / CONFIG, latest_state(out)
     if not resume and (path.exists() or state is not None):
         raise InputError(f"{out}: holds a run already: continue it with --resume, or choose another folder")
@@ -503,7 +514,7 @@ def _check_same_run(out: Path, description: dict[str, Any], there: dict[str, Any
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
     """What must agree for a run to be continued: not its length, nor where the same images came from."""
     config = {name: value for name, value in description["config"].items() if name != "images"}
-    data = {name: value for name, value in description["data"].items() if name != "source"}
+    data = {name: value for name, value in description["data"].items() if name not in ("source", "found_at")}
     return {**config, "data": data}
 
 

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from diffmem.models import Denoiser
+from diffmem.pictures import grid
 from diffmem.sampling import sample
 from diffmem.whole import whole_file
 
@@ -22,7 +20,7 @@ class Plan:
     images and steps: of the whole run; images_left: what is left of it; size: images of the training set, N; epochs: of
     the whole run; parameters: of the network; seconds_per_step: eager; seconds: all that is left, without compiling;
     compiled: whether it will run through torch.compile; resumed_at: images seen before, 0 for a new run; resident:
-    whether the training set lies on the device.
+    whether the training set lies on the device; snapshot_images: the interval of snapshots, None for one at the end.
     """
 
     images: int
@@ -39,6 +37,7 @@ class Plan:
     compiled: bool
     resident: bool
     resumed_at: int = 0
+    snapshot_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,21 +105,6 @@ class Grids(Observer):
         self.out.mkdir(exist_ok=True)
         with whole_file(self.out / f"{snapshot.images:09d}.png") as partial:
             grid(images).save(partial, "PNG")
-
-
-def grid(images: np.ndarray, scale: int | None = None) -> Image.Image:
-    """Images (N, C, H, W) uint8 side by side, as square as it goes, a pixel enlarged `scale` times (default: to about
-    64 per image)."""
-    count, channels, height, width = images.shape
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    cells = np.zeros((rows * columns, channels, height, width), np.uint8)
-    cells[:count] = images
-    picture = cells.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    picture = picture.reshape(rows * height, columns * width, channels)
-    scale = max(1, 64 // max(height, width)) if scale is None else scale
-    picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-    return Image.fromarray(picture[:, :, 0] if channels == 1 else picture)
 
 
 class TensorBoard(Observer):

@@ -23,7 +23,7 @@ from diffmem.models import (
     UNetConfig,
     preset,
 )
-from diffmem.models.blocks import BlockStyle, UNetBlock
+from diffmem.models.blocks import BlockStyle, UNetBlock, dropout
 
 SMALL = UNetConfig(
     resolution=8,
@@ -212,6 +212,32 @@ def test_dropout_only_in_training():
     assert torch.equal(made(x, 1.0), made(x, 1.0))
     made.train()
     assert not torch.equal(made(x, 1.0), made(x, 1.0))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_a_share_of_the_values_independently(layout, dtype):
+    torch.manual_seed(0)
+    x = torch.full((31, 33, 9, 7), 2.0, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+    x = (torch.stack([x, x], dim=-1)[..., 0] if layout == "strided" else x).requires_grad_()
+    y = dropout(x, 0.1, True)
+    assert y.dtype == dtype
+    kept = y != 0
+    torch.testing.assert_close(
+        y[kept], torch.full_like(y[kept], 2 / 0.9), rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=0
+    )
+    deviation = (0.9 * 0.1 / x.numel()) ** 0.5
+    assert abs(kept.double().mean() - 0.9) < 5 * deviation
+    # Neighbours in memory share a draw of 64 bits, and must not share their fate.
+    flat = kept.detach().permute(0, 2, 3, 1).flatten() if layout == "channels_last" else kept.flatten()
+    for step in (1, 2, 3, 4):
+        both = (flat[step:] & flat[:-step]).double().mean()
+        assert abs(both - 0.81) < 5 * (0.81 * 0.19 / x.numel()) ** 0.5
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], (y / x).detach())
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, 0.1, True), y)
+    assert dropout(x, 0.1, False) is x or torch.equal(dropout(x, 0.1, False), x)
 
 
 def test_presets_survive_json_and_have_the_published_sizes():

@@ -8,10 +8,14 @@ import torch
 from diffmem.errors import InputError
 from diffmem.ops.group_norm_silu import OP, group_norm_silu
 
-IMPLS = [implementation.name for implementation in OP.implementations if implementation.unavailable("cpu") is None]
+IMPLS = ["pytorch", "reference"]  # those that take everything; `native` has its own tests below, `triton` its own file
+native = pytest.mark.skipif(
+    (reason := OP.implementations[1].unavailable("cpu")) is not None, reason=f"no compiled normalization: {reason}"
+)
 
 
 def case(shape=(3, 12, 5, 7), groups=3, adaptive=False, dtype=torch.float32, mean=0.0, seed=0):
+    """The arguments of group_norm_silu up to `shift`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -108,3 +112,94 @@ def test_bad_arguments():
         group_norm_silu(x, groups, weight, bias, eps, scale, shift[:2])
     with pytest.raises(InputError, match="no implementation 'fast'"):
         group_norm_silu(x, groups, weight, bias, eps, impl="fast")
+    with pytest.raises(InputError, match="added"):
+        group_norm_silu(x, groups, weight, bias, eps, added=shift[:, :-1])
+    with pytest.raises(InputError, match="TRITON_INTERPRET=1"):
+        group_norm_silu(x, groups, weight, bias, eps, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_is_added_is_added_to_every_pixel(impl):
+    x, *rest = case(adaptive=True)
+    added = rest[-1]
+    for rows in (added, added[:1]):
+        whole = group_norm_silu(x + rows[:, :, None, None], *rest, impl=impl)
+        torch.testing.assert_close(group_norm_silu(x, *rest, added=rows, impl=impl), whole)
+
+
+# One block of channels and several, groups of 4, 6, 8 and 1000, widths that are no multiple of 32.
+NATIVE_SHAPES = [
+    ((3, 16, 5, 7), 4), ((2, 48, 4, 3), 8), ((2, 40, 9, 8), 5), ((1, 256, 33, 31), 32), ((1, 1000, 2, 2), 1),
+]  # fmt: skip
+
+
+def as_channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def gradients(x, rest, added, dy, silu, impl):
+    groups, weight, bias, eps, scale, shift = rest
+    leaves = [each.detach().requires_grad_() for each in (x, weight, bias, scale, shift, added) if each is not None]
+    named = iter(leaves)
+    x, weight, bias = next(named), next(named), next(named)
+    scale, shift = (None, None) if scale is None else (next(named), next(named))
+    y = group_norm_silu(x, groups, weight, bias, eps, scale, shift, silu, next(named, None), impl)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+@native
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+@pytest.mark.parametrize(
+    ("adaptive", "added", "silu"), [(False, True, True), (True, False, True), (False, False, False)]
+)
+@pytest.mark.parametrize(("shape", "groups"), NATIVE_SHAPES)
+def test_native_is_as_exact_as_pytorch(shape, groups, adaptive, added, silu, mean):
+    x, *rest = case(shape, groups, adaptive, mean=mean)
+    x, dy = as_channels_last(x), as_channels_last(case(shape, groups, seed=1)[0])
+    rows = case(shape, groups, adaptive=True, seed=2)[-1][:1] if added else None
+    exact = gradients(
+        x.double(), in_float64(rest), None if rows is None else rows.double(), dy.double(), silu, "reference"
+    )
+    plain = gradients(x.contiguous(), rest, rows, dy, silu, "pytorch")
+    found = gradients(x, rest, rows, dy, silu, "native")
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        assert (ours - right).abs().max() <= 2 * (theirs - right).abs().max() + 1e-6 * right.abs().max()
+
+
+@native
+def test_native_at_the_ends_of_the_range():
+    """SiLU where exp overflows, and of what is not a number."""
+    x = as_channels_last(torch.zeros(1, 8, 3, 3))
+    values = torch.tensor([torch.nan, torch.inf, 1e30, 200.0, 88.0, -20.0, -88.0, -200.0])
+    y = group_norm_silu(x, 1, torch.ones(8), values, 1e-5, impl="native")[0, :, 1, 1]
+    torch.testing.assert_close(y, torch.nn.functional.silu(values), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@native
+def test_native_is_well_registered_and_does_not_mind_threads():
+    x, *rest, scale, shift = case((2, 32, 6, 5), 4, adaptive=True)
+    x = as_channels_last(x).requires_grad_()
+    arguments = (x, *rest, scale.requires_grad_(), shift.requires_grad_(), True, shift.detach()[:1])
+    torch.library.opcheck(torch.ops.diffmem.group_norm_silu_native, arguments)
+    torch.library.opcheck(torch.ops.diffmem.group_norm_silu_native, (x.detach()[:0], *rest, None, None, False, None))
+    whole = torch.ops.diffmem.group_norm_silu_native(*arguments)[0]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(torch.ops.diffmem.group_norm_silu_native(*arguments)[0], whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@native
+def test_native_says_what_it_does_not_take():
+    x, *rest = case((2, 16, 3, 3), 4)
+    for wrong, why in (
+        (x, "channels_last"),
+        (as_channels_last(x).double(), "float64"),
+        (as_channels_last(x[:, :12]), "12"),
+    ):
+        parameters = [each[:12] if isinstance(each, torch.Tensor) and "12" in why else each for each in rest]
+        with pytest.raises(InputError, match=why):
+            group_norm_silu(wrong, *parameters, impl="native")

@@ -233,3 +233,24 @@ def test_global_random_numbers_are_left_alone(digits, tmp_path):
     before = torch.get_rng_state()
     train(tiny(1), digits, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_compiled_training_is_the_same_training(digits, tmp_path, monkeypatch):
+    """Traced as a whole, forward and backward, without a break; the generated code itself is Inductor's business, and
+    takes a minute to make."""
+    config = tiny(2, network={"channel_mult": (1,), "attn_resolutions": (8,), "label_dim": 10, "dropout": 0.0})
+    train(config, digits, tmp_path / "eager", compile=False)
+    traced = []
+
+    def compile(module, **arguments):
+        traced.append(arguments)
+        return whole(module, backend="aot_eager", fullgraph=True, **arguments)
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    train(config, digits, tmp_path / "compiled", compile=True)
+    assert traced == [{"dynamic": False}]
+    for ours, theirs in zip(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    eager, compiled = (weights(tmp_path / name, config.images) for name in ("eager", "compiled"))
+    assert all(torch.allclose(compiled[name], eager[name], rtol=1e-3, atol=1e-4) for name in eager)

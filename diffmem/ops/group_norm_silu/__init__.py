@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.group_norm_silu import composite, reference
+from diffmem.ops.group_norm_silu import composite, native, reference
 from diffmem.ops.registry import Implementation, Op, always, register
+from diffmem.ops.triton_ops import triton_unavailable
 
 OP = register(
     Op(
         "group_norm_silu",
         (
+            Implementation("triton", "one pass over memory where a group fits on chip", triton_unavailable),
+            Implementation(
+                "native", "float32 channels_last, channels in multiples of 8; else PyTorch's", native.unavailable
+            ),
             Implementation("pytorch", "PyTorch operations, fused under torch.compile", always),
             Implementation("reference", "the plain formula", always),
         ),
@@ -35,16 +40,18 @@ def group_norm_silu(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     silu: bool = True,
+    added: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Group-normalized x, scaled, shifted and passed through SiLU, in x's shape, dtype and memory format.
 
-    y = (x − μ)/√(v + eps)·weight + bias with the mean μ and (biased) variance v of each image and group of channels
-    (Wu and He, arXiv 1803.08494); then y·(1 + scale) + shift (the adaptive form of ADM, arXiv 2105.05233); then
-    y·sigmoid(y).
+    z = x + added, one number per image and channel (the embedding of DDPM++, arXiv 2011.13456); y = (z − μ)/√(v +
+    eps)·weight + bias with the mean μ and (biased) variance v of each image and group of channels (Wu and He, arXiv
+    1803.08494); then y·(1 + scale) + shift (the adaptive form of ADM, arXiv 2105.05233); then y·sigmoid(y).
 
     x (B, C, …) floating; num_groups divides C; weight, bias (C,); scale and shift both (B or 1, C), or both None;
-    silu=False stops before the SiLU. `impl` forces an implementation. Raises InputError where the shapes do not fit.
+    silu=False stops before the SiLU; added (B or 1, C) or None. `impl` forces an implementation. Raises InputError
+    where the shapes do not fit, or a forced one cannot take them.
     """
     if x.ndim < 2 or x.shape[1] % num_groups:
         raise InputError(f"group_norm_silu: x {tuple(x.shape)} does not split into {num_groups} groups of channels")
@@ -54,10 +61,22 @@ def group_norm_silu(
         )
     if (scale is None) != (shift is None):
         raise InputError("group_norm_silu: scale and shift go together; give both or neither")
-    for name, values in (("scale", scale), ("shift", shift)):
+    for name, values in (("scale", scale), ("shift", shift), ("added", added)):
         if values is not None and tuple(values.shape) not in (tuple(x.shape[:2]), (1, x.shape[1])):
             raise InputError(
                 f"group_norm_silu: {name} {tuple(values.shape)} must be {tuple(x.shape[:2])} or (1, {x.shape[1]})"
             )
-    function = _FUNCTIONS[_choose(x.device.type, impl)]
-    return function(x, num_groups, weight, bias, eps, scale, shift, silu)
+    function = _FUNCTIONS.get(chosen := _choose(x.device.type, impl))
+    if function is None:
+        fast = native if chosen == "native" else _triton_kernels()
+        why_not = fast.unfit(x, num_groups)
+        if why_not is not None and impl is not None:
+            raise InputError(f"group_norm_silu: implementation {impl!r} cannot take these arguments: {why_not}")
+        function = fast.group_norm_silu if why_not is None else composite.group_norm_silu
+    return function(x, num_groups, weight, bias, eps, scale, shift, silu, added)
+
+
+def _triton_kernels():
+    from diffmem.ops.group_norm_silu import triton_kernels  # imports triton
+
+    return triton_kernels

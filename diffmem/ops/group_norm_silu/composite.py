@@ -18,8 +18,12 @@ def group_norm_silu(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     silu: bool = True,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """silu((x − mean)/√(var + eps)·weight + bias), see `diffmem.ops.group_norm_silu`."""
+    extra = [1] * (x.ndim - 2)
+    if added is not None:
+        x = x + added.reshape(*added.shape, *extra)
     if _cancels(x):
         if weight.requires_grad and not x.requires_grad:
             # F.group_norm's backward ends the process where only the weights of a channels_last tensor want a gradient.
@@ -28,7 +32,6 @@ def group_norm_silu(
             x = x - _group_means(x.detach(), num_groups)
     y = F.group_norm(x, num_groups, weight, bias, eps)
     if scale is not None:
-        extra = [1] * (x.ndim - 2)
         y = torch.addcmul(shift.reshape(*shift.shape, *extra), y, 1 + scale.reshape(*scale.shape, *extra))
     return F.silu(y) if silu else y
 

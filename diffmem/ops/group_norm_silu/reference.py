@@ -16,12 +16,15 @@ def group_norm_silu(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     silu: bool = True,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """silu((x − mean)/√(var + eps)·weight + bias), see `diffmem.ops.group_norm_silu`."""
 
     def per_channel(values: torch.Tensor) -> torch.Tensor:
         return values.reshape(*values.shape, *[1] * (x.ndim - 2))
 
+    if added is not None:
+        x = x + per_channel(added)
     grouped = x.reshape(len(x), num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:]))
     mean = grouped.mean(dim=(2, 3), keepdim=True)
     variance = (grouped - mean).square().mean(dim=(2, 3), keepdim=True)

@@ -11,7 +11,7 @@ product). With M the largest s_i so far as computed, an image whose computed s_i
 added up: `dropped`. Blocks where few images are left have these recomputed in float64 from the differences; the others
 are added densely, in float32 where its rounding is below the tolerance, else in float64. For this the largest rounding
 error of a product is taken as 2·2^-24·‖u‖·‖z‖ and not as the proven e, which is a hundred times larger: the signs of d
-roundings do not conspire (measured over all σ: at most 0.6 of it).
+roundings do not conspire. This is a model of the rounding, not a proof of it.
 """
 
 from __future__ import annotations

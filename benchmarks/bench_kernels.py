@@ -1,0 +1,157 @@
+"""What every Triton kernel uses of a GPU, in every configuration that can be launched; needs no GPU.
+
+Writes benchmarks/results/kernels.csv: registers, shared memory, spills, occupancy, instructions and bytes moved, per
+kernel, configuration and architecture. A row is made anew only where the kernel's source or Triton has changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from unittest import mock
+
+import torch
+
+from benchmarks.harness import RESULTS, Bench
+from benchmarks.triton_resources import ARCHITECTURES, Launch, compile_launch, recorded, source_digest
+
+RESULT = RESULTS / "kernels.csv"
+COLUMNS = (
+    "op", "kernel", "configuration", "architecture", "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps",
+    "blocks_per_multiprocessor", "occupancy", "instructions", "matrix_instructions", "load_bytes", "store_bytes",
+    "source",
+)  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class KernelSubject:
+    """An op whose Triton kernels are to be compiled.
+
+    op: its folder in diffmem.ops, whose `triton_kernels.py` launches by a module-level name `launch`.
+    run(kernels, dtype): calls host code of that module on "meta" tensors in every configuration that it can launch.
+    """
+
+    op: str
+    run: Callable[[ModuleType, torch.dtype], None]
+
+
+def _map(batch: int, channels: int, pixels: int, dtype: torch.dtype, last: bool) -> torch.Tensor:
+    x = torch.empty((batch, channels, pixels // 8, 8), dtype=dtype)
+    return x.to(memory_format=torch.channels_last) if last else x
+
+
+def _run_group_norm(kernels: ModuleType, dtype: torch.dtype) -> None:
+    from diffmem.ops.group_norm_silu.tiles import every_tile
+
+    for last in (False, True):
+        for group_channels, pixels in every_tile(last, dtype.itemsize):
+            channels = 32 * group_channels
+            x = _map(4, channels, pixels, dtype, last)
+            weight, rows = torch.empty(channels), torch.empty(4, channels)
+            y, mean, rstd = kernels.launch_forward(x, 32, weight, weight, 1e-5, rows, rows, True, rows)
+            kernels.launch_backward(y, x, mean, rstd, 32, weight, weight, rows, rows, True, rows)
+
+
+def _run_attention(kernels: ModuleType, dtype: torch.dtype) -> None:
+    from diffmem.ops.attention.tiles import KERNELS, every_tile
+
+    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+        sizes = {size for kernel in KERNELS for size in every_tile(kernel, dtype, precision)}
+        with mock.patch.object(kernels, "precision_of", lambda _, precision=precision: precision):
+            for last in (False, True):
+                for tokens, channels in sorted(sizes):
+                    qkv = _map(4, 3 * 2 * channels, tokens, dtype, last)
+                    out, lse = kernels.launch_forward(qkv, 2)
+                    kernels.launch_backward(out, qkv, out, lse, 2)
+
+
+SUBJECTS = (
+    KernelSubject("group_norm_silu", _run_group_norm),
+    KernelSubject("attention", _run_attention),
+)
+
+
+def every_launch(subject: KernelSubject, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Launch]:
+    """Each kernel of `subject` in each configuration that can be launched, once."""
+    kernels = importlib.import_module(f"diffmem.ops.{subject.op}.triton_kernels")
+    seen = set()
+    for dtype in dtypes:
+        with torch.device("meta"), recorded(kernels) as launches:
+            subject.run(kernels, dtype)
+        for launch in launches:
+            if (key := (launch.name, launch.configuration)) not in seen:
+                seen.add(key)
+                yield launch
+
+
+def architectures(launch: Launch) -> tuple[int, ...]:
+    """Where `launch` is compiled: float16, whose code is bfloat16's but for the name of the type, on one."""
+    return (90,) if launch.configuration.startswith("float16") else ARCHITECTURES
+
+
+def row_of(op: str, launch: Launch, architecture: int) -> dict[str, str]:
+    """One line of the table."""
+    compiled = compile_launch(launch, architecture)
+    loads, stores = compiled.map_bytes()
+    values = {
+        "op": op,
+        "kernel": launch.name,
+        "configuration": launch.configuration,
+        "architecture": f"sm_{architecture}",
+        "instructions": len(compiled.instructions),
+        "load_bytes": loads,
+        "store_bytes": stores,
+        "source": source_digest(launch.kernel),
+    }
+    measured = (
+        "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps", "blocks_per_multiprocessor", "occupancy",
+        "matrix_instructions",
+    )  # fmt: skip
+    return {name: str(values[name] if name in values else getattr(compiled, name)) for name in COLUMNS if name in values
+            or name in measured}  # fmt: skip
+
+
+def read_rows() -> dict[tuple[str, ...], dict[str, str]]:
+    """The table's rows by kernel, configuration and architecture, and op."""
+    if not RESULT.exists():
+        return {}
+    with RESULT.open(newline="") as stream:
+        return {key_of(row): row for row in csv.DictReader(stream)}
+
+
+def key_of(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("op", "kernel", "configuration", "architecture"))
+
+
+def run(bench: Bench) -> None:
+    """Compiles what is not in the table, with --quick for one architecture only."""
+    known, rows = read_rows(), {}
+    for subject in SUBJECTS:
+        for launch in every_launch(subject):
+            source = source_digest(launch.kernel)
+            for architecture in architectures(launch):
+                key = (subject.op, launch.name, launch.configuration, f"sm_{architecture}")
+                if not bench.wants(" ".join(key)) or (bench.quick and architecture != 90):
+                    if key in known:
+                        rows[key] = known[key]
+                elif key in known and known[key]["source"] == source:
+                    rows[key] = known[key]
+                else:
+                    rows[key] = row_of(subject.op, launch, architecture)
+                    print(" ".join(key), rows[key]["registers"], "registers", flush=True)
+                    if len(rows) % 25 == 0:
+                        _write(known | rows)
+    _write(rows)
+
+
+def _write(rows: dict[tuple[str, ...], dict[str, str]]) -> None:
+    partial = RESULT.with_suffix(".partial")
+    with partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+    partial.replace(RESULT)

@@ -1,0 +1,192 @@
+"""Triton kernels compiled for GPUs that are not here: which launches an op makes, and what each compiled kernel uses.
+
+Launches are recorded from the op's own host code on "meta" tensors, so that what is compiled is what would run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.cuda_resources import MULTIPROCESSORS, blocks_per_multiprocessor
+
+ARCHITECTURES = (80, 90, 100)
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+_OPTIONS = ("num_warps", "num_stages")
+OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its arguments by name, and the options of the compilation."""
+
+    kernel: Any
+    arguments: dict[str, Any] = field(hash=False)
+    options: dict[str, int] = field(hash=False)
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.strip("_")
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The arguments that are compiled in."""
+        return {
+            name: value
+            for name, value in self.arguments.items()
+            if self.kernel.params[self.kernel.arg_names.index(name)].is_constexpr
+        }
+
+    @property
+    def configuration(self) -> str:
+        """What decides the compiled code, in one line: the dtype of the first tensor, constants and options.
+
+        Without what a kernel leaves out where it is not asked for (SiLU, scale and shift, the added embedding): what is
+        compiled has it all.
+        """
+        parts = {name: value for name, value in self.constants.items() if name not in OMISSIBLE} | self.options
+        first = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        text = " ".join(f"{name.lower()}={int(value) if isinstance(value, bool) else value}"
+                        for name, value in parts.items())  # fmt: skip
+        return f"{str(first.dtype).removeprefix('torch.')} {text}"
+
+
+def _width(suffix: str) -> int:
+    """Bytes of a PTX access, from its suffix: ".v4.b32" is 16."""
+    count, bits = re.fullmatch(r"(?:\.v(\d))?\.b(\d+)", suffix).groups()
+    return int(count or 1) * int(bits) // 8
+
+
+@contextmanager
+def recorded(module: ModuleType) -> Iterator[list[Launch]]:
+    """Collects the launches that `module`'s host code would make, instead of making them."""
+    launches: list[Launch] = []
+
+    def record(kernel, grid, *positional, **named):
+        options = {name: named.pop(name) for name in _OPTIONS if name in named}
+        arguments = {**dict(zip(kernel.arg_names, positional, strict=False)), **named}
+        launches.append(Launch(kernel, arguments, options, grid))
+
+    with mock.patch.object(module, "launch", record):
+        yield launches
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one architecture; sizes in bytes, registers per thread."""
+
+    launch: Launch
+    architecture: int
+    ptx: str
+    cubin: bytes
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+
+    @property
+    def warps(self) -> int:
+        return self.launch.options.get("num_warps", 4)
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        return blocks_per_multiprocessor(self.architecture, self.registers, self.shared_bytes, self.warps)
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps over the most that a multiprocessor holds."""
+        return round(self.blocks_per_multiprocessor * self.warps / MULTIPROCESSORS[self.architecture].warps, 3)
+
+    @cached_property
+    def instructions(self) -> list[str]:
+        """The names of the machine's instructions, in order."""
+        return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self._sass(), re.MULTILINE)
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Of the tensor cores: mma (HMMA), wgmma (HGMMA), tcgen05 (UTCHMMA)."""
+        return sum(bool(re.match(r"[HIQ]G?MMA|UTC\w*MMA", name)) for name in self.instructions)
+
+    def _sass(self) -> str:
+        return _tool("nvdisasm", "-c", cubin=self.cubin)
+
+    def map_bytes(self) -> tuple[int, int]:
+        """Bytes that all threads of a program load, but for loads marked evict_last, and store: the count of
+        instructions times their width, so a loop's are counted once."""
+        loads = re.findall(r"ld\.global(?!\S*evict_last)\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
+        stores = re.findall(r"st\.global\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
+        return tuple(32 * self.warps * sum(map(_width, found)) for found in (loads, stores))
+
+
+def compile_launch(launch: Launch, architecture: int) -> Compiled:
+    """Compiles what the JIT would for `launch`: integers 1 compiled in, pointers and multiples of 16 known as such."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        kind = _argument_type(value, launch.kernel.params[index].is_constexpr)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    # Said, because its default is about to change; fused multiply-adds round less.
+    options = {**launch.options, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    cubin = compiled.asm["cubin"]
+    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return Compiled(
+        launch=launch,
+        architecture=architecture,
+        ptx=compiled.asm["ptx"],
+        cubin=cubin,
+        registers=registers,
+        stack_bytes=stack,
+        spill_bytes=local,
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def _argument_type(value: Any, constant: bool) -> str:
+    if constant or value is None or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _tool(name: str, *options: str, cubin: bytes) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(path), *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def source_digest(kernel) -> str:
+    """Of a kernel's source, with what it calls, and Triton's version: what is compiled changes only with it."""
+    import triton
+
+    return hashlib.sha256(f"{triton.__version__} {kernel.cache_key}".encode()).hexdigest()[:12]

@@ -1,0 +1,116 @@
+"""`diffmem emm`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from diffmem.cli.execution import executor_of, executor_options, tell_outcome
+from diffmem.cli.options import debug_option
+from diffmem.cli.training_options import POSITIVE, SHARE, training_options, training_parts
+
+if TYPE_CHECKING:
+    from diffmem.studies import EMM
+
+
+class SizeRange(click.ParamType):
+    """Two whole numbers, MIN:MAX."""
+
+    name = "min:max"
+
+    def convert(self, value, parameter, context) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, _, high = value.partition(":")
+        if not (low.isdigit() and high.isdigit()):
+            self.fail(f"{value!r} is not a range of sizes like 100:10000", parameter, context)
+        return int(low), int(high)
+
+
+class Percentage(click.ParamType):
+    """A share: 10% or 0.1."""
+
+    name = "percent"
+
+    def convert(self, value, parameter, context) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{value!r} is not a share like 10% or 0.1", parameter, context)
+
+
+@click.command("emm")
+@training_options
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the search: runs and results.")
+@click.option("--zeta", type=SHARE, default=0.1, show_default=True, help="R_mem at EMM is 1 - zeta.")
+@click.option("--sizes", type=SizeRange(), help="Smallest and largest training set. [default: all that are possible]")
+@click.option("--precision", type=Percentage(), default="10%", show_default=True,
+              help="Stop when half of the 95 % interval is this share of EMM.")  # fmt: skip
+@click.option("--seeds", "repetitions", type=POSITIVE, default=5, show_default=True, metavar="K",
+              help="Runs per size at most, each with a subset and a seed of its own.")  # fmt: skip
+@click.option("--max-runs", type=POSITIVE, default=40, show_default=True, help="Runs in all at most.")
+@click.option("--snapshots", type=POSITIVE, default=10, show_default=True, help="Audited snapshots per run.")
+@click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
+@click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+              help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
+@executor_options
+@click.option("--json", "as_json", is_flag=True, help="Print emm.json instead of the summary.")
+@debug_option
+def emm_command(
+    source, resize, color, cond, out, zeta, sizes, precision, repetitions, max_runs, snapshots, samples, solver,
+    workers, ray, gpus_per_run, device, as_json, **options,
+) -> None:  # fmt: skip
+    """Find the Effective Model Memorization: the largest number of training images that a model still memorizes.
+
+    Trains on subsets of sizes that it chooses by what it knows so far, ends each run as soon as its verdict is clear,
+    and repeats only where that narrows the answer. OUT receives emm.json, runs.csv, emm.svg, report.html and the runs;
+    the same command again goes on where it stopped. Every option of `diffmem train` that decides what is trained is
+    an option here.
+
+    \b
+    Examples:
+      diffmem emm --data builtin:digits --images 64000 --num-channels 16 --channel-mult 1,1 --num-blocks 1 \\
+          --precond edm --dropout 0 --batch 64 --lr 3e-3 --warmup-epochs 20 --ema-target 0.99 \\
+          --sizes 10:200 --samples 500 --snapshots 3 --solver unipc --out emm-digits
+      diffmem emm --data cifar10.zip --duration 2000 --sizes 100:20000 --workers 8 --device cuda --out emm
+    """
+    from contextlib import closing
+
+    import torch
+
+    from diffmem.progress import progress_bars
+    from diffmem.studies import DataRecipe, Setting, find_emm
+
+    torch.set_flush_denormal(True)
+    parts = training_parts(**options)
+    setting = Setting(
+        DataRecipe(source, color=color, resolution=resize, labels="true" if cond else "none"),
+        parts.length,
+        parts.network,
+        parts.training,
+        snapshots=snapshots,
+        samples=samples,
+        sampling={"solver": solver},
+    )
+    with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
+        found = find_emm(
+            setting, out, sizes=sizes, zeta=zeta, precision=precision, repetitions=repetitions, runs=max_runs,
+            executor=executor, tell=tell_outcome, progress=progress,
+        )  # fmt: skip
+    page = found.save(out)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        _print(found, page)
+
+
+def _print(found: EMM, page: Path) -> None:
+    click.echo(found.verdict())
+    for line in found.unresolved:
+        click.echo(f"unresolved: {line}")
+    click.echo(f"report: {page}")

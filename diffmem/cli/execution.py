@@ -1,0 +1,72 @@
+"""Where the runs of a search or study are made, and what is told of them: shared by `emm` and `study`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from diffmem.studies import Outcome
+    from diffmem.studies.executors import Executor
+
+_OPTIONS = [
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="W",
+        help="Runs at the same time, each in a process of its own. [default: one, in this process]",
+    ),
+    click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help='Run on a Ray cluster: its address, "auto", or "local" to start one here. All must see OUT.',
+    ),
+    click.option(
+        "--gpus-per-run",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="With --ray; 0.25: four runs share a GPU.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
+]
+
+
+def executor_options(command: Callable) -> Callable:
+    """Gives a command --workers, --ray, --gpus-per-run and --device; see `executor_of`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, device: str) -> Executor:
+    """The executor that the options ask for."""
+    from diffmem.studies.executors import InProcess, Processes, Ray
+
+    if ray is not None:
+        local = {"address": None, "include_dashboard": False}
+        where = local if ray == "local" else {"address": ray}
+        return Ray(**where, gpus=gpus_per_run, slots=workers, device=device)
+    if workers is not None and workers > 1:
+        return Processes(workers, device=device)
+    return InProcess(device)
+
+
+def tell_outcome(outcome: Outcome) -> None:
+    """A line about a run that ended, on standard error."""
+    from diffmem.memorization.audit import percent
+
+    unit, result = outcome.unit, outcome.result
+    where = f"N = {unit.size:,}, repetition {unit.repetition}"
+    if result is None:
+        click.echo(f"{where}: failed: {outcome.error}", err=True)
+        return
+    low, high = (percent(end) for end in result.interval)
+    least = "at least " if result.censored else ""
+    click.echo(
+        f"{where}: R_mem {least}{percent(result.r_mem)} ({low} to {high}), {result.epochs:,.0f} epochs, "
+        f"{result.seconds:.0f} s",
+        err=True,
+    )

@@ -1,0 +1,178 @@
+"""`diffmem study`: list, show, run, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from diffmem.cli.execution import executor_of, executor_options, tell_outcome
+from diffmem.cli.options import debug_option
+from diffmem.cli.training_options import Numbers
+
+if TYPE_CHECKING:
+    from diffmem.studies import Study
+
+FAILURE = 1
+
+
+def _choice_options(command):
+    """What the studies are, for `show` and `run`."""
+    for option in reversed(
+        [
+            click.argument("studies", nargs=-1, required=True),
+            click.option("--scale", type=click.Choice(["digits", "cifar10"]), default="digits", show_default=True),
+            click.option("--data", "source", help="Training images instead of the scale's own; see `diffmem audit`."),
+            click.option("--other", help="The images that the study of intra-class diversity mixes in."),
+            click.option("--sizes", type=Numbers(), help="Training-set sizes instead of the study's."),
+            click.option("--seeds", "repetitions", type=click.IntRange(min=1), help="Runs per cell."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _chosen(studies, scale, source, other, sizes, repetitions) -> list[Study]:
+    """Studies by name or file."""
+    from diffmem.studies import load_study
+    from diffmem.studies.presets import NAMES, build
+    from diffmem.studies.study import at_sizes
+
+    found = []
+    for name in NAMES if studies == ("all",) else studies:
+        own = name.endswith((".json", ".py"))
+        study = load_study(name) if own else build(name, scale, source, other)
+        found.append(at_sizes(study, sizes, repetitions))
+    return found
+
+
+@click.group("study")
+@debug_option
+def study_command() -> None:
+    """Run the paper's factor studies, or your own.
+
+    \b
+    Examples:
+      diffmem study list
+      diffmem study show width --plan 1,8
+      diffmem study run size width --out studies
+      diffmem study run resolution --scale cifar10 --data cifar10.zip --workers 8 --device cuda --out studies
+      diffmem study report --out studies
+    """
+
+
+@study_command.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@debug_option
+def list_command(as_json: bool) -> None:
+    """List the built-in studies with their number of runs at both scales."""
+    from diffmem.studies.presets import NAMES, SCALES, build
+
+    rows = [
+        {"name": name, "title": build(name).title, "runs": {scale: len(build(name, scale).units()) for scale in SCALES}}
+        for name in NAMES
+    ]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    click.echo(f"{'study':16} {'digits':>7} {'cifar10':>8}   runs per scale")
+    for row in rows:
+        click.echo(f"{row['name']:16} {row['runs']['digits']:7} {row['runs']['cifar10']:8}   {row['title']}")
+
+
+@study_command.command("show")
+@_choice_options
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs: what is done there costs nothing.")
+@click.option("--plan", "workers", type=Numbers(), metavar="W,W,…",
+              help="Measure what the runs cost here, and simulate a schedule on so many devices.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="The device to measure on.")
+@click.option("--json", "as_json", is_flag=True, help="The studies as JSON, which `run` reads as a study of your own.")
+@debug_option
+def show_command(out, workers, device, as_json, **choice) -> None:
+    """Show what studies consist of, and what they would cost."""
+    import torch
+
+    from diffmem.progress import progress_bars
+    from diffmem.studies.folder import all_units
+    from diffmem.studies.schedule import costs, schedule
+
+    torch.set_flush_denormal(True)
+    chosen = _chosen(**choice)
+    if as_json:
+        click.echo(
+            json.dumps([study.to_json() for study in chosen] if len(chosen) > 1 else chosen[0].to_json(), indent=1)
+        )
+        return
+    for study in chosen:
+        click.echo(f"{study.name}: {study.title}; {len(study.units())} runs, {study.repetitions} per cell")
+        for variant in study.variants:
+            sizes = ", ".join(f"{size:,}" for size in variant.sizes or study.sizes)
+            click.echo(f"  {variant.name:24} N = {sizes}")
+        for line in (*(f"the paper: {claim.text}" for claim in study.claims), *study.notes):
+            click.echo(f"  {line}")
+    units = all_units(chosen)
+    click.echo(f"{len(units)} different runs")
+    if workers:
+        with progress_bars() as progress:
+            estimates = costs(units, out, device, progress)
+        done = sum(cost.done for cost in estimates)
+        click.echo(f"{done} of them done; the others, on this {device if device != 'auto' else 'machine'}'s measure:")
+        for count in workers:
+            plan = schedule(estimates, count)
+            click.echo(
+                f"  {count:4} {'device' if count == 1 else 'devices':8} {plan.seconds / 3600:9.2f} hours, "
+                f"{plan.work / 3600:.2f} device-hours of work, {plan.utilization:.0%} busy"
+            )
+
+
+@study_command.command("run")
+@_choice_options
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of runs, ledger and reports.")
+@click.option("--retry", is_flag=True, help="Try again what failed for good.")
+@executor_options
+@debug_option
+def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int:
+    """Run studies: names from `diffmem study list`, "all", or files of your own (.json; .py, which is executed).
+
+    What is done in OUT is not run again, what was interrupted continues, and a run that fails does not keep the others
+    from running. Several of these commands may work in one OUT on one machine. Ends with a report.
+    """
+    from contextlib import closing
+
+    import torch
+
+    from diffmem.progress import progress_bars
+    from diffmem.studies.folder import report_studies, run_studies
+
+    torch.set_flush_denormal(True)
+    chosen = _chosen(**choice)
+    with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
+        outcomes = run_studies(chosen, out, executor, retry=retry, tell=tell_outcome, progress=progress)
+    failed = [outcome for outcome in outcomes if outcome.result is None]
+    click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")
+    for outcome in failed:
+        click.echo(f"N = {outcome.unit.size:,}, repetition {outcome.unit.repetition}: {outcome.error}")
+    click.echo(f"report: {report_studies(out)}")
+    return FAILURE if failed else 0
+
+
+@study_command.command("report")
+@click.argument("studies", nargs=-1)
+@click.option("--out", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the runs.")
+@click.option("--to", "folder", type=click.Path(path_type=Path), help="Folder of the report. [default: OUT/report]")
+@click.option("--json", "as_json", is_flag=True, help="Print studies.json.")
+@debug_option
+def report_command(studies, out, folder, as_json) -> None:
+    """Write report.html, runs.csv and studies.json from the runs in OUT, also while others still run."""
+    from diffmem.studies.folder import find_all, read_studies, report_studies
+
+    page = report_studies(out, folder, studies)
+    if as_json:
+        click.echo((page.parent / "studies.json").read_text(), nl=False)
+        return
+    for found in find_all(read_studies(out, studies), out):
+        for judged in found.judged:
+            click.echo(f"{found.study.name}: {judged.claim.text}: {judged.verdict}")
+    click.echo(f"report: {page}")

@@ -1,0 +1,109 @@
+"""`diffmem trajectory`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from diffmem.cli.audit import Source
+from diffmem.cli.options import debug_option
+from diffmem.cli.sample import Seeds
+
+if TYPE_CHECKING:
+    from diffmem.monitoring import Trajectory
+
+
+@click.command("trajectory")
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--seeds", type=Seeds(), default="0-9999", show_default=True, help="The images of each snapshot.")
+@click.option("--every", type=click.IntRange(min=1), metavar="N", help="A snapshot every N images, and the last.")
+@click.option(
+    "--order", type=click.Choice(["newest", "oldest", "bisect"]), default="newest", show_default=True,
+    help="Which snapshots come first; bisect: only those that narrow down where R_mem passes --at-least, or 0.5.",
+)  # fmt: skip
+@click.option(
+    "--at-least", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+    help="Ask whether R_mem is at least SHARE, and sample no more of a snapshot than that takes.",
+)  # fmt: skip
+@click.option(
+    "--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95, show_default=True,
+    help="Of the answer, over all snapshots.",
+)  # fmt: skip
+@click.option("--data", type=Source(), help="The training set, where the run does not know where it lies.")
+@click.option("--size", type=click.IntRange(min=1), metavar="N", help="With --data: as for diffmem train.")
+@click.option("--resize", type=click.IntRange(min=1), metavar="R", help="With --data: as for diffmem train.")
+@click.option("--color", type=click.Choice(["grey", "rgb"]), help="With --data: as for diffmem train.")
+@click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+              help="heun: the protocol's 35 network calls; unipc: 14.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the page.  [default: RUN/trajectory]")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on standard output, nothing else.")
+@debug_option
+def trajectory_command(
+    run, seeds, every, order, at_least, confidence, data, size, resize, color, solver, batch, device, out, as_json
+) -> None:
+    """How the share of copies grew: R_mem of the snapshots of RUN, a folder of diffmem train.
+
+    Writes trajectory.html (plot, first copies, table), .csv, .json and .svg. What was audited before, here or by
+    train's --audit-every, is not again: the same command goes on after an interrupt, and more seeds cost only those.
+
+    \b
+    Examples:
+      diffmem trajectory run/                                       the protocol: 10,000 images of every snapshot
+      diffmem trajectory run/ --seeds 0-255 --solver unipc          a quick look
+      diffmem trajectory run/ --at-least 0.9 --order bisect         when did it pass 90 %? as few images as will do
+    """
+    import torch
+
+    from diffmem.generation import SampleSettings
+    from diffmem.memorization import Question
+    from diffmem.monitoring import trajectory
+    from diffmem.progress import progress_bars
+    from diffmem.training import DataSource
+
+    if data is None and (size or resize or color):
+        raise click.UsageError("--size, --resize and --color go with --data")
+    torch.set_flush_denormal(True)
+    with progress_bars() as progress:
+        result = trajectory(
+            run,
+            data=None if data is None else DataSource(data, size, resize, color),
+            seeds=seeds,
+            every=every,
+            order=order,
+            question=None if at_least is None else Question(at_least, confidence),
+            settings=SampleSettings(solver=solver, batch=batch),
+            device=device,
+            progress=progress,
+        )
+    page = result.save(out)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), allow_nan=False))
+        return
+    print_trajectory(result)
+    click.echo(f"report: {page}")
+
+
+def print_trajectory(result: Trajectory) -> None:
+    """The table and the verdict, on standard output."""
+    from diffmem.memorization import percent
+
+    click.echo(f"{'epochs':>10}  {'loss':>8}  {'R_mem':>8}  95 % interval       images")
+    for point in result.points:
+        low, high = (percent(end) for end in point.interval)
+        interval = f"{low} to {high}"
+        click.echo(
+            f"{point.epochs:>10,.0f}  {point.loss:>8.4g}  {percent(point.ratio):>8}  {interval:<18}  {point.total:,}"
+        )
+    low, high = (percent(end) for end in result.interval)
+    click.echo(
+        f"R_mem of the run, the highest over its snapshots: {percent(result.r_mem)} ({low} to {high}), after "
+        f"{result.best.epochs:,.0f} epochs"
+    )
+    if result.question is not None:
+        answer = {True: "yes", False: "no", None: "not decided"}[result.answer]
+        click.echo(f"at least {percent(result.question.at_least)}? {answer}")

@@ -1,0 +1,54 @@
+"""The demonstration's page: both models side by side, self-contained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffmem.memorization import percent
+from diffmem.monitoring import draw
+from diffmem.pictures import data_url
+
+if TYPE_CHECKING:
+    from diffmem.demo.run import Demo, Model
+
+SHOWN = 16  # generated images of each model, seeds 0, 1, …: not chosen
+
+
+def write_page(demo: Demo, path: Path) -> None:
+    """Writes the page to `path`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("diffmem.demo", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    models = (demo.few, demo.many)
+    names = [f"{len(model.training):,} training images" for model in models]
+    page = environment.get_template("demo.html.j2").render(
+        demo=demo,
+        models=models,
+        plot=draw([model.trajectory for model in models], names),
+        pairs=[_pairs(model) for model in models],
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _pairs(model: Model) -> list[tuple[str, str, bool]]:
+    """(generated image, nearest training image, whether it is a copy) of the first seeds."""
+    result = model.audit
+    rows = np.arange(min(SHOWN, result.total))
+    return [
+        (
+            data_url(result.generated.images[row]),
+            data_url(model.training.images[result.neighbors.indices[row, 0]]),
+            bool(result.memorized[row]),
+        )
+        for row in rows
+    ]

@@ -1,0 +1,91 @@
+"""An observer of training that audits as the model learns, and can end the run once a question is answered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffmem.devices import pick_device
+from diffmem.errors import InputError
+from diffmem.generation import RunningAudit, SampleSettings
+from diffmem.memorization import Question
+from diffmem.models import fingerprint
+from diffmem.monitoring.snapshot_audit import AuditFiles, SnapshotAudit, audit_snapshot, way_of
+from diffmem.monitoring.trajectory import FOLDER, Point
+from diffmem.training import Observer, Plan, Snapshot, Verdict, read_data
+
+
+class AuditEvery(Observer):
+    """Audits the snapshots of a run as they are made, with few images each.
+
+    data: the run's training set, as for `diffmem.training.train`. out: the run's folder, which keeps the audits where
+        `diffmem.monitoring.trajectory` finds them. every: audit the first snapshot of every so many images; None: all.
+        The last one is always audited.
+    samples: images per audit at most, those of the protocol's first seeds.
+    question: "is R_mem at least …?": an audit ends as soon as this is answered at its snapshot, and the run ends at the
+        first snapshot that answers yes (R_mem of a run is the highest over its snapshots, so that a no is known at the
+        end only). Its confidence covers all audits of the run together.
+    flip: compare mirrored images too, for a run with xflip.
+    settings, device: of the sampler. tell: called with each finished audit.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        out: str | Path,
+        *,
+        every: int | None = None,
+        samples: int = 256,
+        question: Question | None = None,
+        flip: bool = False,
+        settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+        device: str = "auto",
+        tell: Callable[[Point], None] = lambda point: None,
+    ):
+        if samples < 1 or (every is not None and every < 1):
+            raise InputError(f"an audit of {samples} samples every {every} images: both must be at least 1")
+        self.out, self.every = Path(out), every
+        self.seeds = range(samples)
+        self.question, self.flip, self.settings, self.tell = question, flip, settings, tell
+        self.device = pick_device(device)
+        self.training, _ = read_data(data)
+        self.judge = RunningAudit(self.training, None, self.training.image_shape, self.device, flip=flip)
+        self.points: list[Point] = []
+        self.files = AuditFiles(
+            self.out / FOLDER / "audits", way_of(settings, self.training.fingerprint, flip, self.device.type)
+        )
+
+    def started(self, plan: Plan) -> None:
+        self.planned, self.last = plan.images, plan.resumed_at
+        interval = max(self.every or 0, plan.snapshot_images or plan.images)
+        looks = math.ceil(plan.images / interval)
+        self.asked = None if self.question is None else self.question.shared_among(looks)
+
+    def snapshot(self, snapshot: Snapshot) -> Verdict | None:
+        last, self.last = self.last, snapshot.images
+        due = self.every is None or snapshot.images // self.every > last // self.every
+        if not due and snapshot.images < self.planned:
+            return None
+        name = fingerprint(snapshot.denoiser)
+
+        def after_batch(audited: SnapshotAudit) -> None:
+            self.files.write(snapshot.images, name, audited)
+
+        audited = audit_snapshot(
+            snapshot.denoiser,
+            self.judge,
+            self.seeds,
+            settings=self.settings,
+            question=self.asked,
+            known=self.files.read(snapshot.images, name),
+            after_batch=after_batch,
+        )
+        point = Point(snapshot.images, snapshot.epochs, snapshot.loss, audited.of(self.seeds), self.asked)
+        self.points.append(point)
+        self.tell(point)
+        if not point.answer:
+            return Verdict(score=point.ratio)
+        reason = f"R_mem is at least {self.question.at_least:.4g} ({point.count} of {point.total} images are copies)"
+        return Verdict(point.ratio, stop=True, reason=reason)

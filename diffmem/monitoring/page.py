@@ -1,0 +1,134 @@
+"""A trajectory for people and scripts: `trajectory.html` (one self-contained page), `.json`, `.csv` and `.svg`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffmem.memorization import percent
+from diffmem.pictures import data_url, plot, svg
+from diffmem.whole import check_output_folder, whole_file
+
+if TYPE_CHECKING:
+    from diffmem.monitoring.trajectory import Trajectory
+
+GALLERY = 24  # first copies shown
+COLUMNS = ("images", "epochs", "loss", "count", "total", "ratio", "low", "high", "answer")
+
+
+@dataclass(frozen=True)
+class FirstCopy:
+    """A copy at the first snapshot that shows it: the images as data URLs."""
+
+    epochs: float
+    seed: int
+    ratio: float
+    generated: str
+    training: str
+    name: str
+
+
+def write_page(trajectory: Trajectory, folder: Path) -> Path:
+    """Writes the four files into `folder` and returns the page's path."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    check_output_folder(folder)
+    drawing = draw([trajectory])
+    environment = Environment(
+        loader=PackageLoader("diffmem.monitoring", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    page = environment.get_template("trajectory.html.j2").render(
+        trajectory=trajectory, plot=drawing, copies=first_copies(trajectory), onset=trajectory.onset()
+    )
+    texts = {
+        "trajectory.json": json.dumps(trajectory.to_dict(), indent=1) + "\n",
+        "trajectory.svg": drawing,
+        "trajectory.html": page,
+    }
+    with whole_file(folder / "trajectory.csv") as partial, partial.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for point in trajectory.points:
+            low, high = point.interval
+            numbers = (f"{point.epochs:.6g}", f"{point.loss:.6g}", point.count, point.total)
+            answer = "" if point.answer is None else str(point.answer).lower()
+            writer.writerow((point.images, *numbers, f"{point.ratio:.6g}", f"{low:.6g}", f"{high:.6g}", answer))
+    for name, text in texts.items():
+        with whole_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return folder / "trajectory.html"
+
+
+def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
+    """R_mem with its intervals, and the training loss, as SVG: of one run against epochs; of several, which `names`
+    tells apart, against the images seen, the measure of what they cost."""
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+    along = attrgetter("images" if names else "epochs")
+    colors = ("#a3261c", "#3866a8", "#2b6b3f", "#8a5a00")
+    with plot(7.2, 3.4) as figure:
+        axes = figure.add_subplot()
+        losses = axes.twinx()
+        losses.spines["right"].set_visible(True)
+        for index, one in enumerate(trajectories):
+            color = colors[index % len(colors)]
+            label = names[index] if names else "R_mem, with 95 % intervals"
+            seen, ratios = [along(point) for point in one.points], [point.ratio for point in one.points]
+            ends = [p.interval for p in one.points]
+            below = [ratio - low for ratio, (low, _) in zip(ratios, ends, strict=True)]
+            above = [high - ratio for ratio, (_, high) in zip(ratios, ends, strict=True)]
+            axes.errorbar(
+                seen, ratios, yerr=(below, above), color=color, marker="o", markersize=3.5, linewidth=1.3,
+                elinewidth=0.8, capsize=2, label=label, zorder=3,
+            )  # fmt: skip
+            # The first epochs' losses are large: they would flatten all that follows.
+            lines = [line for line in one.losses if line.epochs >= 0.02 * one.losses[-1].epochs]
+            losses.plot(
+                [along(line) for line in lines], [line.loss for line in lines], linewidth=0.7, zorder=1,
+                color=color if names else "#8a94a0", alpha=0.45 if names else 1.0,
+                label=None if names else "training loss",
+            )  # fmt: skip
+            if one.question is not None and index == 0:
+                axes.axhline(one.question.at_least, color="#555", linestyle="--", linewidth=0.8)
+        axes.set_zorder(losses.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlim(left=0)
+        axes.set_xlabel("images seen in training" if names else "epochs")
+        if names:
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_ylabel("R_mem, share of copies")
+        losses.set_ylabel("training loss per pixel")
+        handles = [drawn for each in (axes, losses) for drawn in zip(*each.get_legend_handles_labels(), strict=True)]
+        axes.legend(*zip(*handles, strict=True), loc="center right")
+        return svg(figure)
+
+
+def first_copies(trajectory: Trajectory) -> list[FirstCopy]:
+    """The first copy of each training image, in the order in which they came up, at most `GALLERY`."""
+    found: dict[int, FirstCopy] = {}
+    training = trajectory.training
+    for point in trajectory.points:
+        audited = point.audited
+        row_of = {int(seed): row for row, seed in enumerate(audited.seeds)}
+        for image, seed in zip(audited.copies, audited.copy_seeds.tolist(), strict=True):
+            row = row_of[seed]
+            index = int(audited.nearest[row])
+            if index in found or len(found) >= GALLERY:
+                continue
+            pictures = data_url(image), data_url(training.images[index])
+            found[index] = FirstCopy(
+                point.epochs, seed, float(audited.ratios[row]), *pictures, name=training.name(index)
+            )
+    return list(found.values())

@@ -1,0 +1,158 @@
+"""What is known of one snapshot: which of its images, by seed, are copies; kept in a file that later audits extend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffmem.errors import InputError
+from diffmem.generation import RunningAudit, SampleSettings
+from diffmem.memorization import Question
+from diffmem.models import Denoiser
+from diffmem.sampling import sample_batches
+from diffmem.whole import whole_file
+
+SHOWN = 24  # copies whose images are kept
+PROTOCOL_SEEDS = range(10_000)
+
+
+@dataclass(frozen=True, eq=False)
+class SnapshotAudit:
+    """The audited images of a snapshot, in the order in which they were sampled.
+
+    seeds: int64 [n]. memorized: bool [n], by the rule, duplicates collapsed. nearest: int64 [n], the training image.
+    ratios: float32 [n], d1/d2. copies: uint8 [m, C, H, W], the first copies, at most 24, those of `copy_seeds`.
+    """
+
+    seeds: np.ndarray
+    memorized: np.ndarray
+    nearest: np.ndarray
+    ratios: np.ndarray
+    copies: np.ndarray
+    copy_seeds: np.ndarray
+
+    @staticmethod
+    def none(image_shape: tuple[int, int, int]) -> SnapshotAudit:
+        """No image audited yet."""
+        numbers = np.zeros(0, np.int64)
+        pixels = np.zeros((0, *image_shape), np.uint8)
+        return SnapshotAudit(numbers, np.zeros(0, bool), numbers, np.zeros(0, np.float32), pixels, numbers)
+
+    @property
+    def total(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def count(self) -> int:
+        """Number of copies."""
+        return int(self.memorized.sum())
+
+    def of(self, seeds: Sequence[int]) -> SnapshotAudit:
+        """The part that belongs to `seeds`."""
+        rows = np.isin(self.seeds, seeds)
+        shown = np.isin(self.copy_seeds, seeds)
+        per_image = (self.seeds, self.memorized, self.nearest, self.ratios)
+        return SnapshotAudit(*(values[rows] for values in per_image), self.copies[shown], self.copy_seeds[shown])
+
+    def and_then(
+        self, seeds: np.ndarray, images: np.ndarray, memorized: np.ndarray, nearest: np.ndarray, ratios: np.ndarray
+    ) -> SnapshotAudit:
+        """This and the images of further seeds."""
+        room = max(0, SHOWN - len(self.copies))
+        return SnapshotAudit(
+            np.concatenate([self.seeds, seeds]),
+            np.concatenate([self.memorized, memorized]),
+            np.concatenate([self.nearest, nearest]),
+            np.concatenate([self.ratios, ratios.astype(np.float32)]),
+            np.concatenate([self.copies, images[memorized][:room]]),
+            np.concatenate([self.copy_seeds, seeds[memorized][:room]]),
+        )
+
+
+def audit_snapshot(
+    denoiser: Denoiser,
+    judge: RunningAudit,
+    seeds: Sequence[int],
+    *,
+    settings: SampleSettings,
+    question: Question | None = None,
+    known: SnapshotAudit | None = None,
+    after_batch: Callable[[SnapshotAudit], None] = lambda audited: None,
+) -> SnapshotAudit:
+    """`known` and the images of `seeds`, sampled in this order, batch by batch, until all are there or the question is
+    answered by those of them that are.
+
+    judge: knows the training set. known: images, of these or other seeds, that need not be sampled again. after_batch:
+    called with all that is known so far. Where `seeds` are some of the protocol's, the answer is about those 10,000,
+    else about the probability that an image is a copy.
+    """
+    shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
+    audited = SnapshotAudit.none(shape) if known is None else known
+    of = len(PROTOCOL_SEEDS) if set(seeds) <= set(PROTOCOL_SEEDS) else None
+    done = set(audited.seeds.tolist())
+    left = [seed for seed in seeds if seed not in done]
+    compiled = {"auto": "auto", "on": True, "off": False}[settings.compile]
+    for start in range(0, len(left), settings.batch):
+        asked = audited.of(seeds)
+        if question is not None and question.answer(asked.count, asked.total, of) is not None:
+            break
+        made = next(
+            sample_batches(
+                denoiser, left[start : start + settings.batch], solver=settings.solver, labels=settings.class_index,
+                batch=settings.batch, compile=compiled, **settings.solver_arguments(),
+            )
+        )  # fmt: skip
+        images = made.images.numpy()
+        memorized, nearest = judge.judge(images)
+        first, second = nearest.squared_distances.astype(np.float64).T
+        ratios = np.sqrt(np.divide(first, second, out=np.zeros_like(first), where=first > 0))
+        audited = audited.and_then(made.seeds.numpy(), images, memorized, nearest.indices[:, 0], ratios)
+        after_batch(audited)
+    return audited
+
+
+class AuditFiles:
+    """The audits of a run's snapshots: a file for each snapshot and way to audit it.
+
+    folder: where they lie. way: all that decides the verdict of an image beside snapshot and seed, in JSON types.
+    """
+
+    def __init__(self, folder: Path, way: dict[str, Any]):
+        self.folder = folder
+        self.way = json.dumps(way, sort_keys=True)
+        self._key = hashlib.sha256(self.way.encode()).hexdigest()[:8]
+
+    def path(self, images: int) -> Path:
+        return self.folder / f"{images:09d}-{self._key}.npz"
+
+    def read(self, images: int, fingerprint: str) -> SnapshotAudit | None:
+        """What is known of the snapshot after `images`, if that is the denoiser with this fingerprint."""
+        path = self.path(images)
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                if str(stored["way"]) != self.way or str(stored["fingerprint"]) != fingerprint:
+                    return None
+                return SnapshotAudit(**{name: stored[name] for name in SnapshotAudit.__dataclass_fields__})
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: damaged ({error}): delete it, and its images are sampled again") from None
+
+    def write(self, images: int, fingerprint: str, audited: SnapshotAudit) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fields = {name: getattr(audited, name) for name in SnapshotAudit.__dataclass_fields__}
+        with whole_file(self.path(images)) as partial, partial.open("wb") as stream:
+            np.savez_compressed(stream, way=np.array(self.way), fingerprint=np.array(fingerprint), **fields)
+
+
+def way_of(settings: SampleSettings, training_fingerprint: str, flip: bool, device_type: str) -> dict[str, Any]:
+    """What decides an image's verdict beside snapshot and seed. Batch size and compiling change it by rounding only."""
+    sampler = {name: value for name, value in settings.to_dict().items() if name not in ("batch", "compile")}
+    return {**sampler, "training": training_fingerprint, "flip": flip, "device": device_type}

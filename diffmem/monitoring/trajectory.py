@@ -1,0 +1,269 @@
+"""`trajectory`: the memorization ratio of every snapshot of a run, and when copying began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffmem
+from diffmem.data import ImageSet
+from diffmem.devices import pick_device
+from diffmem.errors import InputError
+from diffmem.generation import RunningAudit, SampleSettings, format_seeds
+from diffmem.memorization import Question, anytime_interval, wilson_interval
+from diffmem.models import fingerprint, load
+from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
+from diffmem.progress import Progress, silent
+from diffmem.training import RunFolder, SnapshotRecord, Stats
+
+FOLDER = "trajectory"  # in the run's folder
+ORDERS = ("newest", "oldest", "bisect")
+_ONSET = 0.5  # what bisection looks for where no question says otherwise
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """R_mem of one snapshot: images and epochs seen, mean loss per pixel before it, what was audited.
+
+    question: the one that the audit was to answer, at the confidence of this snapshot's share; None: all seeds.
+    """
+
+    images: int
+    epochs: float
+    loss: float
+    audited: SnapshotAudit
+    question: Question | None = None
+
+    @property
+    def count(self) -> int:
+        return self.audited.count
+
+    @property
+    def total(self) -> int:
+        return self.audited.total
+
+    @property
+    def ratio(self) -> float:
+        """R_mem, count / total."""
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval: Wilson's, or, where sampling stopped with the answer, one that allows for that."""
+        return self.interval_at(0.95)
+
+    def interval_at(self, confidence: float) -> tuple[float, float]:
+        interval = wilson_interval if self.question is None else anytime_interval
+        return interval(self.count, self.total, confidence)
+
+    @property
+    def answer(self) -> bool | None:
+        if self.question is None:
+            return None
+        of = len(PROTOCOL_SEEDS) if self.audited.seeds.max() in PROTOCOL_SEEDS else None
+        return self.question.answer(self.count, self.total, of)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """R_mem over training time. points: the audited snapshots, oldest first; left_out: images seen of those that were
+    not audited; losses: the lines of the run's `stats.jsonl`."""
+
+    run: Path
+    points: tuple[Point, ...]
+    left_out: tuple[int, ...]
+    losses: tuple[Stats, ...]
+    training: ImageSet
+    settings: dict[str, Any]
+    question: Question | None = None
+
+    @cached_property
+    def best(self) -> Point:
+        """The snapshot of the highest R_mem."""
+        return max(self.points, key=lambda point: point.ratio)
+
+    @property
+    def r_mem(self) -> float:
+        """The run's R_mem: the highest over its snapshots (Gu et al., arXiv 2310.02664)."""
+        return self.best.ratio
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """A 95 % interval of the highest R_mem that allows for its being the highest of several estimates: the highest
+        ends of intervals that hold for all audited snapshots together (Bonferroni)."""
+        ends = [point.interval_at(1 - 0.05 / len(self.points)) for point in self.points]
+        return max(low for low, _ in ends), max(high for _, high in ends)
+
+    @property
+    def answer(self) -> bool | None:
+        """Whether some snapshot's R_mem is as high as the question asks; None where that is open."""
+        answers = [point.answer for point in self.points]
+        if any(answers):
+            return True
+        open_ones = self.question is None or None in answers or self.left_out
+        return None if open_ones else False
+
+    def onset(self, level: float = _ONSET) -> Point | None:
+        """The first audited snapshot whose R_mem is at least `level`."""
+        return next((point for point in self.points if point.ratio >= level), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in plain JSON types, without the images."""
+        onset = self.onset()
+        return {
+            "run": str(self.run),
+            "r_mem": self.r_mem,
+            "interval": list(self.interval),
+            "best": self.best.images,
+            "onset": None if onset is None else {"level": _ONSET, "images": onset.images, "epochs": onset.epochs},
+            "question": None
+            if self.question is None
+            else {
+                "at_least": self.question.at_least,
+                "confidence": self.question.confidence,
+                "answer": self.answer,
+            },
+            "snapshots": [
+                {
+                    "images": point.images,
+                    "epochs": point.epochs,
+                    "loss": point.loss,
+                    "count": point.count,
+                    "total": point.total,
+                    "ratio": point.ratio,
+                    "interval": list(point.interval),
+                    "answer": point.answer,
+                    "seeds": format_seeds(sorted(point.audited.seeds.tolist())),
+                }
+                for point in self.points
+            ],
+            "left_out": list(self.left_out),
+            "training": {"source": self.training.source, "images": len(self.training)},
+            "settings": self.settings,
+            "versions": {"diffmem": diffmem.__version__, "torch": torch.__version__},
+        }
+
+    def save(self, folder: str | Path | None = None) -> Path:
+        """Writes `trajectory.html`, `.json`, `.csv` and `.svg` into `folder` (default: `trajectory/` in the run's
+        folder) and returns the path of the page."""
+        from diffmem.monitoring.page import write_page
+
+        return write_page(self, self.run / FOLDER if folder is None else Path(folder))
+
+
+def trajectory(
+    run: str | Path,
+    *,
+    data: Any = None,
+    seeds: Sequence[int] = PROTOCOL_SEEDS,
+    every: int | None = None,
+    order: str = "newest",
+    question: Question | None = None,
+    settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Trajectory:
+    """R_mem of the snapshots of the run in the folder `run`.
+
+    Each image is audited against the run's training set by the rule of `diffmem.audit` (with mirrored images too, where
+    the run has them), and remembered in the run's folder: what was audited before, in the same way, is not again.
+
+    data: the training set, where the run does not know where it lies. seeds: the images of each snapshot. every: only
+    the first snapshot of every so many images, and the last. order: "newest" or "oldest" first, or "bisect": the
+    last one and then, where copying is found there, those that narrow down where R_mem passes the question's share
+    (0.5 without a question), as if it only grew. question: stop at each snapshot as soon as this is answered there;
+    the confidence is shared among the snapshots. Ctrl-C loses the batch at hand only. Raises InputError where there is
+    no run, no snapshot, or another training set.
+    """
+    if order not in ORDERS:
+        raise InputError(f"order is {order!r}, but must be one of {', '.join(ORDERS)}")
+    seeds = [int(seed) for seed in seeds]
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
+    folder = RunFolder.open(run)
+    there = folder.snapshots()
+    if not there:
+        raise InputError(f"{folder.path}: holds no snapshot; the run makes one at its end, or see --snapshot-images")
+    records = _thinned(there, every)
+    training = folder.training_images(data, progress)
+    place = pick_device(device)
+    denoiser = load(folder.checkpoint(records[-1]), place)
+    flip = folder.config.xflip
+    judge = RunningAudit(
+        training, None, (denoiser.channels, denoiser.resolution, denoiser.resolution), place, progress, flip
+    )
+    settings.plan(denoiser)  # raises where the settings do not fit
+    way = way_of(settings, training.fingerprint, flip, place.type)
+    files = AuditFiles(folder.path / FOLDER / "audits", way)
+    shared = None if question is None else question.shared_among(len(records))
+    points: dict[int, Point] = {}
+
+    def audit(record: SnapshotRecord) -> Point:
+        # One network, whose weights change: what was compiled once serves all snapshots.
+        denoiser.load_state_dict(load(folder.checkpoint(record), place).state_dict())
+        name = fingerprint(denoiser)
+        known = files.read(record.images, name)
+        stage = f"sampling: snapshot {len(points) + 1} of {len(records)}, {record.epochs:,.0f} epochs"
+
+        def after_batch(audited: SnapshotAudit) -> None:
+            files.write(record.images, name, audited)
+            asked = audited.of(seeds)
+            progress(f"{stage}: {asked.count / asked.total:.1%} copies", asked.total, len(seeds))
+
+        progress(stage, 0, len(seeds))
+        audited = audit_snapshot(
+            denoiser, judge, seeds, settings=settings, question=shared, known=known, after_batch=after_batch
+        )
+        return Point(record.images, record.epochs, record.loss, audited.of(seeds), shared)
+
+    for record in _chosen(records, order, points, _ONSET if question is None else question.at_least):
+        points[record.images] = audit(record)
+    return Trajectory(
+        folder.path,
+        tuple(points[record.images] for record in records if record.images in points),
+        tuple(record.images for record in there if record.images not in points),
+        tuple(folder.stats()),
+        training,
+        {**way, "seeds": format_seeds(seeds), "order": order, "every": every},
+        question,
+    )
+
+
+def _thinned(records: list[SnapshotRecord], every: int | None) -> list[SnapshotRecord]:
+    """The first record of every `every` images, and the last."""
+    if every is None:
+        return records
+    if every < 1:
+        raise InputError(f"every is {every}, but must be at least 1 image")
+    previous = [0, *(record.images for record in records)]
+    first = [record.images // every > before // every for before, record in zip(previous, records, strict=False)]
+    return [record for record, chosen in zip(records, first, strict=True) if chosen or record is records[-1]]
+
+
+def _chosen(
+    records: list[SnapshotRecord], order: str, points: dict[int, Point], level: float
+) -> Iterator[SnapshotRecord]:
+    """The records to audit, one after the other; `points` holds what came of those before."""
+    if order != "bisect":
+        yield from reversed(records) if order == "newest" else records
+        return
+
+    def reached(record: SnapshotRecord) -> bool:
+        return points[record.images].ratio >= level
+
+    below, above = -1, len(records) - 1
+    yield records[above]
+    if not reached(records[above]):
+        return  # it never got there, if it only grew
+    while above - below > 1:
+        middle = (below + above) // 2
+        yield records[middle]
+        if reached(records[middle]):
+            above = middle
+        else:
+            below = middle

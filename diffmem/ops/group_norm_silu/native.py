@@ -1,0 +1,153 @@
+"""The channels_last normalization of csrc/group_norm_silu, as an op that torch.compile and autograd know."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from diffmem.ops.registry import native_module, native_unavailable
+
+_WIDEST = 1024  # channels that the core takes at once: whole groups and multiples of 8
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the compiled normalization cannot run on `device_type`, or None."""
+    if device_type != "cpu":
+        return "written for the CPU"
+    reason = native_unavailable("cpu")
+    if reason is None and not native_module().group_norm_silu_available():
+        reason = "this processor (or build) has no AVX2"
+    return reason
+
+
+def unfit(x: torch.Tensor, num_groups: int) -> str | None:
+    """Why the compiled normalization cannot take x, or None."""
+    channels = x.shape[1]
+    if x.dtype != torch.float32:
+        return f"{x.dtype} is not float32"
+    if x.ndim != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return "x is not channels_last"
+    if channels % 8 or math.lcm(channels // num_groups, 8) > _WIDEST:
+        return f"{channels} channels in {num_groups} groups are not multiples of 8 in blocks of at most {_WIDEST}"
+    return None
+
+
+@torch.library.custom_op("diffmem::group_norm_silu_native", mutates_args=(), device_types="cpu")
+def group_norm_silu_forward(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    silu: bool,
+    added: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The result, and the mean (float64) and 1/√(variance + eps) of each image's groups, (B, num_groups)."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(x)
+    mean = torch.empty((x.shape[0], num_groups), dtype=torch.float64)
+    rstd = torch.empty((x.shape[0], num_groups))
+    shape, kept, addresses, strides = _arguments(x, num_groups, weight, bias, scale, shift, added)
+    native_module().group_norm_silu_forward(
+        shape, addresses, strides, eps, silu, x.data_ptr(), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    del kept
+    return y, mean, rstd
+
+
+@group_norm_silu_forward.register_fake
+def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
+    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float64)
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last),
+        mean,
+        torch.empty_like(mean, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("diffmem::group_norm_silu_native_backward", mutates_args=(), device_types="cpu")
+def group_norm_silu_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    silu: bool,
+    added: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx, and sums (3, B, C): Σ g, Σ g·x̂ and Σ dx over each channel's pixels, g the gradient before SiLU."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dx = torch.empty_like(x)
+    sums = torch.empty((3, *x.shape[:2]))
+    shape, kept, addresses, strides = _arguments(x, num_groups, weight, bias, scale, shift, added)
+    native_module().group_norm_silu_backward(
+        shape, addresses, strides, silu, dy.data_ptr(), x.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(),
+        sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    del kept
+    return dx, sums
+
+
+@group_norm_silu_backward.register_fake
+def _(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
+    return torch.empty_like(x, memory_format=torch.channels_last), x.new_empty((3, *x.shape[:2]))
+
+
+def _arguments(x, num_groups, weight, bias, scale, shift, added):
+    """Sizes, tensors to be kept alive, their addresses (0 for None), and the row strides of the last three."""
+    batch, channels, height, width = x.shape
+    kept = [
+        None if each is None else each.to(torch.float32).contiguous() for each in (weight, bias, scale, shift, added)
+    ]
+    addresses = [0 if each is None else each.data_ptr() for each in kept]
+    strides = [0 if each is None or each.shape[0] == 1 else channels for each in kept[2:]]
+    return [batch, height * width, channels, num_groups], kept, addresses, strides
+
+
+def _save(ctx, inputs, output):
+    x, num_groups, weight, bias, _eps, scale, shift, silu, added = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, added)
+    ctx.num_groups, ctx.silu = num_groups, silu
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, dy, _dmean, _drstd):
+    x, mean, rstd, weight, bias, scale, shift, added = ctx.saved_tensors
+    dx, sums = group_norm_silu_backward(dy, x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.silu, added)
+    of_g, of_product, of_dx = sums.unbind(0)
+    dscale = dshift = dadded = None
+    if scale is not None:
+        dscale = (of_product * weight + of_g * bias).sum_to_size(scale.shape)
+        dshift = of_g.sum_to_size(shift.shape)
+        of_g, of_product = of_g * (1 + scale), of_product * (1 + scale)
+    if added is not None:
+        dadded = of_dx.sum_to_size(added.shape)
+    return dx, None, of_product.sum(0), of_g.sum(0), None, dscale, dshift, None, dadded
+
+
+group_norm_silu_forward.register_autograd(_backward, setup_context=_save)
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """silu((x − mean)/√(var + eps)·weight + bias), see `diffmem.ops.group_norm_silu`."""
+    return group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu, added)[0]

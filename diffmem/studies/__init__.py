@@ -1,0 +1,32 @@
+"""Studies of memorization: EMM found by search, and grids of training runs that resume, spread and end in a report."""
+
+from __future__ import annotations
+
+from diffmem.studies.emm import EMM, find_emm
+from diffmem.studies.executors import InProcess, Processes, Ray
+from diffmem.studies.folder import report_studies, run_studies
+from diffmem.studies.measure import Result, run_unit
+from diffmem.studies.run import Outcome, run_units
+from diffmem.studies.study import Claim, Study, Variant, load_study
+from diffmem.studies.unit import DataRecipe, Setting, Unit
+
+__all__ = [
+    "EMM",
+    "Claim",
+    "DataRecipe",
+    "InProcess",
+    "Outcome",
+    "Processes",
+    "Ray",
+    "Result",
+    "Setting",
+    "Study",
+    "Unit",
+    "Variant",
+    "find_emm",
+    "load_study",
+    "report_studies",
+    "run_studies",
+    "run_unit",
+    "run_units",
+]

@@ -1,0 +1,147 @@
+"""`find_emm`: the Effective Model Memorization of a setting, by as few and as short training runs as will do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+from diffmem.studies.curve import Observation, Posterior
+from diffmem.studies.executors import Executor, InProcess
+from diffmem.studies.measure import Result
+from diffmem.studies.run import Outcome, run_units
+from diffmem.studies.search import Search, Trial, carry_out
+from diffmem.studies.unit import Setting, Unit
+
+_AT_ONCE = 6  # runs: more of them could not make use of what each other finds
+
+
+@dataclass(frozen=True)
+class EMM:
+    """What `find_emm` found: EMM_ζ(P, M, T), the largest N at which the expected R_mem is at least 1 − ζ.
+
+    setting: P, M and T. search: what was asked for. results: of the runs, in the order in which they were made;
+    failures: (size, error) of those that failed.
+    """
+
+    setting: Setting
+    search: Search
+    results: tuple[Result, ...]
+    failures: tuple[tuple[int, str], ...] = ()
+
+    @cached_property
+    def posterior(self) -> Posterior:
+        return self.search.posterior([observation(result) for result in self.results])
+
+    @property
+    def size(self) -> float:
+        """EMM, the median of what it may be."""
+        return self.posterior.median
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval: noise of sampling, differences between runs, and the shape of the curve included."""
+        return self.posterior.interval()
+
+    @property
+    def unresolved(self) -> list[str]:
+        """What the runs leave open, in sentences."""
+        failed = [f"the run on {size:,} images failed: {error}" for size, error in self.failures]
+        return failed + self.search.unresolved([observation(result) for result in self.results])
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all runs together."""
+        return sum(result.seconds for result in self.results)
+
+    def verdict(self) -> str:
+        """One sentence for a person."""
+        low, high = self.interval
+        return (
+            f"EMM at ζ = {self.search.zeta:g} is about {self.size:,.0f} training images (95 % interval {low:,.0f} to "
+            f"{high:,.0f}), from {len(self.results)} runs"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in plain JSON types."""
+        return {
+            "emm": self.size,
+            "interval": list(self.interval),
+            "zeta": self.search.zeta,
+            "unresolved": self.unresolved,
+            "seconds": self.seconds,
+            "spread": self.posterior.spread,
+            "search": vars(self.search),
+            "setting": self.setting.to_json(),
+            "runs": [result.to_json() for result in self.results],
+            "failures": [{"size": size, "error": error} for size, error in self.failures],
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `emm.json`, `runs.csv`, `emm.svg` and `report.html` into `folder`; returns the page's path."""
+        from diffmem.studies.report import write_emm
+
+        return write_emm(self, Path(folder))
+
+
+def observation(result: Result) -> Observation:
+    """What a run says about the curve of R_mem."""
+    return Observation(result.size, result.count, result.total, result.censored)
+
+
+def find_emm(
+    setting: Setting,
+    out: str | Path,
+    *,
+    sizes: tuple[int, int] | None = None,
+    zeta: float = 0.1,
+    precision: float = 0.1,
+    repetitions: int = 5,
+    runs: int = 40,
+    executor: Executor | None = None,
+    tell: Callable[[Outcome], None] = lambda outcome: None,
+    progress: Progress = silent,
+) -> EMM:
+    """EMM_ζ of a setting, with an interval; the runs are kept in `out`, from which a search that ended early goes on.
+
+    The next size is chosen by what is known so far (see `diffmem.studies.search`): the middle of what EMM may be, in
+    ln N, and both sides of it. A run ends as soon as it is decided whether its R_mem reaches 1 − ζ, and images are
+    sampled in batches until that is decided, or all `setting.samples` are drawn. Subsets are nested and class-balanced
+    within a repetition; a repetition has subset and seed of its own.
+
+    sizes: the smallest and the largest N to try; None: from 2 images of each class to all there are. precision: half of
+    the 95 % interval as a share of EMM at which to stop. repetitions: runs per size at most, runs: in all at most.
+    executor: see `diffmem.studies.executors`; with several slots, up to six runs are made at once. tell: called with
+    every run that ends. Raises InputError where nothing can be found out, because no run succeeds.
+    """
+    executor = InProcess() if executor is None else executor
+    classes, largest = setting.data.limits()
+    low, high = (2 * classes, largest) if sizes is None else sizes
+    if high > largest:
+        raise InputError(
+            f"sizes up to {high:,}: {setting.data.source} has {largest:,} images in equal numbers per class"
+        )
+    search = Search(low, high, zeta, precision, repetitions, runs, step=classes)
+    results: list[Result] = []
+    failures: list[tuple[int, str]] = []
+
+    def measure(trials: Sequence[Trial]) -> list[Observation | None]:
+        units = [Unit(setting, trial.size, trial.repetition, at_least=1 - zeta) for trial in trials]
+        seen: list[Observation | None] = []
+        for outcome in run_units(units, out, executor, tell=tell):
+            if outcome.result is None:
+                failures.append((outcome.unit.size, outcome.error))
+            else:
+                results.append(outcome.result)
+            seen.append(None if outcome.result is None else observation(outcome.result))
+        if not results and len(failures) >= min(3, runs):
+            raise InputError(f"the first runs all failed, the last one with: {failures[-1][1]}")
+        progress("searching EMM", len(results) + len(failures), runs)
+        return seen
+
+    carry_out(search, measure, min(executor.slots, _AT_ONCE))
+    return EMM(setting, search, tuple(results), tuple(failures))

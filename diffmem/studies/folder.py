@@ -1,0 +1,97 @@
+"""A folder in which studies are run: their units, one ledger, and what each study is, so that a report needs no more.
+
+`studies/<name>.json` holds a study, `units/<key>/` a unit, `ledger.sqlite` the states. Studies that share a folder
+share the units that they have in common.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+from diffmem.studies.executors import Executor
+from diffmem.studies.findings import Findings, findings, spread_of
+from diffmem.studies.ledger import FAILED, FILE, Ledger
+from diffmem.studies.measure import Result, read_result
+from diffmem.studies.run import Outcome, run_units, unit_folder
+from diffmem.studies.study import Study
+from diffmem.studies.unit import Unit
+from diffmem.whole import whole_file
+
+STUDIES = "studies"
+
+
+def run_studies(
+    studies: Sequence[Study],
+    root: str | Path,
+    executor: Executor | None = None,
+    *,
+    retry: bool = False,
+    tell: Callable[[Outcome], None] = lambda outcome: None,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """Runs what is not done yet of some studies in the folder `root`; see `run_units`.
+
+    The first repetition of every study comes before the second of any. retry: try again what failed for good.
+    """
+    root = Path(root)
+    (root / STUDIES).mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        with whole_file(root / STUDIES / f"{study.name}.json") as partial:
+            partial.write_text(json.dumps(study.to_json(), indent=1) + "\n")
+    units = all_units(studies)
+    if retry:
+        Ledger(root).retry([unit.key for unit in units])
+    return run_units(units, root, executor, tell=tell, progress=progress)
+
+
+def all_units(studies: Sequence[Study]) -> list[Unit]:
+    """The units of some studies, each once, first repetitions first."""
+    units = {unit.key: unit for study in studies for unit in study.units()}
+    return sorted(units.values(), key=lambda unit: unit.repetition)
+
+
+def read_studies(root: str | Path, names: Sequence[str] = ()) -> list[Study]:
+    """The studies that were run in `root`, those of some names, or all. Raises InputError where there are none."""
+    root = Path(root)
+    paths = [root / STUDIES / f"{name}.json" for name in names] or sorted((root / STUDIES).glob("*.json"))
+    if not paths:
+        raise InputError(f"{root}: no study was run there: `diffmem study run NAME --out {root}` runs one")
+    found = []
+    for path in paths:
+        if not path.is_file():
+            there = ", ".join(sorted(each.stem for each in (root / STUDIES).glob("*.json"))) or "none"
+            raise InputError(f"{root}: study {path.stem} was not run there; those that were: {there}")
+        found.append(Study.from_json(json.loads(path.read_text())))
+    return found
+
+
+def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
+    """What the runs in `root` say of some studies."""
+    results: dict[str, Result] = {}
+    for unit in all_units(studies):
+        if (result := read_result(unit_folder(root, unit))) is not None:
+            results[unit.key] = result
+    errors = {}
+    if (Path(root) / FILE).exists():
+        errors = {entry.key: entry.error for entry in Ledger(root).entries().values() if entry.state == FAILED}
+    groups: dict[str, dict[str, Result]] = {}
+    for study in studies:
+        for _, unit in study.cells():
+            if unit.key in results:
+                same = json.dumps({**unit.to_json(), "repetition": None}, sort_keys=True)
+                groups.setdefault(same, {})[unit.key] = results[unit.key]
+    spread = spread_of([list(group.values()) for group in groups.values()])
+    return [findings(study, results, errors, spread) for study in studies]
+
+
+def report_studies(root: str | Path, folder: str | Path | None = None, names: Sequence[str] = ()) -> Path:
+    """Writes the report of studies run in `root` into `folder` (default: `root`/report); returns the page's path."""
+    from diffmem.studies.report import write_studies
+
+    root = Path(root)
+    folder = root / "report" if folder is None else Path(folder)
+    return write_studies(find_all(read_studies(root, names), root), root, folder)

@@ -1,0 +1,199 @@
+"""The ledger of a study's folder: which units wait, run, are done or failed, at what cost, in one SQLite file.
+
+Several processes may work from one ledger. A unit is taken under a lease that its holder renews; when the holder dies,
+the lease runs out (at once where the holder was a process of this machine that is no more) and another takes the unit
+up, where it continues from what lies in its folder. The file is in WAL mode: it must not lie on a network file system
+that several machines write to. Runs on many machines go through one process that keeps the ledger (see
+`diffmem.studies.executors`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffmem.errors import InputError
+from diffmem.studies.unit import Unit
+
+FILE = "ledger.sqlite"
+LEASE_SECONDS = 120.0
+ATTEMPTS = 2  # after so many failures a unit is left alone
+LOSSES = 5  # after so many holders that died with it, too
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS units (
+    key      TEXT PRIMARY KEY,
+    spec     TEXT NOT NULL,
+    state    TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'running', 'done', 'failed')),
+    holder   TEXT,
+    lease    REAL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    losses   INTEGER NOT NULL DEFAULT 0,
+    seconds  REAL NOT NULL DEFAULT 0,
+    error    TEXT,
+    changed  REAL NOT NULL
+)
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the ledger.
+
+    state: "waiting", "running", "done" or "failed". holder: who runs it. attempts: how often it was taken and failed.
+    seconds: spent on it, over all attempts. error: what the last attempt failed with. changed: Unix time.
+    """
+
+    key: str
+    state: str
+    holder: str | None
+    attempts: int
+    seconds: float
+    error: str | None
+    changed: float
+
+
+class Ledger:
+    """The ledger in `folder`, made if need be. holder: the name under which this object takes units.
+
+    Raises InputError where the file cannot be opened or is none.
+    """
+
+    def __init__(self, folder: str | Path, holder: str | None = None, clock: Callable[[], float] = time.time):
+        self.path = Path(folder) / FILE
+        self.holder = f"{socket.gethostname()}:{os.getpid()}" if holder is None else holder
+        self._clock = clock
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(f"{self.path}: cannot be used as a ledger ({error})") from None
+
+    def add(self, units: Sequence[Unit]) -> None:
+        """Enters the units that are not there yet, as waiting."""
+        rows = [(unit.key, json.dumps(unit.to_json(), sort_keys=True), self._clock()) for unit in units]
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR IGNORE INTO units (key, spec, changed) VALUES (?, ?, ?)", rows)
+
+    def claim(self, keys: Sequence[str]) -> str | None:
+        """Takes the first of `keys` that waits, or whose holder is gone, or that failed and may be tried again; None
+        where there is none."""
+        with self._transaction() as connection:
+            known = {row["key"]: row for row in connection.execute("SELECT * FROM units")}
+            lost = [key for key in keys if key in known and self._lost(known[key])]
+            for key in lost:
+                if known[key]["losses"] >= LOSSES:
+                    connection.execute(
+                        "UPDATE units SET state = 'failed', attempts = ?, holder = NULL, lease = NULL, error = ?,"
+                        " changed = ? WHERE key = ?",
+                        (ATTEMPTS, f"{LOSSES + 1} processes died while they ran it", self._clock(), key),
+                    )
+                    del known[key]
+            waiting = [key for key in keys if key in known and self._free(known[key])]
+            # A unit that failed before comes after those that never did.
+            key = min(waiting, key=lambda key: known[key]["attempts"], default=None)
+            if key is not None:
+                connection.execute(
+                    "UPDATE units SET state = 'running', losses = losses + (state = 'running'), holder = ?, lease = ?,"
+                    " changed = ? WHERE key = ?",
+                    (self.holder, self._clock() + LEASE_SECONDS, self._clock(), key),
+                )
+            return key
+
+    def renew(self, keys: Sequence[str]) -> None:
+        """Extends the leases of units that this holder runs."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "UPDATE units SET lease = ? WHERE key = ? AND holder = ? AND state = 'running'",
+                [(self._clock() + LEASE_SECONDS, key, self.holder) for key in keys],
+            )
+
+    def finish(self, key: str, seconds: float) -> None:
+        """The unit is done, after `seconds` in all."""
+        self._settle(key, DONE, "error = NULL, seconds = ?", seconds)
+
+    def fail(self, key: str, error: str, seconds: float, attempts: int = 1) -> None:
+        """An attempt of `seconds` failed; it counts as so many."""
+        changes = "error = ?, seconds = seconds + ?, attempts = attempts + ?"
+        self._settle(key, FAILED, changes, error, seconds, attempts)
+
+    def release(self, key: str) -> None:
+        """The unit was interrupted: it waits again."""
+        self._settle(key, WAITING, "changed = changed")
+
+    def retry(self, keys: Sequence[str]) -> int:
+        """Lets failed units be tried again; returns how many there are."""
+        with self._transaction() as connection:
+            count = 0
+            for key in keys:
+                count += connection.execute(
+                    "UPDATE units SET state = 'waiting', attempts = 0, losses = 0 WHERE key = ? AND state = 'failed'",
+                    (key,),
+                ).rowcount
+            return count
+
+    def entries(self) -> dict[str, Entry]:
+        """All lines, by key."""
+        with closing(self._connect()) as connection:
+            names = list(Entry.__dataclass_fields__)
+            rows = connection.execute(f"SELECT {', '.join(names)} FROM units")
+            return {row["key"]: Entry(**row) for row in rows}
+
+    def _free(self, row: dict[str, object]) -> bool:
+        return self._lost(row) or row["state"] == WAITING or (row["state"] == FAILED and row["attempts"] < ATTEMPTS)
+
+    def _lost(self, row: dict[str, object]) -> bool:
+        return row["state"] == RUNNING and (row["lease"] < self._clock() or _is_gone(row["holder"]))
+
+    def _settle(self, key: str, state: str, changes: str, *values: object) -> None:
+        """What became of a unit, unless another holder has it by now."""
+        with self._transaction() as connection:
+            connection.execute(
+                f"UPDATE units SET state = ?, {changes}, holder = NULL, lease = NULL, changed = ?"
+                " WHERE key = ? AND holder = ?",
+                (state, *values, self._clock(), key, self.holder),
+            )
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=60.0, isolation_level=None)
+        connection.row_factory = _row
+        return connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Writers wait for each other from the start, not in the middle."""
+        with closing(self._connect()) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+
+
+def _row(cursor: sqlite3.Cursor, values: tuple) -> dict[str, object]:
+    return {column[0]: value for column, value in zip(cursor.description, values, strict=True)}
+
+
+def _is_gone(holder: str) -> bool:
+    """Whether the holder was a process of this machine that is no more."""
+    host, _, process = holder.rpartition(":")
+    if host != socket.gethostname() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False

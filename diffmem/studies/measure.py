@@ -1,0 +1,260 @@
+"""`run_unit`: trains, samples and audits one unit, in a folder from which it continues when interrupted.
+
+The folder holds `unit.json` (what is run), `run/` (the training run, with its last and its best snapshot),
+`audits.json` (R_mem of each snapshot so far, and costs), and when all is done `result.json` and `gallery.npz`
+(generated images of the best snapshot beside the training images nearest to them).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffmem.data import ImageSet
+from diffmem.devices import pick_device
+from diffmem.errors import InputError
+from diffmem.memorization import Question, anytime_interval, audit, wilson_interval
+from diffmem.memorization.audit import software_versions
+from diffmem.models import load
+from diffmem.monitoring import AuditEvery, Point
+from diffmem.sampling import sample
+from diffmem.studies.unit import Unit
+from diffmem.training import KeepLast, Plan, Snapshot, Verdict, snapshot_folder, train
+from diffmem.whole import whole_file
+
+UNIT, RUN, AUDITS, RESULT, GALLERY = "unit.json", "run", "audits.json", "result.json", "gallery.npz"
+SHOWN = 16  # images in a gallery
+
+
+class InterruptedUnitError(Exception):
+    """The unit was asked to stop before its end; run again, it continues."""
+
+
+@dataclass(frozen=True)
+class SnapshotResult:
+    """R_mem of one snapshot: copies among the images of seeds 0 … total − 1, and what the run had cost by then.
+
+    answer: to the unit's question, None where it has none or it stayed open. training_seconds, sampling_seconds:
+    wall-clock time since the start of the unit, over all its continuations.
+    """
+
+    images: int
+    epochs: float
+    loss: float
+    count: int
+    total: int
+    training_seconds: float
+    sampling_seconds: float
+    answer: bool | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.count / self.total
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a unit found.
+
+    key, size, repetition, at_least: of the unit. count, total: copies and images of the snapshot with the highest
+    share, R_mem. decided: the answer to the unit's question, None where it has none or it stayed open; censored: the
+    run was ended by its answer, so that R_mem is at least what was seen. images, epochs: length of the run;
+    best_images: of the snapshot. training_seconds, sampling_seconds: wall-clock. parameters: of the network.
+    training_set: fingerprint.
+    """
+
+    key: str
+    size: int
+    repetition: int
+    count: int
+    total: int
+    decided: bool | None
+    censored: bool
+    images: int
+    epochs: float
+    best_images: int
+    parameters: int
+    training_seconds: float
+    sampling_seconds: float
+    training_set: str
+    snapshots: tuple[SnapshotResult, ...]
+    versions: dict[str, str]
+    at_least: float | None = None
+
+    @property
+    def r_mem(self) -> float:
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of sampling noise alone, another run differs by more: Wilson's, or, where sampling stopped with
+        an answer, one that allows for that."""
+        interval = wilson_interval if self.at_least is None else anytime_interval
+        return interval(self.count, self.total)
+
+    @property
+    def seconds(self) -> float:
+        return self.training_seconds + self.sampling_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "r_mem": self.r_mem, "interval": list(self.interval)}
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result that lies in a unit's folder, None where there is none yet."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        del values["r_mem"], values["interval"]
+        return Result(**{**values, "snapshots": tuple(SnapshotResult(**each) for each in values["snapshots"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not the result of a unit ({error}); remove its folder to run it again") from None
+
+
+def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
+    """The result of `unit`, from its `folder` where it lies there; else trained, sampled and audited, continuing what
+    lies there.
+
+    Snapshots are audited as training goes on (see `diffmem.monitoring.AuditEvery`); with a question a yes ends the run.
+    device: "cpu", "cuda", or "auto". Raises InputError where data, network and training do not fit, DivergedError for a
+    loss that is no number, InterruptedUnitError when stopped by SIGINT or SIGTERM.
+    """
+    folder = Path(folder)
+    if (known := read_result(folder)) is not None:
+        return known
+    images = unit.setting.data.training_set(unit.size, unit.repetition)
+    config = unit.setting.config(images, unit.repetition)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / UNIT, unit.to_json())
+    steps = math.ceil(config.images / config.batch)
+    snapshot_steps = math.ceil(steps / unit.setting.snapshots)
+    audits = _Audits(unit, images, folder, device)
+    run = train(
+        config,
+        images,
+        folder / RUN,
+        snapshot_images=snapshot_steps * config.batch,
+        device=device,
+        keep=KeepLast(1),
+        state_minutes=2.0,
+        resume=True,
+        observers=[audits],
+    )
+    if run.ending == "interrupted":
+        raise InterruptedUnitError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
+    result = audits.result(run.images, run.images / len(images), censored=run.ending == "stopped")
+    _write_gallery(folder, images, unit, result.best_images, device)
+    _write_json(folder / RESULT, result.to_json())
+    shutil.rmtree(folder / RUN / "state", ignore_errors=True)
+    return result
+
+
+class _Audits(AuditEvery):
+    """Audits every snapshot of a unit's run, and keeps the list of what was found and spent."""
+
+    def __init__(self, unit: Unit, training: ImageSet, folder: Path, device: str):
+        setting = unit.setting
+        super().__init__(
+            training,
+            folder / RUN,
+            samples=setting.samples,
+            question=None if unit.at_least is None else Question(unit.at_least),
+            flip=bool(setting.training.get("xflip")),
+            settings=setting.sample_settings(),
+            device=device,
+            tell=self._add,
+        )
+        self.unit, self.folder = unit, folder
+        self.audits: list[SnapshotResult] = []
+
+    def started(self, plan: Plan) -> None:
+        super().started(plan)
+        path = self.folder / AUDITS
+        known = [SnapshotResult(**each) for each in json.loads(path.read_text())] if path.exists() else []
+        self.audits = [audited for audited in known if audited.images <= plan.resumed_at]
+        # What was spent on steps that are now done again is spent.
+        self.training_seconds, self.sampling_seconds = (
+            (known[-1].training_seconds, known[-1].sampling_seconds) if known else (0.0, 0.0)
+        )
+        self.parameters = plan.parameters
+        self.since = time.perf_counter()
+
+    def snapshot(self, snapshot: Snapshot) -> Verdict:
+        now = time.perf_counter()
+        self.training_seconds += now - self.since
+        self.since = now
+        return super().snapshot(snapshot)
+
+    def _add(self, point: Point) -> None:
+        now = time.perf_counter()
+        self.sampling_seconds += now - self.since
+        self.since = now
+        self.audits.append(
+            SnapshotResult(
+                images=point.images,
+                epochs=point.epochs,
+                loss=point.loss,
+                count=point.count,
+                total=point.total,
+                training_seconds=self.training_seconds,
+                sampling_seconds=self.sampling_seconds,
+                answer=point.answer,
+            )
+        )
+        _write_json(self.folder / AUDITS, [asdict(each) for each in self.audits])
+
+    def result(self, images: int, epochs: float, censored: bool) -> Result:
+        last, best = self.audits[-1], max(self.audits, key=lambda audited: audited.ratio)
+        # The highest R_mem is too low only where all are.
+        answers = [audited.answer for audited in self.audits]
+        decided = True if any(answers) else False if all(answer is False for answer in answers) else None
+        return Result(
+            key=self.unit.key,
+            size=self.unit.size,
+            repetition=self.unit.repetition,
+            count=best.count,
+            total=best.total,
+            decided=decided,
+            censored=censored,
+            images=images,
+            epochs=epochs,
+            best_images=best.images,
+            parameters=self.parameters,
+            training_seconds=last.training_seconds,
+            sampling_seconds=last.sampling_seconds,
+            training_set=self.training.fingerprint,
+            snapshots=tuple(self.audits),
+            versions=software_versions(),
+            at_least=self.unit.at_least,
+        )
+
+
+def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device: str) -> None:
+    """The first images of the snapshot after `at` images, beside the training images nearest to them."""
+    settings = unit.setting.sample_settings()
+    denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
+    images = sample(
+        denoiser, range(SHOWN), batch=SHOWN, solver=settings.solver, compile=False, **settings.solver_arguments()
+    ).images.numpy()
+    judged = audit(images, training, device=device)
+    with whole_file(folder / GALLERY) as partial, partial.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            generated=images,
+            nearest=training.images[judged.neighbors.indices[:, 0]],
+            memorized=judged.memorized,
+        )
+
+
+def _write_json(path: Path, values: Any) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=1) + "\n")

@@ -1,0 +1,136 @@
+"""`run_units`: works units off a ledger through an executor, whatever happens to single ones."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+from diffmem.studies.executors import Executor, InProcess
+from diffmem.studies.ledger import ATTEMPTS, DONE, LEASE_SECONDS, RUNNING, Ledger
+from diffmem.studies.measure import InterruptedUnitError, Result, read_result
+from diffmem.studies.unit import Unit
+
+UNITS = "units"
+_LOOK_SECONDS = 2.0  # between looks at what other processes do
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a unit ended: with a result or an error."""
+
+    unit: Unit
+    result: Result | None
+    error: str | None = None
+
+
+def unit_folder(root: str | Path, unit: Unit) -> Path:
+    """Where a unit lies in a study's folder."""
+    return Path(root) / UNITS / unit.key
+
+
+def run_units(
+    units: Sequence[Unit],
+    root: str | Path,
+    executor: Executor | None = None,
+    *,
+    wait_for_others: bool = True,
+    tell: Callable[[Outcome], None] = lambda outcome: None,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """How each of `units` ended, in their order, after all that are not done yet were run, the first ones first.
+
+    root: folder of ledger and units. What is done there is not run again, what was interrupted continues; other
+    processes may work in the same folder, and units that they hold are waited for (wait_for_others) or left out. A unit
+    that fails is recorded, tried once more where trying again may help, and does not keep the others from running.
+    executor: see `diffmem.studies.executors`; default: in this process. tell: called with every unit that ends here.
+    """
+    executor = InProcess() if executor is None else executor
+    root, ledger = Path(root), Ledger(root)
+    by_key = {unit.key: unit for unit in units}
+    keys = list(by_key)
+    ledger.add(list(by_key.values()))
+    running: dict[Future[Result], tuple[str, float]] = {}
+    held: set[str] = set()
+
+    def settle(future: Future[Result]) -> None:
+        key, began = running.pop(future)
+        seconds = time.time() - began
+        unit = by_key[key]
+        try:
+            result = future.result()
+        except InterruptedUnitError:
+            raise KeyboardInterrupt from None
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            # What is wrong with the input is wrong again.
+            ledger.fail(key, message, seconds, attempts=ATTEMPTS if isinstance(error, InputError) else 1)
+            outcome = Outcome(unit, None, message)
+        else:
+            ledger.finish(key, result.seconds)
+            outcome = Outcome(unit, result)
+        held.discard(key)
+        tell(outcome)
+
+    def next_unit() -> str | None:
+        while (key := ledger.claim(keys)) is not None:
+            held.add(key)
+            if (known := read_result(unit_folder(root, by_key[key]))) is None:
+                return key
+            ledger.finish(key, known.seconds)
+            held.discard(key)
+        return None
+
+    with _renewed(ledger, held):
+        try:
+            while True:
+                entries = ledger.entries()
+                progress("runs", sum(entries[key].state == DONE for key in keys), len(keys))
+                while len(running) < executor.slots and (key := next_unit()) is not None:
+                    running[executor.submit(by_key[key], unit_folder(root, by_key[key]))] = (key, time.time())
+                if running:
+                    for future in wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED).done:
+                        settle(future)
+                elif wait_for_others and any(ledger.entries()[key].state == RUNNING for key in keys):
+                    time.sleep(_LOOK_SECONDS)
+                else:
+                    break
+        except BaseException:
+            executor.close()
+            raise
+        finally:
+            for key in list(held):
+                ledger.release(key)
+    entries = ledger.entries()
+    return [
+        Outcome(unit, read_result(unit_folder(root, unit)), None if entry.state == DONE else entry.error or entry.state)
+        for unit in by_key.values()
+        for entry in [entries[unit.key]]
+    ]
+
+
+@contextmanager
+def _renewed(ledger: Ledger, held: set[str]) -> Iterator[None]:
+    """Renews the leases of the units held, in a thread of its own, as long as this lasts."""
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(LEASE_SECONDS / 4):
+            # A ledger that is busy now is asked again before the lease ends.
+            with suppress(sqlite3.OperationalError):
+                ledger.renew(list(held))
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

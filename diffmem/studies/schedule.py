@@ -1,0 +1,90 @@
+"""What a study will cost before it starts: a plan of every run, measured on a few passes, and a simulated schedule."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffmem.models import Denoiser
+from diffmem.progress import Progress, silent
+from diffmem.studies.measure import read_result
+from diffmem.studies.run import unit_folder
+from diffmem.studies.unit import Unit
+from diffmem.training import plan_training
+
+# A training step's share that one pass of the network forward takes: forward, and twice that back.
+_FORWARD = 1 / 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a unit, in training and in sampling, on one device. done: it is done, and this is what it took."""
+
+    unit: Unit
+    training: float
+    sampling: float
+    done: bool = False
+
+    @property
+    def left(self) -> float:
+        """Seconds still to be spent."""
+        return 0.0 if self.done else self.training + self.sampling
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A simulated run of units on some workers, in order, each as soon as a worker is free.
+
+    seconds: until the last one ends. work: of all together. utilization: work over the workers' time.
+    """
+
+    workers: int
+    seconds: float
+    work: float
+
+    @property
+    def utilization(self) -> float:
+        return self.work / (self.seconds * self.workers) if self.seconds else 1.0
+
+
+def costs(
+    units: Sequence[Unit], root: str | Path | None, device: str = "auto", progress: Progress = silent
+) -> list[Cost]:
+    """What each unit costs on `device`: what it took where it is done in `root`, else an estimate: its steps times the
+    time of one, from `plan_training` on a few passes, once per network and batch; and all its snapshots sampled in
+    full. Runs with a question may end earlier."""
+    measured: dict[str, tuple[float, int]] = {}
+    found = []
+    for position, unit in enumerate(units):
+        progress("measuring costs", position, len(units))
+        known = None if root is None else read_result(unit_folder(root, unit))
+        if known is not None:
+            found.append(Cost(unit, known.training_seconds, known.sampling_seconds, done=True))
+            continue
+        setting = unit.setting
+        images = setting.data.training_set(unit.size, unit.repetition)
+        config = setting.config(images, unit.repetition)
+        kind = json.dumps([config.denoiser.to_json(), config.batch, config.augment > 0])
+        if kind not in measured:
+            plan = plan_training(config, images, device=device, compile=False)
+            settings = setting.sample_settings()
+            measured[kind] = plan.seconds_per_step, len(settings.plan(Denoiser(config.denoiser)).stages)
+        per_step, calls = measured[kind]
+        steps = math.ceil(config.images / config.batch)
+        per_call = per_step / config.batch * _FORWARD
+        found.append(Cost(unit, per_step * steps, per_call * calls * setting.samples * setting.snapshots))
+    progress("measuring costs", len(units), len(units))
+    return found
+
+
+def schedule(estimates: Sequence[Cost], workers: int) -> Schedule:
+    """How long what is left takes on `workers` devices like the one that was measured (list scheduling)."""
+    left = [cost.left for cost in estimates if cost.left > 0]
+    free = [0.0] * workers
+    for seconds in left:
+        heapq.heapreplace(free, free[0] + seconds)
+    return Schedule(workers, max(free, default=0.0), sum(left))

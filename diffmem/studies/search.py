@@ -1,0 +1,138 @@
+"""The search for EMM: which run to make next, and when to stop. How runs are made is not its affair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from diffmem.errors import InputError
+from diffmem.studies.curve import Observation, Posterior
+
+# Runs before the answer counts as precise. Fewer say too little of how much runs differ: of the simulated searches that
+# ended after six runs or fewer only 84 % had intervals that hold EMM, instead of 95 %.
+_FEWEST_RUNS = 8
+
+# Where in the posterior of EMM the next run goes, in turns: about its middle, and to both sides, where the steepness of
+# the curve shows. A run costs in proportion to its size, so that the lower side is cheaper.
+_TURNS = (0.5, 0.25, 0.6, 0.4, 0.1, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that the search asks for: `size` training images, repetition 0, 1, …"""
+
+    size: int
+    repetition: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to look for EMM within the sizes low … high.
+
+    zeta: R_mem at EMM is 1 − zeta. precision: the search is over when half of the 95 % interval of EMM is this share of
+    EMM at most. repetitions: runs per size at most; runs: in all at most. step: sizes are multiples of it (the number
+    of classes, for subsets that are balanced and nested).
+    """
+
+    low: int
+    high: int
+    zeta: float = 0.1
+    precision: float = 0.1
+    repetitions: int = 5
+    runs: int = 40
+    step: int = 1
+
+    def __post_init__(self):
+        for name in ("repetitions", "runs", "step"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 < self.precision < 1:
+            raise InputError(f"precision is {self.precision}, but must lie between 0 and 1")
+        if self._ceiling(self.low) > self._floor(self.high) or self.low < 2:
+            raise InputError(f"sizes {self.low}:{self.high} hold no multiple of {self.step} from 2 on")
+        self.posterior([])  # checks the rest
+
+    def posterior(self, seen: Sequence[Observation]) -> Posterior:
+        return Posterior(seen, self.low, max(self.high, self.low + 1), self.zeta)
+
+    def precise(self, seen: Sequence[Observation]) -> bool:
+        """Whether the interval of EMM is as narrow as was asked for, and rests on runs enough."""
+        return len(seen) >= _FEWEST_RUNS and half_width(self.posterior(seen)) <= self.precision
+
+    def next_trials(self, seen: Sequence[Observation], tried: Sequence[Trial], count: int = 1) -> list[Trial]:
+        """Up to `count` runs to be made at the same time, after those that were `tried`; none where nothing is left to
+        try or to find out."""
+        if self.precise(seen):
+            return []
+        posterior = self.posterior(seen)
+        chosen: list[Trial] = []
+        while len(chosen) < count and len(tried) + len(chosen) < self.runs:
+            made = [trial.size for trial in (*tried, *chosen)]
+            turn = len(made) % len(_TURNS)
+            sizes = [posterior.quantile(each) for each in (*_TURNS[turn:], *_TURNS[:turn])]
+            sizes = [min(max(self._nearest(size), self._ceiling(self.low)), self._floor(self.high)) for size in sizes]
+            # Steps may be wider than the interval of EMM: the neighbours then tell as much.
+            sizes += [size + shift for size in sizes[:1] for shift in (-self.step, self.step)]
+            possible = [s for s in sizes if self.low <= s <= self.high and made.count(s) < self.repetitions]
+            if not possible:
+                break
+            chosen.append(Trial(possible[0], made.count(possible[0])))
+        return chosen
+
+    def unresolved(self, seen: Sequence[Observation]) -> list[str]:
+        """What the runs leave open, in sentences; none where the answer is as precise as was asked for."""
+        posterior = self.posterior(seen)
+        half, found = half_width(posterior), []
+        if posterior.below(self.high) < 0.975:
+            found.append(
+                f"EMM may lie above {self.high:,}, the largest size that was allowed (probability "
+                f"{1 - posterior.below(self.high):.0%}): allow larger sizes"
+            )
+        if posterior.below(self.low) > 0.025:
+            found.append(
+                f"EMM may lie below {self.low:,}, the smallest size that was allowed (probability "
+                f"{posterior.below(self.low):.0%}): allow smaller sizes"
+            )
+        if len(seen) < _FEWEST_RUNS:
+            found.append(
+                f"{len(seen)} runs say too little of how much runs differ for an interval to be trusted: allow "
+                f"{_FEWEST_RUNS} or more"
+            )
+        if half > self.precision:
+            found.append(
+                f"the interval is ±{half:.0%}, not ±{self.precision:.0%}, after {len(seen)} runs: allow more runs or "
+                f"repetitions (runs of one size differ by {posterior.spread:.2g} in logit R_mem)"
+            )
+        return found
+
+    def _nearest(self, size: float) -> int:
+        return max(1, round(size / self.step)) * self.step
+
+    def _ceiling(self, size: int) -> int:
+        return math.ceil(size / self.step) * self.step
+
+    def _floor(self, size: int) -> int:
+        return size // self.step * self.step
+
+
+def half_width(posterior: Posterior) -> float:
+    """Half of the 95 % interval of EMM, as a share of its median."""
+    lower, upper = posterior.interval()
+    return (upper - lower) / 2 / posterior.median
+
+
+def carry_out(
+    search: Search, measure: Callable[[Sequence[Trial]], Sequence[Observation | None]], at_once: int = 1
+) -> list[tuple[Trial, Observation | None]]:
+    """Every run that the search asked for, with what was seen; None for a run that failed.
+
+    measure: makes some runs and returns what each showed. at_once: how many it is asked for at a time.
+    """
+    made: list[tuple[Trial, Observation | None]] = []
+    while True:
+        seen = [observation for _, observation in made if observation is not None]
+        trials = search.next_trials(seen, [trial for trial, _ in made], at_once)
+        if not trials:
+            return made
+        made += zip(trials, measure(trials), strict=True)

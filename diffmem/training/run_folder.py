@@ -1,0 +1,75 @@
+"""A run's folder as those read it who come after the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmem.data import ImageSet
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+from diffmem.training.config import TrainingConfig
+from diffmem.training.observers import Stats
+from diffmem.training.snapshots import SnapshotRecord, read_records, snapshot_folder
+from diffmem.training.source import DataSource, read_data
+
+CONFIG, STATS = "config.json", "stats.jsonl"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What `diffmem.training.train` left in `path`: its configuration, and what its training set was (`source` in
+    words, `images`, `fingerprint`, `found_at`)."""
+
+    path: Path
+    config: TrainingConfig
+    data: dict[str, Any]
+
+    @staticmethod
+    def open(path: str | Path) -> RunFolder:
+        """Raises InputError where no run lies there."""
+        path = Path(path)
+        try:
+            description = json.loads((path / CONFIG).read_text())
+            return RunFolder(path, TrainingConfig.from_json(description["config"]), dict(description["data"]))
+        except OSError as error:
+            raise InputError(f"{path}: no run of diffmem train lies there ({CONFIG}: {error.strerror})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path / CONFIG}: not the description of a run ({error})") from None
+
+    def snapshots(self) -> list[SnapshotRecord]:
+        """The snapshots that are still there, oldest first."""
+        return [record for record in read_records(self.path) if record.kept and self.checkpoint(record).is_dir()]
+
+    def checkpoint(self, record: SnapshotRecord) -> Path:
+        return snapshot_folder(self.path, record.images)
+
+    def stats(self) -> list[Stats]:
+        """The lines of `stats.jsonl`; a line that was cut off by a crash is left out."""
+        lines = []
+        path = self.path / STATS
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                lines.append(Stats(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+        return lines
+
+    def training_images(self, data: Any = None, progress: Progress = silent) -> ImageSet:
+        """The run's training set, read again from where it was, or from `data`.
+
+        Raises InputError where it is not found, or is not the one that the run was trained on.
+        """
+        if data is None:
+            if self.data.get("found_at") is None:
+                raise InputError(f"{self.path}: does not know where its training set lies: say it (--data)")
+            data = DataSource(**self.data["found_at"])
+        images, _ = read_data(data, progress)
+        if images.fingerprint != self.data["fingerprint"]:
+            raise InputError(
+                f"{images.source}: not the {self.data['images']:,} images that {self.path} was trained on "
+                f"({self.data['source']}): they differ in pixels, order or labels"
+            )
+        return images

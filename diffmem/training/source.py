@@ -1,0 +1,57 @@
+"""Where a run's training set comes from, so that what comes after the run finds it again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmem.data import ImageSet, load_images
+from diffmem.data.subsets import class_balanced
+from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A training set by name: read from `path`, brought to `resize`×`resize` pixels and to `color` ("grey", "rgb"), and
+    cut down to the class-balanced subset of `size` images (the first `size` where there are no class labels).
+
+    `path`: whatever `diffmem.load_images` reads from a name; a file's becomes absolute.
+    """
+
+    path: str
+    size: int | None = None
+    resize: int | None = None
+    color: str | None = None
+
+    def __post_init__(self):
+        path = str(self.path)
+        object.__setattr__(
+            self, "path", path if path.startswith("builtin:") else str(Path(path).expanduser().absolute())
+        )
+
+    def load(self, progress: Progress = silent) -> ImageSet:
+        """The images. Raises InputError where they cannot be read, or are fewer than `size`."""
+        images = load_images(self.path, resize=self.resize, color=self.color, progress=progress)
+        if self.size is None:
+            return images
+        if images.labels is not None and images.labels.ndim == 1:
+            return class_balanced(images, self.size)
+        if self.size > len(images):
+            raise InputError(f"{self.path}: holds {len(images):,} images; --size can be {len(images)} at most")
+        return images.select(slice(self.size))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_data(data: Any, progress: Progress = silent) -> tuple[ImageSet, DataSource | None]:
+    """The images of `data` (a DataSource, an ImageSet, or anything that `load_images` reads), and how to find them
+    again, where there is a way."""
+    if isinstance(data, (str, os.PathLike)):
+        data = DataSource(os.fspath(data))
+    if isinstance(data, DataSource):
+        return data.load(progress), data
+    return data if isinstance(data, ImageSet) else load_images(data, progress=progress), None

@@ -1,0 +1,139 @@
+"""`diffmem emm` and `diffmem study` as a person runs them."""
+
+import csv
+import json
+
+import pytest
+import torch
+from studies.tiny import TINY
+
+from diffmem.cli import main
+
+TINY_RUN = [
+    "--data", "builtin:digits", "--resize", "4", "--images", "48", "--num-channels", "4", "--channel-mult", "1",
+    "--num-blocks", "1", "--precond", "edm", "--dropout", "0", "--batch", "8", "--lr", "1e-3", "--warmup-epochs", "0",
+    "--samples", "20", "--snapshots", "2", "--solver", "unipc",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command in this process: (status, standard output, standard error)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        return end.value.code, *capfd.readouterr()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_study(tmp_path):
+    values = {
+        "name": "rates",
+        "title": "Learning rates",
+        "factor": "learning rate",
+        "setting": TINY.to_json(),
+        "variants": [
+            {"name": "slow"},
+            {"name": "fast", "changes": {"training.lr": 1e-2}},
+            {"name": "wrong", "changes": {"network.model_channels": 3}},
+        ],
+        "sizes": [20, 30],
+        "claims": [{"text": "fast learning memorizes more", "higher": "fast", "lower": "slow"}],
+    }
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_emm_searches_says_what_is_unresolved_and_goes_on_where_it_stopped(run, tmp_path):
+    out = tmp_path / "emm"
+    arguments = ["emm", *TINY_RUN, "--sizes", "20:80", "--max-runs", 2, "--out", out]
+    status, stdout, stderr = run(*arguments, "--json")
+    assert status == 0, stderr
+    found = json.loads(stdout)
+    assert [each["size"] % 10 for each in found["runs"]] == [0, 0]
+    assert found["interval"][0] < found["emm"] < found["interval"][1]
+    assert any("may lie below 20" in line for line in found["unresolved"])
+    assert stderr.count("R_mem") == 2
+    assert json.loads((out / "emm.json").read_text()) == found
+    with (out / "runs.csv").open() as stream:
+        assert [int(row["size"]) for row in csv.DictReader(stream)] == [each["size"] for each in found["runs"]]
+    page = (out / "report.html").read_text()
+    assert "Unresolved" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+
+    arguments[arguments.index(2)] = 3
+    status, stdout, stderr = run(*arguments)
+    assert status == 0, stderr
+    assert stderr.count("R_mem") == 1  # the first two are known
+    assert "EMM at ζ = 0.1 is about" in stdout
+    assert "unresolved: " in stdout
+    assert len(json.loads((out / "emm.json").read_text())["runs"]) == 3
+
+
+def test_a_study_of_ones_own_from_run_to_report(run, own_study, tmp_path):
+    out = tmp_path / "out"
+    status, stdout, stderr = run("study", "run", own_study, "--out", out)
+    assert status == 1  # some runs failed, and the others are there
+    assert "4 of 6 runs are done" in stdout
+    assert stderr.count("R_mem") == 4
+    assert "model_channels is 3" in stdout
+    assert "Traceback" not in stderr
+    page = (out / "report" / "report.html").read_text()
+    for words in ("fast learning memorizes more", "model_channels is 3", "data:image/png", "training.lr"):
+        assert words in page
+    with (out / "report" / "runs.csv").open() as stream:
+        assert [(row["variant"], row["size"]) for row in csv.DictReader(stream)] == [
+            ("slow", "20"), ("slow", "30"), ("fast", "20"), ("fast", "30"),
+        ]  # fmt: skip
+
+    status, stdout, stderr = run("study", "run", own_study, "--out", out, "--sizes", "20")
+    assert "R_mem" not in stderr  # nothing is run twice
+    status, stdout, stderr = run("study", "report", "--out", out, "--to", tmp_path / "elsewhere", "--json")
+    assert status == 0, stderr
+    (found,) = json.loads(stdout)
+    assert [(cell["variant"], cell["size"]) for cell in found["cells"]] == [("slow", 20), ("fast", 20)]
+    assert found["failures"][0]["variant"] == "wrong"
+    assert (tmp_path / "elsewhere" / "report.html").exists()
+
+
+def test_list_and_show(run, own_study):
+    status, stdout, _ = run("study", "list", "--json")
+    assert status == 0
+    names = [each["name"] for each in json.loads(stdout)]
+    assert {"resolution", "classes", "diversity", "width", "depth", "embedding", "skips", "batch", "weight-decay"} <= {
+        *names
+    }
+    status, stdout, _ = run("study", "show", own_study, "--sizes", "20", "--plan", "1,3")
+    assert status == 1  # a network that cannot be
+    status, stdout, stderr = run("study", "show", "ema", "--plan", "1,3")
+    assert status == 0, stderr
+    assert "10 different runs" in stdout
+    assert "3 devices" in stdout
+    status, stdout, _ = run("study", "show", "width", "--scale", "cifar10", "--json")
+    assert json.loads(stdout)["variants"][3]["setting"]["network"]["model_channels"] == 320
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["study", "run", "withd", "--out", "o"], 1, "no study 'withd'"),
+        (["study", "report", "--out", "."], 1, "no study was run there"),
+        (["emm", *TINY_RUN, "--sizes", "20-50", "--out", "o"], 2, "not a range of sizes"),
+        (["emm", *TINY_RUN, "--sizes", "20:5000", "--out", "o"], 1, "1,740 images in equal numbers"),
+        (["emm", *TINY_RUN, "--precision", "x", "--out", "o"], 2, "not a share"),
+        (["emm", "--data", "builtin:digits", "--out", "o"], 1, "one of images, epochs, duration"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, status, words, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended, _, stderr = run(*arguments)
+    assert ended == status
+    assert words in " ".join(stderr.replace("│", " ").split())
+    assert "Traceback" not in stderr

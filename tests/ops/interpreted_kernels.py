@@ -1,0 +1,294 @@
+"""The Triton kernels' values and gradients, run on the CPU by Triton's interpreter; `test_triton.py` starts this file.
+
+It needs a process of its own: TRITON_INTERPRET=1 must be there before triton is imported, and a load outside of an
+array ends the process. Memory is full of NaN before the kernels get it. Not checked here: a dot product of bfloat16,
+which triton 3.9's interpreter gets silently wrong, and races, since it runs one program after the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from golden_networks import golden_denoiser, relative_error
+
+from diffmem.errors import InputError
+from diffmem.models.blocks import BlockStyle, UNetBlock
+from diffmem.ops.attention import attention
+from diffmem.ops.group_norm_silu import group_norm_silu
+
+HALVES = [torch.float16, torch.bfloat16]
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of sigmoid(−100), as meant
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+    if layout == "every other image":
+        return torch.stack([x, torch.full_like(x, torch.nan)], dim=1).flatten(0, 1)[::2]
+    return x
+
+
+def values_and_gradients(function, tensors, dy, dtype, impl):
+    """y and the gradient of each tensor that is there, everything computed in `dtype` (None: as it comes)."""
+    leaves = [None if each is None else each.detach().to(dtype or each.dtype).requires_grad_() for each in tensors]
+    y = function(*leaves, impl)
+    return [y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy.to(y.dtype))]
+
+
+def assert_as_exact(function, tensors, dy, dtype):
+    """Errors of the kernels against float64 at most twice PyTorch's in the same dtype, plus a rounding floor."""
+    exact = values_and_gradients(function, tensors, dy, torch.float64, "reference")
+    plain = values_and_gradients(function, tensors, dy, dtype, "pytorch")
+    found = values_and_gradients(function, tensors, dy, None, "triton")
+    for name, (ours, theirs, right) in enumerate(zip(found, plain, exact, strict=True)):
+        floor = 8 * torch.finfo(ours.dtype).eps * right.abs().max()
+        allowed = 2 * (theirs - right).abs().max() + floor
+        error = (ours - right).abs().max()
+        assert error <= allowed, f"output {name}: {error:.2e} > {allowed:.2e}"
+    return found
+
+
+# Maps whose groups fit on chip and, the last two of each, those that are split; sizes at the edges of the tiles.
+SHAPES = [
+    ((2, 12, 5, 7), 3), ((3, 40, 3, 3), 10), ((2, 3, 8, 8), 1), ((1, 64, 1, 1), 16), ((2, 48, 4, 17), 8),
+    ((1, 32, 17, 16), 1), ((2, 5, 65, 63), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "every other image"])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_group_norm(shape, groups, layout):
+    options = SHAPES.index((shape, groups)) + len(layout)  # every option with every layout and kind of tile, in turn
+    adaptive, silu, rows = options % 2 == 0, options % 3 != 0, shape[0] if options % 5 else 1
+    mean = 300.0 if options % 4 < 2 else 0.0
+    channels = shape[1]
+    x = laid_out(normal(*shape) + mean, layout)
+    scale, shift = (normal(rows, channels, seed=each) for each in (1, 2)) if adaptive else (None, None)
+    added = normal(rows, channels, seed=3) if options % 2 or options % 3 else None
+    tensors = [x, normal(channels, seed=4), normal(channels, seed=5), scale, shift, added]
+
+    def function(x, weight, bias, scale, shift, added, impl):
+        return group_norm_silu(x, groups, weight, bias, 1e-5, scale, shift, silu, added, impl)
+
+    y, dx, *_ = assert_as_exact(function, tensors, normal(*shape, seed=6), torch.float32)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("shape", "groups"), [((2, 32, 4, 8), 8), ((1, 32, 17, 16), 1)])
+def test_group_norm_in_half_precision(shape, groups, dtype):
+    """As under autocast: the map is half, parameters are float32, what a linear layer made is half."""
+    channels = shape[1]
+    scale, shift, added = (normal(shape[0], channels, seed=each, dtype=dtype) for each in (1, 2, 3))
+    x = normal(*shape, dtype=dtype).to(memory_format=torch.channels_last)
+    tensors = [x, normal(channels, seed=4), normal(channels, seed=5), scale, shift, added]
+
+    def function(x, weight, bias, scale, shift, added, impl):
+        return group_norm_silu(x, groups, weight, bias, 1e-5, scale, shift, True, added, impl)
+
+    found = assert_as_exact(function, tensors, normal(*shape, seed=6, dtype=dtype), dtype)
+    assert [each.dtype for each in found] == [dtype, dtype, torch.float32, torch.float32, dtype, dtype, dtype]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 16, 5, 5), (1, 32, 17, 16)])
+def test_group_norm_of_constants_is_the_bias(shape, layout):
+    bias = normal(shape[1])
+    x = laid_out(torch.full(shape, 7.1), layout)
+    y = group_norm_silu(x, 1, torch.ones(shape[1]), bias, 1e-6, silu=False, impl="triton")
+    torch.testing.assert_close(y, bias.reshape(1, -1, 1, 1).expand(shape), rtol=0, atol=1e-4)
+
+
+def test_group_norm_twice_gives_the_same_bits():
+    x, w = normal(3, 32, 17, 16).requires_grad_(), normal(32).requires_grad_()
+    runs = []
+    for _ in range(2):
+        y = group_norm_silu(x, 1, w, w, 1e-5, impl="triton")
+        runs.append([y, *torch.autograd.grad(y.square().sum(), (x, w))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 32, 17, 16)])
+def test_group_norm_beyond_two_to_the_31(shape, tmp_path):
+    """Images 2^31 elements apart, in a sparse file: 32-bit offsets would read elsewhere."""
+    apart = 2**31
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(4 * (apart + 2**20))
+    memory = torch.from_file(str(path), shared=True, size=apart + 2**20, dtype=torch.float32)
+    x = memory.as_strided(shape, (apart, shape[2] * shape[3], shape[3], 1))
+    x.copy_(normal(*shape))
+    w = normal(shape[1])
+    torch.testing.assert_close(
+        group_norm_silu(x, 1, w, w, 1e-5, impl="triton"), group_norm_silu(normal(*shape), 1, w, w, 1e-5, impl="triton")
+    )
+
+
+def test_group_norm_refuses_and_passes_on():
+    x, w = normal(1, 4, 2, 2, dtype=torch.float64), normal(4, dtype=torch.float64)
+    with pytest.raises(InputError, match="float64 is not"):
+        group_norm_silu(x, 1, w, w, 1e-5, impl="triton")
+    wide = normal(1, 130, 1, 1)
+    with pytest.raises(InputError, match="130 channels are wider"):
+        group_norm_silu(wide, 1, normal(130), normal(130), 1e-5, impl="triton")
+    assert group_norm_silu(x, 1, w, w, 1e-5).dtype == torch.float64  # by PyTorch
+    assert group_norm_silu(wide[:0], 10, normal(130), normal(130), 1e-5, impl="triton").shape == (0, 130, 1, 1)
+    empty = normal(0, 8, 2, 2).requires_grad_()
+    weight = normal(8).requires_grad_()
+    y = group_norm_silu(empty, 2, weight, weight, 1e-5, impl="triton")
+    assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(8))
+
+
+def test_group_norm_op_is_well_registered():
+    shape = (2, 8, 3, 3)
+    w, rows = normal(shape[1]).requires_grad_(), normal(shape[0], shape[1]).requires_grad_()
+    x = normal(*shape).to(memory_format=torch.channels_last).requires_grad_()
+    torch.use_deterministic_algorithms(False)  # opcheck runs ops that have no deterministic form
+    torch.library.opcheck(torch.ops.diffmem.group_norm_silu_triton, (x, 1, w, w, 1e-5, rows, rows, True, rows))
+    torch.library.opcheck(
+        torch.ops.diffmem.group_norm_silu_triton, (x.detach(), 1, w.detach(), w.detach(), 1e-5, None, None, False, None)
+    )
+
+
+def test_kernels_fill_what_they_own():
+    """Nothing is written outside of the outputs: the arrays around them keep their bits."""
+    from diffmem.ops.group_norm_silu import triton_kernels
+
+    made, empty = [], torch.empty
+
+    def guarded(shape, **options):
+        size = int(np.prod(shape))
+        memory = empty((size + 64,), **options).fill_(12345.0)
+        made.append((memory, size))
+        return memory[:size].view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", guarded)
+        patch.setattr(triton_kernels, "_empty_like", lambda x: guarded(x.shape, dtype=x.dtype))
+        for shape in [(1, 12, 3, 5), (1, 34, 33, 31)]:
+            x, w = normal(*shape), normal(shape[1])
+            y, mean, rstd = triton_kernels.launch_forward(x, 2, w, w, 1e-5, None, None, True, None)
+            triton_kernels.launch_backward(y, x, mean, rstd, 2, w, w, None, None, True, None)
+    assert len(made) >= 10
+    for memory, size in made:
+        assert (memory[size:] == 12345.0).all()
+
+
+# One token, edges of the tiles (16 and 64 tokens, 16 to 64 channels), several rounds and parts of channels.
+@pytest.mark.parametrize(
+    ("shape", "heads", "layout"),
+    [
+        ((2, 48, 4, 4), 1, "channels_last"), ((2, 90, 3, 5), 5, "strided"), ((2, 30, 3, 5), 1, "every other image"),
+        ((1, 12, 1, 1), 2, "contiguous"), ((1, 120, 5, 13), 1, "contiguous"), ((1, 120, 5, 13), 1, "channels_last"),
+        ((1, 51, 9, 7), 1, "channels_last"),
+    ],
+)  # fmt: skip
+def test_attention(shape, heads, layout):
+    qkv = laid_out(normal(*shape), layout)
+    dy = normal(shape[0], shape[1] // 3, *shape[2:], seed=1)
+    y, dqkv = assert_as_exact(lambda qkv, impl: attention(qkv, heads, impl), [qkv], dy, torch.float32)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert dqkv.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(1, 3 * 136, 3, 6), (2, 96, 5, 4)])
+def test_attention_in_half_precision(shape):
+    """float16 only: the interpreter's bfloat16 products are wrong."""
+    qkv = normal(*shape, dtype=torch.float16).to(memory_format=torch.channels_last)
+    dy = normal(shape[0], shape[1] // 3, *shape[2:], seed=1, dtype=torch.float16)
+    y, dqkv = assert_as_exact(lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float16)
+    assert y.dtype == dqkv.dtype == torch.float16
+
+
+def test_attention_tf32_tiles(monkeypatch):
+    """The tiles of TF32, whose products the interpreter forms in float32."""
+    from diffmem.ops.attention import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "precision_of", lambda dtype: "tf32")
+    qkv, dy = normal(1, 3 * 72, 5, 4), normal(1, 72, 5, 4, seed=1)
+    assert_as_exact(lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float32)
+
+
+def test_attention_of_large_and_equal_scores():
+    """Scores of ±2500 leave one weight each, equal ones the mean; no power overflows, nothing is divided by zero."""
+    sharp = 50 * normal(1, 48, 4, 5)
+    torch.testing.assert_close(attention(sharp, 1, "triton"), attention(sharp, 1, "pytorch"), rtol=1e-4, atol=1e-3)
+    equal = normal(1, 48, 4, 5)
+    equal[:, 0::3] = 0
+    mean = equal[:, 2::3].mean(dim=(2, 3), keepdim=True).expand(1, 16, 4, 5)
+    torch.testing.assert_close(attention(equal, 1, "triton"), mean)
+
+
+def test_attention_refuses_passes_on_and_takes_nothing():
+    with pytest.raises(InputError, match="float64 is not"):
+        attention(normal(1, 12, 2, 2).double(), 1, "triton")
+    with pytest.raises(InputError, match="513 channels are wider"):
+        attention(normal(1, 3 * 513, 1, 1), 1, "triton")
+    with pytest.raises(InputError, match="4225 pixels"):
+        attention(normal(1, 3, 65, 65), 1, "triton")
+    assert attention(normal(1, 3 * 513, 1, 1), 1).shape == (1, 513, 1, 1)  # by PyTorch
+    empty = normal(0, 12, 2, 3).requires_grad_()
+    y = attention(empty, 2, "triton")
+    assert y.shape == (0, 4, 2, 3)
+    assert torch.autograd.grad(y.sum(), empty)[0].shape == empty.shape
+
+
+def test_attention_beyond_two_to_the_31(tmp_path):
+    apart = 2**31
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(4 * (apart + 2**20))
+    memory = torch.from_file(str(path), shared=True, size=apart + 2**20, dtype=torch.float32)
+    qkv = memory.as_strided((2, 24, 2, 2), (apart, 4, 2, 1))
+    qkv.copy_(normal(2, 24, 2, 2))
+    torch.testing.assert_close(attention(qkv, 1, "triton"), attention(normal(2, 24, 2, 2), 1, "triton"))
+
+
+def test_attention_op_is_well_registered():
+    qkv = normal(2, 24, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(torch.ops.diffmem.attention_triton, (qkv, 2))
+
+
+@pytest.mark.parametrize("name", ["ddpmpp-vp-skips", "adm-edm-cond"])
+def test_networks_match_the_golden_files(name):
+    """The whole network, in one graph, through the kernels: the additive embedding and the adaptive one."""
+    made, tensors = golden_denoiser(name)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        out = made(tensors["x"][:1], tensors["sigma"][:1], None if (c := tensors.get("class_index")) is None else c[:1])
+    assert relative_error(out, tensors["denoised"][:1]) < 1e-5
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["diffmem::group_norm_silu_triton"] > 20
+    assert calls["diffmem::attention_triton"] > 1
+
+
+def test_one_graph_without_breaks_and_its_gradients():
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    block = UNetBlock(16, 8, BlockStyle(1e-6, 0.7, False, None, False, (1, 1), 0.0, 8), attention=True)
+    block.to(memory_format=torch.channels_last)
+    x, emb = normal(2, 16, 4, 4).to(memory_format=torch.channels_last), normal(2, 8)
+    found = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        block.zero_grad()
+        function(x, emb).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in block.parameters()])
+    for compiled, eager in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)

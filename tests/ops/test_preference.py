@@ -1,0 +1,130 @@
+"""Which attention is used on a GPU: the setting, the measurement (with a clock that is told the time), the rule."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from diffmem.errors import InputError
+from diffmem.ops import measured
+from diffmem.ops.attention import composite, preference
+from diffmem.ops.attention.preference import by_rule, preferred, settled
+
+
+@pytest.fixture(autouse=True)
+def _own_choices(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFMEM_CACHE", str(tmp_path))
+    monkeypatch.delenv(preference.SETTING, raising=False)
+    monkeypatch.setattr(preference, "MEASURED", measured.Remembered("attention"))
+
+
+class Clock:
+    """Two ways of attention that take the seconds they are told to."""
+
+    def __init__(self, **seconds):
+        self.now, self.calls = 0.0, []
+        self.ways = {name: self._way(name, each) for name, each in seconds.items()}
+
+    def _way(self, name, seconds):
+        def run(qkv, num_heads):
+            self.now += seconds
+            self.calls.append(name)
+            return composite.attention(qkv, num_heads)
+
+        return run
+
+    def __call__(self):
+        return self.now
+
+
+def choose(monkeypatch, clock, qkv, heads=1):
+    """`preferred` with the clock's time; the device is this CPU, which is as good as any."""
+    real = preference.measure
+    monkeypatch.setattr(preference, "measure", lambda *arguments: real(*arguments, clock=clock))
+    chosen = preferred(qkv, heads, clock.ways)
+    monkeypatch.setattr(preference, "measure", real)
+    return chosen
+
+
+def test_the_faster_way_is_measured_once_and_remembered_by_all_processes(monkeypatch, tmp_path):
+    qkv = torch.randn(2, 24, 2, 2)
+    clock = Clock(triton=3.0, pytorch=2.0)
+    assert choose(monkeypatch, clock, qkv) == "pytorch"
+    assert clock.calls == ["triton"] * (1 + preference.RUNS) + ["pytorch"] * (1 + preference.RUNS)
+    again = Clock(triton=1.0, pytorch=2.0)
+    assert choose(monkeypatch, again, qkv[:1]) == "pytorch"
+    monkeypatch.setattr(preference, "MEASURED", measured.Remembered("attention"))  # another process
+    assert choose(monkeypatch, again, qkv) == "pytorch"
+    assert not again.calls
+    (cases,) = json.loads((tmp_path / "choices.json").read_text())["attention"].values()
+    assert cases == {"4 tokens, 1 heads of 8, float32 ieee, contiguous, inference": {"triton": 3.0, "pytorch": 2.0}}
+
+
+def test_what_changes_the_answer_is_measured_for_itself(monkeypatch):
+    qkv = torch.randn(2, 24, 2, 2)
+    variants = [
+        (qkv, 1), (qkv, 2), (qkv.half(), 1), (qkv.to(memory_format=torch.channels_last), 1),
+        (qkv.clone().requires_grad_(), 1), (qkv[:, :, :1], 1),
+    ]  # fmt: skip
+    for values, heads in variants:
+        clock = Clock(triton=1.0, pytorch=2.0)
+        assert choose(monkeypatch, clock, values, heads) == "triton"
+        assert clock.calls, "was taken for another case"
+
+
+def test_the_setting_decides_over_everything(monkeypatch):
+    clock = Clock(triton=1.0, pytorch=2.0)
+    qkv = torch.randn(1, 24, 2, 2)
+    for setting in ("pytorch", "triton"):
+        monkeypatch.setenv(preference.SETTING, setting)
+        assert choose(monkeypatch, clock, qkv) == setting
+    monkeypatch.setenv(preference.SETTING, "rule")
+    assert choose(monkeypatch, clock, qkv) == by_rule(4, 8, torch.float32, "ieee")
+    assert not clock.calls
+    monkeypatch.setenv(preference.SETTING, "fast")
+    with pytest.raises(InputError, match="DIFFMEM_ATTENTION=fast: choose measure, rule"):
+        choose(monkeypatch, clock, qkv)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"attention": {"cpu": {"case": {}}}}', '{"attention": 3}'])
+def test_a_file_that_cannot_be_read_counts_as_none(monkeypatch, tmp_path, text):
+    (tmp_path / "choices.json").write_text(text)
+    clock = Clock(triton=1.0, pytorch=2.0)
+    assert choose(monkeypatch, clock, torch.randn(1, 24, 2, 2)) == "triton"
+    assert clock.calls
+    assert "attention" in json.loads((tmp_path / "choices.json").read_text())
+
+
+def test_without_a_folder_to_write_to_the_process_remembers(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIFFMEM_CACHE", str(tmp_path / "file"))
+    first, second = Clock(triton=1.0, pytorch=2.0), Clock(triton=2.0, pytorch=1.0)
+    qkv = torch.randn(1, 24, 2, 2)
+    assert choose(monkeypatch, first, qkv) == choose(monkeypatch, second, qkv) == "triton"
+    assert not second.calls
+
+
+def test_tracing_measures_nothing(monkeypatch):
+    """Under torch.compile the choice is a constant of the graph, without a break."""
+    clock = Clock(triton=1.0, pytorch=2.0)
+
+    def function(qkv):
+        way = preferred(qkv, 1, clock.ways)
+        return qkv * (1 if way == "triton" else 2)
+
+    qkv = torch.ones(1, 24, 2, 2)
+    out = torch.compile(function, fullgraph=True, backend="eager")(qkv)
+    assert not clock.calls
+    expected = settled("cpu", None, 4, 1, 8, torch.float32, "contiguous", False)
+    assert out[0, 0, 0, 0] == (1 if expected == "triton" else 2)
+
+
+def test_the_rule():
+    # One part: nothing is computed twice.
+    assert by_rule(4096, 128, torch.bfloat16, "ieee") == "triton"
+    # Wide heads: as long as there are few tokens; without matrix units, fewer.
+    assert by_rule(64, 512, torch.bfloat16, "ieee") == "triton"
+    assert by_rule(4096, 256, torch.bfloat16, "ieee") == "pytorch"
+    assert by_rule(256, 256, torch.float32, "ieee") == "pytorch"

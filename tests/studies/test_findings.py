@@ -1,0 +1,96 @@
+"""What is concluded from results: differences with their intervals, verdicts on the paper's claims, costs ahead."""
+
+from dataclasses import replace
+
+import pytest
+from studies.tiny import TINY
+
+from diffmem.studies import Claim, Result, Study, Variant
+from diffmem.studies.findings import CONTRARY, HOLDS, UNDECIDED, UNMEASURED, Spread, findings, spread_of, student
+from diffmem.studies.schedule import Cost, costs, schedule
+
+
+def result(unit, count, total=1000) -> Result:
+    return Result(
+        unit.key, unit.size, unit.repetition, count, total, None, False, 100, 5.0, 100, 10, 1.0, 0.5, "", (), {}
+    )
+
+
+def study(claim: Claim, repetitions: int = 2) -> Study:
+    wide = replace(TINY, network={**TINY.network, "model_channels": 8})
+    variants = (Variant("narrow", TINY), Variant("wide", wide))
+    return Study("width", "Width", "channels", variants, (20, 30), repetitions, claims=(claim,))
+
+
+def judged(claim: Claim, shares: dict[str, tuple[float, ...]], spread: Spread = Spread(0.4, 20)):  # noqa: B008
+    subject = study(claim)
+    results = {}
+    for variant, unit in subject.cells():
+        if variant.name in shares:
+            results[unit.key] = result(unit, round(1000 * shares[variant.name][unit.repetition]))
+    return findings(subject, results, {}, spread).judged[0]
+
+
+def test_verdicts():
+    more = Claim("width raises R_mem", "wide", "narrow")
+    assert judged(more, {"wide": (0.8, 0.82), "narrow": (0.3, 0.25)}).verdict == HOLDS
+    assert judged(more, {"wide": (0.2, 0.25), "narrow": (0.7, 0.75)}).verdict == CONTRARY
+    assert judged(more, {"wide": (0.52, 0.5), "narrow": (0.48, 0.47)}).verdict == UNDECIDED
+    assert judged(more, {"wide": (0.5, 0.5)}).verdict == UNMEASURED
+    alike = replace(more, about_equal=True)
+    assert judged(alike, {"wide": (0.99, 0.99), "narrow": (0.98, 0.99)}).verdict == HOLDS
+    assert judged(alike, {"wide": (0.9, 0.9), "narrow": (0.2, 0.2)}).verdict == CONTRARY
+    assert judged(alike, {"wide": (0.5, 0.6), "narrow": (0.5, 0.5)}).verdict == UNDECIDED
+    # The same shares decide less where runs differ more.
+    shares = {"wide": (0.6, 0.6), "narrow": (0.45, 0.45)}
+    assert [judged(more, shares, Spread(tau, 20)).verdict for tau in (0.1, 1.0)] == [HOLDS, UNDECIDED]
+
+
+def test_the_difference_is_that_of_the_means():
+    found = judged(Claim("", "wide", "narrow"), {"wide": (0.8, 0.6), "narrow": (0.3, 0.2)})
+    assert found.sizes == (20, 30)
+    assert found.difference == pytest.approx(0.45)
+    low, high = found.interval
+    assert (low + high) / 2 == pytest.approx(0.45)
+    assert 0.1 < high - low < 0.4
+
+
+def test_spread_between_runs_is_learnt_from_repetitions():
+    units = study(Claim("", "wide", "narrow"), 30).units()
+    # Logits alternate between ±0.8: a standard deviation of 0.8 but for the noise of sampling.
+    groups = [[result(unit, 310 + 380 * (unit.repetition % 2), 1000) for unit in units if unit.size == 20]]
+    assert spread_of(groups).tau == pytest.approx(0.8, abs=0.05)
+    assert spread_of([]).tau == pytest.approx(0.4)
+    assert spread_of([[result(units[0], 500)]]).freedom == spread_of([]).freedom
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.776), (10, 2.228), (30, 2.042), (1000, 1.962)])
+def test_student(freedom, quantile):
+    assert student(0.975, freedom) == pytest.approx(quantile, abs=0.01)
+
+
+def test_what_is_missing_and_what_failed_is_counted():
+    subject = study(Claim("", "wide", "narrow"))
+    first, second, *rest = subject.units()
+    found = findings(subject, {first.key: result(first, 500)}, {second.key: "diverged"})
+    assert found.missing == len(rest)
+    assert found.failures == (("narrow", 30, 0, "diverged"),)
+
+
+def test_a_schedule_fills_its_workers():
+    units = study(Claim("", "wide", "narrow")).units()
+    estimates = [Cost(unit, seconds, 0.0) for unit, seconds in zip(units, (4, 3, 2, 1, 1, 1, 5, 1), strict=True)]
+    assert schedule(estimates, 1).seconds == schedule(estimates, 1).work == 18
+    assert schedule(estimates, 100).seconds == 5
+    # In order: 4 1 5 | 3 1 1 1 … as each worker gets free.
+    assert schedule(estimates, 2).seconds == 11
+    assert schedule([replace(cost, done=True) for cost in estimates], 2).seconds == 0
+
+
+def test_costs_are_measured_per_network_and_grow_with_length(tmp_path):
+    short, long = (next(iter(study(Claim("", "wide", "narrow")).units())) for _ in range(2))
+    long = replace(long, setting=replace(long.setting, length={"images": 480}, samples=200))
+    first, second = costs([short, long], tmp_path, "cpu")
+    assert second.training == pytest.approx(10 * first.training)
+    assert second.sampling == pytest.approx(10 * first.sampling)
+    assert first.training > 0

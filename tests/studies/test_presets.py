@@ -1,0 +1,91 @@
+"""The paper's factors as studies, and studies of one's own."""
+
+import json
+
+import pytest
+from studies.tiny import TINY
+
+from diffmem.errors import InputError
+from diffmem.models import PRESETS
+from diffmem.studies import Study, load_study
+from diffmem.studies.presets import CIFAR10, NAMES, SCALES, build
+from diffmem.studies.report import published
+from diffmem.studies.study import at_sizes
+from diffmem.training import EMA
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_study_is_whole(name, scale):
+    study = build(name, scale)
+    units = study.units()
+    assert len({unit.key for unit in units}) == len(units)
+    assert Study.from_json(study.to_json()) == study
+    assert study.published is None or study.published in published()
+    if scale == "digits":  # its data are here: every variant can be trained
+        for variant in study.variants:
+            size = (variant.sizes or study.sizes)[0]
+            images = variant.setting.data.training_set(size)
+            assert len(images) == size
+            variant.setting.config(images)
+
+
+def test_the_cifar10_scale_is_the_protocol(cifar10):
+    setting = build("size", "cifar10", str(cifar10 / "cifar10-test.zip")).variants[0].setting
+    images = setting.data.training_set(1000)
+    config = setting.config(images)
+    assert config.denoiser == PRESETS["ddpmpp_cifar10"]
+    assert (config.batch, config.lr, config.betas, config.warmup_epochs) == (512, 2e-4, (0.9, 0.999), 200)
+    assert config.images == 40_000 * 1000
+    assert (config.ema, config.weight_decay, config.augment, config.window) == (EMA("compensated"), 0, 0, 0)
+    sampling = setting.sample_settings()
+    assert (sampling.solver, sampling.steps, setting.samples) == ("heun", 18, 10_000)
+
+
+def test_factors_change_what_they_are_named_after():
+    wide = build("width", "cifar10").variants
+    assert [variant.setting.network["model_channels"] for variant in wide] == [128, 192, 256, 320]
+    batches = build("batch", "cifar10").variants
+    assert [v.setting.training["batch"] for v in batches] == list(range(128, 897, 128))
+    assert batches[3].setting == CIFAR10
+    assert batches[0].setting.training["lr"] == pytest.approx(5e-5)
+    unique = build("unique-labels", "cifar10").variants[1].setting
+    assert (unique.data.labels, unique.length, unique.network["num_blocks"]) == ("unique", {"duration": 600}, 4)
+    skips = {variant.name: variant.setting.network.get("skips") for variant in build("skips", "cifar10").variants}
+    assert skips["16.1 only"] == ["16.1"]
+    assert skips["none"] == []
+
+
+def test_own_studies_from_json_and_python(tmp_path):
+    values = {
+        "name": "rates",
+        "title": "Learning rates",
+        "factor": "learning rate",
+        "setting": TINY.to_json(),
+        "variants": [{"name": "slow"}, {"name": "fast", "changes": {"training.lr": 1e-2}, "sizes": [30]}],
+        "sizes": [20],
+        "claims": [{"text": "fast learning memorizes more", "higher": "fast", "lower": "slow"}],
+    }
+    (tmp_path / "rates.json").write_text(json.dumps(values))
+    study = load_study(tmp_path / "rates.json")
+    assert [unit.size for unit in study.units()] == [20, 30]
+    assert study.units()[1].setting.training["lr"] == 1e-2
+    (tmp_path / "rates.py").write_text(f"study = {values!r}")
+    assert load_study(tmp_path / "rates.py") == study
+    assert [unit.size for unit in at_sizes(study, (40,), 2).units()] == [40, 40, 40, 40]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ('{"name": "a"}', "variants"),
+        ('{"name": "a", "title": "", "factor": "", "variants": [{"name": "v"}], "sizes": [20]}', "give it a setting"),
+    ],
+)
+def test_a_study_that_is_none_is_refused(text, words, tmp_path):
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        load_study(tmp_path / "own.json")
+    with pytest.raises(InputError, match="no such study"):
+        load_study(tmp_path / "other.json")

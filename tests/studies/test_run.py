@@ -1,0 +1,145 @@
+"""Units through executors: failures, deaths, interruptions; what is done is done once."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from studies.tiny import TINY
+
+from diffmem.errors import InputError
+from diffmem.studies import Processes, Unit, run_unit, run_units
+from diffmem.studies.ledger import DONE, FAILED, Ledger
+from diffmem.studies.measure import read_result
+from diffmem.studies.run import unit_folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def numbers(result):
+    """What must not depend on how a result came about."""
+    return result.count, result.total, [(each.images, each.loss, each.count) for each in result.snapshots]
+
+
+def test_one_failure_does_not_sink_the_others_and_nothing_runs_twice(tmp_path):
+    wrong = replace(TINY, network={**TINY.network, "model_channels": 3})
+    units = [Unit(TINY, 20), Unit(wrong, 20), Unit(TINY, 30)]
+    told = []
+    outcomes = run_units(units, tmp_path, tell=told.append)
+    assert [outcome.result is None for outcome in outcomes] == [False, True, False]
+    assert "model_channels is 3" in outcomes[1].error
+    assert len(told) == 3  # wrong input is not tried again
+    result = outcomes[0].result
+    assert (result.size, result.total, len(result.snapshots)) == (20, 20, 3)
+    assert result.count == max(each.count for each in result.snapshots)
+    entries = Ledger(tmp_path).entries()
+    assert [entries[unit.key].state for unit in units] == [DONE, FAILED, DONE]
+    assert [path.name for path in sorted(tmp_path.glob("units/*/result.json"))] == ["result.json"] * 2
+
+    written = (unit_folder(tmp_path, units[0]) / "result.json").stat().st_mtime_ns
+    again = []
+    assert [o.result for o in run_units(units, tmp_path, tell=again.append)] == [o.result for o in outcomes]
+    assert again == []
+    assert (unit_folder(tmp_path, units[0]) / "result.json").stat().st_mtime_ns == written
+    # A ledger that was lost is made again from the folders.
+    (tmp_path / "ledger.sqlite").unlink()
+    assert run_units(units[:1], tmp_path)[0].result == result
+    assert Ledger(tmp_path).entries()[units[0].key].state == DONE
+
+
+def test_an_interrupted_unit_waits_and_continues_to_the_same_result(tmp_path):
+    unit = Unit(replace(TINY, length={"images": 160}, snapshots=10), 20)
+    whole = run_unit(unit, tmp_path / "whole")
+
+    def interrupt() -> None:
+        while not (unit_folder(tmp_path / "root", unit) / "audits.json").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_units([unit], tmp_path / "root")
+    thread.join()
+    assert Ledger(tmp_path / "root").entries()[unit.key].state == "waiting"
+    assert read_result(unit_folder(tmp_path / "root", unit)) is None
+    outcome = run_units([unit], tmp_path / "root")[0]
+    assert numbers(outcome.result) == numbers(whole)
+
+
+def test_a_question_ends_the_run_once_it_is_answered(tmp_path):
+    # Two images are soon known by heart: half of the samples are copies after 1600 images seen.
+    two = replace(
+        TINY,
+        data=replace(TINY.data, only_class=1),
+        network={**TINY.network, "model_channels": 8},
+        training={**TINY.training, "lr": 1e-2, "ema": {"rule": "target", "target": 0.9}},
+        length={"images": 2400},
+        samples=200,
+        sampling={"solver": "unipc", "batch": 50},
+    )
+    yes = run_unit(Unit(two, 2, at_least=0.2), tmp_path / "yes")
+    assert (yes.decided, yes.censored, yes.images) == (True, True, 1600)
+    assert yes.total < 200
+    no = run_unit(Unit(replace(TINY, samples=200), 20, at_least=0.99), tmp_path / "no")
+    assert (no.decided, no.censored, len(no.snapshots)) == (False, False, 3)
+    assert no.total < 200
+    with pytest.raises(InputError, match="at_least is 0"):
+        Unit(TINY, 20, at_least=0)
+
+
+def test_processes_survive_the_death_of_one(tmp_path):
+    units = [Unit(TINY, 20), Unit(replace(TINY, length={"images": 1600}, snapshots=20), 20), Unit(TINY, 30)]
+    long = unit_folder(tmp_path, units[1])
+    executor = Processes(2, threads=1)
+
+    def kill() -> None:
+        while not (long / "audits.json").exists():
+            time.sleep(0.01)
+        for process, future in zip(executor._processes, executor._busy, strict=True):
+            if future is not None and not future.done():
+                os.kill(process, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        outcomes = run_units(units, tmp_path, executor)
+    finally:
+        executor.close()
+        thread.join()
+    assert all(outcome.error is None for outcome in outcomes)
+    assert Ledger(tmp_path).entries()[units[1].key].attempts >= 1
+    assert numbers(outcomes[0].result) == numbers(run_unit(units[0], tmp_path / "here"))
+    assert outcomes[1].result.images == 1600
+
+
+def test_a_unit_folder_that_holds_something_else_is_named(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"count": 1}))
+    with pytest.raises(InputError, match="not the result of a unit"):
+        read_result(Path(tmp_path))
+
+
+def test_ray_runs_units_and_reports_their_errors_as_they_are(tmp_path):
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    from diffmem.studies import Ray
+
+    wrong = replace(TINY, network={**TINY.network, "model_channels": 3})
+    executor = Ray(num_cpus=2, include_dashboard=False, cpus=1)
+    try:
+        assert executor.slots == 2
+        outcomes = run_units([Unit(TINY, 20), Unit(wrong, 20)], tmp_path, executor)
+    finally:
+        executor.close()
+    assert numbers(outcomes[0].result) == numbers(run_unit(Unit(TINY, 20), tmp_path / "here"))
+    assert outcomes[1].error.startswith("InputError: model_channels is 3")
