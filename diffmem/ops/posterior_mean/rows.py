@@ -28,7 +28,8 @@ OP = register(
 class PosteriorMean(NamedTuple):
     """mean [B, d], log_sum [B] (log Σ_i exp(−‖x − y_i‖² / 2σ²)) and dropped [B], float64.
 
-    dropped: a proven bound on the share of the weights' sum that was left out.
+    dropped: a bound on the share of the weights' sum that was left out; where it comes from approximate scores (dense
+    products in 8 bits), it is as good as their model of rounding, not a proof.
     """
 
     mean: torch.Tensor
