@@ -87,5 +87,13 @@ class _Log:
         print(line, file=self.file, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it: 45 seconds, 3.5 minutes, 2.1 days."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def _digits(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"

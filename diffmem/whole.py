@@ -19,6 +19,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8 to `path`, replacing it, so that it is there whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to fill, renamed to `path` at the end, removed on any exception.

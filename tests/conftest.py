@@ -18,6 +18,16 @@ torch.set_flush_denormal(True)
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture
+def one_thread():
+    """One thread of PyTorch's, so that sums have the same order as in processes that a test starts; and the tests'
+    networks are so small that they only lose by more, most of all where the processor is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def cifar10() -> Path:
     """Folder with CIFAR-10 (JPEG): cifar10-train.zip and cifar10-test.zip."""

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
 # What each room may import from the others; what EVERYBODY holds, and the package itself, is for all.
-EVERYBODY = {"", "devices", "errors", "pictures", "progress", "whole"}
+EVERYBODY = {"", "devices", "errors", "pages", "pictures", "progress", "whole"}
 ALLOWED = {
     "data": set(),
     "ops": set(),

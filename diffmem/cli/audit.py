@@ -128,7 +128,7 @@ def audit_command(
 
 def print_verdict(result: Audit) -> None:
     """A short verdict that a person understands, on standard output."""
-    from diffmem.memorization.audit import percent
+    from diffmem.pages import percent
 
     click.echo(f"{result.verdict()}.")
     if result.settings["duplicates"] == "collapse":

@@ -56,7 +56,7 @@ def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, devic
 
 def tell_outcome(outcome: Outcome) -> None:
     """A line about a run that ended, on standard error."""
-    from diffmem.memorization.audit import percent
+    from diffmem.pages import percent
 
     unit, result = outcome.unit, outcome.result
     where = f"N = {unit.size:,}, repetition {unit.repetition}"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import Source, debug_option
-from diffmem.cli.sample import Seeds, print_summary
+from diffmem.cli.sample import Seeds, print_result, says_what_is_kept
+from diffmem.cli.training_options import POSITIVE
 from diffmem.errors import InputError
-
-POSITIVE = click.IntRange(min=1)
 
 
 class Variant(click.ParamType):
@@ -83,7 +81,7 @@ def optimum_command(
     """
     import torch
 
-    from diffmem.generation import SampleSettings, generate, work_folder
+    from diffmem.generation import SampleSettings, generate
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
     from diffmem.training import DataSource
@@ -102,32 +100,18 @@ def optimum_command(
     torch.set_flush_denormal(True)
     if report is not None and is_first_rank():
         check_output_folder(report)
-    try:
-        with process_group(), progress_bars(is_first_rank()) as progress:
-            training = DataSource(source, size, resize, color).load(progress)
-            for note in training.notes if is_first_rank() else ():
-                click.echo(f"note: {note}", err=True)
-            if cond and training.labels is None:
-                raise InputError(f"{source}: --cond needs labels, and there are none")
-            denoiser = OptimalDenoiser(
-                training, tolerance=tolerance, labels=None if cond else False, device=device,
-                regularization=regularization, subset=subset,
-            )  # fmt: skip
-            result = generate(
-                denoiser, seeds, out=out, settings=settings, training=training if audit else None, holdout=holdout,
-                restart=restart, progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        if out is not None and is_first_rank() and work_folder(out).exists():
-            click.echo(f"finished images are kept in {work_folder(out)}; the same command goes on from there", err=True)
-        raise
-    if result is None:  # not the first rank
-        return
-    page = None if report is None else result.audit.save(report)
-    if as_json:
-        click.echo(json.dumps(result.to_dict(), allow_nan=False))
-        return
-    click.echo(denoiser.summary())
-    print_summary(result)
-    if page is not None:
-        click.echo(f"report: {page}")
+    with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
+        training = DataSource(source, size, resize, color).load(progress)
+        for note in training.notes if is_first_rank() else ():
+            click.echo(f"note: {note}", err=True)
+        if cond and training.labels is None:
+            raise InputError(f"{source}: --cond needs labels, and there are none")
+        denoiser = OptimalDenoiser(
+            training, tolerance=tolerance, labels=None if cond else False, device=device,
+            regularization=regularization, subset=subset,
+        )  # fmt: skip
+        result = generate(
+            denoiser, seeds, out=out, settings=settings, training=training if audit else None, holdout=holdout,
+            restart=restart, progress=progress,
+        )  # fmt: skip
+    print_result(result, report, as_json, headline=denoiser.summary())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +118,7 @@ def sample_command(
     """
     import torch
 
-    from diffmem.generation import SampleSettings, generate, work_folder
+    from diffmem.generation import SampleSettings, generate
     from diffmem.progress import progress_bars
     from diffmem.whole import check_output_folder
 
@@ -134,22 +136,38 @@ def sample_command(
     torch.set_flush_denormal(True)
     if report is not None and is_first_rank():
         check_output_folder(report)
+    with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
+        result = generate(
+            checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, device=device,
+            restart=restart, progress=progress,
+        )  # fmt: skip
+    print_result(result, report, as_json)
+
+
+@contextmanager
+def says_what_is_kept(out: Path | None) -> Iterator[None]:
+    """Says, on an interrupt, where the finished images are and how to go on."""
+    from diffmem.generation import work_folder
+
     try:
-        with process_group(), progress_bars(is_first_rank()) as progress:
-            result = generate(
-                checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, device=device,
-                restart=restart, progress=progress,
-            )  # fmt: skip
+        yield
     except KeyboardInterrupt:
         if out is not None and is_first_rank() and work_folder(out).exists():
             click.echo(f"finished images are kept in {work_folder(out)}; the same command goes on from there", err=True)
         raise
-    if result is None:  # not the first rank
+
+
+def print_result(result: Generated | None, report: Path | None, as_json: bool, headline: str = "") -> None:
+    """Saves the audit's report where one is wanted, and prints JSON, or a headline and the summary; on the first rank,
+    the others have no result."""
+    if result is None:
         return
     page = None if report is None else result.audit.save(report)
     if as_json:
         click.echo(json.dumps(result.to_dict(), allow_nan=False))
         return
+    if headline:
+        click.echo(headline)
     print_summary(result)
     if page is not None:
         click.echo(f"report: {page}")

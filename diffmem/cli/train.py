@@ -13,6 +13,7 @@ from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
 from diffmem.cli.training_options import POSITIVE, training_options, training_parts
 from diffmem.errors import InputError
+from diffmem.progress import duration
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
@@ -187,7 +188,7 @@ def _print_plan(plan: Plan) -> None:
     if plan.resumed_at:
         click.echo(f"continuing after {plan.resumed_at:,} images")
     how = "before compiling, which this run will do" if plan.compiled else "not compiled"
-    click.echo(f"about {_duration(plan.seconds)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not counted")
+    click.echo(f"about {duration(plan.seconds)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not counted")
 
 
 def _print_ending(run: Run, config: TrainingConfig) -> None:
@@ -204,20 +205,13 @@ def _print_ending(run: Run, config: TrainingConfig) -> None:
         )
 
 
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
 def _display() -> Observer:
     """An observer that shows the plan, and then loss, images per second and time left: a bar on terminals, else a line
     every ten seconds, on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from diffmem.memorization import percent
+    from diffmem.pages import percent
     from diffmem.training import Observer
 
     class Display(Observer):
@@ -235,7 +229,7 @@ def _display() -> Observer:
             line = f"loss {stats.loss:.4g}, {stats.images_per_second:,.0f} images/s"
             # The first step may have compiled: the speed of the last tick says more than the mean.
             left = (self.plan.images - stats.images) / max(stats.images_per_second, 1e-9)
-            line += f", {_duration(left)} left"
+            line += f", {duration(left)} left"
             if self.bar is not None:
                 self.bar.update(self.task, completed=stats.images, line=line)
             elif time.monotonic() - self.shown > _LINE_SECONDS:

@@ -90,7 +90,7 @@ def trajectory_command(
 
 def print_trajectory(result: Trajectory) -> None:
     """The table and the verdict, on standard output."""
-    from diffmem.memorization import percent
+    from diffmem.pages import percent
 
     click.echo(f"{'epochs':>10}  {'loss':>8}  {'R_mem':>8}  95 % interval       images")
     for point in result.points:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffmem.memorization import percent
 from diffmem.monitoring import draw
+from diffmem.pages import template
 from diffmem.pictures import data_url
+from diffmem.whole import write_whole
 
 if TYPE_CHECKING:
     from diffmem.demo.run import Demo, Model
@@ -17,27 +17,17 @@ if TYPE_CHECKING:
 SHOWN = 16  # generated images of each model, seeds 0, 1, …: not chosen
 
 
-def write_page(demo: Demo, path: Path) -> None:
-    """Writes the page to `path`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("diffmem.demo", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
+def write_page(demo: Demo) -> None:
+    """Writes the page to `demo.page`."""
     models = (demo.few, demo.many)
     names = [f"{len(model.training):,} training images" for model in models]
-    page = environment.get_template("demo.html.j2").render(
+    page = template("diffmem.demo", "demo.html.j2").render(
         demo=demo,
         models=models,
         plot=draw([model.trajectory for model in models], names),
         pairs=[_pairs(model) for model in models],
     )
-    path.write_text(page, encoding="utf-8")
+    write_whole(demo.page, page)
 
 
 def _pairs(model: Model) -> list[tuple[str, str, bool]]:

@@ -15,7 +15,7 @@ from diffmem.memorization import Audit, audit
 from diffmem.monitoring import AuditEvery, Trajectory, trajectory
 from diffmem.progress import Progress, silent
 from diffmem.training import EMA, Observer, Plan, Stats, TrainingConfig, denoiser_config, snapshot_folder, train
-from diffmem.whole import check_output_folder, whole_file
+from diffmem.whole import check_output_folder
 
 FEW, MANY = 20, 1000  # training images
 SEED = 0
@@ -101,8 +101,7 @@ def run_demo(
     finally:
         torch.set_num_threads(threads)
     demo = Demo(*models, unseen, out / "report.html")
-    with whole_file(demo.page) as partial:
-        write_page(demo, partial)
+    write_page(demo)
     return demo
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from diffmem.generation.kept import work_folder
 from diffmem.generation.run import Generated, generate
 from diffmem.generation.running_audit import RunningAudit
-from diffmem.generation.seed_ranges import format_seeds, parse_seeds
+from diffmem.generation.seed_ranges import checked_seeds, format_seeds, parse_seeds
 from diffmem.generation.settings import SampleSettings
 
-__all__ = ["Generated", "RunningAudit", "SampleSettings", "format_seeds", "generate", "parse_seeds", "work_folder"]
+__all__ = [
+    "Generated",
+    "RunningAudit",
+    "SampleSettings",
+    "checked_seeds",
+    "format_seeds",
+    "generate",
+    "parse_seeds",
+    "work_folder",
+]

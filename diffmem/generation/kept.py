@@ -13,7 +13,7 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.sampling import Samples
-from diffmem.whole import whole_file
+from diffmem.whole import whole_file, write_whole
 
 _RUN = "run.json"
 
@@ -102,8 +102,7 @@ class KeptBlocks:
             raise InputError(f"{path}: damaged; begin anew with --restart") from None
 
     def _write_run(self, identity: dict[str, Any], compiled: bool | None) -> None:
-        with whole_file(self.folder / _RUN) as partial:
-            partial.write_text(json.dumps({"identity": identity, "compiled": compiled}, indent=1) + "\n")
+        write_whole(self.folder / _RUN, json.dumps({"identity": identity, "compiled": compiled}, indent=1) + "\n")
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation.kept import KeptBlocks
 from diffmem.generation.running_audit import RunningAudit
-from diffmem.generation.seed_ranges import format_seeds
+from diffmem.generation.seed_ranges import checked_seeds, format_seeds
 from diffmem.generation.settings import PRECISIONS, SampleSettings
 from diffmem.memorization import Audit
 from diffmem.models import fingerprint, load
@@ -101,9 +101,7 @@ def generate(
     Raises InputError for what does not fit together, before anything is sampled; for a work folder of another run,
     naming the settings that differ; and for images that are not finite.
     """
-    seeds = [int(seed) for seed in seeds]
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
+    seeds = checked_seeds(seeds)
     group = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     if isinstance(checkpoint, torch.nn.Module):

@@ -34,6 +34,14 @@ def parse_seeds(text: str) -> list[int]:
     return chosen
 
 
+def checked_seeds(seeds: Sequence[int]) -> list[int]:
+    """The seeds as whole numbers. Raises InputError for none, negative ones and one that is listed twice."""
+    seeds = [int(seed) for seed in seeds]
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
+    return seeds
+
+
 def format_seeds(seeds: Sequence[int]) -> str:
     """The shortest text that `parse_seeds` reads as these seeds, in this order."""
     runs: list[list[int]] = []

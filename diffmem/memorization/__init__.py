@@ -1,6 +1,6 @@
 """Which generated images are copies: criteria, statistics, the audit and its report."""
 
-from diffmem.memorization.audit import Audit, CopiedImage, audit, percent
+from diffmem.memorization.audit import Audit, CopiedImage, audit
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
 from diffmem.memorization.statistics import Question, anytime_interval, wilson_interval
 
@@ -11,7 +11,6 @@ __all__ = [
     "anytime_interval",
     "audit",
     "parse_threshold",
-    "percent",
     "ratio_rule",
     "wilson_interval",
 ]

@@ -16,6 +16,7 @@ from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
 from diffmem.memorization.statistics import wilson_interval
+from diffmem.pages import percent
 from diffmem.progress import Progress, silent
 from diffmem.search import (
     DistinctNeighbors,
@@ -106,8 +107,7 @@ class Audit:
     @property
     def distance_ratios(self) -> np.ndarray:
         """d1 / d2 per image, float64 [Q], for display: 0 for exact copies. The rule itself is decided in integers."""
-        first, second = self.neighbors.squared_distances.astype(np.float64).T
-        return np.sqrt(np.divide(first, second, out=np.zeros_like(first), where=first > 0))
+        return self.neighbors.distance_ratios
 
     @property
     def duplicates(self) -> list[np.ndarray]:
@@ -167,14 +167,6 @@ class Audit:
             f"{self.count:,} of {self.total:,} images are copies of one of {self.training_size:,} training images: "
             f"{percent(self.ratio)} (95 % interval {percent(low)} to {percent(high)})"
         )
-
-
-def percent(share: float) -> str:
-    """A share as a percentage with as many digits as tell something: 93.4 %, 0.06 %, 0 %."""
-    value = 100 * share
-    if value in (0, 100):
-        return f"{value:.0f} %"
-    return f"{value:.2f} %" if value < 10 or value > 99 else f"{value:.1f} %"
 
 
 def audit(

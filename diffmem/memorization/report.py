@@ -14,6 +14,7 @@ import numpy as np
 
 from diffmem.data import ImageSet
 from diffmem.memorization.criteria import parse_threshold
+from diffmem.pages import template
 from diffmem.pictures import data_url, plot, svg
 from diffmem.whole import check_output_folder, whole_file
 
@@ -93,10 +94,6 @@ class _Triple:
 
 def render(audit: Audit) -> str:
     """The page, as one string."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    from diffmem.memorization.audit import percent
-
     pictures = _Pictures(audit)
     order = np.argsort(audit.distance_ratios, kind="stable")
     # The pictures of the least sections are taken first: a gallery of large images must not starve them.
@@ -115,17 +112,7 @@ def render(audit: Audit) -> str:
     border_triples = _triples(audit, border, pictures)
     gallery = _triples(audit, [int(row) for row in order[:GALLERY_ROWS]], pictures)
 
-    environment = Environment(
-        loader=PackageLoader("diffmem.memorization", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    environment.filters["filename"] = lambda name: name.rstrip("/").rsplit("/", 1)[-1]  # the whole name is its tooltip
-    environment.filters["thousands"] = lambda number: f"{number:,}"
-    return environment.get_template("report.html.j2").render(
+    return template("diffmem.memorization", "report.html.j2").render(
         audit=audit,
         unit="grey levels" if audit.generated.images.dtype == np.uint8 else "units of the images",
         gallery=gallery,

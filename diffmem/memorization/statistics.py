@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf, lgamma, log, log1p, sqrt
 from statistics import NormalDist
@@ -96,6 +96,14 @@ class Question:
         if low >= self.at_least:
             return True
         return False if high < self.at_least else None
+
+    @staticmethod
+    def of_highest(answers: Iterable[bool | None]) -> bool | None:
+        """The answer about the highest of several shares, from the answers about each."""
+        answers = list(answers)
+        if any(answers):
+            return True
+        return None if None in answers else False
 
     def shared_among(self, looks: int) -> Question:
         """The same question to each of `looks` models: with the confidence that keeps all answers right together

@@ -10,9 +10,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmem.memorization import percent
+from diffmem.pages import template
 from diffmem.pictures import data_url, plot, svg
-from diffmem.whole import check_output_folder, whole_file
+from diffmem.whole import check_output_folder, whole_file, write_whole
 
 if TYPE_CHECKING:
     from diffmem.monitoring.trajectory import Trajectory
@@ -35,19 +35,9 @@ class FirstCopy:
 
 def write_page(trajectory: Trajectory, folder: Path) -> Path:
     """Writes the four files into `folder` and returns the page's path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     check_output_folder(folder)
     drawing = draw([trajectory])
-    environment = Environment(
-        loader=PackageLoader("diffmem.monitoring", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    page = environment.get_template("trajectory.html.j2").render(
+    page = template("diffmem.monitoring", "trajectory.html.j2").render(
         trajectory=trajectory, plot=drawing, copies=first_copies(trajectory), onset=trajectory.onset()
     )
     texts = {
@@ -64,8 +54,7 @@ def write_page(trajectory: Trajectory, folder: Path) -> Path:
             answer = "" if point.answer is None else str(point.answer).lower()
             writer.writerow((point.images, *numbers, f"{point.ratio:.6g}", f"{low:.6g}", f"{high:.6g}", answer))
     for name, text in texts.items():
-        with whole_file(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     return folder / "trajectory.html"
 
 

@@ -111,9 +111,8 @@ def audit_snapshot(
         )  # fmt: skip
         images = made.images.numpy()
         memorized, nearest = judge.judge(images)
-        first, second = nearest.squared_distances.astype(np.float64).T
-        ratios = np.sqrt(np.divide(first, second, out=np.zeros_like(first), where=first > 0))
-        audited = audited.and_then(made.seeds.numpy(), images, memorized, nearest.indices[:, 0], ratios)
+        seeds_made, first = made.seeds.numpy(), nearest.indices[:, 0]
+        audited = audited.and_then(seeds_made, images, memorized, first, nearest.distance_ratios)
         after_batch(audited)
     return audited
 

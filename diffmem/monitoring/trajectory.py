@@ -14,7 +14,7 @@ import diffmem
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import RunningAudit, SampleSettings, format_seeds
+from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
 from diffmem.memorization import Question, anytime_interval, wilson_interval
 from diffmem.models import fingerprint, load
 from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
@@ -102,11 +102,8 @@ class Trajectory:
     @property
     def answer(self) -> bool | None:
         """Whether some snapshot's R_mem is as high as the question asks; None where that is open."""
-        answers = [point.answer for point in self.points]
-        if any(answers):
-            return True
-        open_ones = self.question is None or None in answers or self.left_out
-        return None if open_ones else False
+        # Nothing is known of what was left out.
+        return Question.of_highest([*(point.answer for point in self.points), *(None for _ in self.left_out)])
 
     def onset(self, level: float = _ONSET) -> Point | None:
         """The first audited snapshot whose R_mem is at least `level`."""
@@ -182,9 +179,7 @@ def trajectory(
     """
     if order not in ORDERS:
         raise InputError(f"order is {order!r}, but must be one of {', '.join(ORDERS)}")
-    seeds = [int(seed) for seed in seeds]
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
+    seeds = checked_seeds(seeds)
     folder = RunFolder.open(run)
     there = folder.snapshots()
     if not there:

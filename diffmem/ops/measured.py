@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from diffmem.errors import InputError
-from diffmem.whole import whole_file
+from diffmem.whole import write_whole
 
 
 def seconds_of(
@@ -83,8 +83,7 @@ class Remembered:
             path.parent.mkdir(parents=True, exist_ok=True)
             everything = _read(path)
             everything.setdefault(self.op, {}).setdefault(device, {})[case] = seconds
-            with whole_file(path) as partial:
-                partial.write_text(json.dumps(everything, indent=1) + "\n")
+            write_whole(path, json.dumps(everything, indent=1) + "\n")
         except (OSError, InputError):
             return  # remembered by this process only
 

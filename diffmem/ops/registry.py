@@ -85,6 +85,17 @@ def native_unavailable(device_type: str) -> str | None:
     return f"the compiled core does not know device {device_type!r}"
 
 
+def native_kernel_unavailable(device_type: str, kernel: str, instructions: str) -> str | None:
+    """Why a kernel of the compiled core that is written for the CPU, and needs some instructions, cannot serve
+    `device_type`, or None. kernel: the core says by `<kernel>_available()` whether the processor has them."""
+    if device_type != "cpu":
+        return "written for the CPU"
+    reason = native_unavailable("cpu")
+    if reason is None and not getattr(native_module(), f"{kernel}_available")():
+        reason = f"this processor (or build) has no {instructions}"
+    return reason
+
+
 @cache
 def native_module():
     """The compiled core, or None where it was not built or DIFFMEM_NATIVE=off forbids it."""

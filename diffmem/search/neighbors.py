@@ -32,5 +32,11 @@ class Neighbors:
         """Distance / √d: the root mean square difference per value (grey levels for uint8), float64 [Q, k]."""
         return np.sqrt(self.squared_distances / np.float64(self.dimension))
 
+    @property
+    def distance_ratios(self) -> np.ndarray:
+        """d1 / d2, nearest over second nearest, float64 [Q], for display: 0 where d1 is 0. Needs k of at least 2."""
+        first, second = self.squared_distances[:, :2].astype(np.float64).T
+        return np.sqrt(np.divide(first, second, out=np.zeros_like(first), where=first > 0))
+
     def __len__(self) -> int:
         return len(self.indices)

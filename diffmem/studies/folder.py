@@ -19,7 +19,7 @@ from diffmem.studies.measure import Result, read_result
 from diffmem.studies.run import Outcome, run_units, unit_folder
 from diffmem.studies.study import Study
 from diffmem.studies.unit import Unit
-from diffmem.whole import whole_file
+from diffmem.whole import write_whole
 
 STUDIES = "studies"
 
@@ -40,8 +40,7 @@ def run_studies(
     root = Path(root)
     (root / STUDIES).mkdir(parents=True, exist_ok=True)
     for study in studies:
-        with whole_file(root / STUDIES / f"{study.name}.json") as partial:
-            partial.write_text(json.dumps(study.to_json(), indent=1) + "\n")
+        write_whole(root / STUDIES / f"{study.name}.json", json.dumps(study.to_json(), indent=1) + "\n")
     units = all_units(studies)
     if retry:
         Ledger(root).retry([unit.key for unit in units])

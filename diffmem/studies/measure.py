@@ -27,7 +27,7 @@ from diffmem.monitoring import AuditEvery, Point
 from diffmem.sampling import sample
 from diffmem.studies.unit import Unit
 from diffmem.training import KeepLast, Plan, Snapshot, Verdict, snapshot_folder, train
-from diffmem.whole import whole_file
+from diffmem.whole import whole_file, write_whole
 
 UNIT, RUN, AUDITS, RESULT, GALLERY = "unit.json", "run", "audits.json", "result.json", "gallery.npz"
 SHOWN = 16  # images in a gallery
@@ -214,16 +214,13 @@ class _Audits(AuditEvery):
 
     def result(self, images: int, epochs: float, censored: bool) -> Result:
         last, best = self.audits[-1], max(self.audits, key=lambda audited: audited.ratio)
-        # The highest R_mem is too low only where all are.
-        answers = [audited.answer for audited in self.audits]
-        decided = True if any(answers) else False if all(answer is False for answer in answers) else None
         return Result(
             key=self.unit.key,
             size=self.unit.size,
             repetition=self.unit.repetition,
             count=best.count,
             total=best.total,
-            decided=decided,
+            decided=Question.of_highest(audited.answer for audited in self.audits),
             censored=censored,
             images=images,
             epochs=epochs,
@@ -256,5 +253,4 @@ def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device
 
 
 def _write_json(path: Path, values: Any) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(values, indent=1) + "\n")
+    write_whole(path, json.dumps(values, indent=1) + "\n")

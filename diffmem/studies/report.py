@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffmem.memorization import percent
+from diffmem.pages import template
 from diffmem.pictures import data_url, grid, plot, svg
 from diffmem.studies.findings import Findings
 from diffmem.studies.measure import GALLERY, Result
 from diffmem.studies.run import UNITS
 from diffmem.studies.study import Study
-from diffmem.whole import check_output_folder, whole_file
+from diffmem.training import differences
+from diffmem.whole import check_output_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,22 +49,18 @@ def write_studies(found: Sequence[Findings], root: Path, folder: Path) -> Path:
     numbers = published()
     # What all studies note is said once.
     shared = [note for note in found[0].study.notes if all(note in each.study.notes for each in found)] if found else []
-    page = (
-        _environment()
-        .get_template("studies.html.j2")
-        .render(
-            studies=[_section(each, root, numbers) for each in found],
-            shared=shared,
-            source=numbers["source"],
-            runs=len({result.key for each in found for result in each.results}),
-            seconds=sum({result.key: result.seconds for each in found for result in each.results}.values()),
-            spread=found[0].cells[0].spread if found and found[0].cells else None,
-            versions=next((result.versions for each in found for result in each.results), {}),
-        )
+    page = template("diffmem.studies", "studies.html.j2").render(
+        studies=[_section(each, root, numbers) for each in found],
+        shared=shared,
+        source=numbers["source"],
+        runs=len({result.key for each in found for result in each.results}),
+        seconds=sum({result.key: result.seconds for each in found for result in each.results}.values()),
+        spread=found[0].cells[0].spread if found and found[0].cells else None,
+        versions=next((result.versions for each in found for result in each.results), {}),
     )
-    _write(folder / "studies.json", json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n")
-    _write(folder / "runs.csv", _table(RUN_COLUMNS, (row for each in found for row in _rows(each))))
-    _write(folder / "report.html", page)
+    write_whole(folder / "studies.json", json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n")
+    write_whole(folder / "runs.csv", _table(RUN_COLUMNS, (row for each in found for row in _rows(each))))
+    write_whole(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -73,11 +70,11 @@ def write_emm(emm: EMM, folder: Path) -> Path:
     drawing = draw_emm(emm)
     columns = (*(name for name in RUN_COLUMNS if name not in ("study", "variant")), "decided", "censored")
     rows = [{**_row(result), "decided": result.decided, "censored": result.censored} for result in emm.results]
-    page = _environment().get_template("emm.html.j2").render(emm=emm, plot=drawing, columns=columns, rows=rows)
-    _write(folder / "emm.json", json.dumps(emm.to_dict(), indent=1) + "\n")
-    _write(folder / "runs.csv", _table(columns, rows))
-    _write(folder / "emm.svg", drawing)
-    _write(folder / "report.html", page)
+    page = template("diffmem.studies", "emm.html.j2").render(emm=emm, plot=drawing, columns=columns, rows=rows)
+    write_whole(folder / "emm.json", json.dumps(emm.to_dict(), indent=1) + "\n")
+    write_whole(folder / "runs.csv", _table(columns, rows))
+    write_whole(folder / "emm.svg", drawing)
+    write_whole(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -222,17 +219,8 @@ def _section(found: Findings, root: Path, numbers: Mapping[str, Any]) -> dict[st
 
 def _changes(study: Study, setting: Mapping[str, Any]) -> str:
     """In what a variant's setting is not that of the first one, as dotted names."""
-    found: list[str] = []
-
-    def compare(ours: Any, theirs: Any, name: str) -> None:
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            for key in dict.fromkeys([*ours, *theirs]):
-                compare(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
-        elif ours != theirs:
-            found.append(f"{name} = {json.dumps(ours)}")
-
-    compare(setting, study.variants[0].setting.to_json(), "")
-    return ", ".join(found)
+    first = study.variants[0].setting.to_json()
+    return ", ".join(f"{name} = {json.dumps(ours)}" for name, ours, _ in differences(setting, first))
 
 
 def _gallery(found: Findings, root: Path) -> list[tuple[str, str, int, int]]:
@@ -309,32 +297,3 @@ def _table(columns: Sequence[str], rows: Any) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _environment():
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("diffmem.studies", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
-    environment.filters["thousands"] = lambda number: f"{number:,.0f}"
-    environment.filters["duration"] = _duration
-    return environment
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

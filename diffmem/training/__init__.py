@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffmem.training.config import TrainingConfig, images_of
+from diffmem.training.config import TrainingConfig, differences, images_of
 from diffmem.training.ema import EMA
 from diffmem.training.factors import denoiser_config
 from diffmem.training.loop import DivergedError, Run, plan_training, train
@@ -30,6 +30,7 @@ __all__ = [
     "Verdict",
     "denoiser_config",
     "denoising_loss",
+    "differences",
     "images_of",
     "keep_all",
     "plan_training",

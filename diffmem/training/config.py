@@ -115,14 +115,14 @@ class TrainingConfig:
             ) from None
 
 
-def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
-    """The fields, as dotted names with both values, in which two JSON objects differ."""
+def differences(ours: Any, theirs: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """The fields in which two JSON objects differ: (dotted name, our value, theirs)."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         found = []
         for key in [*ours, *(key for key in theirs if key not in ours)]:
             found += differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
         return found
-    return [] if ours == theirs else [f"{name} ({theirs} there, {ours} here)"]
+    return [] if ours == theirs else [(name, ours, theirs)]
 
 
 def _check(condition: bool, field: str, value: Any, wanted: str) -> None:

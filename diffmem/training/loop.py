@@ -39,7 +39,7 @@ from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep
 from diffmem.training.source import DataSource, read_data
 from diffmem.training.state import latest_state, read_facts, read_tensors, save_state
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
-from diffmem.whole import whole_file
+from diffmem.whole import write_whole
 
 # When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves. CPU: measured on a
 # 32-channel network at 8×8 (122 s, 7 %); GPU: not measured.
@@ -497,8 +497,7 @@ def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snap
     except OSError as error:
         raise InputError(f"{out}: cannot write there ({error.strerror})") from None
     versions = {"diffmem": diffmem.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    with whole_file(path) as whole:
-        whole.write_text(json.dumps({**description, "versions": versions}, indent=1) + "\n")
+    write_whole(path, json.dumps({**description, "versions": versions}, indent=1) + "\n")
     return Snapshots(out, keep)
 
 
@@ -508,7 +507,8 @@ def _check_same_run(out: Path, description: dict[str, Any], there: dict[str, Any
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{out}: what lies there is not the description of a run: choose another folder") from None
     if different:
-        raise InputError(f"{out}: its run has other settings: {'; '.join(different)}: use those, or another folder")
+        listed = "; ".join(f"{name} ({theirs} there, {ours} here)" for name, ours, theirs in different)
+        raise InputError(f"{out}: its run has other settings: {listed}: use those, or another folder")
 
 
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
@@ -527,8 +527,7 @@ def _truncate_stats(path: Path, images: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["images"] <= images:
                 kept.append(line + "\n")
-    with whole_file(path) as whole:
-        whole.write_text("".join(kept))
+    write_whole(path, "".join(kept))
 
 
 def _advice(trainer: Trainer, out: Path) -> str:

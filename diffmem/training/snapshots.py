@@ -14,7 +14,7 @@ from typing import Protocol
 
 from diffmem.errors import InputError
 from diffmem.models import Denoiser, save
-from diffmem.whole import whole_file
+from diffmem.whole import write_whole
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
 
@@ -93,8 +93,7 @@ class Snapshots:
         self._write_records()
 
     def _write_records(self) -> None:
-        with whole_file(self.out / RECORDS) as partial:
-            partial.write_text(json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
+        write_whole(self.out / RECORDS, json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
 
 
 def snapshot_folder(out: Path, images: int) -> Path:

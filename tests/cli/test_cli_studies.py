@@ -4,7 +4,6 @@ import csv
 import json
 
 import pytest
-import torch
 from studies.tiny import TINY
 
 from diffmem.cli import main
@@ -17,7 +16,7 @@ TINY_RUN = [
 
 
 @pytest.fixture
-def run(capfd):
+def run(capfd, one_thread):
     """Runs a command in this process: (status, standard output, standard error)."""
 
     def call(*arguments) -> tuple[int, str, str]:
@@ -25,10 +24,7 @@ def run(capfd):
             main([str(argument) for argument in arguments])
         return end.value.code, *capfd.readouterr()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield call
-    torch.set_num_threads(threads)
+    return call
 
 
 @pytest.fixture

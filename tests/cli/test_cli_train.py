@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from diffmem.cli import main
 from diffmem.models import load
@@ -30,7 +29,7 @@ TINY = [
 
 
 @pytest.fixture
-def run(capfd):
+def run(capfd, one_thread):
     """Runs `diffmem train` in this process: (status, standard output, standard error)."""
 
     def call(*arguments) -> tuple[int, str, str]:
@@ -38,10 +37,7 @@ def run(capfd):
             main(["train", *map(str, arguments)])
         return end.value.code, *capfd.readouterr()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield call
-    torch.set_num_threads(threads)
+    return call
 
 
 def test_interrupted_and_continued(run, tmp_path):

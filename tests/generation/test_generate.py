@@ -19,13 +19,7 @@ from diffmem.sampling import sample
 QUICK = SampleSettings(steps=3, batch=4, compile="off")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small only lose by threads, most of all where the processor is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(folder, label_dim=0, channels=1):

@@ -19,13 +19,7 @@ BATCH, STEPS = 8, 10
 N = 40
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The networks are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,8 @@ def test_bad_arguments():
             posterior_mean(x, levels, y)
     with pytest.raises(InputError, match="N > 0"):
         posterior_mean(torch.zeros(1, 4), torch.ones(1), y[:0])
-    with pytest.raises(InputError, match="uint8"):
+    # Where the processor has no such products, that is what is said.
+    reason = "uint8" if native.unavailable("cpu") is None else "cannot be used here"
+    with pytest.raises(InputError, match=reason):
         PosteriorRows(y.float(), torch.zeros(4), torch.device("cpu"), impl="native")
     assert OP.implementations[-1].name == "reference"

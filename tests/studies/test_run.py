@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from studies.tiny import TINY
 
 from diffmem.errors import InputError
@@ -18,13 +17,7 @@ from diffmem.studies.ledger import DONE, FAILED, Ledger
 from diffmem.studies.measure import read_result
 from diffmem.studies.run import unit_folder
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbers(result):

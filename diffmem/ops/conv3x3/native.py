@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.ops.registry import native_kernel_unavailable, native_module
 
 # Below this many 4×4 tiles the transformed weights cost more than they save.
 _LEAST_TILES = 64
@@ -17,12 +17,7 @@ _LEAST_TILES = 64
 
 def unavailable(device_type: str) -> str | None:
     """Why Winograd convolution cannot run on `device_type`, or None."""
-    if device_type != "cpu":
-        return "written for the CPU"
-    reason = native_unavailable("cpu")
-    if reason is None and not native_module().conv3x3_available():
-        reason = "this processor (or build) has no AVX2"
-    return reason
+    return native_kernel_unavailable(device_type, "conv3x3", "AVX2")
 
 
 def fits(x: torch.Tensor, outputs: int) -> bool:

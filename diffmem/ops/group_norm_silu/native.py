@@ -6,19 +6,14 @@ import math
 
 import torch
 
-from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.ops.registry import native_kernel_unavailable, native_module
 
 _WIDEST = 1024  # channels that the core takes at once: whole groups and multiples of 8
 
 
 def unavailable(device_type: str) -> str | None:
     """Why the compiled normalization cannot run on `device_type`, or None."""
-    if device_type != "cpu":
-        return "written for the CPU"
-    reason = native_unavailable("cpu")
-    if reason is None and not native_module().group_norm_silu_available():
-        reason = "this processor (or build) has no AVX2"
-    return reason
+    return native_kernel_unavailable(device_type, "group_norm_silu", "AVX2")
 
 
 def unfit(x: torch.Tensor, num_groups: int) -> str | None:

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 import torch
 
 from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE, RunningMean
-from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.ops.registry import native_kernel_unavailable, native_module
 from diffmem.progress import Progress, silent
 
 CAP = 6.0  # times the average weight: heavier images are computed exactly
@@ -61,12 +61,7 @@ ENERGIES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 
 def unavailable(device_type: str) -> str | None:
     """Why 8-bit products cannot be had on `device_type`, or None."""
-    if device_type != "cpu":
-        return "written for the CPU"
-    reason = native_unavailable("cpu")
-    if reason is None and not native_module().posterior_available():
-        reason = "this processor (or build) has no AVX-512 with VNNI"
-    return reason
+    return native_kernel_unavailable(device_type, "posterior", "AVX-512 with VNNI")
 
 
 @dataclass(frozen=True)
