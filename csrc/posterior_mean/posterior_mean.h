@@ -37,8 +37,9 @@ struct Term {
   const float* scale = nullptr;         // [columns]
 };
 
+// add: to what `out` holds from before, instead of −weight·half_norm.
 void scores(const std::vector<Term>& terms, std::int64_t n, std::int64_t columns, const float* half_norms,
-            const float* weight, float* out, int threads);
+            const float* weight, bool add, float* out, int threads);
 
 void column_top(const float* scores, std::int64_t n, std::int64_t columns, float* top, std::int64_t* where,
                 int threads);
@@ -50,7 +51,8 @@ void column_mass(const float* scores, std::int64_t n, std::int64_t columns, cons
 struct Pairs {
   std::vector<std::int64_t> starts;
   std::vector<std::int32_t> images;
-  bool complete = true;  // false: there were more than `limit`, and none is listed
+  std::int64_t total = 0;  // how many there are; where this is more than `limit`, none is listed
+  bool complete = true;
 };
 Pairs select(const float* scores, std::int64_t n, std::int64_t columns, const float* threshold, const float* reach,
              const float* slack, std::int64_t limit, int threads);
