@@ -8,7 +8,6 @@
 // Measured on one core of an AMD EPYC (Zen 4, 2.6 GHz, float32 peak 116 Gop/s, 8-bit peak 462): the tile loop runs at
 // 415–425 Gop/s; 5x5, 9x3 and 12x2 tiles at 380–425; with rows straight from memory instead of blocks that stay in the
 // cache 140–220. Cutting K to keep the panel in the first-level cache gained nothing.
-#include "cpu/features.h"
 //
 // The instructions are turned on for the functions of this file only, after all headers: what is instantiated from
 // those (std::vector, the sharing of work) may be linked into code for older processors.
@@ -373,10 +372,8 @@ void round_weights(const float* scores, std::int64_t n, std::int64_t columns, co
               const __mmask16 small = _mm512_cmp_ps_mask(s, _mm512_setzero_ps(), _CMP_LE_OQ);
               const __m512 w = _mm512_maskz_mul_ps(small, exponential(s), _mm512_set1_ps(low ? 65280.0f : 255.0f));
               const __m512i rounded =
-                  low ? _mm512_cvtps_epi32(w)
-                      : _mm512_min_epi32(
-                            _mm512_cvttps_epi32(_mm512_mask_add_ps(w, small, w, _mm512_set1_ps(dither(i)))),
-                            _mm512_set1_epi32(255));
+                  _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_mask_add_ps(w, small, w, _mm512_set1_ps(dither(i)))),
+                                   _mm512_set1_epi32(low ? 65280 : 255));
               total = _mm512_add_epi32(total, rounded);
               const auto bits = static_cast<unsigned>(8 * part);
               if (low) {
