@@ -17,11 +17,11 @@ the mass. These, few, are computed in float64. What is left out holds at most N�
 
 **Dense.** u is rounded to one byte or two, u = q + δ, and q·z is exact. What δ does to the logits is made good where it
 matters: Pδ·ẑ is another product over the leading components; the rest, at most ρ(δ)·ρ(z), has the direction of
-rounding noise. Weights above `cap` times the average are taken out and computed in float64 (by Markov's inequality N/cap images
-at most; a fifth of that in practice). The others are rounded to bytes (and what that leaves, to bytes again, summed over
-components where these will do): a larger cap leaves fewer images to float64 and asks for finer products. Nothing is
-dropped; the error is that of the roundings. Taken as independent, with λ the variances of the components, R² = E‖z‖²,
-S = min(cap, exp(R²/σ²)), tail(m) = E ρ(z)² and ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²):
+rounding noise. Weights above `cap` times the average are taken out and computed in float64 (by Markov's inequality
+N/cap images at most; a fifth of that in practice). The others are rounded to bytes (and what that leaves, to bytes
+again, summed over components where these will do): a larger cap leaves fewer images to float64 and asks for finer
+products. Nothing is dropped; the error is that of the roundings. Taken as independent, with λ the variances of the
+components, R² = E‖z‖², S = min(cap, exp(R²/σ²)), tail(m) = E ρ(z)² and ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²):
 
     first product:   rms δ / σ² · (√tail(m) · √(S/N) · R + √Σ_{k>m} λ_k²) / ‖D‖
     second product:  cap/256·√(1/4N) · √tail(m') / ‖D‖                                                (2)
