@@ -70,7 +70,7 @@ def test_sampling_copies_whatever_the_batch(digits, solver):
 
 def test_the_general_sampler_copies_too(digits):
     latents = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    options = {"discretization": "vp", "schedule": "vp", "scaling": "vp"}
+    options = {"discretization": "vp", "schedule": "vp", "scaling": "vp", "steps": 100}
     images = general_sample(OptimalDenoiser(digits, labels=False), latents, **options)
     pixels = ((images + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
     assert diffmem.audit(pixels.numpy(), digits).ratio == 1
@@ -78,7 +78,7 @@ def test_the_general_sampler_copies_too(digits):
 
 def test_an_interrupted_run_goes_on(digits, tmp_path, monkeypatch):
     settings = SampleSettings(batch=4, compile="off")
-    whole = generate(OptimalDenoiser(digits), range(12), out=tmp_path / "whole.npz", settings=settings)
+    generate(OptimalDenoiser(digits), range(12), out=tmp_path / "whole.npz", settings=settings)
     calls = []
 
     class Interrupted(OptimalDenoiser):
