@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch
 EXTRAS ?= demo,faiss,gpu,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format setup clean
 setup: $(VENV)/.installed

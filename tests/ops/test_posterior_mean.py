@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffmem.errors import InputError
 from diffmem.ops.posterior_mean import OP, PosteriorRows, blocked, native, posterior_mean
 from diffmem.search.basis import principal_components
 
+core = native.native_module()
+LEVELS = ["avx2", "avx512"]
+LEVELS = LEVELS[: 0 if native.unavailable("cpu") else 1 + (core.cpu_level() == "avx512")]  # of this processor
 SIGMAS = (80.0, 20.0, 5.0, 1.0, 0.1, 0.002)  # of images in [-1, 1]
 
 
@@ -48,9 +51,10 @@ def test_blocked_against_float64(sigma, monkeypatch):
     assert_close(posterior_mean(x, levels, y, impl="torch"), x, levels, y, 1e-5)
 
 
-@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
-def test_native_against_float64(tolerance):
+def test_native_against_float64(tolerance, level, monkeypatch):
+    monkeypatch.setenv("DIFFMEM_CPU", level)
     y = rows(6003, 77)
     centre = y.double().mean(dim=0).round()
     basis = principal_components(y[:2000].float() - centre.float(), 24)
@@ -85,11 +89,12 @@ def test_native_with_more_rows_than_a_block_and_codes_that_are_not_kept(monkeypa
         assert_close(result, x, levels, y, 1e-3)
 
 
-@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.booleans())
-def test_byte_products_are_exact(n, k, count, low):
-    """Both products, for sizes that fill no register: sums of rounded weights against int64."""
-    core = native.native_module()
+@pytest.mark.parametrize("level", LEVELS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 80), st.booleans())
+def test_byte_products_are_exact(level, monkeypatch, n, k, count, low):
+    """Both products, for sizes that fill no register, against int64; and the weights that one of them is of."""
+    monkeypatch.setenv("DIFFMEM_CPU", level)
     generator = torch.Generator().manual_seed(n * k)
     y = torch.randint(0, 256, (n, k), dtype=torch.uint8, generator=generator)
     columns = -(-count // 16) * 16
@@ -113,6 +118,21 @@ def test_byte_products_are_exact(n, k, count, low):
     out = torch.full((count, k), 7, dtype=torch.int32)
     core.posterior_weighted_sums(y.data_ptr(), k, k, n, high.data_ptr(), count, out.data_ptr(), 2)
     assert torch.equal(out.long(), high[:, :n].long() @ (y.long() - 128))
+    # Scores whose numbers float32 holds exactly: whole multiples of 1/4 below 2^22.
+    u = torch.randint(-128, 128, (count, k), generator=generator)
+    steps = -(-k // 4)
+    padded = torch.zeros(columns, 4 * steps, dtype=torch.int8)
+    padded[:count, :k] = u.to(torch.int8)
+    panel = torch.cat([part.transpose(0, 1).flatten() for part in padded.view(columns, steps, 4).split(native.PANEL)])
+    shift, scale = torch.arange(columns, dtype=torch.int32), torch.full((columns,), 0.25)
+    term = core.PosteriorTerm(rows=y.data_ptr(), stride=k, k=k, panel=panel.data_ptr(), shift=shift.data_ptr(),
+                              scale=scale.data_ptr())  # fmt: skip
+    half_norms, weight = torch.arange(n) / 2.0, torch.full((columns,), 2.0)
+    scores = torch.full((n, columns), torch.nan)
+    for add in (False, True):
+        core.posterior_scores([term], n, columns, half_norms.data_ptr(), weight.data_ptr(), add, scores.data_ptr(), 2)
+    expected = (y.long() @ u.T - shift[:count]) / 2 - torch.arange(n)[:, None]
+    assert torch.equal(scores[:, :count], expected)
 
 
 def test_float_rows_and_levels_of_their_own():

@@ -23,7 +23,7 @@ import torch
 
 BLOCK_PAIRS = 1 << 24  # pairs of query and image at a time
 BLOCK_VALUES = 1 << 26  # values of a block of images
-DENSE_SHARE = 1 / 16  # share of pairs that carry weight from which a block is added densely
+DENSE_SHARE = 1 / 128  # share of pairs that carry weight from which a block is added densely, if need be in float64
 REFINE_VALUES = 1 << 24
 SMALL = 1 << 27  # multiplications of a product for which float64 is as good as free
 DROPPED_SHARE = 0.1  # of the tolerance, for the mass that is left out
@@ -101,7 +101,8 @@ class Float32Products:
         exact = rows.dtype == torch.uint8 and self.whole
         wide = None if exact else rows.double() - self.centre
         self.z = rows.float() - self.centre.float() if exact else wide.float()
-        squared = (self.z.double() if exact else wide).square().sum(dim=1)
+        # Squares of whole numbers below 256 are exact in float32; their sums need more.
+        squared = self.z.square().sum(dim=1, dtype=torch.float64) if exact else wide.square().sum(dim=1)
         longest, d = squared.max().sqrt(), rows.shape[1]
         values = torch.addmm(-0.5 * squared.float(), self.narrow, self.z.T).mul_(self.weight[:, None].float())
         gamma = (d + 2) * 2.0**-24 / (1 - (d + 2) * 2.0**-24)

@@ -1,8 +1,8 @@
 """The posterior mean of uint8 rows by 8-bit integer products (csrc/posterior_mean): dense at high noise, else a search.
 
 With u = x − c and z_i = y_i − c for a centre c of whole numbers, the logit of image i is, but for a constant of the
-query, s_i = (u·z_i − ‖z_i‖²/2) / σ². The machine offers exact products of bytes at four times float32's rate, bounds
-from principal components, and float64 for listed pairs. P are m orthonormal components (within ε = ‖PPᵀ − 1‖), the code
+query, s_i = (u·z_i − ‖z_i‖²/2) / σ². The machine offers exact products of bytes at four times float32's rate (AVX-512
+with VNNI; twice with AVX2), bounds from principal components, and float64 for listed pairs. P are m orthonormal components (within ε = ‖PPᵀ − 1‖), the code
 of an image ẑ ≈ Pz in bytes, one scale per component, and ρ(z)² = ‖z‖² − ‖Pz‖².
 
 **Search.** ŝ_i = (q·ẑ_i − ‖z_i‖²/2) / σ² with q ≈ Pu in bytes, group of components by group, is one product over m
@@ -73,7 +73,7 @@ ENERGIES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 
 def unavailable(device_type: str) -> str | None:
     """Why 8-bit products cannot be had on `device_type`, or None."""
-    return native_kernel_unavailable(device_type, "posterior", "AVX-512 with VNNI")
+    return native_kernel_unavailable(device_type, "posterior", "AVX2")
 
 
 @dataclass(frozen=True)
