@@ -505,8 +505,8 @@ def _drawn(images: ImageSet, count: int, chance: np.random.Generator) -> ImageSe
 def _unseen(denoiser: torch.nn.Module, holdout: ImageSet, training: ImageSet, notes: list[str]) -> ImageSet:
     """The images of the holdout that are no training images."""
     _check_images(denoiser, holdout, "unseen")
-    seen = {image.tobytes() for image in training.images}
-    fresh = np.array([image.tobytes() not in seen for image in holdout.images])
+    seen = {_digest(image) for image in training.images}
+    fresh = np.array([_digest(image) not in seen for image in holdout.images])
     left = int(fresh.sum())
     if left < len(holdout):
         notes.append(
@@ -515,6 +515,10 @@ def _unseen(denoiser: torch.nn.Module, holdout: ImageSet, training: ImageSet, no
     if left < 2:
         raise InputError(f"{holdout.source}: {left} images that are no training images; at least 2 are needed")
     return holdout.select(np.flatnonzero(fresh))
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
 
 
 def _reference(

@@ -89,7 +89,7 @@ def draw_memory(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
     """Memory of several models in one plot, as SVG."""
     with plot(7.2, 3.0) as figure:
         axes = figure.add_subplot()
-        colors = ("#a3261c", "#3866a8", "#2b6b3f", "#8a5a00")
+        colors = ("#a3261c", "#3866a8", "#2b6b3f", "#8a5a00", "#6b3fa0", "#1f8a8a")
         for index, (comparison, name) in enumerate(zip(comparisons, names, strict=True)):
             color = colors[index % len(colors)]
             _band(axes, comparison.levels, comparison.memory, color, name)
@@ -97,7 +97,7 @@ def draw_memory(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
         _memory_axes(axes)
         axes.plot([], [], color="#5b6675", linestyle="--", linewidth=0.9, label="the optimum in its place")
         axes.set_xlabel("noise level σ, images in [-1, 1]")
-        axes.legend(loc="upper right", fontsize=7.5)
+        axes.legend(loc="best", fontsize=7.5)
         return svg(figure)
 
 
@@ -112,7 +112,7 @@ def _draw_memory(comparison: Comparison, axes: Axes) -> None:
         if become.high is not None:
             axes.annotate(f"σ* = {become.high:.3g}", (become.high, 0.5), (4, 4), textcoords="offset points", fontsize=8)
     _memory_axes(axes)
-    axes.legend(loc="upper right", fontsize=7.5)
+    axes.legend(loc="best", fontsize=7.5)
 
 
 def _memory_axes(axes: Axes) -> None:
