@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from edm_snapshots import network, pretended_edm_modules, snapshot
+from golden_networks import golden, state_dict
 
 import diffmem
 from diffmem.comparison import compare
 from diffmem.comparison.compare import _range
+from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.generation import SampleSettings
 from diffmem.models import Denoiser, save
@@ -117,8 +121,8 @@ def test_where_memory_is_at_least_half():
 
 
 def test_runs_know_their_training_set(training, digits, tmp_path):
-    network = denoiser_config(8, 1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
-    config = TrainingConfig(network, images=16, batch=8, warmup_epochs=0, xflip=True)
+    small = denoiser_config(8, 1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    config = TrainingConfig(small, images=16, batch=8, warmup_epochs=0, xflip=True)
     train(config, training, tmp_path / "run", snapshot_images=8, device="cpu", compile=False)
     result = compare(tmp_path / "run", training, **FEW)
     assert result.checkpoint.endswith("snapshots/000000016")
@@ -129,11 +133,25 @@ def test_runs_know_their_training_set(training, digits, tmp_path):
             compare(tmp_path / "run" / "snapshots" / "000000008", other, **FEW)
 
 
+def test_edm_snapshots(tmp_path, monkeypatch):
+    """A class-conditional VE network as EDM stores it: its own range of noise levels, and nobody knows its data."""
+    config, tensors = golden("ncsnpp-ve-cond")
+    edm = pretended_edm_modules(monkeypatch, tmp_path / "executed")
+    path = tmp_path / "network-snapshot-000123.pkl"
+    stored = network(edm, config["precond"], config["kwargs"], state_dict(tensors))
+    path.write_bytes(pickle.dumps(snapshot(edm, stored)))
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 16, 16), dtype=np.uint8)
+    result = compare(path, ImageSet(images, labels=np.arange(20) % 10), **{**FEW, "images": 3, "levels": 4})
+    assert result.levels[[0, -1]] == pytest.approx([0.02, 80])
+    assert result.settings["conditional"]
+    assert "is not checked" in result.notes[0]
+    # In its class an image has one companion: half of the way to that is a sixth; the whole set lies at a third.
+    assert (result.error("training", "optimum").value < 0.2).all()
+
+
 def test_refusals(training, digits, tmp_path):
-    network = denoiser_config(
-        8, 1, label_dim=10, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=()
-    )
-    checkpoint = save(Denoiser(network), tmp_path / "model")
+    small = denoiser_config(8, 1, label_dim=10, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    checkpoint = save(Denoiser(small), tmp_path / "model")
     unlabelled = digits.select(slice(N, None)).images
     large = np.zeros((9, 1, 16, 16), np.uint8)
     for set_, options, words in (
@@ -155,7 +173,7 @@ def test_refusals(training, digits, tmp_path):
             training, **{**FEW, "levels": [1.0, 1000.0]},
         )  # fmt: skip
     with torch.no_grad():
-        broken = Denoiser(network)
+        broken = Denoiser(small)
         next(broken.parameters()).fill_(torch.nan)
     with pytest.raises(InputError, match="not finite"):
         compare(broken, training, **FEW)
