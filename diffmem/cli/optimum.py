@@ -101,7 +101,7 @@ _NOT_WITH = {
 )  # fmt: skip
 @click.option(
     "--images", type=click.IntRange(min=2), default=256, show_default=True,
-    help="With --compare: at most so many training and unseen images, drawn at random.",
+    help="With --compare: how many noisy training and unseen images, at most.",
 )  # fmt: skip
 @click.option(
     "--levels", type=click.IntRange(min=2), default=24, show_default=True, help="With --compare: noise levels."

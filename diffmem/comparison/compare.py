@@ -42,7 +42,7 @@ NOTHING = 1e-4  # share of σ², or of the spread, below which the optimum's err
 class Gaps:
     """Two denoisers on noisy versions x = y + σ·n of one set of images y, the same x for both.
 
-    float64 [n, S], per image and noise level, squared and per pixel, in the units of [-1, 1]:
+    float64 [n, S], per noisy image and noise level, squared and per pixel, in the units of [-1, 1]:
     gap ‖D_model − D_opt‖², model_error ‖D_model − y‖², optimum_error ‖D_opt − y‖², and reference ‖D_ref − D_opt‖² for
     the optimum D_ref of unseen images, or None.
     """
@@ -102,8 +102,9 @@ class Comparison:
     trained on with at most half the squared error. Sampling comes down from high σ: σ* is the upper end of that range.
     Comparing errors on seen and unseen images by σ follows Kadkhodaie et al. (arXiv 2310.02557).
 
-    Intervals: 95 %, percentiles of 1,000 bootstrap samples of the images. That of σ* knows nothing of the error of
-    interpolating between levels: a few percent of σ* with 24 levels.
+    Intervals: 95 %, percentiles of 1,000 bootstrap samples of the noisy images. They cover a little less than that, and
+    much less at levels where a few images make most of a mean (see benchmarks/results/optimum). That of σ* knows
+    nothing of the error of interpolating between levels: a few percent of σ* with 24 levels.
     """
 
     checkpoint: str
@@ -296,7 +297,8 @@ def compare(
         optimum of the class.
     training, holdout: uint8 images, with class indices where the network has classes. Images of the holdout that are
         training images too are left out.
-    images: at most so many of the training and of the unseen images, drawn at random. seeds: of the generated images
+    images: how many noisy training and unseen images, at most: images drawn at random, one noisy version of each; all
+        training images several times, as often as goes into this, where they are fewer. seeds: of the generated images
         (default: 0 … images − 1), which `settings` says how to sample.
     levels: noise levels, or how many, spaced evenly along ln σ between 0.002 and 80 or the network's own bounds.
     seed: of the choice of images and of the noise. Each image has noise of its own, the same at all levels and for both
@@ -497,8 +499,9 @@ def _levels(denoiser: torch.nn.Module, levels: int | Sequence[float]) -> np.ndar
 
 
 def _drawn(images: ImageSet, count: int, chance: np.random.Generator) -> ImageSet:
+    """`count` of the images at random; fewer images all of them, as often as goes into `count`, for other noise."""
     if len(images) <= count:
-        return images
+        return images.select(np.tile(np.arange(len(images)), count // len(images)))
     return images.select(np.sort(chance.choice(len(images), count, replace=False)))
 
 

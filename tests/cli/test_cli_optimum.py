@@ -48,7 +48,7 @@ def test_a_network_is_compared(capsys, tmp_path):
     )
     assert status == 0
     assert "50 of 1,797 images of builtin:digits are training images" in err
-    assert "on 6 training, 6 unseen, 6 generated images" in out
+    assert "on 6 training, 6 unseen, 6 generated noisy images" in out
     assert "At no noise level has the model become its training set" in out  # it has hardly been trained
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
         "compare.csv", "compare.html", "compare.json", "compare.svg",

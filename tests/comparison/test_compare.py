@@ -79,7 +79,7 @@ def test_a_known_offset_is_the_gap_and_the_batch_does_not_matter(training, digit
 
 def test_a_denoiser_that_knows_no_training_set(training, digits):
     """D(x) = x: its error is the noise's, the same at all levels and for all images, and it has memorized nothing."""
-    result = compare(Changed(training, lambda x, optimal: x), training, holdout=digits, **{**FEW, "images": 60})
+    result = compare(Changed(training, lambda x, optimal: x), training, holdout=digits, **{**FEW, "images": 150})
     for gaps in result.gaps.values():
         noise = gaps.model_error / result.levels**2
         np.testing.assert_allclose(noise, noise[:, :1] @ np.ones((1, 3)), rtol=1e-6)  # one noise for all levels
@@ -88,6 +88,8 @@ def test_a_denoiser_that_knows_no_training_set(training, digits):
     assert ((result.memory.low < 0) & (result.memory.high > 0)).any()
     assert result.become is None
     assert "At no noise level" in result.verdict()
+    # All training images were asked about, each as often, with noise of its own each time.
+    assert len(np.unique(result.gaps["training"].model_error[:, 0])) == len(result.gaps["training"].gap) == 2 * N
     # E = E_opt + gap on training images, where all of them are asked: D_opt is a conditional mean.
     gaps = result.gaps["training"]
     assert (gaps.optimum_error + gaps.gap - gaps.model_error).mean(axis=0) == pytest.approx(np.zeros(3), abs=0.05)
