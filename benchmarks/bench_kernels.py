@@ -10,6 +10,7 @@ import csv
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from types import ModuleType
 from unittest import mock
 
@@ -69,9 +70,23 @@ def _run_attention(kernels: ModuleType, dtype: torch.dtype) -> None:
                     kernels.launch_backward(out, qkv, out, lse, 2)
 
 
+def _run_posterior_mean(kernels: ModuleType, dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        return  # its numbers have the same types always
+    n, d = 3000, 3072
+    for queries, planes in product((8, 256), (2, 3)):
+        words = torch.empty(planes, queries, dtype=torch.int32)
+        rows, numbers = torch.empty(n, d, dtype=torch.uint8), torch.empty(queries)
+        scores, tops, _ = kernels.launch_scores(
+            torch.empty(planes, queries, d, dtype=torch.int8), words, words.float(), numbers, rows, torch.empty(n)
+        )
+        kernels.launch_weighted_sums(scores, numbers, tops > 0, rows, torch.empty(d))
+
+
 SUBJECTS = (
     KernelSubject("group_norm_silu", _run_group_norm),
     KernelSubject("attention", _run_attention),
+    KernelSubject("posterior_mean", _run_posterior_mean),
 )
 
 

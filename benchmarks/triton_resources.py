@@ -23,7 +23,10 @@ import torch
 from benchmarks.cuda_resources import MULTIPROCESSORS, blocks_per_multiprocessor
 
 ARCHITECTURES = (80, 90, 100)
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
 OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")
 

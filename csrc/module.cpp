@@ -222,7 +222,7 @@ void bind_posterior_mean(py::module_& m) {
            py::arg("data"), py::arg("stride"), py::arg("d"), py::arg("centre"));
   py::class_<pm::Pairs>(m, "PosteriorPairs")
       .def_readonly("complete", &pm::Pairs::complete)
-      .def_property_readonly("count", [](const pm::Pairs& pairs) { return pairs.images.size(); })
+      .def_readonly("total", &pm::Pairs::total)
       .def(
           "copy",
           [](const pm::Pairs& pairs, Address starts, Address images) {
@@ -235,12 +235,13 @@ void bind_posterior_mean(py::module_& m) {
   m.def("posterior_available", &pm::available, "Whether this processor and build have the 8-bit products.");
   m.def(
       "posterior_scores",
-      [](const std::vector<pm::Term>& terms, int64_t n, int64_t columns, Address half_norms, Address weight,
+      [](const std::vector<pm::Term>& terms, int64_t n, int64_t columns, Address half_norms, Address weight, bool add,
          Address out, int threads) {
-        pm::scores(terms, n, columns, at<const float>(half_norms), at<const float>(weight), at<float>(out), threads);
+        pm::scores(terms, n, columns, at<const float>(half_norms), at<const float>(weight), add, at<float>(out),
+                   threads);
       },
       unlocked, py::arg("terms"), py::arg("n"), py::arg("columns"), py::arg("half_norms"), py::arg("weight"),
-      py::arg("out"), py::arg("threads"));
+      py::arg("add"), py::arg("out"), py::arg("threads"));
   m.def(
       "posterior_column_top",
       [](Address scores, int64_t n, int64_t columns, Address top, Address where, int threads) {

@@ -37,8 +37,9 @@ struct Term {
   const float* scale = nullptr;         // [columns]
 };
 
+// add: to what `out` holds from before, instead of −weight·half_norm.
 void scores(const std::vector<Term>& terms, std::int64_t n, std::int64_t columns, const float* half_norms,
-            const float* weight, float* out, int threads);
+            const float* weight, bool add, float* out, int threads);
 
 void column_top(const float* scores, std::int64_t n, std::int64_t columns, float* top, std::int64_t* where,
                 int threads);
@@ -50,7 +51,8 @@ void column_mass(const float* scores, std::int64_t n, std::int64_t columns, cons
 struct Pairs {
   std::vector<std::int64_t> starts;
   std::vector<std::int32_t> images;
-  bool complete = true;  // false: there were more than `limit`, and none is listed
+  std::int64_t total = 0;  // how many there are; where this is more than `limit`, none is listed
+  bool complete = true;
 };
 Pairs select(const float* scores, std::int64_t n, std::int64_t columns, const float* threshold, const float* reach,
              const float* slack, std::int64_t limit, int threads);
@@ -71,9 +73,9 @@ void pair_logits(const ByteRows& rows, const double* queries, const double* half
 void pair_sums(const ByteRows& rows, const double* weights, const std::int64_t* starts, const std::int32_t* images,
                std::int64_t columns, double* out, int threads);
 
-// ŵ = largest·exp(s − limit), rounded, 0 where s > limit, for the columns listed in `chosen` (ascending). Without
-// `low`, largest = 255 and high[r][i] = ŵ, rounded up or down by a fixed sequence over the images that is uniform and
-// makes the mean error 0: most weights may be below half a unit. With it, largest = 65,280, high = floor((ŵ + 128) /
+// ŵ = largest·exp(s − limit), rounded, 0 where s > limit, for the columns listed in `chosen` (ascending). It is rounded
+// up or down by a fixed sequence over the images that is uniform and makes the mean error 0: many weights may be below
+// half a unit. Without `low`, largest = 255 and high[r][i] = ŵ. With it, largest = 65,280, high = floor((ŵ + 128) /
 // 256) and low = ŵ − 256·high + 128. high, low: [chosen][4·ceil(n / 4)], zero beyond n. sum, high_sum [chosen]: Σ ŵ and
 // Σ high.
 void round_weights(const float* scores, std::int64_t n, std::int64_t columns, const float* limit,

@@ -8,7 +8,6 @@
 // Measured on one core of an AMD EPYC (Zen 4, 2.6 GHz, float32 peak 116 Gop/s, 8-bit peak 462): the tile loop runs at
 // 415–425 Gop/s; 5x5, 9x3 and 12x2 tiles at 380–425; with rows straight from memory instead of blocks that stay in the
 // cache 140–220. Cutting K to keep the panel in the first-level cache gained nothing.
-#include "cpu/features.h"
 //
 // The instructions are turned on for the functions of this file only, after all headers: what is instantiated from
 // those (std::vector, the sharing of work) may be linked into code for older processors.
@@ -133,13 +132,13 @@ __m512 exponential(__m512 x) {
 bool available() { return cpu::level() >= cpu::Level::avx512; }
 
 void scores(const std::vector<Term>& terms, std::int64_t n, std::int64_t columns, const float* half_norms,
-            const float* weight, float* out, int threads) {
+            const float* weight, bool add, float* out, int threads) {
   const ScoreRow to{columns, half_norms, weight, out};
   share(divide_up(n, kRowBlock), threads, [&] {
     return [&](std::int64_t block) {
       const std::int64_t row = block * kRowBlock, end = std::min(n, row + kRowBlock);
       for (const Term& term : terms) {
-        const bool first = &term == &terms.front();
+        const bool first = !add && &term == &terms.front();
         std::int64_t c = 0;
         for (; c + 64 <= columns; c += 64) score_rows<4>(term, first, row, end, c, to);
         switch ((columns - c) / kLanes) {
@@ -217,24 +216,28 @@ Pairs select(const float* scores, std::int64_t n, std::int64_t columns, const fl
   std::atomic<std::int64_t> total{0};
   share(strips, threads, [&] {
     return [&](std::int64_t strip) {
-      if (total > limit) return;
       const std::int64_t end = std::min(n, (strip + 1) * kStrip);
       std::vector<Found>& mine = found[strip];
+      std::int64_t count = 0;
+      const bool list = total <= limit;
       for (std::int64_t i = strip * kStrip; i < end; ++i) {
         const __m512 loose = _mm512_set1_ps(slack[i]);
         for (std::int64_t g = 0; g < groups; ++g) {
           const __m512 highest = _mm512_fmadd_ps(_mm512_loadu_ps(reach + g * kLanes), loose,
                                                  _mm512_loadu_ps(scores + i * columns + g * kLanes));
           std::uint32_t kept = _mm512_cmp_ps_mask(highest, _mm512_loadu_ps(threshold + g * kLanes), _CMP_GE_OQ);
+          count += __builtin_popcount(kept);
+          if (!list) continue;
           for (; kept; kept &= kept - 1)
             mine.push_back({static_cast<std::int32_t>(g * kLanes + __builtin_ctz(kept)), static_cast<std::int32_t>(i)});
         }
       }
-      total += static_cast<std::int64_t>(mine.size());
+      total += count;
     };
   });
   Pairs pairs;
   pairs.starts.assign(static_cast<std::size_t>(columns) + 1, 0);
+  pairs.total = total;
   pairs.complete = total <= limit;
   if (!pairs.complete) return pairs;
   for (const auto& strip : found)
@@ -369,10 +372,8 @@ void round_weights(const float* scores, std::int64_t n, std::int64_t columns, co
               const __mmask16 small = _mm512_cmp_ps_mask(s, _mm512_setzero_ps(), _CMP_LE_OQ);
               const __m512 w = _mm512_maskz_mul_ps(small, exponential(s), _mm512_set1_ps(low ? 65280.0f : 255.0f));
               const __m512i rounded =
-                  low ? _mm512_cvtps_epi32(w)
-                      : _mm512_min_epi32(
-                            _mm512_cvttps_epi32(_mm512_mask_add_ps(w, small, w, _mm512_set1_ps(dither(i)))),
-                            _mm512_set1_epi32(255));
+                  _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_mask_add_ps(w, small, w, _mm512_set1_ps(dither(i)))),
+                                   _mm512_set1_epi32(low ? 65280 : 255));
               total = _mm512_add_epi32(total, rounded);
               const auto bits = static_cast<unsigned>(8 * part);
               if (low) {
@@ -533,7 +534,7 @@ void weighted_sums(const std::uint8_t* rows, std::int64_t stride, std::int64_t k
 namespace diffmem::posterior_mean {
 
 bool available() { return false; }
-void scores(const std::vector<Term>&, std::int64_t, std::int64_t, const float*, const float*, float*, int) {}
+void scores(const std::vector<Term>&, std::int64_t, std::int64_t, const float*, const float*, bool, float*, int) {}
 void column_top(const float*, std::int64_t, std::int64_t, float*, std::int64_t*, int) {}
 void column_mass(const float*, std::int64_t, std::int64_t, const float*, double*, int) {}
 Pairs select(const float*, std::int64_t, std::int64_t, const float*, const float*, const float*, std::int64_t, int) {

@@ -16,6 +16,9 @@ from diffmem.errors import InputError
 from diffmem.models.blocks import BlockStyle, UNetBlock
 from diffmem.ops.attention import attention
 from diffmem.ops.group_norm_silu import group_norm_silu
+from diffmem.ops.posterior_mean import PosteriorRows, blocked
+from diffmem.ops.posterior_mean.reference import posterior_mean_reference
+from diffmem.ops.posterior_mean.triton_kernels import launch_weighted_sums
 
 HALVES = [torch.float16, torch.bfloat16]
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of sigmoid(−100), as meant
@@ -292,3 +295,50 @@ def test_one_graph_without_breaks_and_its_gradients():
         found.append([parameter.grad.clone() for parameter in block.parameters()])
     for compiled, eager in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def clustered(n: int, d: int) -> torch.Tensor:
+    """uint8 rows, one cluster after the other, so that at low noise whole spans of them have no weight."""
+    rows = 128 + 4 * normal(n, d) + 90 * torch.tanh(normal(n // 700 + 1, d, seed=1)).repeat_interleave(700, 0)[:n]
+    return rows.round().clip(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("queries", "n", "d", "tolerance", "sigmas"), [  # both tiles; beyond one, and beyond a span
+    (5, 1500, 31, 1e-3, (3000.0, 40.0)), (5, 2100, 31, 1e-5, (300.0, 6.0)),
+    (67, 1500, 70, 1e-3, (40.0,)), (65, 1100, 33, 1e-5, (3000.0, 40.0)),
+])  # fmt: skip
+def test_posterior_mean(queries, n, d, tolerance, sigmas, monkeypatch):
+    monkeypatch.setattr(blocked, "SMALL", 0)
+    monkeypatch.setattr(blocked, "BLOCK_PAIRS", queries * 1400)  # the longest have two blocks
+    monkeypatch.setattr(blocked, "DENSE_SHARE", 1e-3)  # so that low noise levels are for the kernels too
+    y = torch.stack([clustered(n, d), torch.full((n, d), 255, dtype=torch.uint8)], dim=1)[:, 0]  # strided
+    y[3], centre = y[1], y.double().mean(dim=0).round()
+    for sigma in sigmas:
+        x = y[700 : 700 + queries] + sigma * normal(queries, d, seed=2, dtype=torch.float64)
+        x[0] = (y[1].double() + y[2]) / 2  # as near to the one, twice, as to the other
+        levels = torch.full((queries,), sigma, dtype=torch.float64)
+        levels[1] *= 1.5
+        expected, log_sum = posterior_mean_reference(x, levels, y)
+        found = PosteriorRows(y, centre, x.device, impl="triton").mean(x, levels, tolerance)
+        error = (found.mean - expected).norm(dim=1) / (expected - 60).norm(dim=1)
+        assert float(error.max()) <= 0.5 * tolerance
+        assert bool((found.dropped <= tolerance).all())
+        torch.testing.assert_close(found.log_sum, log_sum, rtol=1e-9, atol=20 * tolerance)
+
+
+def test_spans_of_the_posterior_mean_without_weight_are_left_out():
+    """A tile of queries reads what one of them needs, and nothing else: there, scores are NaN."""
+    y, centre, queries = clustered(2600, 31), torch.full((31,), 128.0), 70  # tiles of 64 and 6 queries
+    scores, top = normal(queries, 2600), torch.full((queries,), 3.0)
+    kept = torch.zeros(queries, 3, dtype=torch.bool)
+    kept[5, 1] = kept[66, 0] = kept[67, 2] = True
+    read = torch.zeros(queries, 2600, dtype=torch.bool)
+    read[:64, 1024:2048] = read[64:, :1024] = read[64:, 2048:] = True
+    sums = launch_weighted_sums(torch.where(read, scores, torch.nan), top, kept, y, centre)
+    weights = torch.where(read, (scores - 3).double().exp(), 0.0)
+    torch.testing.assert_close(sums, weights @ (y.double() - 128), rtol=1e-6, atol=1e-6 * 2600)
+
+
+def test_forced_kernels_of_the_posterior_mean_say_what_they_cannot_take():
+    with pytest.raises(InputError, match="float32, not uint8"):
+        PosteriorRows(torch.zeros(3, 4), torch.zeros(4), torch.device("cpu"), impl="triton")

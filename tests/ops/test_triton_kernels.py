@@ -57,7 +57,7 @@ def test_nothing_in_the_table_spills_and_products_use_the_matrix_unit(table):
     for row in table.values():
         assert row["stack_bytes"] == row["spill_bytes"] == "0", row
         assert int(row["blocks_per_multiprocessor"]) >= 1, row
-        products = row["op"] == "attention" and row["kernel"] != "delta"
+        products = row["op"] == "posterior_mean" or (row["op"] == "attention" and row["kernel"] != "delta")
         plain = "float32" in row["configuration"] and "precision=ieee" in row["configuration"]
         assert (int(row["matrix_instructions"]) > 0) == (products and not plain), row
 

@@ -1,22 +1,23 @@
-"""The posterior mean by blocks of the training set, in PyTorch, for any device and any real dtype.
+"""The posterior mean by blocks of the training set, for any device and any real dtype.
 
 With u = x − c and z_i = y_i − c for a centre c, the logit of image i is, but for a constant of the query,
-s_i = (u·z_i − ‖z_i‖²/2) / σ². One float32 product per block gives all of them, with an error of at most
-
-    e = (γ_(d+2)·‖u‖·‖z‖ + 2^-23·(‖u‖·‖z‖ + ‖z‖²/2)) / σ²,   γ_n = n·2^-24 / (1 − n·2^-24)
-
-(Higham, Accuracy and Stability of Numerical Algorithms, §3.1; the second term is the rounding of what follows the
-product). With M the largest s_i so far as computed, an image whose computed s_i is below M − 2e − ln(N/ε) has less than
+s_i = (u·z_i − ‖z_i‖²/2) / σ². One product per block (`Products`) gives all of them, each with an error of at most e.
+With M the largest s_i so far as computed, an image whose computed s_i is below M − 2e − ln(N/ε) has less than
 ε/N of the weight of the image at M: all that are left out hold less than ε of the mass, proven, and what they were is
 added up: `dropped`. Blocks where few images are left have these recomputed in float64 from the differences; the others
-are added densely, in float32 where its rounding is below the tolerance, else in float64. For this the largest rounding
-error of a product is taken as 2·2^-24·‖u‖·‖z‖ and not as the proven e, which is a hundred times larger: the signs of d
-roundings do not conspire. This is a model of the rounding, not a proof of it.
+are added densely, by another product where its rounding is below the tolerance, else in float64. For this the largest
+rounding error of a logit is taken as what independent roundings make, and not as the proven e, which is a hundred times
+larger: the signs of d roundings do not conspire. This is a model of the rounding, not a proof of it.
+
+`Float32Products` does both products in PyTorch; `diffmem.ops.posterior_mean.tensor_cores` with kernels for GPUs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -55,51 +56,95 @@ class RunningMean:
         return self.total / self.mass[:, None]
 
 
+class Products(Protocol):
+    """The two products of one call: queries u [B, d] float64, about a centre, with weights 1/σ² [B]."""
+
+    def logits(self, rows: torch.Tensor) -> Logits:
+        """Of a block of rows [n, d] on the device."""
+
+    def add_weighted(self, state: RunningMean, found: Logits) -> None:
+        """Adds all images of the block that `found` was computed of; its logits may be overwritten."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """values [B, n] float32; error [B] bounds their distance from the exact ones; rounding [B] models it."""
+
+    values: torch.Tensor
+    error: torch.Tensor
+    rounding: torch.Tensor
+
+
+class Float32Products:
+    """Products in float32. With γ_n = n·2^-24 / (1 − n·2^-24), a logit's error is at most
+
+        e = (γ_(d+2)·‖u‖·‖z‖ + 2^-23·(‖u‖·‖z‖ + ‖z‖²/2)) / σ²
+
+    (Higham, Accuracy and Stability of Numerical Algorithms, §3.1; the second term is the rounding of what follows the
+    product); the model of it is 2·2^-24·‖u‖·‖z‖ / σ².
+    """
+
+    def __init__(self, u: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor, tolerance: float):
+        self.narrow, self.weight, self.centre = u.float(), weight, centre
+        self.lengths = u.norm(dim=1)
+        self.whole = bool((centre == centre.round()).all())
+        self.z = torch.empty(0)
+
+    def logits(self, rows: torch.Tensor) -> Logits:
+        exact = rows.dtype == torch.uint8 and self.whole
+        wide = None if exact else rows.double() - self.centre
+        self.z = rows.float() - self.centre.float() if exact else wide.float()
+        squared = (self.z.double() if exact else wide).square().sum(dim=1)
+        longest, d = squared.max().sqrt(), rows.shape[1]
+        values = torch.addmm(-0.5 * squared.float(), self.narrow, self.z.T).mul_(self.weight[:, None].float())
+        gamma = (d + 2) * 2.0**-24 / (1 - (d + 2) * 2.0**-24)
+        # Where u and z are not exact in float32 they have roundings of their own.
+        error = (gamma + 2.0**-22 + (0 if exact else 2.0**-23)) * (self.lengths + longest) * longest * self.weight
+        return Logits(values, error, 2.0**-23 * self.lengths * longest * self.weight)
+
+    def add_weighted(self, state: RunningMean, found: Logits) -> None:
+        add_weighted(state, found.values, self.z)
+
+
 def posterior_mean_blocked(
     x: torch.Tensor,
     sigma: torch.Tensor,
     training: torch.Tensor,
     tolerance: float,
     centre: torch.Tensor,
+    products: Callable[..., Products] = Float32Products,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean [B, d], log-sum-exp [B] and dropped share of the mass [B], float64; see `posterior_mean`."""
     count, d = x.shape
     device = x.device
     centre = centre.to(device, torch.float64)
     u = x.double() - centre
-    inverse_variance = 1 / sigma.double().square()
-    lengths = u.norm(dim=1)
+    weight = 1 / sigma.double().square()
     state = RunningMean(count, d, device)
     reach = math.log(len(training) / (DROPPED_SHARE * tolerance))
-    gamma = (d + 2) * 2.0**-24 / (1 - (d + 2) * 2.0**-24)
-    narrow = u.float()
     step = max(1, min(BLOCK_PAIRS // max(count, 1), BLOCK_VALUES // d))
     if count * len(training) * d <= SMALL:
         for rows in training.split(step):
-            _add_all(state, u, rows.to(device).double() - centre, inverse_variance)
-        return state.mean() + centre, _log_sum(state, u, inverse_variance), state.dropped / state.mass
+            _add_all(state, u, rows.to(device).double() - centre, weight)
+        return state.mean() + centre, _log_sum(state, u, weight), state.dropped / state.mass
+    both = products(u, weight, centre, tolerance)
     for start in range(0, len(training), step):
         rows = training[start : start + step].to(device)
-        z = rows.float() - centre.float() if rows.dtype == torch.uint8 else (rows.double() - centre).float()
-        exact = rows.dtype == torch.uint8 and bool((centre == centre.round()).all())
-        squared = z.double().square().sum(dim=1) if exact else (rows.double() - centre).square().sum(dim=1)
-        longest = squared.max().sqrt()
-        logits = torch.addmm(-0.5 * squared.float(), narrow, z.T).mul_(inverse_variance[:, None].float())
-        error = (gamma + 2.0**-22) * (lengths + longest) * longest * inverse_variance
-        if not exact:  # rounding of u and z themselves
-            error = error + 2.0**-23 * (lengths + longest) * longest * inverse_variance
+        found = both.logits(rows)
+        logits, error = found.values, found.error
         # Of these lower bounds on the largest logit one belongs to this block, the other to what has been seen.
         known = torch.maximum(state.top, logits.amax(dim=1).double() - error)
-        kept = logits.double() >= (known - error - reach)[:, None]
+        least = (known - error - reach).float()
+        kept = logits >= least.nextafter(torch.full_like(least, -math.inf))[:, None]
         if int(kept.count_nonzero()) <= DENSE_SHARE * kept.numel():
             queries, images = kept.nonzero(as_tuple=True)
-            _add_pairs(state, u, rows, centre, inverse_variance, queries, images)
+            _add_pairs(state, u, rows, centre, weight, queries, images)
             state.dropped += (len(rows) - kept.sum(dim=1)) * math.exp(-reach)
-        elif float((2 * 2.0**-24 * lengths * longest * inverse_variance).max()) > 0.5 * tolerance:
-            _add_all(state, u, rows.double() - centre, inverse_variance)
+        elif float(found.rounding.max()) > 0.5 * tolerance:
+            _add_all(state, u, rows.double() - centre, weight)
         else:
-            _add_weighted(state, logits, z)
-    return state.mean() + centre, _log_sum(state, u, inverse_variance), state.dropped / state.mass
+            both.add_weighted(state, found)
+    return state.mean() + centre, _log_sum(state, u, weight), state.dropped / state.mass
 
 
 def _add_pairs(
@@ -133,10 +178,10 @@ def _add_pairs(
 def _add_all(state: RunningMean, u: torch.Tensor, z: torch.Tensor, inverse_variance: torch.Tensor) -> None:
     """Adds all pairs of query and float64 row."""
     half = -0.5 * z.square().sum(dim=1)
-    _add_weighted(state, torch.addmm(half, u, z.T).mul_(inverse_variance[:, None]), z)
+    add_weighted(state, torch.addmm(half, u, z.T).mul_(inverse_variance[:, None]), z)
 
 
-def _add_weighted(state: RunningMean, logits: torch.Tensor, z: torch.Tensor) -> None:
+def add_weighted(state: RunningMean, logits: torch.Tensor, z: torch.Tensor) -> None:
     """Adds all rows z [n, d] by their logits [B, n], which are overwritten."""
     state.raise_top(logits.amax(dim=1).double())
     weights = logits.sub_(state.top.to(logits.dtype)[:, None]).exp_()

@@ -10,22 +10,26 @@ bytes an image. As u·z = Pu·Pz + u·(1 − PᵀP)z, and 1 − PᵀP is within 
 
     |u·z_i − q·ẑ_i| ≤ ‖Pu‖·max‖Pz − ẑ‖ + Σ_groups ‖Pu − q‖·max‖ẑ‖ + ρ(u)·ρ(z_i) + ε‖u‖‖z_i‖        (1)
 
-(ρ² with ε‖·‖² added; 2^-21 of all magnitudes covers float32). The exact logit of the image of the largest ŝ is a lower
+(ρ² with ε‖·‖² added; 2^-21 of all magnitudes covers float32). It begins with 64 components, which do for σ < 0.5, and
+takes more until few images are left. The exact logit of the image of the largest ŝ is a lower
 bound on the largest; only images whose upper bound by (1) comes within Δ = ln(N/ε') of it can hold more than ε'/N of
 the mass. These, few, are computed in float64. What is left out holds at most N·exp(−Δ): proven.
 
 **Dense.** u is rounded to one byte or two, u = q + δ, and q·z is exact. What δ does to the logits is made good where it
-matters: Pδ·ẑ is another product over the leading components; the rest, at most ρ(δ)·ρ(z), has the direction of rounding
-noise. Weights above CAP times the average are taken out and computed in float64 (by Markov's inequality N/CAP images at
-most; 1 % in practice). The others are rounded to bytes (and what that leaves, to bytes again, summed over components
-only). Nothing is dropped; the error is that of the roundings. Taken as independent, with λ the variances of the
-components, R² = E‖z‖², S = min(CAP, exp(R²/σ²)), tail(m) = E ρ(z)² and ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²):
+matters: Pδ·ẑ is another product over the leading components; the rest, at most ρ(δ)·ρ(z), has the direction of
+rounding noise. Weights above `cap` times the average are taken out and computed in float64 (by Markov's inequality
+N/cap images at most; a fifth of that in practice). The others are rounded to bytes (and what that leaves, to bytes
+again, summed over components where these will do): a larger cap leaves fewer images to float64 and asks for finer
+products. Nothing is dropped; the error is that of the roundings. Taken as independent, with λ the variances of the
+components, R² = E‖z‖², S = min(cap, exp(R²/σ²)), tail(m) = E ρ(z)² and ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²):
 
     first product:   rms δ / σ² · (√tail(m) · √(S/N) · R + √Σ_{k>m} λ_k²) / ‖D‖
-    second product:  CAP/256·√(1/12N) · √tail(m') / ‖D‖                                                (2)
+    second product:  cap/256·√(1/4N) · √tail(m') / ‖D‖                                                (2)
 
-This is a model and no bound; on CIFAR-10 single queries exceed both lines by a factor of up to six. So the plan is the
-cheapest that keeps them below a sixteenth and a sixth of the tolerance.
+This is a model and no bound; single queries exceed both lines by a factor of up to six. So the plan is the cheapest
+that keeps them below shares of the tolerance (FIRST_SHARE, SECOND_SHARE) that leave room for that. Fitted on seeds
+0–255 of CIFAR-10 (JPEG), and checked on 64 other seeds each of sets of 8,000, 20,000 and 50,000 of its images: the
+largest error of 12 noise levels from 80 down was half the tolerance.
 
 Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 Gflop/s in float32: a
 product over all bytes is 79 Gop, 85 ms (float32: 340 ms); reading the images once, 153 MB, 8 ms. Predicted before it
@@ -33,12 +37,14 @@ was written: dense calls 2.1 (tolerance 1e-3) to 3.4 (1e-5) such products, 0.25 
 faster than two float32 products and a softmax at 1e-5, and 8 times at 1e-3, over the 35 calls of 18 steps.
 
 Tried: components beyond 1024 (JPEG leaves 1536 dimensions) make the search prune a little more and the second bytes'
-sum short; one scale for all components costs the search its sharpness; rounding weights to one byte without a dither
-loses those below half a unit, most of them at σ ≈ 10 (error 1.5e-3 instead of 3e-4).
+sum short; one scale for all components costs the search its sharpness; rounding weights without a dither loses those
+below half a unit, most of them at σ ≈ 10 (in one byte an error of 1.5e-3 instead of 3e-4; in two, of 7e-6 instead of
+1e-6); a cap of 6 everywhere put 3 % of the pairs at σ ≈ 13 into float64, half of that call's time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -48,10 +54,15 @@ from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE, RunningMean
 from diffmem.ops.registry import native_kernel_unavailable, native_module
 from diffmem.progress import Progress, silent
 
-CAP = 6.0  # times the average weight: heavier images are computed exactly
+FIRST_SHARE, SECOND_SHARE = 1 / 24, 1 / 6  # of the tolerance, for the model's errors of the two products
+CAPS = (6.0, 24.0, 96.0)  # times the average weight: heavier images are computed exactly
+PAIR_COST = 100  # of a pair in float64, in units of the same pair's share of a product over all bytes
 LANES, PANEL = 16, 64  # queries in a vector, and side by side in a product
 BLOCK_VALUES = 1 << 25
 SCORE_BYTES = 1 << 28
+LEVELS = (64, 192, 512, 768)  # components after which the search looks how many images are left
+LEVEL_SHARE = 1 / 500  # of the pairs: with fewer left the search goes no further
+HOPELESS = 0.92  # share of the pairs: with more of them left after the first look it stops
 SEARCH_SHARE = 1 / 24  # of the pairs: with more of them left the search gives up
 SEARCH_BELOW = 1 / 4  # noise level over R from which down the search is tried
 GROUP_RATIO = 3.0  # of the scales of the components in one group
@@ -67,19 +78,55 @@ def unavailable(device_type: str) -> str | None:
 @dataclass(frozen=True)
 class Plan:
     """How the dense products are done. planes: bytes of u. corrected: components that make good what they leave.
-    low: components over which the second byte of the weights is summed; None: there is none."""
+    cap: times the average weight, above which images are computed exactly. low: components over which the second byte
+    of the weights is summed; None: there is none."""
 
     planes: int
     corrected: int
+    cap: float
     low: int | None
+
+
+class Scratch:
+    """Memory that calls use one after the other: pages that the system gives out anew for each cost as much as a
+    product over a hundred components. Calls that run at the same time get memory of their own."""
+
+    def __init__(self):
+        self.free: list[torch.Tensor] = []
+
+    def take(self, size: int) -> torch.Tensor:
+        """`size` bytes, uint8, of any content; to be given back."""
+        try:
+            found = self.free.pop()
+        except IndexError:
+            return torch.empty(size, dtype=torch.uint8)
+        return found if len(found) >= size else torch.empty(size, dtype=torch.uint8)
+
+    def give(self, memory: torch.Tensor) -> None:
+        self.free.append(memory)
+
+
+class BlockSums:
+    """Σ rows [k] float64 over the images of a block of uint8 rows [N, k]; kept for the block asked for last."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
+        self.last: tuple[slice, torch.Tensor] | None = None
+
+    def __call__(self, block: slice) -> torch.Tensor:
+        if self.last is None or self.last[0] != block:
+            step = max(1, BLOCK_VALUES // self.rows.shape[1])
+            parts = (part.sum(dim=0, dtype=torch.int64) for part in self.rows[block].split(step))
+            self.last = block, sum(parts, torch.zeros(self.rows.shape[1], dtype=torch.int64)).double()
+        return self.last[1]
 
 
 class Codes:
     """Principal components of rows in bytes.
 
-    p [m, d] float64; scale [m]: of a code's unit; bytes uint8 [N, m], Pz ≈ scale·(bytes − 128); rho float32 [N],
-    rounded up; error: the largest ‖Pz − ẑ‖; groups: (begin, end, largest ‖ẑ‖ in units of the scale) of components of
-    like scale.
+    p [m, d] float64; scale [m]: of a code's unit; bytes uint8 [N, m], Pz ≈ scale·(bytes − 128); groups: (begin, end,
+    largest ‖ẑ‖ in units of the scale) of components of like scale. For each of `levels`, which are numbers of leading
+    components: rho float32 [levels, N], ρ(z) rounded up, and errors, the largest ‖Pz − ẑ‖.
     """
 
     def __init__(self, rows: torch.Tensor, centre: torch.Tensor, p: torch.Tensor, progress: Progress):
@@ -89,8 +136,9 @@ class Codes:
         middle = centre.double()
         step = max(1, BLOCK_VALUES // rows.shape[1])
         blocks = [slice(start, min(len(rows), start + step)) for start in range(0, len(rows), step)]
+        self.levels = [*(level for level in LEVELS if level < m), m]
         self.bytes = torch.empty(len(rows), m, dtype=torch.uint8)
-        self.rho = torch.empty(len(rows))
+        self.rho = torch.empty(len(self.levels), len(rows))
         coordinates = torch.empty(len(rows), m)
         for number, block in enumerate(blocks):
             progress("components of training images", number, len(blocks))
@@ -98,35 +146,32 @@ class Codes:
             z = rows[block].double().sub_(middle)
             exact = z @ self.p.T
             coordinates[block] = exact
-            squared = z.square().sum(dim=1)
-            outside = (squared - exact.square().sum(dim=1)).clamp(min=0) + (self.defect + 1e-9) * squared
-            self.rho[block] = outside.sqrt().float() * (1 + 1e-6)
+            squared = z.square_().sum(dim=1)
+            inside = exact.square_().cumsum(dim=1)[:, [level - 1 for level in self.levels]].T
+            outside = (squared - inside).clamp(min=0) + (self.defect + 1e-9) * squared
+            self.rho[:, block] = outside.sqrt().float() * (1 + 1e-6)
         progress("components of training images", len(blocks), len(blocks))
         self.energy = coordinates.square().mean(dim=0, dtype=torch.float64)
         self.scale = (coordinates.abs().amax(dim=0).double() / 127).clamp(min=1e-12)
-        self.error = 0.0
+        errors = torch.zeros(len(self.levels), dtype=torch.float64)
         for block in blocks:
             units = (coordinates[block] / self.scale.float()).round_()
             self.bytes[block] = (units + 128).to(torch.uint8)
             gap = coordinates[block].double() - units.double() * self.scale
-            # Coordinates were rounded to float32 in between.
-            gap = gap.norm(dim=1) + 2.0**-23 * coordinates[block].double().norm(dim=1)
-            self.error = max(self.error, float(gap.max()))
+            for number, level in enumerate(self.levels):
+                # Coordinates were rounded to float32 in between.
+                left = gap[:, :level].norm(dim=1) + 2.0**-23 * coordinates[block, :level].double().norm(dim=1)
+                errors[number] = max(errors[number], left.max())
+        self.errors = errors.tolist()
         self.groups = self._groups()
-        self._sums: tuple[slice, torch.Tensor] | None = None
-
-    def sums(self, block: slice) -> torch.Tensor:
-        """Σ bytes over the images of a block, float64 [m]; kept for the block asked for last."""
-        if self._sums is None or self._sums[0] != block:
-            self._sums = block, self.bytes[block].sum(dim=0, dtype=torch.int64).double()
-        return self._sums[1]
+        self.sums = BlockSums(self.bytes)
 
     def _groups(self) -> list[tuple[int, int, float]]:
         order = self.scale.tolist()
         groups, begin = [], 0
         for k in range(4, len(order) + 4, 4):
             part = order[begin : min(k + 4, len(order))]
-            if k >= len(order) or max(part) > GROUP_RATIO * min(part):
+            if k >= len(order) or k in self.levels or max(part) > GROUP_RATIO * min(part):
                 end = min(k, len(order))
                 longest = max(
                     float((block[:, begin:end].float() - 128).norm(dim=1).max()) for block in self.bytes.split(16384)
@@ -164,6 +209,8 @@ class NativeRows:
         self.longest = math.sqrt(2 * float(self.half_norms.max()))
         self.spread = max(math.sqrt(2 * float(self.half_norms.mean())), 1e-6)  # R
         self.codes = None if basis is None else Codes(self.rows, middle, basis, progress)
+        self.sums = BlockSums(self.rows)
+        self.scratch = Scratch()
         self.core = native_module()
 
     def mean(
@@ -180,7 +227,11 @@ class NativeRows:
             same = [level for level in plans if self._key(level, plans[level]) == (search, plan)]
             chosen = torch.isin(sigma, torch.tensor(same, dtype=sigma.dtype)).nonzero().flatten()
             for part in chosen.split(most):
-                state = _Call(self, u[part], sigma[part], tolerance, plan).run(start, stop, search)
+                columns = -(-len(part) // LANES) * LANES
+                longest = min(stop - start, self.core.posterior_largest_sum)
+                memory = self.scratch.take(6 * (longest + 4) * columns)
+                state = _Call(self, u[part], sigma[part], tolerance, plan, memory).run(start, stop, search)
+                self.scratch.give(memory)
                 if state is None:
                     return None
                 mean[part] = state.mean()
@@ -196,26 +247,44 @@ class NativeRows:
         """The cheapest plan whose model error (2) is small enough, None where there is none."""
         d, components = self.rows.shape[1], 0 if self.codes is None else len(self.codes.scale)
         choices = sorted({m for m in (*ENERGIES, components) if m <= components})
-        concentration = min(CAP, math.exp(min(50.0, (self.spread / sigma) ** 2)))
         rounding = max(4 * sigma, self.longest / math.sqrt(d)) / 127 / math.sqrt(12)
         length = self._length(sigma)
+        tails = {m: self._tail(m) for m in choices}
         best, least = None, math.inf
-        for corrected in choices:
-            tail, variances = self._tail(corrected)
-            for planes in (1, 2):
+        for cap in CAPS:
+            concentration = min(cap, math.exp(min(50.0, (self.spread / sigma) ** 2)))
+            first, second = None, None
+            for planes, corrected in itertools.product((1, 2), choices):
+                tail, variances = tails[corrected]
                 noise = rounding / 256 ** (planes - 1) / sigma**2
                 error = noise * (math.sqrt(tail * concentration / images) * self.spread + variances) / length
-                if error < tolerance / 16 and planes + corrected / d < least:
-                    best, least = (planes, corrected), planes + corrected / d
-        if best is None:
-            return None
-        unit = CAP / math.sqrt(12 * images) / length
-        for low in (None, *choices[1:], d):
-            left = self.spread if low is None else math.sqrt(self._tail(low)[0]) if low < d else self.spread / 256
-            # Rounding up or down by a dither has up to three times the variance of rounding to the nearest.
-            if unit / 256 * left * (3**0.5 if low is None else 1) < tolerance / 6:
-                return Plan(*best, low)
-        return None
+                cost = planes + (corrected + min(corrected, FINE)) / d
+                if error < FIRST_SHARE * tolerance and (first is None or cost < first[0]):
+                    first = cost, planes, corrected
+            unit = cap / math.sqrt(12 * images) / length / 256
+            for low in (None, *choices[1:], d):
+                left = self.spread if low is None else math.sqrt(tails[low][0]) if low < d else self.spread / 256
+                # Rounding up or down by a dither has up to three times the variance of rounding to the nearest.
+                if unit * left * 3**0.5 < SECOND_SHARE * tolerance:
+                    second = 0.0 if low is None else 0.1 + low / d, low
+                    break
+            if first is None or second is None:
+                continue
+            cost = first[0] + second[0] + PAIR_COST * self._heavy(sigma, cap)
+            if cost < least:
+                best, least = Plan(first[1], first[2], cap, second[1]), cost
+        return best
+
+    def _heavy(self, sigma: float, cap: float) -> float:
+        """About which share of the images has more than `cap` times the average weight.
+
+        Of logits that are normal with variance τ² = Σ λ(λ + σ²)/σ⁴ it is Φ(−ln cap/τ − τ/2). Their tail being what
+        real logits do not have where few images hold the mass, it is taken not to fall again beyond its maximum.
+        """
+        energy = torch.tensor([self.spread**2]) if self.codes is None else self.codes.energy
+        spread = math.sqrt(float((energy * (energy + sigma**2)).sum())) / sigma**2
+        spread = min(spread, math.sqrt(2 * math.log(cap)))
+        return math.erfc((math.log(cap) / spread + spread / 2) / math.sqrt(2)) / 2
 
     def _length(self, sigma: float) -> float:
         """About how long results are: of Gaussian data with these variances, ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²)."""
@@ -236,9 +305,19 @@ class NativeRows:
 
 
 class _Call:
-    """One batch of queries u [B, d] float64, sigma [B]."""
+    """One batch of queries u [B, d] float64, sigma [B]. memory: 6 bytes for each pair of an image of a block, padded to
+    whole fours, and a query, padded to whole vectors."""
 
-    def __init__(self, rows: NativeRows, u: torch.Tensor, sigma: torch.Tensor, tolerance: float, plan: Plan | None):
+    def __init__(
+        self,
+        rows: NativeRows,
+        u: torch.Tensor,
+        sigma: torch.Tensor,
+        tolerance: float,
+        plan: Plan | None,
+        memory: torch.Tensor,
+    ):
+        self.memory = memory
         self.data, self.core, self.u, self.tolerance, self.plan = rows, rows.core, u.contiguous(), tolerance, plan
         self.count, self.d = u.shape
         self.columns = -(-self.count // LANES) * LANES
@@ -263,29 +342,35 @@ class _Call:
     def _search(self, block: slice) -> bool:
         """Adds the images of this block that can hold mass; False, with nothing done, where they are too many."""
         codes, n = self.data.codes, block.stop - block.start
-        coordinates = self.u @ codes.p.T
-        terms, error = self._code_terms(coordinates, len(codes.scale), block, codes.groups)
-        inside = coordinates.norm(dim=1)
-        squared = self.lengths.square()
-        rho = (squared * (1 + codes.defect) - inside.square()).clamp(min=0).sqrt() + 1e-9 * self.lengths
-        fixed = inside * codes.error + error + codes.defect * self.lengths * self.data.longest
-        fixed += 2.0**-21 * (self.lengths + self.data.longest) * self.data.longest
-        scores = self._scores(terms, block)
-        where = self._top(scores)[1]
-        best = self._logits(torch.arange(self.count + 1), where.to(torch.int32), block)
-        known = torch.maximum(self.state.top, best)
-        pairs = self._select(
-            scores,
-            known - self.reach - fixed * self.weight,
-            rho * self.weight,
-            codes.rho[block],
-            int(SEARCH_SHARE * self.count * n),
-        )
-        if pairs is None:
-            return False
-        starts, images = pairs
-        self._add_pairs(starts, images, block)
-        return True
+        squared, known = self.lengths.square(), self.state.top
+        inside, rounding = torch.zeros_like(squared), torch.zeros_like(squared)
+        begin = 0
+        for number, level in enumerate(codes.levels):
+            coordinates = self.u @ codes.p[begin:level].T
+            groups = [group for group in codes.groups if begin <= group[0] < level]
+            terms, error = self._code_terms(coordinates, block, groups)
+            scores = self._scores(terms, block, add=number > 0)
+            inside, rounding, begin = inside + coordinates.square().sum(dim=1), rounding + error, level
+            rho = (squared * (1 + codes.defect) - inside).clamp(min=0).sqrt() + 1e-9 * self.lengths
+            fixed = inside.sqrt() * codes.errors[number] + rounding + codes.defect * self.lengths * self.data.longest
+            fixed += 2.0**-21 * (self.lengths + self.data.longest) * self.data.longest
+            where = self._top(scores)[1]
+            best = self._logits(torch.arange(self.count + 1), where.to(torch.int32), block)
+            known = torch.maximum(known, best)
+            share = SEARCH_SHARE if level == codes.levels[-1] else LEVEL_SHARE
+            total, pairs = self._select(
+                scores,
+                known - self.reach - fixed * self.weight,
+                rho * self.weight,
+                codes.rho[number, block],
+                int(share * self.count * n),
+            )
+            if pairs is not None:
+                self._add_pairs(*pairs, block)
+                return True
+            if total > HOPELESS * self.count * n:
+                break
+        return False
 
     def _add_pairs(self, starts: torch.Tensor, images: torch.Tensor, block: slice) -> None:
         """Adds listed pairs by their exact logits, those without weight left out."""
@@ -309,14 +394,14 @@ class _Call:
         if plan.corrected:
             coordinates = left @ codes.p[: plan.corrected].T.float()
             groups = [(b, min(e, plan.corrected), size) for b, e, size in codes.groups if b < plan.corrected]
-            terms += self._code_terms(coordinates.double(), plan.corrected, block, groups, FINE)[0]
+            terms += self._code_terms(coordinates.double(), block, groups, FINE)[0]
         scores = self._scores(terms, block)
         top = self._top(scores)[0]
         mass = self._mass(scores, top)
-        limit = torch.minimum(top.double(), top.double() + (CAP * mass / n).log()).float()
+        limit = torch.minimum(top.double(), top.double() + (plan.cap * mass / n).log()).float()
         starts, images = self._select(
             scores, limit.nextafter(torch.tensor(math.inf)).double(), None, None, n * self.count
-        )
+        )[1]
         logits = self._logits(starts, images, block)
         column = torch.repeat_interleave(torch.arange(self.count), starts.diff())
         reference = top.double().scatter_reduce(0, column, logits, "amax")
@@ -343,8 +428,10 @@ class _Call:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Σ ŵ and Σ ŵ·z over the images below the limit, ŵ = exp(s − limit) rounded, for the chosen queries."""
         n, count, low = block.stop - block.start, len(chosen), self.plan.low
-        high_bytes = torch.empty(count, 4 * -(-n // 4), dtype=torch.uint8)
-        low_bytes = torch.empty_like(high_bytes) if low is not None else None
+        stride = 4 * -(-n // 4)
+        part = self.memory[4 * n * self.columns :]
+        high_bytes = part[: count * stride].view(count, stride)
+        low_bytes = part[count * stride : 2 * count * stride].view(count, stride) if low is not None else None
         sums, high_sums = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
         limits = self._padded(limit)
         self.core.posterior_round_weights(
@@ -358,7 +445,7 @@ class _Call:
         total *= 256
         if low == self.d:
             rows = self.data.rows[block]
-            part = self._weighted(rows, low_bytes).double() - 128 * (rows.sum(dim=0, dtype=torch.int64) - 128 * n)
+            part = self._weighted(rows, low_bytes).double() - 128 * (self.data.sums(block) - 128 * n)
             total += part + (sums - 256 * high_sums).double()[:, None] * offset
         else:
             codes = self.data.codes.bytes[block]
@@ -391,20 +478,20 @@ class _Call:
     def _code_terms(
         self,
         coordinates: torch.Tensor,
-        components: int,
         block: slice,
         groups: list[tuple[int, int, float]],
         fine: int = 0,
     ) -> tuple[list, torch.Tensor]:
-        """Products of the codes with coordinates [B, components] rounded to bytes, and a bound on what that changes.
+        """Products of the codes with coordinates rounded to bytes, and a bound on what that changes.
 
-        fine: groups that begin before this component have their coordinates rounded to two bytes.
+        coordinates: [B, components], those of the groups, which follow one another. fine: groups that begin before
+        this component have their coordinates rounded to two bytes.
         """
-        codes = self.data.codes
-        folded = coordinates * codes.scale[:components]
+        codes, first = self.data.codes, groups[0][0]
+        folded = coordinates * codes.scale[first : first + coordinates.shape[1]]
         terms, error = [], torch.zeros(self.count, dtype=torch.float64)
         for begin, end, longest in groups:
-            part, rows = folded[:, begin:end], codes.bytes[block, begin:end]
+            part, rows = folded[:, begin - first : end - first], codes.bytes[block, begin:end]
             offset = torch.full((end - begin,), 128, dtype=torch.uint8)
             for _ in range(2 if begin < fine else 1):
                 unit = part.abs().amax(dim=1).clamp(min=1e-30) / 127
@@ -436,13 +523,15 @@ class _Call:
         result[: self.count] = values
         return result
 
-    def _scores(self, terms: list, block: slice) -> torch.Tensor:
+    def _scores(self, terms: list, block: slice, add: bool = False) -> torch.Tensor:
+        """The scores of the images of a block [n, columns]; `add`: to those that the last call made."""
         n = block.stop - block.start
-        scores = torch.empty(n, self.columns)
+        scores = self.memory[: 4 * n * self.columns].view(torch.float32).view(n, self.columns)
         half_norms, weight = self.data.narrow_half_norms[block], self._padded(self.weight.float())
         self.core.posterior_scores(
-            terms, n, self.columns, half_norms.data_ptr(), weight.data_ptr(), scores.data_ptr(), self.threads
-        )
+            terms, n, self.columns, half_norms.data_ptr(), weight.data_ptr(), add, scores.data_ptr(),
+            self.threads,
+        )  # fmt: skip
         self.kept = []
         return scores
 
@@ -467,8 +556,9 @@ class _Call:
         reach: torch.Tensor | None,
         slack: torch.Tensor | None,
         limit: int,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Pairs with score + reach·slack >= threshold as (starts [B + 1], images): None where they exceed the limit."""
+    ) -> tuple[int, tuple[torch.Tensor, torch.Tensor] | None]:
+        """How many pairs have score + reach·slack >= threshold, and which they are, as (starts [B + 1], images), unless
+        they are more than the limit."""
         n = len(scores)
         lowered = threshold.float().nextafter(torch.tensor(-math.inf)) if reach is not None else threshold.float()
         thresholds = self._padded(lowered, math.inf)
@@ -479,11 +569,11 @@ class _Call:
             self.threads,
         )  # fmt: skip
         if not pairs.complete:
-            return None
+            return pairs.total, None
         starts = torch.empty(self.columns + 1, dtype=torch.int64)
-        images = torch.empty(pairs.count, dtype=torch.int32)
+        images = torch.empty(pairs.total, dtype=torch.int32)
         pairs.copy(starts.data_ptr(), images.data_ptr())
-        return starts[: self.count + 1], images
+        return pairs.total, (starts[: self.count + 1], images)
 
     def _byte_rows(self, block: slice):
         rows = self.data.rows[block]

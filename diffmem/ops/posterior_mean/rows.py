@@ -7,16 +7,18 @@ from typing import NamedTuple
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.posterior_mean import native
-from diffmem.ops.posterior_mean.blocked import SMALL, posterior_mean_blocked
+from diffmem.ops.posterior_mean import native, tensor_cores
+from diffmem.ops.posterior_mean.blocked import SMALL, Float32Products, posterior_mean_blocked
 from diffmem.ops.posterior_mean.reference import posterior_mean_reference
 from diffmem.ops.registry import Implementation, Op, always, register
+from diffmem.ops.triton_ops import triton_unavailable
 from diffmem.progress import Progress, silent
 
 OP = register(
     Op(
         "posterior_mean",
         (
+            Implementation("triton", "exact products of bytes, only spans that carry weight", triton_unavailable),
             Implementation("native", "8-bit integer products, bounds from principal components", native.unavailable),
             Implementation("torch", "blocked float32 products, float64 where they do not do", always),
             Implementation("reference", "every difference, in float64", always),
@@ -70,6 +72,13 @@ class PosteriorRows:
                 self.native = native.NativeRows(rows, self.centre, length, basis, progress)
             elif impl == "native":
                 raise InputError("posterior_mean: impl='native' takes uint8 rows of at most 65,536 values on the CPU")
+        self.products = Float32Products
+        if self.impl == "triton":
+            reason = tensor_cores.unfit(rows, self.centre)
+            if reason is None:
+                self.products = tensor_cores.TensorCoreProducts
+            elif impl == "triton":
+                raise InputError(f"posterior_mean: impl='triton' cannot take these rows: {reason}")
 
     @property
     def dimension(self) -> int:
@@ -98,4 +107,4 @@ class PosteriorRows:
         if self.impl == "reference":
             mean, log_sum = posterior_mean_reference(x, sigma, chosen)
             return PosteriorMean(mean, log_sum, torch.zeros_like(log_sum))
-        return PosteriorMean(*posterior_mean_blocked(x, sigma, chosen, tolerance, self.centre))
+        return PosteriorMean(*posterior_mean_blocked(x, sigma, chosen, tolerance, self.centre, self.products))

@@ -1,0 +1,85 @@
+"""The two products of `diffmem.ops.posterior_mean.blocked` by the kernels of `triton_kernels`, for uint8 rows.
+
+u is rounded to P bytes of a unit of its own for each query: what that leaves of a logit is at most unit/2·√d·‖z‖/σ²,
+proven, and about unit/√12·‖z‖/σ² as a model; products are exact, so float32 comes in only after them. Two bytes do
+where the tolerance is 1e-4 or more, three below.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE, Logits, RunningMean
+from diffmem.ops.posterior_mean.tiles import SPAN
+
+COARSE = 1e-4  # tolerance from which two bytes of u do
+FLOAT32 = 4 * 2.0**-24  # roundings of a float32 sum of P + 1 terms and a product, over their sizes
+
+
+def unfit(rows: torch.Tensor, centre: torch.Tensor) -> str | None:
+    """Why the kernels cannot take rows [N, d] about this centre, or None."""
+    if rows.dtype != torch.uint8:
+        return f"rows are {rows.dtype}, not uint8"
+    if rows.shape[1] > 1 << 16:
+        return f"rows of {rows.shape[1]:,} values are longer than 65,536: sums of their products may not fit 32 bits"
+    if not bool(((centre == centre.round()) & (centre >= 0) & (centre <= 255)).all()):
+        return "the centre is not one of whole grey levels"
+    return None
+
+
+class TensorCoreProducts:
+    """`Products` on a GPU (or in Triton's interpreter)."""
+
+    def __init__(self, u: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor, tolerance: float):
+        self.weight, self.centre = weight, centre.float()
+        self.lengths = u.norm(dim=1)
+        self.reach = math.log(1 / (DROPPED_SHARE * tolerance))
+        count = 2 if tolerance >= COARSE else 3
+        # The largest value that has its rounding: 127 followed by bytes of 127.
+        largest = 127 * sum(256**place for place in range(count))
+        self.unit = u.abs().amax(dim=1).clamp(min=1e-30) / largest
+        left = (u / self.unit[:, None]).round_()
+        planes = []
+        for _ in range(count):  # digits −128 … 127, the lowest first
+            digit = (left + 128).remainder(256) - 128
+            left = (left - digit) / 256
+            planes.insert(0, digit)
+        self.planes = torch.stack(planes).to(torch.int8)
+        self.shifts = (torch.stack(planes) @ (centre - 128)).to(torch.int32)
+        self.units = torch.stack([self.unit * 256**place for place in reversed(range(count))]).float()
+        self.block: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def logits(self, rows: torch.Tensor) -> Logits:
+        from diffmem.ops.posterior_mean.triton_kernels import launch_scores  # imports triton
+
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        # Sums of squares of whole numbers below 256: exact in float32 up to 2^24, so in float64.
+        squared = (rows.float() - self.centre).square_().sum(dim=1, dtype=torch.float64)
+        longest = squared.max().sqrt()
+        values, tops, masses = launch_scores(
+            self.planes, self.shifts, self.units, self.weight.float(), rows, 0.5 * squared.float()
+        )
+        self.block = rows, tops, masses
+        arithmetic = FLOAT32 * (self.lengths + longest) * longest
+        proven = (0.5 * math.sqrt(rows.shape[1]) * self.unit * longest + 4 * arithmetic) * self.weight
+        modelled = (self.unit / math.sqrt(12) * longest + 0.25 * arithmetic) * self.weight
+        return Logits(values, proven, modelled)
+
+    def add_weighted(self, state: RunningMean, found: Logits) -> None:
+        from diffmem.ops.posterior_mean.triton_kernels import launch_weighted_sums  # imports triton
+
+        rows, tops, masses = self.block
+        state.raise_top(tops.amax(dim=1).double())
+        share = masses.double() * (tops.double() - state.top[:, None]).exp()
+        # A span whose images together hold less than a share of the tolerance is left out. What is so small may have
+        # other spans in its tile that are read; the bound counts it as dropped all the same.
+        kept = share * len(rows) / SPAN > math.exp(-self.reach) * share.sum(dim=1, keepdim=True)
+        top = state.top.float()
+        sums = launch_weighted_sums(found.values, top, kept, rows, self.centre)
+        # Weights were taken relative to the float32 number nearest to the top.
+        shrink = (top.double() - state.top).exp()
+        state.mass += share.sum(dim=1)
+        state.dropped += (share * ~kept).sum(dim=1)
+        state.total += sums * shrink[:, None]
