@@ -127,7 +127,7 @@ def optimum_command(
 
     --compare measures the squared gap between a trained network and the optimum of its training set, by noise level, on
     training, generated and (with --holdout) unseen images, and tells at which noise levels the network has become its
-    training set: where it denoises training images with at most half the squared error of unseen ones.
+    training set: where its rms error on training images is at most a third of that on unseen ones.
 
     --sweep shows how the copies vanish as the optimum is regularized.
 

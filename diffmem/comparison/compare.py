@@ -34,7 +34,7 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # the range of EDM's sampler
 SHOWN_LEVELS = (0.05, 0.15, 0.4, 1.0, 2.5, 6.0)
 SHOWN = 2  # images of a set that are shown
 LEAST_REFERENCE = 16  # unseen images below which no second optimum is made of them
-HALF = 0.5
+BECOME = 1 - 1 / 9  # memory from which a model counts as its training set
 NOTHING = 1e-4  # share of σ², or of the spread, below which the optimum's error is no measure of anything
 
 
@@ -98,9 +98,11 @@ class Comparison:
       ceiling(σ)   = 1 − E_opt / E′   what memory would be if the model denoised training images as the optimum does,
       closeness(σ) = memory / ceiling = 1 − gap / (E′ − E_opt).
     Towards high σ the ceiling falls to 0: every denoiser tends to a mean image, and there is nothing to memorize.
-    The model **has become its training set** at the noise levels where memory is at least 1/2: it denoises what it was
-    trained on with at most half the squared error. Sampling comes down from high σ: σ* is the upper end of that range.
-    Comparing errors on seen and unseen images by σ follows Kadkhodaie et al. (arXiv 2310.02557).
+    The model **has become its training set** at the noise levels where memory is at least 8/9: where its root mean
+    square error on training images is at most a third of that on unseen ones, the factor by which the memorization rule
+    asks a copy to be nearer than anything else. Sampling comes down from high σ: σ* is the upper end of that range.
+    Memory comes before copies: a model that denoises training images with half the squared error of others may not
+    yet copy one of them. Comparing errors on seen and unseen images by σ follows Kadkhodaie et al. (arXiv 2310.02557).
 
     Intervals: 95 %, percentiles of 1,000 bootstrap samples of the noisy images. They cover a little less than that, and
     much less at levels where a few images make most of a mean (see benchmarks/results/optimum). That of σ* knows
@@ -171,7 +173,7 @@ class Comparison:
     @cached_property
     def become(self) -> NoiseRange | None:
         """The noise levels at which the model has become its training set: those around the highest memory at which it
-        is at least 1/2, interpolated along ln σ. None where there are none, or no unseen images."""
+        is at least 8/9, interpolated along ln σ. None where there are none, or no unseen images."""
         if self.memory is None or (found := _range(self.levels, self.memory.value)) is None:
             return None
         ranges = [_range(self.levels, values) for values in self._resampled_ratio("model_error")]
@@ -185,6 +187,13 @@ class Comparison:
     def sigma_star(self) -> float | None:
         """The upper end of `become`."""
         return None if self.become is None else self.become.high
+
+    @property
+    def highest_possible(self) -> float | None:
+        """What σ* would be if the model denoised training images as the optimum does; None where it reaches an end of
+        the levels or is nowhere."""
+        found = None if self.ceiling is None else _range(self.levels, self.ceiling.value)
+        return None if found is None else found[1]
 
     @cached_property
     def spread(self) -> float:
@@ -209,9 +218,10 @@ class Comparison:
         if self.become.high_interval is not None:
             upper += " ({:.3g} to {:.3g})".format(*self.become.high_interval)
         lower = "" if low is None else f"from σ = {low:.3g} "
+        most = "" if self.highest_possible is None else f" (the optimum in its place: {self.highest_possible:.3g})"
         return (
-            f"The model has become its training set at noise levels {lower}up to {upper}: it denoises training images "
-            f"with at most half the squared error of unseen ones; {highest}."
+            f"The model has become its training set at noise levels {lower}up to {upper}{most}: its rms error on "
+            f"training images is at most a third of that on unseen ones; {highest}."
         )
 
     @property
@@ -243,6 +253,7 @@ class Comparison:
             "closeness": _to_json(self.closeness),
             "become": None if become is None else become._asdict(),
             "sigma_star": self.sigma_star,
+            "highest_possible": self.highest_possible,
             "r_mem": {
                 "count": self.copies,
                 "total": self.generated_images,
@@ -555,19 +566,19 @@ def _curve(value: np.ndarray, draws: np.ndarray) -> Curve:
 
 
 def _range(levels: np.ndarray, memory: np.ndarray) -> tuple[float | None, float | None] | None:
-    """Where memory is at least 1/2, around its highest value; an end is None where that is the last level."""
+    """Where memory is at least 8/9, around its highest value; an end is None where that is the last level."""
     peak = int(memory.argmax())
-    if memory[peak] < HALF:
+    if memory[peak] < BECOME:
         return None
     ends = []
     for step, last in ((-1, 0), (1, len(levels) - 1)):
         at = peak
-        while at != last and memory[at + step] >= HALF:
+        while at != last and memory[at + step] >= BECOME:
             at += step
         if at == last:
             ends.append(None)
             continue
-        share = (memory[at] - HALF) / (memory[at] - memory[at + step])
+        share = (memory[at] - BECOME) / (memory[at] - memory[at + step])
         ends.append(math.exp(math.log(levels[at]) + share * math.log(levels[at + step] / levels[at])))
     return ends[0], ends[1]
 

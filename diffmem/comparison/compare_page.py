@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffmem.comparison.compare import BECOME
 from diffmem.pages import template
 from diffmem.pictures import data_url, plot, svg
 from diffmem.whole import check_output_folder, write_whole
@@ -107,10 +108,13 @@ def _draw_memory(comparison: Comparison, axes: Axes) -> None:
     axes.plot(comparison.levels, comparison.ceiling.value, color="#5b6675", linestyle="--", linewidth=1, label=label)
     become = comparison.become
     if become is not None:
-        ends = [comparison.levels[at] if end is None else end for at, end in zip((0, -1), become[:2], strict=True)]
+        outermost = (comparison.levels[0], comparison.levels[-1])
+        ends = [last if end is None else end for last, end in zip(outermost, become[:2], strict=True)]
         axes.axvspan(*ends, color=COLORS["training"], alpha=0.08, linewidth=0)
         if become.high is not None:
-            axes.annotate(f"σ* = {become.high:.3g}", (become.high, 0.5), (4, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                f"σ* = {become.high:.3g}", (become.high, BECOME), (4, 3), textcoords="offset points", fontsize=8
+            )
     _memory_axes(axes)
     axes.legend(loc="best", fontsize=7.5)
 
@@ -118,7 +122,7 @@ def _draw_memory(comparison: Comparison, axes: Axes) -> None:
 def _memory_axes(axes: Axes) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axes.axhline(0.5, color="#555", linestyle=":", linewidth=0.8)
+    axes.axhline(BECOME, color="#555", linestyle=":", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_ylim(-0.12, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -55,7 +55,7 @@ def test_the_optimum_is_the_optimum(training, digits):
     np.testing.assert_allclose(result.memory.value, result.ceiling.value)
     assert result.memory.value[0] > 0.999
     assert result.become.low is None
-    assert 0.5 < result.sigma_star < 2
+    assert 0.1 < result.sigma_star == result.highest_possible < 2
     assert result.become.high_interval[0] <= result.sigma_star <= result.become.high_interval[1]
     assert result.copies == len(result.gaps["generated"].gap) == 20
     # Training images among the holdout are no unseen images.
@@ -111,15 +111,16 @@ class _Blind(OptimalDenoiser):
         return super().forward(x, sigma, None)
 
 
-def test_where_memory_is_at_least_half():
-    levels = np.array([1.0, math.e, math.e**2, math.e**3])
-    assert _range(levels, np.array([0.1, 0.2, 0.3, 0.4])) is None
-    low, high = _range(levels, np.array([0.25, 0.75, 0.9, 0.1]))
+def test_where_memory_is_at_least_eight_ninths():
+    levels, least = np.array([1.0, math.e, math.e**2, math.e**3]), 8 / 9
+    assert _range(levels, np.array([0.1, 0.2, 0.8, 0.88])) is None
+    low, high = _range(levels, np.array([least - 0.1, least + 0.1, 0.99, 0.2]))
     assert low == pytest.approx(math.exp(0.5))
-    assert high == pytest.approx(math.exp(2.5))
-    assert _range(levels, np.array([0.9, 0.7, 0.5, 0.0])) == (None, pytest.approx(math.e**2))
-    assert _range(levels, np.array([0.9, 0.1, 0.8, 0.7])) == (None, pytest.approx(math.exp(0.5)))  # around the highest
-    assert _range(levels, np.full(4, 0.6)) == (None, None)
+    assert high == pytest.approx(math.exp(2 + (0.99 - least) / 0.79))
+    assert _range(levels, np.array([0.95, 0.9, least, 0.0])) == (None, pytest.approx(math.e**2))
+    ends = _range(levels, np.array([0.97, least - 0.1, 0.96, 0.95]))
+    assert ends == (None, pytest.approx(math.exp((0.97 - least) / (0.97 - least + 0.1))))  # around the highest
+    assert _range(levels, np.full(4, 0.9)) == (None, None)
 
 
 def test_runs_know_their_training_set(training, digits, tmp_path):
