@@ -112,9 +112,8 @@ def _draw_memory(comparison: Comparison, axes: Axes) -> None:
         ends = [last if end is None else end for last, end in zip(outermost, become[:2], strict=True)]
         axes.axvspan(*ends, color=COLORS["training"], alpha=0.08, linewidth=0)
         if become.high is not None:
-            axes.annotate(
-                f"σ* = {become.high:.3g}", (become.high, BECOME), (4, 3), textcoords="offset points", fontsize=8
-            )
+            label = f"σ* = {become.high:.3g}"
+            axes.annotate(label, (become.high, 0.3), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
     _memory_axes(axes)
     axes.legend(loc="best", fontsize=7.5)
 
