@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 NARROWEST = 512  # values of a row below which principal components do not pay
 LEAST_ROWS = 4096
 COMPONENTS = 5  # twelfths of the values of a row: what JPEG's chroma leaves of three channels, and a little less
+COPIED_BYTES = 1 << 32  # of a set that is copied in the order of its classes; a larger one is left where it is
 WEIGHT_BLOCK = 1 << 24  # values of the training rows at a time when weights are listed
 
 
@@ -94,6 +95,7 @@ class OptimalDenoiser(nn.Module):
         check_finite(rows, "training images")
         # Rows of one class follow each other: a class is then a slice, and the whole set is one too.
         self.order: np.ndarray | None = None
+        order = None
         self.starts = np.array([0, len(rows)])
         self.label_dim = 0
         found = self._class_indices(labels)
@@ -102,15 +104,20 @@ class OptimalDenoiser(nn.Module):
             self.starts = np.concatenate([[0], np.bincount(found, minlength=self.label_dim).cumsum()])
             if bool((found[1:] < found[:-1]).any()):
                 self.order = np.argsort(found, kind="stable")
-                rows = rows[torch.from_numpy(self.order)]
+                if rows.numel() * rows.itemsize <= COPIED_BYTES:
+                    rows = rows[torch.from_numpy(self.order)]
+                else:
+                    order = torch.from_numpy(self.order)
         largest = int(np.diff(self.starts).max())
         if subset is not None and not 1 <= subset <= largest:
             raise InputError(f"subset: {subset} images cannot be drawn from {largest:,} (of the largest class)")
         place = pick_device(device)
         mean = _mean(rows)
-        basis = self._basis(rows, mean) if OP.choose(place.type, impl) == "native" else None
+        basis = self._basis(rows, mean) if OP.choose(place.type, impl) == "native" and order is None else None
         length = float(self._to_images(mean).norm()) * (127.5 if self.integer else 1)
-        self.rows = PosteriorRows(rows, mean, place, basis=basis, length=length, impl=impl, progress=progress)
+        self.rows = PosteriorRows(
+            rows, mean, place, order=order, basis=basis, length=length, impl=impl, progress=progress
+        )
         # The mean image, which D tends to as σ grows; as a parameter, so that samplers find the device.
         average = self._to_images(mean).float().reshape(images.image_shape)
         self.mean = nn.Parameter(average.to(place), requires_grad=False)
@@ -227,7 +234,7 @@ class OptimalDenoiser(nn.Module):
 
     def _exact_logits(self, row: torch.Tensor, sigma: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         step = max(1, WEIGHT_BLOCK // self.rows.dimension)
-        blocks = (self.rows.rows[first : min(first + step, stop)] for first in range(start, stop, step))
+        blocks = (self.rows.slice(first, min(first + step, stop))[:] for first in range(start, stop, step))
         return torch.cat([(block.double() - row).square().sum(dim=1) for block in blocks]) / (-2 * sigma.square())
 
     def _posterior(

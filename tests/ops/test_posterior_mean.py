@@ -70,6 +70,22 @@ def test_native_against_float64(tolerance):
 
 
 @pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
+def test_native_with_more_rows_than_a_block_and_codes_that_are_not_kept(monkeypatch):
+    y = rows(native.native_module().posterior_largest_sum + 300, 40)
+    y[-1] = y[0]  # one in each block
+    centre = y.double().mean(dim=0).round()
+    basis = principal_components(y[:2000].float() - centre.float(), 24)
+    monkeypatch.setattr(native, "CODE_BYTES", 20 * len(y))  # of which 20 components have room
+    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), basis)
+    assert data.codes.bytes.shape == (len(y), 20)
+    for sigma in (20.0, 0.1):
+        x = torch.cat([noisy(y, sigma, 3), noisy(y[-3:], sigma, 3)])
+        levels = torch.full((6,), 127.5 * sigma, dtype=torch.float64)
+        result = type(posterior_mean(x, levels, y[:9]))(*data.mean(x, levels, 1e-3, 0, len(y)))
+        assert_close(result, x, levels, y, 1e-3)
+
+
+@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.booleans())
 def test_byte_products_are_exact(n, k, count, low):
     """Both products, for sizes that fill no register: sums of rounded weights against int64."""

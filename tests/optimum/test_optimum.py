@@ -8,8 +8,10 @@ import torch
 
 import diffmem
 from diffmem.errors import InputError
+from diffmem.generation import SampleSettings, generate
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Smoothed, Tikhonov, parse_regularization
-from diffmem.sampling import sample
+from diffmem.optimum import denoiser as denoiser_module
+from diffmem.sampling import general_sample, sample
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,10 @@ def test_is_the_posterior_mean(digits, sigma):
         assert [indices.tolist() for indices in weights.indices] == [[0], [1], [2], [3], [4]]
 
 
-def test_classes(digits):
+@pytest.mark.parametrize("copied", [True, False])
+def test_classes(digits, copied, monkeypatch):
+    if not copied:  # as sets are that memory would not hold twice
+        monkeypatch.setattr(denoiser_module, "COPIED_BYTES", 0)
     denoiser = OptimalDenoiser(digits)
     x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.tensor([3, 0, 3, 9, 0, 7])
@@ -61,6 +66,34 @@ def test_sampling_copies_whatever_the_batch(digits, solver):
     images = sample(denoiser, range(24), solver=solver, batch=24).images
     assert torch.equal(sample(denoiser, range(24), solver=solver, batch=7).images, images)
     assert diffmem.audit(images.numpy(), digits).ratio == 1
+
+
+def test_the_general_sampler_copies_too(digits):
+    latents = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"discretization": "vp", "schedule": "vp", "scaling": "vp", "steps": 100}
+    images = general_sample(OptimalDenoiser(digits, labels=False), latents, **options)
+    pixels = ((images + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
+    assert diffmem.audit(pixels.numpy(), digits).ratio == 1
+
+
+def test_an_interrupted_run_goes_on(digits, tmp_path, monkeypatch):
+    settings = SampleSettings(batch=4, compile="off")
+    generate(OptimalDenoiser(digits), range(12), out=tmp_path / "whole.npz", settings=settings)
+    calls = []
+
+    class Interrupted(OptimalDenoiser):
+        def forward(self, *arguments):
+            calls.append(len(arguments[0]))
+            if len(calls) == 50:  # in the second batch
+                raise KeyboardInterrupt
+            return super().forward(*arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(Interrupted(digits), range(12), out=tmp_path / "parts.npz", settings=settings)
+    done = len(calls)
+    generate(Interrupted(digits), range(12), out=tmp_path / "parts.npz", settings=settings)
+    assert len(calls) - done == 2 * 35  # the first batch is not made again
+    assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_regularized_formulas(digits):

@@ -56,6 +56,13 @@ class RunningMean:
         return self.total / self.mass[:, None]
 
 
+class SupportsBlocks(Protocol):
+    """Rows that are had a block at a time."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, block: slice) -> torch.Tensor: ...
+
+
 class Products(Protocol):
     """The two products of one call: queries u [B, d] float64, about a centre, with weights 1/σ² [B]."""
 
@@ -109,7 +116,7 @@ class Float32Products:
 def posterior_mean_blocked(
     x: torch.Tensor,
     sigma: torch.Tensor,
-    training: torch.Tensor,
+    training: torch.Tensor | SupportsBlocks,
     tolerance: float,
     centre: torch.Tensor,
     products: Callable[..., Products] = Float32Products,
@@ -124,8 +131,8 @@ def posterior_mean_blocked(
     reach = math.log(len(training) / (DROPPED_SHARE * tolerance))
     step = max(1, min(BLOCK_PAIRS // max(count, 1), BLOCK_VALUES // d))
     if count * len(training) * d <= SMALL:
-        for rows in training.split(step):
-            _add_all(state, u, rows.to(device).double() - centre, weight)
+        for start in range(0, len(training), step):
+            _add_all(state, u, training[start : start + step].to(device).double() - centre, weight)
         return state.mean() + centre, _log_sum(state, u, weight), state.dropped / state.mass
     both = products(u, weight, centre, tolerance)
     for start in range(0, len(training), step):

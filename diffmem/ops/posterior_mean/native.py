@@ -59,6 +59,7 @@ CAPS = (6.0, 24.0, 96.0)  # times the average weight: heavier images are compute
 PAIR_COST = 100  # of a pair in float64, in units of the same pair's share of a product over all bytes
 LANES, PANEL = 16, 64  # queries in a vector, and side by side in a product
 BLOCK_VALUES = 1 << 25
+CODE_BYTES = 1 << 31  # of all images' components in bytes, which are in memory even where images are not
 SCORE_BYTES = 1 << 28
 LEVELS = (64, 192, 512, 768)  # components after which the search looks how many images are left
 LEVEL_SHARE = 1 / 500  # of the pairs: with fewer left the search goes no further
@@ -130,38 +131,47 @@ class Codes:
     """
 
     def __init__(self, rows: torch.Tensor, centre: torch.Tensor, p: torch.Tensor, progress: Progress):
+        p = p[: max(LANES, CODE_BYTES // len(rows))]
         self.p = torch.linalg.qr(p.double().T).Q.T.contiguous()
-        m = len(self.p)
+        n, m = len(rows), len(self.p)
         self.defect = float((self.p @ self.p.T - torch.eye(m, dtype=torch.float64)).abs().sum(dim=1).max()) + 1e-12
-        middle = centre.double()
-        step = max(1, BLOCK_VALUES // rows.shape[1])
-        blocks = [slice(start, min(len(rows), start + step)) for start in range(0, len(rows), step)]
         self.levels = [*(level for level in LEVELS if level < m), m]
-        self.bytes = torch.empty(len(rows), m, dtype=torch.uint8)
-        self.rho = torch.empty(len(self.levels), len(rows))
-        coordinates = torch.empty(len(rows), m)
+        parts = list(zip([0, *self.levels], self.levels, strict=False))
+        middle = centre.double()
+        self.bytes = torch.empty(n, m, dtype=torch.uint8)
+        self.rho = torch.empty(len(self.levels), n)
+        step = max(1, BLOCK_VALUES // rows.shape[1])
+        blocks = [slice(start, min(n, start + step)) for start in range(0, n, step)]
+        known = torch.empty(n, m) if 4 * n * m <= CODE_BYTES else None  # else everything is computed twice
+        largest = torch.zeros(m, dtype=torch.float64)
+        energy = torch.zeros(m, dtype=torch.float64)
         for number, block in enumerate(blocks):
-            progress("components of training images", number, len(blocks))
+            progress("components of training images", number, 2 * len(blocks))
             # In float64: the rounding of float32 products, as far as it can be proven, would be the largest part of ρ.
             z = rows[block].double().sub_(middle)
-            exact = z @ self.p.T
-            coordinates[block] = exact
+            coordinates = z @ self.p.T
+            if known is not None:
+                known[block] = coordinates
+            largest = torch.maximum(largest, coordinates.abs().amax(dim=0))
+            energy += coordinates.square_().sum(dim=0)
+            inside = torch.stack([coordinates[:, begin:end].sum(dim=1) for begin, end in parts]).cumsum(dim=0)
             squared = z.square_().sum(dim=1)
-            inside = exact.square_().cumsum(dim=1)[:, [level - 1 for level in self.levels]].T
             outside = (squared - inside).clamp(min=0) + (self.defect + 1e-9) * squared
             self.rho[:, block] = outside.sqrt().float() * (1 + 1e-6)
-        progress("components of training images", len(blocks), len(blocks))
-        self.energy = coordinates.square().mean(dim=0, dtype=torch.float64)
-        self.scale = (coordinates.abs().amax(dim=0).double() / 127).clamp(min=1e-12)
+        self.energy = energy / n
+        self.scale = (largest / 127).clamp(min=1e-12)
         errors = torch.zeros(len(self.levels), dtype=torch.float64)
-        for block in blocks:
-            units = (coordinates[block] / self.scale.float()).round_()
+        for number, block in enumerate(blocks):
+            progress("components of training images", len(blocks) + number, 2 * len(blocks))
+            coordinates = (rows[block].double() - middle) @ self.p.T if known is None else known[block].double()
+            units = (coordinates / self.scale).round_()
             self.bytes[block] = (units + 128).to(torch.uint8)
-            gap = coordinates[block].double() - units.double() * self.scale
-            for number, level in enumerate(self.levels):
-                # Coordinates were rounded to float32 in between.
-                left = gap[:, :level].norm(dim=1) + 2.0**-23 * coordinates[block, :level].double().norm(dim=1)
-                errors[number] = max(errors[number], left.max())
+            gap = (coordinates - units.mul_(self.scale)).square_()
+            gap = torch.stack([gap[:, begin:end].sum(dim=1) for begin, end in parts]).cumsum(dim=0).sqrt_()
+            # Coordinates may have been rounded to float32 in between.
+            size = coordinates.norm(dim=1)
+            errors = torch.maximum(errors, (gap + 2.0**-23 * size).amax(dim=1))
+        progress("components of training images", 2 * len(blocks), 2 * len(blocks))
         self.errors = errors.tolist()
         self.groups = self._groups()
         self.sums = BlockSums(self.bytes)

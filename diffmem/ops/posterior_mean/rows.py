@@ -39,11 +39,30 @@ class PosteriorMean(NamedTuple):
     dropped: torch.Tensor
 
 
+class ListedRows:
+    """Rows [n, d] of a larger set, which are gathered only as blocks of them are asked for."""
+
+    def __init__(self, rows: torch.Tensor, images: torch.Tensor):
+        self.rows, self.images = rows, images
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.images), self.rows.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, block: slice) -> torch.Tensor:
+        return self.rows[self.images[block]]
+
+
 class PosteriorRows:
     """Training rows [N, d] uint8, float32 or float64, and what the implementation derives from them.
 
-    rows: on the CPU, or on `device`; elsewhere they are moved block by block. centre: [d] float64, a point in their
-        middle, from which distances are reckoned; whole numbers for uint8 rows. It decides about rounding only.
+    rows: on the CPU, or on `device`; elsewhere they are moved block by block. order: int64 [N]: what is row 0, 1, … to
+        those who ask is here; rows are gathered block by block then, which "native" does not do. centre: [d] float64, a
+        point in their middle, from which distances are reckoned; whole numbers for uint8 rows. It decides about
+        rounding only.
     device: where queries come from and answers go. basis: leading principal components [m, d] of the rows, which
         "native" makes use of. length: of the mean row, for what a relative error is relative to (default: ‖centre‖).
         impl: forces an implementation.
@@ -56,6 +75,7 @@ class PosteriorRows:
         centre: torch.Tensor,
         device: torch.device,
         *,
+        order: torch.Tensor | None = None,
         basis: torch.Tensor | None = None,
         length: float | None = None,
         impl: str | None = None,
@@ -63,12 +83,12 @@ class PosteriorRows:
     ):
         if rows.ndim != 2 or len(rows) == 0:
             raise InputError(f"training rows must be [N, d], N > 0, got {list(rows.shape)}")
-        self.rows, self.centre, self.device = rows, centre.double(), device
+        self.rows, self.order, self.centre, self.device = rows, order, centre.double(), device
         self.impl = OP.choose(device.type, impl)
         length = float(self.centre.norm()) if length is None else length
         self.native: native.NativeRows | None = None
         if self.impl == "native":
-            if native.serves(rows, self.centre):
+            if order is None and native.serves(rows, self.centre):
                 self.native = native.NativeRows(rows, self.centre, length, basis, progress)
             elif impl == "native":
                 raise InputError("posterior_mean: impl='native' takes uint8 rows of at most 65,536 values on the CPU")
@@ -84,6 +104,12 @@ class PosteriorRows:
     def dimension(self) -> int:
         return self.rows.shape[1]
 
+    def slice(self, start: int, stop: int) -> torch.Tensor | ListedRows:
+        """Rows start … stop − 1, not copied."""
+        if self.order is None:
+            return self.rows[start:stop]
+        return ListedRows(self.rows, self.order[start:stop])
+
     def mean(
         self,
         x: torch.Tensor,
@@ -95,16 +121,18 @@ class PosteriorRows:
 
         tolerance: the relative error aimed at, see `posterior_mean`.
         """
-        if images is None:
-            chosen = self.rows
+        images = (0, len(self.rows)) if images is None else images
+        if isinstance(images, torch.Tensor):
+            chosen = ListedRows(self.rows, images if self.order is None else self.order[images])
         else:
-            chosen = self.rows[images] if isinstance(images, torch.Tensor) else self.rows[slice(*images)]
-        if self.native is not None and len(x) * chosen.numel() > SMALL and not isinstance(images, torch.Tensor):
-            start, stop = (0, len(self.rows)) if images is None else images
+            start, stop = images
+            chosen = self.slice(start, stop)
+        large = len(x) * len(chosen) * self.dimension > SMALL
+        if self.native is not None and large and not isinstance(images, torch.Tensor):
             result = self.native.mean(x, sigma, tolerance, start, stop)
             if result is not None:
                 return PosteriorMean(*result)
         if self.impl == "reference":
-            mean, log_sum = posterior_mean_reference(x, sigma, chosen)
+            mean, log_sum = posterior_mean_reference(x, sigma, chosen[:])
             return PosteriorMean(mean, log_sum, torch.zeros_like(log_sum))
         return PosteriorMean(*posterior_mean_blocked(x, sigma, chosen, tolerance, self.centre, self.products))
