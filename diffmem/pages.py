@@ -20,11 +20,11 @@ def percent(share: float) -> str:
 
 def template(package: str, name: str) -> Template:
     """The template `name` in `package`/templates: everything is escaped, what is not given is an error, and the filters
-    are percent, points, thousands, duration and filename."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    are percent, points, thousands, duration and filename. It may extend `page.html.j2`, the house's page."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader(package, "templates"),
+        loader=ChoiceLoader([PackageLoader(package, "templates"), PackageLoader("diffmem", "templates")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

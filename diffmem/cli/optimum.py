@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from diffmem.cli.distributed import is_first_rank, process_group
+from diffmem.cli.comparison import print_comparison, print_sweep
+from diffmem.cli.distributed import is_first_rank, process_group, ranks
 from diffmem.cli.options import Source, debug_option
 from diffmem.cli.sample import Seeds, print_result, says_what_is_kept
 from diffmem.cli.training_options import POSITIVE
 from diffmem.errors import InputError
+
+DEFAULT_SEEDS = range(1000)
 
 
 class Variant(click.ParamType):
@@ -25,13 +30,46 @@ class Variant(click.ParamType):
             self.fail(str(error), parameter, context)
 
 
+class Variants(click.ParamType):
+    name = "kind[:values]"
+
+    def convert(self, value, parameter, context):
+        from diffmem.comparison import parse_sweep
+
+        try:
+            return parse_sweep(value) if isinstance(value, str) else value
+        except InputError as error:
+            self.fail(str(error), parameter, context)
+
+
+# What each of the command's three uses has no use for, by parameter.
+_NOT_WITH = {
+    "--compare": ("variants", "out", "cond", "regularization", "subset", "class_index", "audit", "restart"),
+    "--sweep": ("out", "regularization", "subset", "audit", "holdout", "restart", "images", "levels"),
+    "sampling": ("images", "levels"),
+}
+
+
 @click.command("optimum")
 @click.argument("source", type=Source())
+@click.option(
+    "--compare", "checkpoint", type=click.Path(exists=True, path_type=Path), metavar="CHECKPOINT",
+    help="How close is this trained network to the optimum? A checkpoint that `diffmem sample` reads, or a run.",
+)  # fmt: skip
+@click.option(
+    "--sweep", "variants", type=Variants(), multiple=True,
+    help="R_mem against the strength of a regularization: tikhonov, bayes or smooth, at strengths chosen from the "
+    "data, or at yours: smooth:0.03,0.1,0.3. May be given several times.",
+)  # fmt: skip
 @click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images of SOURCE, as many of each class.")
 @click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased.")
 @click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
 @click.option("--cond", is_flag=True, help="The class-conditional optimum, by the labels of SOURCE.")
-@click.option("--seeds", type=Seeds(), default="0-999", show_default=True, help="Which images: 0-999 or 0,3,5-7.")
+@click.option(
+    "--seeds",
+    type=Seeds(),
+    help="Which images: 0-999 or 0,3,5-7.  [default: 0-999; with --compare as many as --images]",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path),
     help="Write an .npz (images, seeds, labels), a .zip (EDM's layout), or a new folder (PNG).",
@@ -57,45 +95,61 @@ class Variant(click.ParamType):
 @click.option("--batch", type=POSITIVE, default=256, show_default=True, help="Images at a time.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--audit", is_flag=True, help="Audit the images against SOURCE as they come.")
-@click.option("--holdout", type=Source(), help="Real images that are not in SOURCE, for --audit.")
-@click.option("--report", type=click.Path(path_type=Path), help="With --audit: a folder for the report.")
+@click.option(
+    "--holdout", type=Source(),
+    help="Real images the model has not seen, for --audit and --compare; with --compare those of SOURCE are left out.",
+)  # fmt: skip
+@click.option(
+    "--images", type=click.IntRange(min=2), default=256, show_default=True,
+    help="With --compare: how many noisy training and unseen images, at most.",
+)  # fmt: skip
+@click.option(
+    "--levels", type=click.IntRange(min=2), default=24, show_default=True, help="With --compare: noise levels."
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path),
+    help="A folder for the report of --audit, --compare or --sweep; a sweep keeps what is finished there and goes on.",
+)  # fmt: skip
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a summary as JSON on standard output and nothing else there."
 )
 @debug_option
+@click.pass_context
 def optimum_command(
-    source, size, resize, color, cond, seeds, out, solver, steps, regularization, subset, tolerance, class_index, batch,
-    device, audit, holdout, report, restart, as_json,
+    context, source, checkpoint, variants, size, resize, color, cond, seeds, out, solver, steps, regularization, subset,
+    tolerance, class_index, batch, device, audit, holdout, images, levels, report, restart, as_json,
 ) -> None:  # fmt: skip
     """Sample from the theoretical optimum of the training set SOURCE: the denoiser that training tends to, in closed
     form. What it makes are copies, unless it is regularized.
 
     Runs are kept and resumed as those of `diffmem sample`; the same seeds mean the same latents.
 
+    --compare measures the squared gap between a trained network and the optimum of its training set, by noise level, on
+    training, generated and (with --holdout) unseen images, and tells at which noise levels the network has become its
+    training set: where its rms error on training images is at most a third of that on unseen ones.
+
+    --sweep shows how the copies vanish as the optimum is regularized.
+
     \b
     Examples:
       diffmem optimum cifar10-train.zip --seeds 0-255 --audit                 all copies
       diffmem optimum builtin:digits --regularize tikhonov:0.1 --audit        fewer
       diffmem optimum builtin:digits --size 100 --out copies.npz --cond
+      diffmem optimum builtin:digits --sweep tikhonov --sweep smooth:0.03,0.1,0.3 --report sweep
+      diffmem optimum builtin:digits --size 100 --compare run --holdout builtin:digits --report compare
     """
     import torch
 
+    from diffmem.comparison import compare, sweep
     from diffmem.generation import SampleSettings, generate
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
     from diffmem.training import DataSource
     from diffmem.whole import check_output_folder
 
-    if out is None and not audit:
-        raise click.UsageError("nothing to do: give --out, --audit, or both")
-    for name, value in (("--holdout", holdout), ("--report", report)):
-        if value is not None and not audit:
-            raise click.UsageError(f"{name} goes with --audit")
-    if restart and out is None:
-        raise click.UsageError("--restart goes with --out")
-    if class_index is not None and not cond:
-        raise click.UsageError("--class goes with --cond")
+    use = "--compare" if checkpoint is not None else "--sweep" if variants else "sampling"
+    _check_use(context, use)
     settings = SampleSettings(solver=solver, steps=steps, class_index=class_index, batch=batch, compile="off")
     torch.set_flush_denormal(True)
     if report is not None and is_first_rank():
@@ -104,14 +158,57 @@ def optimum_command(
         training = DataSource(source, size, resize, color).load(progress)
         for note in training.notes if is_first_rank() else ():
             click.echo(f"note: {note}", err=True)
-        if cond and training.labels is None:
+        if use == "--compare":
+            unseen = None if holdout is None else DataSource(holdout, None, resize, color).load(progress)
+            result = compare(
+                checkpoint, training, holdout=unseen, images=images, seeds=seeds, levels=levels, settings=settings,
+                tolerance=tolerance, device=device, progress=progress,
+            )  # fmt: skip
+            tell = print_comparison
+        elif cond and training.labels is None:
             raise InputError(f"{source}: --cond needs labels, and there are none")
-        denoiser = OptimalDenoiser(
-            training, tolerance=tolerance, labels=None if cond else False, device=device,
-            regularization=regularization, subset=subset,
-        )  # fmt: skip
-        result = generate(
-            denoiser, seeds, out=out, settings=settings, training=training if audit else None, holdout=holdout,
-            restart=restart, progress=progress,
-        )  # fmt: skip
-    print_result(result, report, as_json, headline=denoiser.summary())
+        elif use == "--sweep":
+            result = sweep(
+                training, [variant for group in variants for variant in group], report, seeds=seeds or DEFAULT_SEEDS,
+                labels=None if cond else False, tolerance=tolerance, settings=settings, device=device,
+                progress=progress,
+            )  # fmt: skip
+            tell = print_sweep
+        else:
+            denoiser = OptimalDenoiser(
+                training, tolerance=tolerance, labels=None if cond else False, device=device,
+                regularization=regularization, subset=subset,
+            )  # fmt: skip
+            result = generate(
+                denoiser, seeds or DEFAULT_SEEDS, out=out, settings=settings, training=training if audit else None,
+                holdout=holdout, restart=restart, progress=progress,
+            )  # fmt: skip
+            tell = partial(print_result, headline=denoiser.summary())
+    tell(result, report, as_json)
+
+
+def _check_use(context: click.Context, use: str) -> None:
+    """Raises UsageError for options that do not go together."""
+    given = {
+        parameter.name: parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    }
+    for name in _NOT_WITH[use]:
+        if name in given:
+            what = "goes with --compare" if use == "sampling" else f"does not go with {use}"
+            raise click.UsageError(f"{given[name]} {what}")
+    if use == "sampling":
+        if "out" not in given and "audit" not in given:
+            raise click.UsageError("nothing to do: give --out, --audit, --compare or --sweep")
+        for name in ("holdout", "report"):
+            if name in given and "audit" not in given:
+                raise click.UsageError(f"{given[name]} goes with --audit")
+        if "restart" in given and "out" not in given:
+            raise click.UsageError("--restart goes with --out")
+    elif ranks() > 1:
+        raise click.UsageError(f"{use} runs in one process, without torchrun")
+    if use == "--sweep" and "report" not in given:
+        raise click.UsageError("--sweep needs a folder to keep its results in: --report")
+    if "class_index" in given and "cond" not in given:
+        raise click.UsageError("--class goes with --cond")

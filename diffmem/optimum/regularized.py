@@ -2,7 +2,8 @@
 
 Baptista et al., Memorization and Regularization in Generative Diffusion Models, arXiv 2501.15785, in EDM's
 parametrization (m = 1). Each takes the exact posterior mean ȳ(x) of noise level s(σ), see `level`, and returns
-D(x; σ) = x + σ²·score. Images lie in [-1, 1]; c is a variance and h a standard deviation in these units.
+D(x; σ) = x + σ²·score. Images lie in [-1, 1]; c is a variance and h a standard deviation in these units. As text a
+variant is what `parse_regularization` reads: "tikhonov:0.01".
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ class Tikhonov:
 
     def __post_init__(self) -> None:
         _check(self, "c", self.c)
+
+    def __str__(self) -> str:
+        return f"tikhonov:{self.c:.12g}"
 
     def level(self, sigma: torch.Tensor) -> torch.Tensor:
         """The noise level whose posterior mean is asked for."""
@@ -49,6 +53,9 @@ class EmpiricalBayes:
         if not math.isfinite(self.log_tau):
             raise InputError("bayes: tau must be positive and finite")
 
+    def __str__(self) -> str:
+        return f"bayes:exp({self.log_tau:.12g})"
+
     def level(self, sigma: torch.Tensor) -> torch.Tensor:
         return sigma
 
@@ -67,6 +74,9 @@ class Smoothed:
 
     def __post_init__(self) -> None:
         _check(self, "h", self.h)
+
+    def __str__(self) -> str:
+        return f"smooth:{self.h:.12g}"
 
     def level(self, sigma: torch.Tensor) -> torch.Tensor:
         return (sigma.square() + self.h**2).sqrt()

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffmem.cli import main
 
@@ -32,12 +33,86 @@ def test_copies_and_fewer_of_them(capsys, tmp_path):
     assert json.loads(out)["audit"]["ratio"] == 0
 
 
+def test_a_network_is_compared(capsys, tmp_path):
+    network = ["--num-channels", "8", "--channel-mult", "1", "--num-blocks", "1"]
+    settings = ["--images", "16", "--batch", "8", "--warmup-epochs", "0", "--grid", "0", "--compile", "no"]
+    data = ["--size", "50"]
+    status, *_ = run(
+        capsys, "train", "--data", "builtin:digits", *data, *network, *settings, "--device", "cpu", "--out",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert status == 0
+    command = ["optimum", "builtin:digits", *data, "--compare", tmp_path / "run", "--images", "6", "--levels", "5"]
+    status, out, err = run(
+        capsys, *command, "--steps", "3", "--holdout", "builtin:digits", "--report", tmp_path / "report"
+    )
+    assert status == 0
+    assert "50 of 1,797 images of builtin:digits are training images" in err
+    assert "on 6 training, 6 unseen, 6 generated noisy images" in out
+    assert "At no noise level has the model become its training set" in out  # it has hardly been trained
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "compare.csv", "compare.html", "compare.json", "compare.svg",
+    ]  # fmt: skip
+    page = (tmp_path / "report" / "compare.html").read_text()
+    assert page.count('src="data:image/png') == 6 * (3 * 6 + 1)
+    assert "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", "")
+    rows = (tmp_path / "report" / "compare.csv").read_text().splitlines()
+    assert len(rows) == 6
+    assert rows[0].startswith("sigma,training_gap,training_gap_low,training_gap_high")
+    status, out, _ = run(capsys, *command, "--steps", "3", "--json")
+    found = json.loads(out)
+    assert list(found["sets"]) == ["training", "generated"]
+    assert found["memory"] is None
+    status, _, err = run(capsys, *command, "--size", "60")
+    assert status == 1
+    assert "was trained on" in err
+
+
+def test_a_sweep_and_its_page(capsys, tmp_path):
+    command = [
+        "optimum",
+        "builtin:digits",
+        "--size",
+        "100",
+        "--report",
+        tmp_path,
+        "--steps",
+        "6",
+        "--sweep",
+        "tikhonov:0,1",
+    ]
+    status, out, _ = run(capsys, *command, "--sweep", "bayes:exp(-60)", "--seeds", "0-9")
+    assert status == 0
+    assert "half of the images are copies" not in out  # c = 0 is on no logarithmic axis
+    assert (tmp_path / "sweep.csv").read_text().splitlines()[1].startswith("tikhonov,0,10,10,1,")
+    assert (tmp_path / "sweep.html").read_text().count('class="strip"') == 3
+    for kind in ("tikhonov", "bayes"):
+        with Image.open(tmp_path / f"{kind}.png") as picture:
+            assert picture.width == 8 * (32 + 4)
+    status, out, _ = run(capsys, *command, "--seeds", "0-11", "--json")
+    points = json.loads(out)["points"]
+    assert [(point["variant"], point["count"], point["total"]) for point in points] == [
+        ("tikhonov:0", 12, 12),
+        ("tikhonov:1", 0, 12),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
         ([], 2, "nothing to do"),
         (["--audit", "--regularize", "ridge:1"], 2, "is no regularization"),
         (["--audit", "--class", "3"], 2, "--class goes with --cond"),
+        (["--compare", ".", "--audit"], 2, "--audit does not go with --compare"),
+        (["--compare", "."], 1, "no config.json in it"),
+        (
+            ["--sweep", "smooth", "--regularize", "smooth:1", "--report", "r"],
+            2,
+            "--regularize does not go with --sweep",
+        ),
+        (["--sweep", "smooth"], 2, "a folder to keep its results in"),
+        (["--sweep", "ridge", "--report", "r"], 2, "is no sweep"),
+        (["--audit", "--levels", "9"], 2, "--levels goes with --compare"),
         (["--out", "o.npz", "--report", "r"], 2, "--report goes with --audit"),
         (["--audit", "--subset", "9999"], 1, "subset: 9999 images cannot be drawn"),
         (["--audit", "--size", "9999"], 1, "largest possible size"),

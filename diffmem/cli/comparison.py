@@ -1,0 +1,73 @@
+"""What `diffmem optimum --compare` and `--sweep` print."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from diffmem.comparison import Comparison, Sweep
+
+
+def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> None:
+    """Saves the report where one is wanted, and prints JSON, or the curves and the verdict."""
+    from diffmem.pages import percent
+
+    page = None if report is None else result.save(report)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), allow_nan=False))
+        return
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{result.checkpoint}: {result.model}")
+    sizes = ", ".join(f"{len(gaps.gap):,} {kind}" for kind, gaps in result.gaps.items())
+    click.echo(
+        f"mean squared gap to the optimum of {len(result.training):,} training images, per pixel, on {sizes} noisy "
+        "images"
+    )
+    heading = f"{'sigma':>8}" + "".join(f"{kind:>11}" for kind in result.gaps)
+    if result.memory is not None:
+        heading += f"{'memory':>10}  {'95 % interval':<20}{'ceiling':>9}{'closeness':>11}"
+    click.echo(heading)
+    for at, sigma in enumerate(result.levels):
+        line = f"{sigma:>8.3g}" + "".join(f"{result.gap(kind).value[at]:>11.3g}" for kind in result.gaps)
+        if result.memory is not None:
+            value, low, high = (percent(each[at]) for each in result.memory)
+            closeness = result.closeness.value[at]
+            close = "-" if math.isnan(closeness) else percent(closeness)
+            line += f"{value:>10}  {f'{low} to {high}':<20}{percent(result.ceiling.value[at]):>9}{close:>11}"
+        click.echo(line)
+    click.echo(
+        f"{result.copies} of {result.generated_images} generated images are copies "
+        f"({percent(result.copies / result.generated_images)})"
+    )
+    click.echo(result.verdict())
+    if page is not None:
+        click.echo(f"report: {page}")
+
+
+def print_sweep(result: Sweep, report: Path, as_json: bool) -> None:
+    """Saves the report, and prints JSON, or a line per point."""
+    from diffmem.pages import percent
+
+    page = result.save(report)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), allow_nan=False))
+        return
+    click.echo(f"{'regularization':<22}{'R_mem':>8}  {'95 % interval':<20}{'expected':>9}  images")
+    for point in result.points:
+        low, high = (percent(end) for end in point.interval)
+        expected = percent(result.expected(point.variant))
+        click.echo(
+            f"{point.variant!s:<22}{percent(point.ratio):>8}  {f'{low} to {high}':<20}{expected:>9}  {point.total:,}"
+        )
+    for kind in result.kinds:
+        if (half := result.half(kind)) is not None:
+            click.echo(
+                f"half of the images are copies at {kind}:{f'exp({half:.6g})' if kind == 'bayes' else f'{half:.3g}'}"
+            )
+    click.echo(f"report: {page}")

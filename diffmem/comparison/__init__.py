@@ -1,0 +1,23 @@
+"""Against the theoretical optimum: how close a trained network has come to it (`compare`), and how far its regularized
+variants are from copying (`sweep`)."""
+
+from __future__ import annotations
+
+from diffmem.comparison.compare import Comparison, Curve, Gaps, NoiseRange, compare
+from diffmem.comparison.compare_page import draw_memory
+from diffmem.comparison.sweep import Sweep, SweepPoint, parse_sweep, sweep
+from diffmem.comparison.sweep_page import draw as draw_sweeps
+
+__all__ = [
+    "Comparison",
+    "Curve",
+    "Gaps",
+    "NoiseRange",
+    "Sweep",
+    "SweepPoint",
+    "compare",
+    "draw_memory",
+    "draw_sweeps",
+    "parse_sweep",
+    "sweep",
+]

@@ -1,0 +1,592 @@
+"""`compare`: how close a trained network is to the optimum of its training set, noise level by noise level."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from diffmem.comparison.bootstrap import interval, resampled
+from diffmem.data import ImageSet, load_images
+from diffmem.devices import pick_device
+from diffmem.errors import InputError
+from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
+from diffmem.memorization import wilson_interval
+from diffmem.models import load
+from diffmem.optimum import OptimalDenoiser
+from diffmem.pages import percent
+from diffmem.progress import Progress, silent
+from diffmem.sampling import SeededGenerators, sample, to_uint8
+from diffmem.training import RunFolder
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSource
+
+LEVELS = 24
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # the range of EDM's sampler
+SHOWN_LEVELS = (0.05, 0.15, 0.4, 1.0, 2.5, 6.0)
+SHOWN = 2  # images of a set that are shown
+LEAST_REFERENCE = 16  # unseen images below which no second optimum is made of them
+BECOME = 1 - 1 / 9  # memory from which a model counts as its training set
+NOTHING = 1e-4  # share of σ², or of the spread, below which the optimum's error is no measure of anything
+
+
+@dataclass(frozen=True, eq=False)
+class Gaps:
+    """Two denoisers on noisy versions x = y + σ·n of one set of images y, the same x for both.
+
+    float64 [n, S], per noisy image and noise level, squared and per pixel, in the units of [-1, 1]:
+    gap ‖D_model − D_opt‖², model_error ‖D_model − y‖², optimum_error ‖D_opt − y‖², and reference ‖D_ref − D_opt‖² for
+    the optimum D_ref of unseen images, or None.
+    """
+
+    gap: np.ndarray
+    model_error: np.ndarray
+    optimum_error: np.ndarray
+    reference: np.ndarray | None
+
+
+class Example(NamedTuple):
+    """What was made of one image: uint8 [C, H, W] the image, and uint8 [levels, C, H, W] its noisy versions and what
+    the network and the optimum see in them."""
+
+    kind: str
+    name: str
+    image: np.ndarray
+    noisy: np.ndarray
+    model: np.ndarray
+    optimum: np.ndarray
+
+
+class Curve(NamedTuple):
+    """A quantity along the noise levels, with 95 % intervals: float64 [S] each; NaN where it is not defined."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class NoiseRange(NamedTuple):
+    """Noise levels from `low` to `high`. An end is None where the range reaches that end of the levels tried;
+    `low_interval` and `high_interval` are 95 % intervals, None where some resampled curves have no such end."""
+
+    low: float | None
+    high: float | None
+    low_interval: tuple[float, float] | None
+    high_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """How close a network is to its training set's optimum.
+
+    levels: the S noise levels, ascending. gaps: by "training", "unseen" (with a holdout) and "generated".
+    copies: how many of the generated images are copies by the rule. reference_images: of the second optimum, 0: none.
+    examples, example_levels: pictures. settings, notes: how it was made, and what to know about that.
+
+    With E the model's mean squared denoising error on training images, E′ that on unseen ones and E_opt the optimum's
+    on training images: E = E_opt + gap in expectation over all training images, since D_opt is a conditional mean. So
+    the gap on training images is the part of the training loss that training could still remove, and
+      memory(σ)    = 1 − E / E′       0: training images are denoised like any others; 1: known by heart,
+      ceiling(σ)   = 1 − E_opt / E′   what memory would be if the model denoised training images as the optimum does,
+      closeness(σ) = memory / ceiling = 1 − gap / (E′ − E_opt).
+    Towards high σ the ceiling falls to 0: every denoiser tends to a mean image, and there is nothing to memorize.
+    The model **has become its training set** at the noise levels where memory is at least 8/9: where its root mean
+    square error on training images is at most a third of that on unseen ones, the factor by which the memorization rule
+    asks a copy to be nearer than anything else. Sampling comes down from high σ: σ* is the upper end of that range.
+    Memory comes before copies: a model that denoises training images with half the squared error of others may not
+    yet copy one of them. Comparing errors on seen and unseen images by σ follows Kadkhodaie et al. (arXiv 2310.02557).
+
+    Intervals: 95 %, percentiles of 1,000 bootstrap samples of the noisy images. They cover a little less than that, and
+    much less at levels where a few images make most of a mean (see benchmarks/results/optimum). That of σ* knows
+    nothing of the error of interpolating between levels: a few percent of σ* with 24 levels.
+    """
+
+    checkpoint: str
+    model: str
+    training: ImageSet
+    levels: np.ndarray
+    gaps: dict[str, Gaps]
+    copies: int
+    reference_images: int
+    examples: tuple[Example, ...]
+    example_levels: tuple[float, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def gap(self, kind: str) -> Curve:
+        """The mean gap on "training", "unseen" or "generated" images."""
+        return self._mean(kind, self.gaps[kind].gap)
+
+    def relative_gap(self, kind: str) -> Curve:
+        """The gap over the optimum's own error, E‖D_model − D_opt‖² / E‖D_opt − y‖². On unseen images, at low σ, 0 says
+        that they are drawn to training images and 1 that they are kept as they are. NaN where that error is nothing, as
+        on training images at low σ."""
+        gaps, draws = self.gaps[kind], self._draws(kind)
+        error = gaps.optimum_error.mean(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            curve = _curve(gaps.gap.mean(axis=0) / error, (draws @ gaps.gap) / (draws @ gaps.optimum_error))
+        return Curve(
+            *(np.where(error > NOTHING * np.minimum(self.levels**2, self.spread), values, np.nan) for values in curve)
+        )
+
+    def error(self, kind: str, of: str = "model") -> Curve:
+        """The mean squared denoising error of the "model" or the "optimum"."""
+        gaps = self.gaps[kind]
+        return self._mean(kind, gaps.model_error if of == "model" else gaps.optimum_error)
+
+    def reference(self, kind: str) -> Curve | None:
+        """The mean gap that the optimum of unseen images has: a model that learned another sample by heart."""
+        values = self.gaps[kind].reference
+        return None if values is None else self._mean(kind, values)
+
+    @cached_property
+    def memory(self) -> Curve | None:
+        """1 − E/E′; None without unseen images."""
+        return None if "unseen" not in self.gaps else self._ratio("model_error")
+
+    @cached_property
+    def ceiling(self) -> Curve | None:
+        """1 − E_opt/E′; None without unseen images."""
+        return None if "unseen" not in self.gaps else self._ratio("optimum_error")
+
+    @cached_property
+    def closeness(self) -> Curve | None:
+        """memory/ceiling; NaN where the ceiling is not above 0 with its whole interval."""
+        if self.memory is None:
+            return None
+        training, unseen = (self.gaps[kind] for kind in ("training", "unseen"))
+        drawn = [self._draws("training") @ training.model_error, self._draws("training") @ training.optimum_error]
+        errors = [training.model_error.mean(axis=0), training.optimum_error.mean(axis=0)]
+        others, other = self._draws("unseen") @ unseen.model_error, unseen.model_error.mean(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            curve = _curve((other - errors[0]) / (other - errors[1]), (others - drawn[0]) / (others - drawn[1]))
+        return Curve(*(np.where(self.ceiling.low > 0, values, np.nan) for values in curve))
+
+    @cached_property
+    def become(self) -> NoiseRange | None:
+        """The noise levels at which the model has become its training set: those around the highest memory at which it
+        is at least 8/9, interpolated along ln σ. None where there are none, or no unseen images."""
+        if self.memory is None or (found := _range(self.levels, self.memory.value)) is None:
+            return None
+        ranges = [_range(self.levels, values) for values in self._resampled_ratio("model_error")]
+        ends = []
+        for end in (0, 1):
+            values = [None if one is None else one[end] for one in ranges]
+            ends.append(None if None in values else tuple(map(float, interval(np.array(values)))))
+        return NoiseRange(*found, *ends)
+
+    @property
+    def sigma_star(self) -> float | None:
+        """The upper end of `become`."""
+        return None if self.become is None else self.become.high
+
+    @property
+    def highest_possible(self) -> float | None:
+        """What σ* would be if the model denoised training images as the optimum does; None where it reaches an end of
+        the levels or is nowhere."""
+        found = None if self.ceiling is None else _range(self.levels, self.ceiling.value)
+        return None if found is None else found[1]
+
+    @cached_property
+    def spread(self) -> float:
+        """Mean squared deviation of the training images from their mean, per pixel: the optimum's error as σ grows."""
+        images, total, squares = self.training.images, 0.0, 0.0
+        for start in range(0, len(images), 4096):
+            block = images[start : start + 4096].astype(np.float64) / 127.5 - 1
+            total, squares = total + block.sum(axis=0), squares + np.square(block).sum(axis=0)
+        return float((squares / len(images) - np.square(total / len(images))).mean())
+
+    def verdict(self) -> str:
+        """What the curve says, in a sentence for people."""
+        if self.memory is None:
+            return "Whether the model has become its training set cannot be said without unseen images (a holdout)."
+        memory, peak = self.memory, int(self.memory.value.argmax())
+        highest = f"memory is highest at σ = {self.levels[peak]:.3g}: {percent(memory.value[peak])} "
+        highest += f"({percent(memory.low[peak])} to {percent(memory.high[peak])})"
+        if self.become is None:
+            return f"At no noise level has the model become its training set: {highest}."
+        low, high = self.become.low, self.become.high
+        upper = f"the highest noise level tried, {self.levels[-1]:.3g}" if high is None else f"σ* = {high:.3g}"
+        if self.become.high_interval is not None:
+            upper += " ({:.3g} to {:.3g})".format(*self.become.high_interval)
+        lower = "" if low is None else f"from σ = {low:.3g} "
+        most = "" if self.highest_possible is None else f" (the optimum in its place: {self.highest_possible:.3g})"
+        return (
+            f"The model has become its training set at noise levels {lower}up to {upper}{most}: its rms error on "
+            f"training images is at most a third of that on unseen ones; {highest}."
+        )
+
+    @property
+    def generated_images(self) -> int:
+        return len(self.gaps["generated"].gap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in plain JSON types, without the images; NaN as None."""
+        become = self.become
+        return {
+            "checkpoint": self.checkpoint,
+            "model": self.model,
+            "training": {"source": self.training.source, "images": len(self.training), "spread": self.spread},
+            "verdict": self.verdict(),
+            "levels": self.levels.tolist(),
+            "sets": {
+                kind: {
+                    "images": len(gaps.gap),
+                    "gap": _to_json(self.gap(kind)),
+                    "relative_gap": _to_json(self.relative_gap(kind)),
+                    "model_error": _to_json(self.error(kind)),
+                    "optimum_error": _to_json(self.error(kind, "optimum")),
+                    "reference_gap": _to_json(self.reference(kind)),
+                }
+                for kind, gaps in self.gaps.items()
+            },
+            "memory": _to_json(self.memory),
+            "ceiling": _to_json(self.ceiling),
+            "closeness": _to_json(self.closeness),
+            "become": None if become is None else become._asdict(),
+            "sigma_star": self.sigma_star,
+            "highest_possible": self.highest_possible,
+            "r_mem": {
+                "count": self.copies,
+                "total": self.generated_images,
+                "ratio": self.copies / self.generated_images,
+                "interval": list(wilson_interval(self.copies, self.generated_images)),
+            },
+            "reference_images": self.reference_images,
+            "settings": self.settings,
+            "notes": list(self.notes),
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `compare.html` (one self-contained page), `.svg`, `.csv` and `.json`; returns the page's path."""
+        from diffmem.comparison.compare_page import write_page
+
+        return write_page(self, Path(folder))
+
+    def _draws(self, kind: str) -> np.ndarray:
+        return resampled(len(self.gaps[kind].gap), kind)
+
+    def _mean(self, kind: str, values: np.ndarray) -> Curve:
+        return _curve(values.mean(axis=0), self._draws(kind) @ values)
+
+    def _resampled_ratio(self, name: str) -> np.ndarray:
+        seen = self._draws("training") @ getattr(self.gaps["training"], name)
+        return 1 - seen / (self._draws("unseen") @ self.gaps["unseen"].model_error)
+
+    def _ratio(self, name: str) -> Curve:
+        value = 1 - getattr(self.gaps["training"], name).mean(axis=0) / self.gaps["unseen"].model_error.mean(axis=0)
+        return _curve(value, self._resampled_ratio(name))
+
+
+def compare(
+    checkpoint: str | Path | torch.nn.Module,
+    training: ImageSource,
+    *,
+    holdout: ImageSource | None = None,
+    images: int = 256,
+    seeds: Sequence[int] | None = None,
+    levels: int | Sequence[float] = LEVELS,
+    seed: int = 0,
+    settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+    tolerance: float = 1e-5,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Comparison:
+    """The squared gap between a network and the optimum of its training set, by noise level, on training, unseen and
+    generated images, and the noise levels at which the network has become its training set (see `Comparison`).
+
+    checkpoint: a checkpoint folder or EDM snapshot; the folder of a run, for its last snapshot; or a denoiser. Where it
+        lies in a run of `diffmem train`, `training` must be that run's set. A network with classes is compared with the
+        optimum of the class.
+    training, holdout: uint8 images, with class indices where the network has classes. Images of the holdout that are
+        training images too are left out.
+    images: how many noisy training and unseen images, at most: images drawn at random, one noisy version of each; all
+        training images several times, as often as goes into this, where they are fewer. seeds: of the generated images
+        (default: 0 … images − 1), which `settings` says how to sample.
+    levels: noise levels, or how many, spaced evenly along ln σ between 0.002 and 80 or the network's own bounds.
+    seed: of the choice of images and of the noise. Each image has noise of its own, the same at all levels and for both
+        denoisers; results depend on the batch size (`settings.batch`) by rounding only.
+    tolerance: the optimum's relative error.
+    Raises InputError where these do not fit together.
+    """
+    if images < 2:
+        raise InputError(f"images is {images}, but must be at least 2")
+    denoiser, name, run = _network(checkpoint, device)
+    place = next(denoiser.parameters()).device
+    trained_on = load_images(training, progress=progress)
+    _check_training(denoiser, trained_on)
+    notes = []
+    if run is not None:
+        run.training_images(trained_on)  # raises where they are not the run's
+        if run.config.xflip:
+            trained_on = _with_mirrored(trained_on)
+            notes.append("the run counts mirrored images as training images: the optimum does too")
+    elif not isinstance(checkpoint, torch.nn.Module):
+        notes.append(f"{name} does not say what it was trained on: that it was {trained_on.source} is not checked")
+    sigmas = _levels(denoiser, levels)
+    seeds = checked_seeds(range(images) if seeds is None else seeds)
+    chance = np.random.default_rng(seed)
+    sets = {"training": _drawn(trained_on, images, chance)}
+    reference = None
+    if holdout is not None:
+        unseen = _unseen(denoiser, load_images(holdout, progress=progress), trained_on, notes)
+        order = chance.permutation(len(unseen))
+        # A second optimum needs images that it is not asked about.
+        asked = min(images, max(2, len(unseen) // 2))
+        sets["unseen"] = unseen.select(np.sort(order[:asked]))
+        rest = unseen.select(np.sort(order[asked : asked + len(trained_on)]))
+        reference = _reference(denoiser, rest, sets, tolerance, device, notes, progress)
+    labels = None if denoiser.label_dim else False
+    optimum = OptimalDenoiser(trained_on, labels=labels, tolerance=tolerance, device=str(place), progress=progress)
+    made = sample(
+        denoiser, seeds, solver=settings.solver, labels=settings.class_index, batch=settings.batch, progress=progress,
+        **settings.solver_arguments(),
+    )  # fmt: skip
+    pixels = made.images.numpy()
+    judge = RunningAudit(trained_on, None, trained_on.image_shape, place, progress)
+    judge.add(pixels)
+    drawn = None if made.labels is None else made.labels.numpy()
+    sets["generated"] = ImageSet(pixels, [f"seed {one}" for one in seeds], drawn, "generated images")
+    pairs = _Pairs(denoiser, optimum, reference, sigmas, settings.batch, seed)
+    total, done = sum(len(each) for each in sets.values()), 0
+    gaps = {}
+    for kind, each in sets.items():
+        parts = []
+        for part in pairs.gaps(kind, each):
+            parts.append(part)
+            done += len(part.gap)
+            progress(f"denoising: {kind} images", done, total)
+        gaps[kind] = _joined(parts)
+    shown = [denoiser.round_sigma(level) for level in SHOWN_LEVELS if sigmas[0] <= level <= sigmas[-1]]
+    pairs = replace(pairs, levels=np.array(shown))
+    examples = [one for kind, each in sets.items() for one in pairs.examples(kind, each.select(slice(SHOWN)))]
+    described = {
+        "images": {kind: len(each) for kind, each in sets.items()},
+        "seeds": format_seeds(seeds),
+        "seed": seed,
+        "tolerance": tolerance,
+        "sampling": {key: value for key, value in settings.to_dict().items() if key not in ("batch", "compile")},
+        "conditional": bool(denoiser.label_dim),
+    }
+    return Comparison(
+        name, denoiser.summary(), trained_on, sigmas, gaps, judge.count, 0 if reference is None else len(rest),
+        tuple(examples), tuple(shown), described, tuple(notes),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The denoisers to compare, and where: at `levels` [S] on `batch` images at a time, with noise from `seed`."""
+
+    model: torch.nn.Module
+    optimum: OptimalDenoiser
+    reference: OptimalDenoiser | None
+    levels: np.ndarray
+    batch: int
+    seed: int
+
+    @torch.inference_mode()
+    def gaps(self, kind: str, images: ImageSet) -> Iterator[Gaps]:
+        """Batch by batch."""
+        for start in range(0, len(images), self.batch):
+            rows = slice(start, start + self.batch)
+            y, noise, labels = self._inputs(kind, images, rows)
+            columns: list[tuple[torch.Tensor, ...]] = []
+            for sigma in self.levels.tolist():
+                x = y + sigma * noise
+                model, optimum = self.model(x, sigma, labels).double(), self.optimum(x, sigma, labels)
+                if not bool(model.isfinite().all()):
+                    raise InputError(f"the network's output at σ = {sigma:g} is not finite: a damaged checkpoint?")
+                pairs = [(model, optimum), (model, y), (optimum, y)]
+                if self.reference is not None:
+                    pairs.append((self.reference(x, sigma, labels), optimum))
+                columns.append(tuple((a - b).square().flatten(1).mean(dim=1).cpu() for a, b in pairs))
+            stacked = [torch.stack(column, dim=1).numpy() for column in zip(*columns, strict=True)]
+            yield Gaps(*stacked, *([None] if self.reference is None else []))
+
+    @torch.inference_mode()
+    def examples(self, kind: str, images: ImageSet) -> Iterator[Example]:
+        y, noise, labels = self._inputs(kind, images, slice(None))
+        stacks: list[tuple[torch.Tensor, ...]] = []
+        for sigma in self.levels.tolist():
+            x = y + sigma * noise
+            stacks.append((x, self.model(x, sigma, labels), self.optimum(x, sigma, labels)))
+        pictures = [to_uint8(torch.stack(stack, dim=1)).cpu().numpy() for stack in zip(*stacks, strict=True)]
+        for row in range(len(images)):
+            yield Example(kind, images.name(row), images.images[row], *(each[row] for each in pictures))
+
+    def _inputs(self, kind: str, images: ImageSet, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Images and unit noise, float64, and labels, where the network has classes, on the device. Noise is drawn on
+        the CPU: it is then the same everywhere."""
+        place = next(self.model.parameters()).device
+        numbers = range(len(images))[rows]
+        digests = (hashlib.sha256(f"{self.seed} {kind} {number}".encode()).digest() for number in numbers)
+        noise = SeededGenerators([int.from_bytes(digest[:4], "little") for digest in digests]).randn(
+            images.image_shape, torch.float64
+        )
+        y = torch.from_numpy(np.ascontiguousarray(images.images[rows])).double() / 127.5 - 1
+        labels = torch.from_numpy(np.ascontiguousarray(images.labels[rows])) if self.model.label_dim else None
+        return y.to(place), noise.to(place), None if labels is None else labels.to(place)
+
+
+def _network(checkpoint: str | Path | torch.nn.Module, device: str) -> tuple[torch.nn.Module, str, RunFolder | None]:
+    """The denoiser, its name, and the run that it comes from, where that is known."""
+    if isinstance(checkpoint, torch.nn.Module):
+        return checkpoint, checkpoint.summary(), None
+    path, run = Path(checkpoint), None
+    if (path / "snapshots.json").is_file():
+        run = RunFolder.open(path)
+        snapshots = run.snapshots()
+        if not snapshots:
+            raise InputError(f"{path}: this run has no snapshot yet")
+        path = run.checkpoint(snapshots[-1])
+    elif (path.absolute().parent.parent / "snapshots.json").is_file():
+        run = RunFolder.open(path.absolute().parent.parent)
+    return load(path, pick_device(device)), str(path), run
+
+
+def _check_training(denoiser: torch.nn.Module, training: ImageSet) -> None:
+    _check_images(denoiser, training, "training")
+    if len(training) < 2:
+        raise InputError(f"{training.source}: at least 2 training images are needed")
+    missing = np.setdiff1d(np.arange(denoiser.label_dim), training.labels if denoiser.label_dim else [])
+    if len(missing):
+        raise InputError(
+            f"{training.source}: no training image of class {missing[0]}, which the network knows: there is no optimum"
+        )
+
+
+def _check_images(denoiser: torch.nn.Module, images: ImageSet, what: str) -> None:
+    """Raises InputError where the network cannot have seen such images."""
+    wanted = (denoiser.channels, denoiser.resolution, denoiser.resolution)
+    if images.image_shape != wanted:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (images.image_shape, wanted))
+        raise InputError(
+            f"{images.source}: {what} images are {theirs}, but the network takes {ours}: bring them to that form as "
+            "for its training (--resize, --color)"
+        )
+    if images.images.dtype != np.uint8:
+        raise InputError(f"{images.source}: {what} images are {images.images.dtype}, but must be uint8")
+    if not denoiser.label_dim:
+        return
+    labels = images.labels
+    if labels is None or labels.ndim != 1 or not 0 <= labels.min() <= labels.max() < denoiser.label_dim:
+        raise InputError(
+            f"{images.source}: the network has {denoiser.label_dim} classes: {what} images need class indices 0 … "
+            f"{denoiser.label_dim - 1}"
+        )
+
+
+def _with_mirrored(images: ImageSet) -> ImageSet:
+    pixels = np.concatenate([images.images, images.images[..., ::-1]])
+    labels = None if images.labels is None else np.concatenate([images.labels, images.labels])
+    names = [*(images.name(i) for i in range(len(images))), *(f"{images.name(i)} mirrored" for i in range(len(images)))]
+    return replace(images, images=pixels, labels=labels, names=names)
+
+
+def _levels(denoiser: torch.nn.Module, levels: int | Sequence[float]) -> np.ndarray:
+    """Ascending, each one that the network knows, none twice."""
+    low, high = denoiser.sigma_min, denoiser.sigma_max
+    if isinstance(levels, int):
+        if levels < 2:
+            raise InputError(f"levels is {levels}, but must be at least 2")
+        asked = np.geomspace(max(low, SIGMA_MIN), min(high, SIGMA_MAX), levels)
+    else:
+        asked = np.array(levels, dtype=np.float64)
+        if asked.ndim != 1 or len(asked) < 2 or not (np.isfinite(asked) & (asked > 0)).all():
+            raise InputError("levels: at least two positive noise levels are needed")
+    outside = asked[(asked < low * (1 - 1e-9)) | (asked > high * (1 + 1e-9))]
+    if len(outside):
+        raise InputError(f"levels: σ = {outside[0]:g} is outside the network's range, {low:g} to {high:g}")
+    return np.unique([denoiser.round_sigma(float(level)) for level in asked])
+
+
+def _drawn(images: ImageSet, count: int, chance: np.random.Generator) -> ImageSet:
+    """`count` of the images at random; fewer images all of them, as often as goes into `count`, for other noise."""
+    if len(images) <= count:
+        return images.select(np.tile(np.arange(len(images)), count // len(images)))
+    return images.select(np.sort(chance.choice(len(images), count, replace=False)))
+
+
+def _unseen(denoiser: torch.nn.Module, holdout: ImageSet, training: ImageSet, notes: list[str]) -> ImageSet:
+    """The images of the holdout that are no training images."""
+    _check_images(denoiser, holdout, "unseen")
+    seen = {_digest(image) for image in training.images}
+    fresh = np.array([_digest(image) not in seen for image in holdout.images])
+    left = int(fresh.sum())
+    if left < len(holdout):
+        notes.append(
+            f"{len(holdout) - left:,} of {len(holdout):,} images of {holdout.source} are training images and left out"
+        )
+    if left < 2:
+        raise InputError(f"{holdout.source}: {left} images that are no training images; at least 2 are needed")
+    return holdout.select(np.flatnonzero(fresh))
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
+
+
+def _reference(
+    denoiser: torch.nn.Module,
+    rest: ImageSet,
+    sets: dict[str, ImageSet],
+    tolerance: float,
+    device: str,
+    notes: list[str],
+    progress: Progress,
+) -> OptimalDenoiser | None:
+    """The optimum of unseen images that are not asked about, where there are enough, of every class."""
+    if len(rest) < LEAST_REFERENCE or (denoiser.label_dim and len(np.unique(rest.labels)) < denoiser.label_dim):
+        notes.append("too few unseen images for an optimum of their own")
+        return None
+    labels = None if denoiser.label_dim else False
+    place = next(denoiser.parameters()).device
+    return OptimalDenoiser(rest, labels=labels, tolerance=tolerance, device=str(place), progress=progress)
+
+
+def _joined(parts: list[Gaps]) -> Gaps:
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    reference = None if parts[0].reference is None else column("reference")
+    return Gaps(column("gap"), column("model_error"), column("optimum_error"), reference)
+
+
+def _curve(value: np.ndarray, draws: np.ndarray) -> Curve:
+    return Curve(value, *interval(draws))
+
+
+def _range(levels: np.ndarray, memory: np.ndarray) -> tuple[float | None, float | None] | None:
+    """Where memory is at least 8/9, around its highest value; an end is None where that is the last level."""
+    peak = int(memory.argmax())
+    if memory[peak] < BECOME:
+        return None
+    ends = []
+    for step, last in ((-1, 0), (1, len(levels) - 1)):
+        at = peak
+        while at != last and memory[at + step] >= BECOME:
+            at += step
+        if at == last:
+            ends.append(None)
+            continue
+        share = (memory[at] - BECOME) / (memory[at] - memory[at + step])
+        ends.append(math.exp(math.log(levels[at]) + share * math.log(levels[at + step] / levels[at])))
+    return ends[0], ends[1]
+
+
+def _to_json(curve: Curve | None) -> dict[str, list[float | None]] | None:
+    if curve is None:
+        return None
+    return {
+        name: [float(value) if math.isfinite(value) else None for value in values]
+        for name, values in curve._asdict().items()
+    }
