@@ -12,9 +12,9 @@
 //   weighted_sums Σ_i w[c][i]·(y_i − 128), exact in int32
 //
 // The integer products are exact: |u8·s8| summed over at most 65,536 terms fits int32. All scores are float32, a row of
-// `columns` of them per image; `columns` is a multiple of 16. Needs AVX2 (`available`), and gains from AVX-512 with VNNI:
-// VPDPBUSD multiplies 64 pairs of bytes where a float32 instruction multiplies 16 pairs of numbers; in AVX2 bytes have
-// to be widened, which leaves twice float32's rate. Both give the same whole numbers.
+// `columns` of them per image; `columns` is a multiple of 16. Needs AVX2 (`available`), and gains from AVX-512 with
+// VNNI: VPDPBUSD multiplies 64 pairs of bytes where a float32 instruction multiplies 16 pairs of numbers; in AVX2 bytes
+// have to be widened, which leaves twice float32's rate. Both give the same whole numbers.
 #pragma once
 
 #include <cstdint>

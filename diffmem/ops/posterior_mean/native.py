@@ -2,8 +2,9 @@
 
 With u = x − c and z_i = y_i − c for a centre c of whole numbers, the logit of image i is, but for a constant of the
 query, s_i = (u·z_i − ‖z_i‖²/2) / σ². The machine offers exact products of bytes at four times float32's rate (AVX-512
-with VNNI; twice with AVX2), bounds from principal components, and float64 for listed pairs. P are m orthonormal components (within ε = ‖PPᵀ − 1‖), the code
-of an image ẑ ≈ Pz in bytes, one scale per component, and ρ(z)² = ‖z‖² − ‖Pz‖².
+with VNNI; twice with AVX2), bounds from principal components, and float64 for listed pairs. P are m orthonormal
+components (within ε = ‖PPᵀ − 1‖), the code of an image ẑ ≈ Pz in bytes, one scale per component, and ρ(z)² = ‖z‖² −
+‖Pz‖².
 
 **Search.** ŝ_i = (q·ẑ_i − ‖z_i‖²/2) / σ² with q ≈ Pu in bytes, group of components by group, is one product over m
 bytes an image. As u·z = Pu·Pz + u·(1 − PᵀP)z, and 1 − PᵀP is within ε of a projection,
