@@ -6,6 +6,7 @@ Launches are recorded from the op's own host code on "meta" tensors, so that wha
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import subprocess
 import tempfile
@@ -25,7 +26,8 @@ from benchmarks.cuda_resources import MULTIPROCESSORS, blocks_per_multiprocessor
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 _OPTIONS = ("num_warps", "num_stages")
-OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")
+OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")  # named where they are off
+PARAMETERS = ("weight", "scale", "added")  # whose dtype is named where it is not float32
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,26 @@ class Launch:
 
     @property
     def configuration(self) -> str:
-        """What decides the compiled code, in one line: the dtype of the first tensor, constants and options.
-
-        Without what a kernel leaves out where it is not asked for (SiLU, scale and shift, the added embedding): what is
-        compiled has it all.
+        """What decides the compiled code, in one line: the dtype of the first tensor, constants and options; then what
+        a kernel leaves out (SiLU, scale and shift, the added embedding), parameters that are not float32, and whether
+        addresses are not multiples of 16 bytes.
         """
-        parts = {name: value for name, value in self.constants.items() if name not in OMISSIBLE} | self.options
-        first = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        constants = self.constants
+        parts = {name: value for name, value in constants.items() if name not in OMISSIBLE} | self.options
+        parts |= {name: False for name in OMISSIBLE if constants.get(name) is False}
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
+        dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+        parts |= {name: dtypes[name] for name in PARAMETERS if dtypes.get(name, "float32") != "float32"}
+        if not all(map(is_aligned, tensors.values())):
+            parts["aligned"] = False
         text = " ".join(f"{name.lower()}={int(value) if isinstance(value, bool) else value}"
                         for name, value in parts.items())  # fmt: skip
-        return f"{str(first.dtype).removeprefix('torch.')} {text}"
+        return f"{next(iter(dtypes.values()))} {text}"
+
+
+def is_aligned(value: torch.Tensor) -> bool:
+    """Whether its first element lies on a multiple of 16 bytes, its memory doing so."""
+    return value.storage_offset() * value.element_size() % 16 == 0
 
 
 def _width(suffix: str) -> int:
@@ -90,6 +102,7 @@ class Compiled:
 
     launch: Launch
     architecture: int
+    ttir: str
     ptx: str
     cubin: bytes
     registers: int
@@ -131,6 +144,23 @@ class Compiled:
         return tuple(32 * self.warps * sum(map(_width, found)) for found in (loads, stores))
 
 
+def bytes_by_depth(ttir: str, operation: str) -> tuple[int, ...]:
+    """Bytes that one program's `operation`s ("load", "store") move: outside of loops, in one round of a loop, in one
+    round of a loop inside of it, from Triton's IR, where a loop's body stands once."""
+    depth, ends, found = 0, [], {0: 0}
+    for line in ttir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if " scf.for " in line or line.lstrip().startswith("scf.for "):
+            ends.append(indent)
+        elif ends and indent == ends[-1] and line.lstrip().startswith("}"):
+            ends.pop()
+        depth = len(ends)
+        if f"tt.{operation} " in line:
+            sizes, bits = re.search(r"tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line).groups()
+            found[depth] = found.get(depth, 0) + math.prod(map(int, sizes[:-1].split("x"))) * int(bits) // 8
+    return tuple(found.get(each, 0) for each in range(max(found) + 1))
+
+
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """Compiles what the JIT would for `launch`: integers 1 compiled in, pointers and multiples of 16 known as such."""
     import triton
@@ -144,7 +174,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         signature[name] = kind
         if kind == "constexpr":
             constants[name] = value
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif is_aligned(value) if isinstance(value, torch.Tensor) else isinstance(value, int) and value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     # Said, because its default is about to change; fused multiply-adds round less.
@@ -156,6 +186,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     return Compiled(
         launch=launch,
         architecture=architecture,
+        ttir=compiled.asm["ttir"],
         ptx=compiled.asm["ptx"],
         cubin=cubin,
         registers=registers,

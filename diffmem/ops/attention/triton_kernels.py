@@ -63,6 +63,13 @@ def _place(N, c, heads, blocks, chunks):
 
 
 @triton.jit
+def _packed(pointer, image, head, c, image_stride, channel, part):
+    """Where the head's q, k and v of the image begin in a packed map."""
+    q = pointer + image * image_stride + head * c * channel
+    return q, q + part, q + 2 * part
+
+
+@triton.jit
 def _products(
     a, b, row, column, N, c, a_token, a_channel, b_token, b_channel,
     INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
@@ -92,8 +99,7 @@ def _forward(
     """One program: OUTER channels of ROWS tokens' results."""
     token, channel, part, out_token, out_channel = _strides(N, C, LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
-    q = qkv + image * image_stride + head * c * channel
-    k, v = q + part, q + 2 * part
+    q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     row = block * ROWS + tl.arange(0, ROWS)
     o = chunk * OUTER + tl.arange(0, OUTER)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -112,7 +118,8 @@ def _forward(
         largest = larger
     to = out + image * C * N + head * c * out_channel
     _store(to, sums / total[:, None], row, o, N, c, out_token, out_channel)
-    tl.store(lse + (image * heads + head) * N + row, largest + tl.log2(total), mask=(row < N) & (row * 0 + chunk == 0))
+    if chunk == 0:
+        tl.store(lse + (image * heads + head) * N + row, largest + tl.log2(total), mask=row < N)
 
 
 @triton.jit
@@ -135,6 +142,25 @@ def _delta(
 
 
 @triton.jit
+def _weights_and_score_gradients(
+    a, b, da, db, lse, delta, row, column, N, c, scale, a_token, a_channel, da_token, da_channel, db_token, db_channel,
+    PRECISION: tl.constexpr, ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """p and ds [ROWS, COLUMNS] from s = a·bᵀ and dp = da·dbᵀ, with lse and delta as they broadcast.
+
+    Queries are the rows (a = q, da = do) or the columns (b = q, db = do). p is zero at columns that are not there.
+    """
+    s = _products(
+        a, b, row, column, N, c, a_token, a_channel, a_token, a_channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
+    )
+    p = tl.where((column < N)[None, :], tl.exp2(s * scale - lse), 0.0)
+    dp = _products(
+        da, db, row, column, N, c, da_token, da_channel, db_token, db_channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
+    )
+    return p, p * (dp - delta)
+
+
+@triton.jit
 def _query_gradient(
     qkv, dout, lse, delta, dqkv, N, C, c, heads, blocks, chunks, image_stride, scale, inverse_root,
     LAST: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
@@ -143,26 +169,23 @@ def _query_gradient(
     """One program: OUTER channels of ROWS queries' gradients."""
     token, channel, part, out_token, out_channel = _strides(N, C, LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
-    q = qkv + image * image_stride + head * c * channel
-    k, v = q + part, q + 2 * part
+    q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     do = dout + image * C * N + head * c * out_channel
     row = block * ROWS + tl.arange(0, ROWS)
     o = chunk * OUTER + tl.arange(0, OUTER)
     vector = (image * heads + head) * N + row
-    row_lse = tl.load(lse + vector, mask=row < N, other=0.0)
-    row_delta = tl.load(delta + vector, mask=row < N, other=0.0)
+    row_lse = tl.load(lse + vector, mask=row < N, other=0.0)[:, None]
+    row_delta = tl.load(delta + vector, mask=row < N, other=0.0)[:, None]
     sums = tl.zeros([ROWS, OUTER], tl.float32)
     for start in range(0, N, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        s = _products(q, k, row, column, N, c, token, channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE)
-        p = tl.where((column < N)[None, :], tl.exp2(s * scale - row_lse[:, None]), 0.0)
-        dp = _products(
-            do, v, row, column, N, c, out_token, out_channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
-        )
-        ds = p * (dp - row_delta[:, None])
+        _p, ds = _weights_and_score_gradients(
+            q, k, do, v, row_lse, row_delta, row, column, N, c, scale, token, channel, out_token, out_channel,
+            token, channel, PRECISION, ONCE, ROWS, COLUMNS, INNER,
+        )  # fmt: skip
         keys = _load(k, column, o, N, c, token, channel)
         sums = tl.dot(ds.to(keys.dtype), keys, sums, input_precision=PRECISION)
-    to = dqkv + image * 3 * C * N + head * c * channel
+    to, _, _ = _packed(dqkv, image, head, c, 3 * C * N, channel, part)
     _store(to, sums * inverse_root, row, o, N, c, token, channel)
 
 
@@ -175,8 +198,7 @@ def _key_value_gradient(
     """One program: OUTER channels of ROWS keys' and values' gradients; scores are [keys, queries] here."""
     token, channel, part, out_token, out_channel = _strides(N, C, LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
-    q = qkv + image * image_stride + head * c * channel
-    k, v = q + part, q + 2 * part
+    q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     do = dout + image * C * N + head * c * out_channel
     row = block * ROWS + tl.arange(0, ROWS)
     o = chunk * OUTER + tl.arange(0, OUTER)
@@ -185,21 +207,19 @@ def _key_value_gradient(
     value_sums = tl.zeros([ROWS, OUTER], tl.float32)
     for start in range(0, N, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        s = _products(k, q, row, column, N, c, token, channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE)
-        column_lse = tl.load(lse + vectors + column, mask=column < N, other=0.0)
-        column_delta = tl.load(delta + vectors + column, mask=column < N, other=0.0)
-        p = tl.where((column < N)[None, :], tl.exp2(s * scale - column_lse[None, :]), 0.0)
+        column_lse = tl.load(lse + vectors + column, mask=column < N, other=0.0)[None, :]
+        column_delta = tl.load(delta + vectors + column, mask=column < N, other=0.0)[None, :]
+        p, ds = _weights_and_score_gradients(
+            k, q, v, do, column_lse, column_delta, row, column, N, c, scale, token, channel, token, channel,
+            out_token, out_channel, PRECISION, ONCE, ROWS, COLUMNS, INNER,
+        )  # fmt: skip
         gradients = _load(do, column, o, N, c, out_token, out_channel)
         value_sums = tl.dot(p.to(gradients.dtype), gradients, value_sums, input_precision=PRECISION)
-        dp = _products(
-            v, do, row, column, N, c, token, channel, out_token, out_channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
-        )
-        ds = p * (dp - column_delta[None, :])
         queries = _load(q, column, o, N, c, token, channel)
         key_sums = tl.dot(ds.to(queries.dtype), queries, key_sums, input_precision=PRECISION)
-    to = dqkv + image * 3 * C * N + head * c * channel
-    _store(to + part, key_sums * inverse_root, row, o, N, c, token, channel)
-    _store(to + 2 * part, value_sums, row, o, N, c, token, channel)
+    _, to_keys, to_values = _packed(dqkv, image, head, c, 3 * C * N, channel, part)
+    _store(to_keys, key_sums * inverse_root, row, o, N, c, token, channel)
+    _store(to_values, value_sums, row, o, N, c, token, channel)
 
 
 def unfit(qkv: torch.Tensor, num_heads: int) -> str | None:
@@ -211,6 +231,8 @@ def unfit(qkv: torch.Tensor, num_heads: int) -> str | None:
         return f"heads of {head_channels} channels are wider than {WIDEST_HEAD}"
     if tokens > MOST_TOKENS:
         return f"{tokens} pixels are more than {MOST_TOKENS}"
+    if qkv.shape[1:].numel() >= 2**31:
+        return "an image has 2^31 values or more"
     return None
 
 
