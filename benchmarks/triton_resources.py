@@ -5,6 +5,7 @@ Launches are recorded from the op's own host code on "meta" tensors, so that wha
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import math
 import re
@@ -217,7 +218,18 @@ def _tool(name: str, *options: str, cubin: bytes) -> str:
 
 
 def source_digest(kernel) -> str:
-    """Of a kernel's source, with what it calls, and Triton's version: what is compiled changes only with it."""
+    """Of a kernel's source, wherever in its file it stands, with all that it calls, and of Triton's version: what is
+    compiled changes only with these."""
     import triton
 
-    return hashlib.sha256(f"{triton.__version__} {kernel.cache_key}".encode()).hexdigest()[:12]
+    parts, waiting = {}, [kernel]
+    while waiting:
+        function = waiting.pop()
+        parts[function.__name__] = function.src
+        for name in {node.id for node in ast.walk(ast.parse(function.src)) if isinstance(node, ast.Name)}:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, triton.JITFunction) and value.__name__ not in parts:
+                waiting.append(value)
+            elif isinstance(value, int | float | str):
+                parts[name] = repr(value)
+    return hashlib.sha256(f"{triton.__version__} {sorted(parts.items())}".encode()).hexdigest()[:12]
