@@ -162,10 +162,9 @@ def bytes_by_depth(ttir: str, operation: str) -> tuple[int, ...]:
     return tuple(found.get(each, 0) for each in range(max(found) + 1))
 
 
-def compile_launch(launch: Launch, architecture: int) -> Compiled:
-    """Compiles what the JIT would for `launch`: integers 1 compiled in, pointers and multiples of 16 known as such."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _compilation(launch: Launch) -> tuple[Any, dict[str, Any]]:
+    """Triton's source and options of what the JIT would compile for `launch`: integers 1 compiled in, pointers and
+    multiples of 16 known as such."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -177,9 +176,71 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
             constants[name] = value
         elif is_aligned(value) if isinstance(value, torch.Tensor) else isinstance(value, int) and value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
     # Said, because its default is about to change; fused multiply-adds round less.
     options = {**launch.options, "enable_fp_fusion": True}
+    return ASTSource(launch.kernel, signature, constants, attributes), options
+
+
+def ttir_of(launch: Launch) -> str:
+    """Triton's IR of `launch`, which no architecture has touched yet."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    source, options = _compilation(launch)
+    target = GPUTarget("cuda", ARCHITECTURES[0], 32)
+    backend = make_backend(target)
+    parsed = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    return str(stages["ttir"](source.make_ir(target, parsed, functions, modules, context), {}))
+
+
+PROGRAMS = ("tt.get_program_id", "tt.get_num_programs")
+COUNTERS = ("scf.for",)
+
+
+def narrow_products(ttir: str, roots: tuple[str, ...]) -> list[str]:
+    """The 32-bit products of something without bound that reach an address, one line of Triton's IR each.
+
+    Without bound is what comes from `roots`: PROGRAMS, the numbers of this program and of all, until a remainder makes
+    them small; or COUNTERS, those of loops. Their products with a stride or a size may pass 2^31. Products of other
+    things, places inside of one image, are below it, since the ops refuse larger images.
+    """
+    unbounded: set[str] = set()
+    overflowing: dict[str, str] = {}  # value: the product in it
+    found = []
+    for line in ttir.splitlines():
+        left, equals, right = line.partition(" = ")
+        results = set(re.findall(r"%\w+", left)) if equals else set()
+        operands = set(re.findall(r"%\w+", right if equals else line))
+        if "scf.for" in line:  # names the counter, and the values that go from round to round
+            counter, *carried = re.findall(r"(%\w+) = (%\w+)", line.split("scf.for", 1)[1])
+            unbounded |= {counter[0]} if "scf.for" in roots else set()
+            unbounded |= {name for name, start in carried if start in unbounded}
+            overflowing |= {name: overflowing[start] for name, start in carried if start in overflowing}
+            continue
+        reached = [overflowing[name] for name in operands if name in overflowing]
+        if "tt.addptr" in line:
+            found += reached
+        if any(root in line for root in roots) or ("arith.rem" not in line and operands & unbounded):
+            unbounded |= results
+            if re.search(r"arith\.(muli|shli) .*: (i32|tensor<[\dx]+xi32>)", line):
+                reached = [line.strip()]
+        overflowing |= dict.fromkeys(results, reached[0]) if reached else {}
+    return found
+
+
+def compile_launch(launch: Launch, architecture: int) -> Compiled:
+    """Compiles what the JIT would for `launch`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = _compilation(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     cubin = compiled.asm["cubin"]
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
