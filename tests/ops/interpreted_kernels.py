@@ -7,6 +7,7 @@ which triton 3.9's interpreter gets silently wrong, and races, since it runs one
 
 from __future__ import annotations
 
+import golden_networks
 import numpy as np
 import pytest
 import torch
@@ -267,7 +268,7 @@ def test_attention_op_is_well_registered():
     torch.library.opcheck(torch.ops.diffmem.attention_triton, (qkv, 2))
 
 
-@pytest.mark.parametrize("name", ["ddpmpp-vp-skips", "adm-edm-cond"])
+@pytest.mark.parametrize("name", golden_networks.NAMES)
 def test_networks_match_the_golden_files(name):
     """The whole network, in one graph, through the kernels: the additive embedding and the adaptive one."""
     made, tensors = golden_denoiser(name)
