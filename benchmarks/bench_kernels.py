@@ -133,7 +133,6 @@ def row_of(op: str, launch: Launch, architecture: int) -> dict[str, str]:
         "kernel": launch.name,
         "configuration": launch.configuration,
         "architecture": f"sm_{architecture}",
-        "instructions": len(compiled.instructions),
         "load_bytes": loads,
         "store_bytes": stores,
         "loads_by_depth": " ".join(map(str, bytes_by_depth(compiled.ttir, "load"))),
@@ -142,7 +141,7 @@ def row_of(op: str, launch: Launch, architecture: int) -> dict[str, str]:
     }
     measured = (
         "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps", "blocks_per_multiprocessor", "occupancy",
-        "matrix_instructions",
+        "instructions", "matrix_instructions",
     )  # fmt: skip
     return {name: str(values[name] if name in values else getattr(compiled, name)) for name in COLUMNS if name in values
             or name in measured}  # fmt: skip

@@ -9,12 +9,12 @@ import ast
 import hashlib
 import math
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,18 +124,19 @@ class Compiled:
         """Resident warps over the most that a multiprocessor holds."""
         return round(self.blocks_per_multiprocessor * self.warps / MULTIPROCESSORS[self.architecture].warps, 3)
 
-    @cached_property
-    def instructions(self) -> list[str]:
-        """The names of the machine's instructions, in order."""
-        return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self._sass(), re.MULTILINE)
+    @property
+    def instructions(self) -> int:
+        """How many the machine's code has, of 16 bytes each, those that fill it up included."""
+        return code_bytes(self.cubin) // 16
 
     @property
     def matrix_instructions(self) -> int:
         """Of the tensor cores: mma (HMMA), wgmma (HGMMA), tcgen05 (UTCHMMA)."""
-        return sum(bool(re.match(r"[HIQ]G?MMA|UTC\w*MMA", name)) for name in self.instructions)
-
-    def _sass(self) -> str:
-        return _tool("nvdisasm", "-c", cubin=self.cubin)
+        if "mma" not in self.ptx:  # saves most of the time
+            return 0
+        code = _tool("nvdisasm", "-c", cubin=self.cubin)
+        names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+        return sum(bool(re.match(r"[HIQ]G?MMA|UTC\w*MMA", name)) for name in names)
 
     def map_bytes(self) -> tuple[int, int]:
         """Bytes that all threads of a program load, but for loads marked evict_last, and store: the count of
@@ -233,6 +234,14 @@ def narrow_products(ttir: str, roots: tuple[str, ...]) -> list[str]:
                 reached = [line.strip()]
         overflowing |= dict.fromkeys(results, reached[0]) if reached else {}
     return found
+
+
+def code_bytes(cubin: bytes) -> int:
+    """Size of the sections .text.* of a 64-bit ELF file."""
+    table, (entry, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + index * entry) for index in range(count)]
+    strings = headers[names][4]
+    return sum(size for name, _, _, _, _, size in headers if cubin.startswith(b".text.", strings + name))
 
 
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
