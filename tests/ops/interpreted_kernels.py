@@ -19,7 +19,11 @@ from diffmem.ops.attention import attention
 from diffmem.ops.group_norm_silu import group_norm_silu
 
 HALVES = [torch.float16, torch.bfloat16]
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of sigmoid(−100), as meant
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # of sigmoid(−100), as meant
+    # What the interpreter of Triton 3.2 does with numpy of today.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
