@@ -15,6 +15,16 @@ each program being the only one to write its part: no atomics, the same bits eve
 Scores are summed over `INNER` channels at a time, the result has `OUTER` of the head's channels per program (see
 `diffmem.ops.attention.tiles`). Products accumulate in float32; p and ds are rounded to the map's dtype before the
 second product.
+
+Values of the map that a program moves, tokens outside of the image and channels outside of the head included (float32
+vectors lse and delta come to two per token; tests hold the compiled kernels to these counts exactly):
+
+    per round of COLUMNS tokens     forward (ROWS + COLUMNS)·c + COLUMNS·OUTER       dq 2·(ROWS + COLUMNS)·c + COLUMNS·OUTER
+                                    dk and dv 2·(ROWS + COLUMNS)·c + 2·COLUMNS·OUTER
+    written once                    forward ROWS·OUTER       dq ROWS·OUTER       dk and dv 2·ROWS·OUTER
+
+Backward's terms with OUTER fall away where the whole head is there already (c ≤ INNER = OUTER). From memory, what is read
+again comes from the L2 cache: the programs of one head run side by side.
 """
 
 from __future__ import annotations
@@ -118,8 +128,8 @@ def _forward(
         largest = larger
     to = out + image * C * N + head * c * out_channel
     _store(to, sums / total[:, None], row, o, N, c, out_token, out_channel)
-    if chunk == 0:
-        tl.store(lse + (image * heads + head) * N + row, largest + tl.log2(total), mask=row < N)
+    first = (row < N) & (tl.zeros([ROWS], tl.int32) == chunk)  # the first chunk's program; a branch takes registers
+    tl.store(lse + (image * heads + head) * N + row, largest + tl.log2(total), mask=first)
 
 
 @triton.jit
@@ -142,25 +152,6 @@ def _delta(
 
 
 @triton.jit
-def _weights_and_score_gradients(
-    a, b, da, db, lse, delta, row, column, N, c, scale, a_token, a_channel, da_token, da_channel, db_token, db_channel,
-    PRECISION: tl.constexpr, ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """p and ds [ROWS, COLUMNS] from s = a·bᵀ and dp = da·dbᵀ, with lse and delta as they broadcast.
-
-    Queries are the rows (a = q, da = do) or the columns (b = q, db = do). p is zero at columns that are not there.
-    """
-    s = _products(
-        a, b, row, column, N, c, a_token, a_channel, a_token, a_channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
-    )
-    p = tl.where((column < N)[None, :], tl.exp2(s * scale - lse), 0.0)
-    dp = _products(
-        da, db, row, column, N, c, da_token, da_channel, db_token, db_channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
-    )
-    return p, p * (dp - delta)
-
-
-@triton.jit
 def _query_gradient(
     qkv, dout, lse, delta, dqkv, N, C, c, heads, blocks, chunks, image_stride, scale, inverse_root,
     LAST: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
@@ -174,18 +165,20 @@ def _query_gradient(
     row = block * ROWS + tl.arange(0, ROWS)
     o = chunk * OUTER + tl.arange(0, OUTER)
     vector = (image * heads + head) * N + row
-    row_lse = tl.load(lse + vector, mask=row < N, other=0.0)[:, None]
-    row_delta = tl.load(delta + vector, mask=row < N, other=0.0)[:, None]
+    row_lse = tl.load(lse + vector, mask=row < N, other=0.0)
+    row_delta = tl.load(delta + vector, mask=row < N, other=0.0)
     sums = tl.zeros([ROWS, OUTER], tl.float32)
     for start in range(0, N, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        _p, ds = _weights_and_score_gradients(
-            q, k, do, v, row_lse, row_delta, row, column, N, c, scale, token, channel, out_token, out_channel,
-            token, channel, PRECISION, ONCE, ROWS, COLUMNS, INNER,
-        )  # fmt: skip
+        s = _products(q, k, row, column, N, c, token, channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE)
+        p = tl.where((column < N)[None, :], tl.exp2(s * scale - row_lse[:, None]), 0.0)
+        dp = _products(
+            do, v, row, column, N, c, out_token, out_channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
+        )
+        ds = p * (dp - row_delta[:, None])
         keys = _load(k, column, o, N, c, token, channel)
         sums = tl.dot(ds.to(keys.dtype), keys, sums, input_precision=PRECISION)
-    to, _, _ = _packed(dqkv, image, head, c, 3 * C * N, channel, part)
+    to = dqkv + image * 3 * C * N + head * c * channel
     _store(to, sums * inverse_root, row, o, N, c, token, channel)
 
 
@@ -207,19 +200,21 @@ def _key_value_gradient(
     value_sums = tl.zeros([ROWS, OUTER], tl.float32)
     for start in range(0, N, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        column_lse = tl.load(lse + vectors + column, mask=column < N, other=0.0)[None, :]
-        column_delta = tl.load(delta + vectors + column, mask=column < N, other=0.0)[None, :]
-        p, ds = _weights_and_score_gradients(
-            k, q, v, do, column_lse, column_delta, row, column, N, c, scale, token, channel, token, channel,
-            out_token, out_channel, PRECISION, ONCE, ROWS, COLUMNS, INNER,
-        )  # fmt: skip
+        s = _products(k, q, row, column, N, c, token, channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE)
+        column_lse = tl.load(lse + vectors + column, mask=column < N, other=0.0)
+        column_delta = tl.load(delta + vectors + column, mask=column < N, other=0.0)
+        p = tl.where((column < N)[None, :], tl.exp2(s * scale - column_lse[None, :]), 0.0)
         gradients = _load(do, column, o, N, c, out_token, out_channel)
         value_sums = tl.dot(p.to(gradients.dtype), gradients, value_sums, input_precision=PRECISION)
+        dp = _products(
+            v, do, row, column, N, c, token, channel, out_token, out_channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
+        )
+        ds = p * (dp - column_delta[None, :])
         queries = _load(q, column, o, N, c, token, channel)
         key_sums = tl.dot(ds.to(queries.dtype), queries, key_sums, input_precision=PRECISION)
-    _, to_keys, to_values = _packed(dqkv, image, head, c, 3 * C * N, channel, part)
-    _store(to_keys, key_sums * inverse_root, row, o, N, c, token, channel)
-    _store(to_values, value_sums, row, o, N, c, token, channel)
+    to = dqkv + image * 3 * C * N + head * c * channel
+    _store(to + part, key_sums * inverse_root, row, o, N, c, token, channel)
+    _store(to + 2 * part, value_sums, row, o, N, c, token, channel)
 
 
 def unfit(qkv: torch.Tensor, num_heads: int) -> str | None:

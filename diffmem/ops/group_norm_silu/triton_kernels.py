@@ -238,12 +238,11 @@ def _forward_split(
     rest = _over_group(rest, GROUPS, CHANNELS) / n
     variance = _over_group(total, GROUPS, CHANNELS) / n - rest * rest
     inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    if chunk == 0:
-        first = valid & (within == 0)
-        row = image * num_groups + group
-        tl.store(mean + row, centre, mask=first)
-        tl.store(mean + images * num_groups + row, rest, mask=first)
-        tl.store(rstd + row, inverse, mask=first)
+    first = valid & (within + chunk == 0)  # the group's first channel, in the first chunk's program
+    row = image * num_groups + group
+    tl.store(mean + row, centre, mask=first)
+    tl.store(mean + images * num_groups + row, rest, mask=first)
+    tl.store(rstd + row, inverse, mask=first)
 
     offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
     z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, False)
