@@ -19,12 +19,13 @@ second product.
 Values of the map that a program moves, tokens outside of the image and channels outside of the head included (float32
 vectors lse and delta come to two per token; tests hold the compiled kernels to these counts exactly):
 
-    per round of COLUMNS tokens     forward (ROWS + COLUMNS)·c + COLUMNS·OUTER       dq 2·(ROWS + COLUMNS)·c + COLUMNS·OUTER
-                                    dk and dv 2·(ROWS + COLUMNS)·c + 2·COLUMNS·OUTER
-    written once                    forward ROWS·OUTER       dq ROWS·OUTER       dk and dv 2·ROWS·OUTER
+                  per round of COLUMNS tokens, read               once, written
+    forward       (ROWS + COLUMNS)·c + COLUMNS·OUTER              ROWS·OUTER
+    dq            2·(ROWS + COLUMNS)·c + COLUMNS·OUTER            ROWS·OUTER
+    dk and dv     2·(ROWS + COLUMNS)·c + 2·COLUMNS·OUTER          2·ROWS·OUTER
 
-Backward's terms with OUTER fall away where the whole head is there already (c ≤ INNER = OUTER). From memory, what is read
-again comes from the L2 cache: the programs of one head run side by side.
+Backward's terms with OUTER fall away where the whole head is there already (c ≤ INNER = OUTER). What is read again
+comes from the L2 cache: the programs of one head run side by side.
 """
 
 from __future__ import annotations
