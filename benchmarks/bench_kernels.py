@@ -2,6 +2,21 @@
 
 Writes benchmarks/results/kernels.csv: registers, shared memory, spills, occupancy, instructions and bytes moved, per
 kernel, configuration and architecture. A row is made anew only where the kernel's source or Triton has changed.
+
+    python -m benchmarks kernels                       # what has changed, about a second a row; may be interrupted
+    python -m benchmarks kernels --only attention      # rows whose name contains this; all others stay
+
+What can be launched is what the ops' own host code launches: `every_launch` calls it and collects. Each tile is there
+in each dtype and layout with everything a kernel can do: SiLU, scale and shift, an added embedding, float32
+parameters, aligned addresses. Every combination of what can be switched off (in float32 and bfloat16), half-precision
+parameters, and sizes and addresses that nothing divides, are there for one tile of each kernel (GROUP_NORM_EXAMPLES,
+ODD_EXAMPLES).
+
+load_bytes and store_bytes: of all threads of a program, from PTX, but for loads marked evict_last (parameters and
+statistics). loads_by_depth and stores_by_depth: of one program, from Triton's IR: outside of loops, then in one round
+of a loop, then in one round of the loop inside of that.
+
+To add an op, add a KernelSubject to SUBJECTS.
 """
 
 from __future__ import annotations
@@ -17,13 +32,13 @@ from unittest import mock
 import torch
 
 from benchmarks.harness import RESULTS, Bench
-from benchmarks.triton_resources import ARCHITECTURES, Launch, compile_launch, recorded, source_digest
+from benchmarks.triton_resources import ARCHITECTURES, Launch, bytes_by_depth, compile_launch, recorded, source_digest
 
 RESULT = RESULTS / "kernels.csv"
 COLUMNS = (
     "op", "kernel", "configuration", "architecture", "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps",
     "blocks_per_multiprocessor", "occupancy", "instructions", "matrix_instructions", "load_bytes", "store_bytes",
-    "source",
+    "loads_by_depth", "stores_by_depth", "source",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +55,11 @@ class KernelSubject:
     run: Callable[[ModuleType, torch.dtype], None]
 
 
+# (channels of a group, pixels) of maps: groups that fit on chip, forward and backward, and groups that are split.
+GROUP_NORM_EXAMPLES = ((8, 256), (8, 4096))
+ODD_EXAMPLES = ((3, 15 * 15), (3, 65 * 65))
+
+
 def _map(batch: int, channels: int, pixels: int, dtype: torch.dtype, last: bool) -> torch.Tensor:
     x = torch.empty((batch, channels, pixels // 8, 8), dtype=dtype)
     return x.to(memory_format=torch.channels_last) if last else x
@@ -48,13 +68,28 @@ def _map(batch: int, channels: int, pixels: int, dtype: torch.dtype, last: bool)
 def _run_group_norm(kernels: ModuleType, dtype: torch.dtype) -> None:
     from diffmem.ops.group_norm_silu.tiles import every_tile
 
+    def launch(x, groups, parameters=torch.float32, embedding=torch.float32, silu=True, adaptive=True, added=True):
+        channels = x.shape[1]
+        weight, rows = torch.empty(channels, dtype=parameters), torch.empty(4, channels, dtype=embedding)
+        scale, added = rows if adaptive else None, rows if added else None
+        y, mean, rstd = kernels.launch_forward(x, groups, weight, weight, 1e-5, scale, scale, silu, added)
+        kernels.launch_backward(y, x, mean, rstd, groups, weight, weight, scale, scale, silu, added)
+
     for last in (False, True):
         for group_channels, pixels in every_tile(last, dtype.itemsize):
-            channels = 32 * group_channels
-            x = _map(4, channels, pixels, dtype, last)
-            weight, rows = torch.empty(channels), torch.empty(4, channels)
-            y, mean, rstd = kernels.launch_forward(x, 32, weight, weight, 1e-5, rows, rows, True, rows)
-            kernels.launch_backward(y, x, mean, rstd, 32, weight, weight, rows, rows, True, rows)
+            launch(_map(4, 32 * group_channels, pixels, dtype, last), 32)
+        for group_channels, pixels in ODD_EXAMPLES:
+            channels = 5 * group_channels
+            strides = (channels * pixels, 1, channels, channels) if last else (channels * pixels, pixels, 1, 1)
+            memory = torch.empty(4 * channels * pixels + 1, dtype=dtype)
+            launch(memory.as_strided((4, channels, pixels, 1), strides, 1), 5)
+    for group_channels, pixels in GROUP_NORM_EXAMPLES:
+        x = _map(4, 32 * group_channels, pixels, dtype, True)
+        for silu, adaptive, added in product((False, True), repeat=3) if dtype != torch.float16 else ():
+            launch(x, 32, silu=silu, adaptive=adaptive, added=added)
+        if dtype != torch.float32:
+            launch(x, 32, embedding=dtype)  # as under autocast
+            launch(x, 32, parameters=dtype, embedding=dtype)
 
 
 def _run_attention(kernels: ModuleType, dtype: torch.dtype) -> None:
@@ -103,11 +138,6 @@ def every_launch(subject: KernelSubject, dtypes: tuple[torch.dtype, ...] = DTYPE
                 yield launch
 
 
-def architectures(launch: Launch) -> tuple[int, ...]:
-    """Where `launch` is compiled: float16, whose code is bfloat16's but for the name of the type, on one."""
-    return (90,) if launch.configuration.startswith("float16") else ARCHITECTURES
-
-
 def row_of(op: str, launch: Launch, architecture: int) -> dict[str, str]:
     """One line of the table."""
     compiled = compile_launch(launch, architecture)
@@ -117,14 +147,15 @@ def row_of(op: str, launch: Launch, architecture: int) -> dict[str, str]:
         "kernel": launch.name,
         "configuration": launch.configuration,
         "architecture": f"sm_{architecture}",
-        "instructions": len(compiled.instructions),
         "load_bytes": loads,
         "store_bytes": stores,
+        "loads_by_depth": " ".join(map(str, bytes_by_depth(compiled.ttir, "load"))),
+        "stores_by_depth": " ".join(map(str, bytes_by_depth(compiled.ttir, "store"))),
         "source": source_digest(launch.kernel),
     }
     measured = (
         "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps", "blocks_per_multiprocessor", "occupancy",
-        "matrix_instructions",
+        "instructions", "matrix_instructions",
     )  # fmt: skip
     return {name: str(values[name] if name in values else getattr(compiled, name)) for name in COLUMNS if name in values
             or name in measured}  # fmt: skip
@@ -148,7 +179,7 @@ def run(bench: Bench) -> None:
     for subject in SUBJECTS:
         for launch in every_launch(subject):
             source = source_digest(launch.kernel)
-            for architecture in architectures(launch):
+            for architecture in ARCHITECTURES:
                 key = (subject.op, launch.name, launch.configuration, f"sm_{architecture}")
                 if not bench.wants(" ".join(key)) or (bench.quick and architecture != 90):
                     if key in known:

@@ -9,7 +9,11 @@ benchmarks/results/<device>.csv as soon as they are there.
 
     python -m benchmarks.gpu                       # everything, some minutes
     python -m benchmarks.gpu --only attention      # cases whose name contains this
-    python -m benchmarks.gpu --interpret           # a dry run on the CPU: tiny sizes, Triton's interpreter, no speeds
+    python -m benchmarks.gpu --interpret           # a dry run on the CPU: tiny sizes, no speeds worth a look
+
+The dry run runs the same lines: Triton kernels in its interpreter, CUDA kernels compiled for the host stand-in
+(csrc/simt), torch.compile with a backend that compiles nothing; of each subject, the cases that between them run every
+kernel.
 
 To add an op, write a function like `attention_cases` that yields its `Case`s and list it in SUBJECTS.
 """
@@ -19,11 +23,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -47,6 +54,20 @@ class Target:
     device: torch.device
     tiny: bool
     rates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> str:
+        """torch.compile's."""
+        return "eager" if self.tiny else "inductor"
+
+    def combinations(self, *factors: Sequence) -> Iterator[tuple]:
+        """All of them; of a dry run, all of the first and last factor, each with some of the others, all in turn."""
+        if not self.tiny:
+            yield from product(*factors)
+            return
+        first, *others, last = factors
+        for index, (a, z) in enumerate(product(first, last)):
+            yield (a, *(each[(index + index // 2) % len(each)] for each in others), z)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -116,8 +137,10 @@ def group_norm_cases(target: Target) -> Iterator[Case]:
     shapes = [(1, 8, 4, 4), (1, 32, 17, 16)] if target.tiny else [
         (256, 256, 32, 32), (256, 256, 16, 16), (256, 256, 8, 8), (512, 64, 8, 8), (64, 192, 64, 64), (64, 768, 8, 8),
     ]  # fmt: skip
-    compiled = torch.compile(group_norm_silu, dynamic=False)
-    for shape, dtype, layout, form, step in product(shapes, target.dtypes, _layouts(), ("added", "adaptive"), STEPS):
+    compiled = torch.compile(group_norm_silu, dynamic=False, backend=target.backend)
+    for shape, dtype, layout, form, step in target.combinations(
+        shapes, target.dtypes, _layouts(), ("added", "adaptive"), STEPS
+    ):
         groups = 1 if target.tiny else min(32, shape[1] // 4)
         size = "x".join(map(str, shape))
         x = target.normal(*shape, dtype=dtype).to(memory_format=layout)
@@ -138,8 +161,7 @@ def group_norm_cases(target: Target) -> Iterator[Case]:
         # What PyTorch would be given: parameters of the map's dtype.
         same = [each.to(dtype) for each in inputs]
         ways["PyTorch eager"] = of("pytorch", inputs=same)
-        if not target.tiny:
-            ways["torch.compile"] = of("pytorch", inputs=same, op=compiled)
+        ways["torch.compile"] = of("pytorch", inputs=same, op=compiled)
         group = x[0].numel() // groups
         passes = (2 if group <= WHOLE else 3) + (0 if dy is None else 3 if group <= WHOLE_BACKWARD else 5)
         yield Case(
@@ -166,11 +188,11 @@ def attention_cases(target: Target) -> Iterator[Case]:
         (256, 1, 256, 16), (256, 1, 256, 8), (256, 1, 64, 8), (256, 1, 32, 4), (64, 4, 64, 32), (64, 6, 64, 16),
         (64, 1, 512, 8), (64, 1, 512, 16), (16, 1, 256, 32), (8, 1, 128, 64), (8, 8, 64, 64), (256, 1, 16, 8),
     ]  # fmt: skip
-    compiled = torch.compile(attention, dynamic=False)
-    numbers = [(dtype, tf32) for dtype in target.dtypes for tf32 in (False, True) if not tf32 or dtype == torch.float32]
-    for shape, (dtype, tf32), layout, step in product(shapes, numbers, _layouts(), STEPS):
-        if tf32 and target.tiny:
-            continue
+    compiled = torch.compile(attention, dynamic=False, backend=target.backend)
+    numbers = [
+        (dtype, tf32) for dtype in target.dtypes for tf32 in (False, True) if not tf32 or dtype == torch.float32
+    ]  # in a dry run TF32 is its tiles, in float32
+    for shape, (dtype, tf32), layout, step in target.combinations(shapes, numbers, _layouts(), STEPS):
         batch, heads, channels, side = shape
         torch.backends.cuda.matmul.allow_tf32 = tf32
         qkv = target.normal(batch, 3 * heads * channels, side, side, dtype=dtype)
@@ -181,9 +203,7 @@ def attention_cases(target: Target) -> Iterator[Case]:
         def of(impl: str, qkv=qkv, dy=dy, heads=heads, op=attention):
             return _with_gradients(lambda qkv: op(qkv, heads, impl), [qkv], dy)
 
-        ways = {"triton": of("triton"), "SDPA": of("pytorch")}
-        if not target.tiny:
-            ways["torch.compile"] = of("pytorch", op=compiled)
+        ways = {"triton": of("triton"), "SDPA": of("pytorch"), "torch.compile": of("pytorch", op=compiled)}
         precision = precision_of(dtype)
         case = (qkv.device.type, qkv.device.index, side * side, heads, channels, dtype,
                 _layout(layout), step == "training")  # fmt: skip
@@ -225,6 +245,11 @@ def network_cases(target: Target) -> Iterator[Case]:
             "adm_imagenet64": (preset("adm_imagenet64", dropout=0.0), 8),
         }
 
+    # torch.compile takes what these return for a constant, as it does with the ops' own: no graph break.
+    choices = {
+        impl: torch.compiler.assume_constant_result(lambda *_, impl=impl: impl) for impl in ("pytorch", "reference")
+    }
+
     @contextlib.contextmanager
     def by(impl: str | None):
         """Every op of the network by one implementation, None: as it chooses."""
@@ -232,8 +257,8 @@ def network_cases(target: Target) -> Iterator[Case]:
             yield
             return
         with (
-            mock.patch.object(group_norm_silu, "_choose", return_value=impl),
-            mock.patch.object(attention, "_choose", return_value=impl),
+            mock.patch.object(group_norm_silu, "_choose", choices[impl]),
+            mock.patch.object(attention, "_choose", choices[impl]),
         ):
             yield
 
@@ -266,10 +291,11 @@ def network_cases(target: Target) -> Iterator[Case]:
                     "triton": of(None, denoiser, training=training),
                     "PyTorch eager": of("pytorch", denoiser, training=training),
                 }
-                if not target.tiny:
-                    torch._dynamo.reset()
-                    ways["triton, compiled"] = of(None, torch.compile(denoiser, dynamic=False), training=training)
-                    ways["PyTorch, compiled"] = of("pytorch", torch.compile(denoiser, dynamic=False), training=training)
+                torch._dynamo.reset()
+                # With the interpreter's kernels inside, a dry run does it once.
+                for name_of, impl in (("triton", None), ("PyTorch", "pytorch")) if training or not target.tiny else ():
+                    model = torch.compile(denoiser, dynamic=False, fullgraph=True, backend=target.backend)
+                    ways[f"{name_of}, compiled"] = of(impl, model, training=training)
 
                 def exact(denoiser=denoiser, x=x, sigma=sigma, training=training, of=of) -> Values:
                     kept, denoiser.autocast_dtype = denoiser.autocast_dtype, None
@@ -289,8 +315,18 @@ def network_cases(target: Target) -> Iterator[Case]:
 def search_cases(target: Target) -> Iterator[Case]:
     """The exact two nearest of uint8 images, by every way of `diffmem.search.gpu`, and by FAISS and torch.cdist."""
     from diffmem.ops.nearest import nearest
+    from diffmem.ops.nearest.cuda import refine_cuda
     from diffmem.ops.registry import native_unavailable
     from diffmem.search.gpu import GpuRows, available_ways
+
+    def on_device(run: Callable[[], Values]) -> Callable[[], Values]:
+        """As it is; in a dry run on the host stand-in, where there is one."""
+
+        def by_the_stand_in() -> Values:
+            with _stand_in():
+                return run()
+
+        return by_the_stand_in if target.tiny and _stand_in() is not None else run
 
     sizes = [(16, 200, 48)] if target.tiny else [(10_000, 50_000, 3072), (32, 50_000, 3072), (10_000, 50_000, 192)]
     for count, n, d in sizes:
@@ -300,13 +336,15 @@ def search_cases(target: Target) -> Iterator[Case]:
         queries[: count // 2] = training[: count // 2] // 2 + queries[: count // 2] // 2
         training, queries = training.to(target.device), queries.to(target.device)
         names = available_ways(target.device)
+        if target.tiny and _stand_in() is not None:
+            names.insert(0, "kernel")
         if "kernel" not in names:
-            reason = native_unavailable("cuda") or f"they need a GPU, this is {target.device}"
+            reason = "there is no g++ for the stand-in" if target.tiny else native_unavailable("cuda")
             print(f"search: the CUDA kernels are left out: {reason}")
         ways = {}
         for name in names:
             rows = GpuRows(training, target.device, name)
-            ways[name] = lambda rows=rows, queries=queries: list(rows(queries, 2))
+            ways[name] = on_device(lambda rows=rows, queries=queries: list(rows(queries, 2)))
 
         def cdist(queries=queries, training=training) -> Values:
             found = [
@@ -321,6 +359,53 @@ def search_cases(target: Target) -> Iterator[Case]:
             f"search {count} of {n}, d = {d}", ways | {"torch.cdist + topk": cdist} | _faiss_ways(queries, training),
             exact, next(iter(ways)), operations=2.0 * count * n * d, matrix="int8", capturable=False,
         )  # fmt: skip
+        if "kernel" not in names:
+            continue
+
+        # Of each query, candidates as a filter leaves them: the answer among others.
+        each = min(n, 300)
+        candidates = torch.randint(0, n, (count, each), generator=generator)
+        candidates[:, 0] = torch.arange(count) % n
+        offsets = (torch.arange(count + 1) * each).to(target.device)
+        candidates = candidates.to(target.device)
+
+        def refine(queries=queries, training=training, candidates=candidates, offsets=offsets) -> Values:
+            indices, squared = refine_cuda(queries, training, candidates.flatten(), offsets, 2)
+            return [squared, indices]
+
+        def by_pytorch(queries=queries, training=training, candidates=candidates) -> Values:
+            found = []
+            for query, listed in zip(queries, candidates, strict=True):
+                listed = listed.unique()  # ascending: the first of equal ones is the lowest
+                squared = (training[listed].int() - query.int()).square().sum(dim=1)
+                best = squared.sort(stable=True)
+                found.append((best.values[:2], listed[best.indices[:2]]))
+            return [torch.stack([each[index].long() for each in found]) for index in range(2)]
+
+        yield Case(
+            f"refine {each} candidates of {n} for {count}, d = {d}",
+            {"kernel": on_device(refine), "PyTorch eager": by_pytorch}, by_pytorch, "PyTorch eager",
+            bytes=1.0 * count * each * d, capturable=False,
+        )  # fmt: skip
+
+
+@cache
+def _core_of_the_stand_in():
+    """The CUDA kernels as code for the CPU, or None where no compiler is found."""
+    from benchmarks.host_core import build_core
+
+    if shutil.which("g++") is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return build_core(Path(folder) / "nearest.so")  # stays mapped when the file is gone
+
+
+def _stand_in() -> contextlib.AbstractContextManager | None:
+    """Puts the CUDA kernels onto the CPU while it lasts."""
+    from benchmarks.host_core import on_the_stand_in
+
+    core = _core_of_the_stand_in()
+    return None if core is None else on_the_stand_in(core)
 
 
 def _faiss_ways(queries: torch.Tensor, training: torch.Tensor) -> dict[str, Callable[[], Values]]:
@@ -414,6 +499,22 @@ def _seconds(ways: dict[str, Callable[[], object]], device: torch.device, repeat
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+def _timed(case: Case) -> tuple[Case, dict[str, float]]:
+    """The case, and the seconds that the latest run of each of its ways took."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], Values]) -> Callable[[], Values]:
+        def clocked() -> Values:
+            started = time.perf_counter()
+            answer = run()
+            seconds[name] = time.perf_counter() - started
+            return answer
+
+        return clocked
+
+    return replace(case, ways={name: timed(name, run) for name, run in case.ways.items()}), seconds
+
+
 def errors(case: Case) -> list[str]:
     """What is wrong with the answers of our ways, each in one line."""
     exact = case.exact()
@@ -466,10 +567,11 @@ def _captured(run: Callable[[], Values], expected: Values) -> list[str]:
 
 def measure(case: Case, target: Target, bench: Bench) -> list[str]:
     """Checks, times, tunes, and adds a row per way; returns what is wrong."""
-    wrong = errors(case)
-    if wrong:
+    case, seconds = _timed(case)
+    if wrong := errors(case):
         return [f"{case.name}: {each}" for each in wrong]
-    seconds = _seconds(case.ways, target.device, 1 if target.tiny else REPEATS)
+    if not target.tiny:
+        seconds = _seconds(case.ways, target.device)
     if case.tune is not None and not target.tiny:
         case.tune(seconds)
     first = next(iter(seconds.values()))
@@ -480,27 +582,31 @@ def measure(case: Case, target: Target, bench: Bench) -> list[str]:
         if case.operations and case.matrix in target.rates:
             notes.append(f"{case.operations / each / target.rates[case.matrix]:.0%} of the matrix rate")
         bench.record(
-            case.name, name, ", ".join(notes), seconds=f"{each:.4g}", repeats=str(REPEATS),
+            case.name, name, ", ".join(notes), seconds=f"{each:.4g}", repeats=str(1 if target.tiny else REPEATS),
             ratio=f"{each / first:.4g}", machine=bench.subject,
         )  # fmt: skip
     bench.write()
     return []
 
 
+@dataclass
 class DeviceBench(Bench):
     """The table of one device, named after it."""
+
+    folder: Path = RESULTS
 
     @property
     def path(self) -> Path:
         name = re.sub(r"[^a-z0-9]+", "-", self.subject.lower()).strip("-")
-        return RESULTS / f"{name}{'.quick' if self.quick else ''}.csv"
+        return self.folder / f"{name}{'.quick' if self.quick else ''}.csv"
 
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--interpret", is_flag=True, help="Dry run on the CPU: tiny sizes, kernels in Triton's interpreter.")
 @click.option("--device", default="cuda", help="The GPU to use.")
 @click.option("--only", default="", help="Only cases whose name contains this text.")
-def main(interpret: bool, device: str, only: str) -> None:
+@click.option("--results", default=RESULTS, type=click.Path(path_type=Path), help="Where the table goes.")
+def main(interpret: bool, device: str, only: str, results: Path) -> None:
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         target_device, name = torch.device("cpu"), "dry run of the GPU benchmark"
@@ -510,7 +616,7 @@ def main(interpret: bool, device: str, only: str) -> None:
         target_device = torch.device(device if ":" in device else f"{device}:0")
         torch.cuda.set_device(target_device)
         name = torch.cuda.get_device_name(target_device)
-    bench = DeviceBench(name, quick=interpret, only=only)
+    bench = DeviceBench(name, quick=interpret, only=only, folder=results)
     rates = measured_rates(target_device, tiny=interpret)
     for kind, rate in rates.items():
         bench.record(

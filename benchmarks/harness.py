@@ -120,7 +120,7 @@ class Bench:
 
     def write(self) -> None:
         """Merges the rows into the table."""
-        RESULTS.mkdir(exist_ok=True)
+        self.path.parent.mkdir(exist_ok=True)
         table = {(row["workload"], row["contender"]): row for row in read_table(self.path)}
         table |= {(row["workload"], row["contender"]): row for row in self.rows}
         partial = self.path.with_suffix(".partial")

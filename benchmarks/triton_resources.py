@@ -5,14 +5,16 @@ Launches are recorded from the op's own host code on "meta" tensors, so that wha
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import math
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +30,8 @@ _TYPES = {
     torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
-OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")
+OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")  # named where they are off
+PARAMETERS = ("weight", "scale", "added")  # whose dtype is named where it is not float32
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,26 @@ class Launch:
 
     @property
     def configuration(self) -> str:
-        """What decides the compiled code, in one line: the dtype of the first tensor, constants and options.
-
-        Without what a kernel leaves out where it is not asked for (SiLU, scale and shift, the added embedding): what is
-        compiled has it all.
+        """What decides the compiled code, in one line: the dtype of the first tensor, constants and options; then what
+        a kernel leaves out (SiLU, scale and shift, the added embedding), parameters that are not float32, and whether
+        addresses are not multiples of 16 bytes.
         """
-        parts = {name: value for name, value in self.constants.items() if name not in OMISSIBLE} | self.options
-        first = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        constants = self.constants
+        parts = {name: value for name, value in constants.items() if name not in OMISSIBLE} | self.options
+        parts |= {name: False for name in OMISSIBLE if constants.get(name) is False}
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
+        dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+        parts |= {name: dtypes[name] for name in PARAMETERS if dtypes.get(name, "float32") != "float32"}
+        if not all(map(is_aligned, tensors.values())):
+            parts["aligned"] = False
         text = " ".join(f"{name.lower()}={int(value) if isinstance(value, bool) else value}"
                         for name, value in parts.items())  # fmt: skip
-        return f"{str(first.dtype).removeprefix('torch.')} {text}"
+        return f"{next(iter(dtypes.values()))} {text}"
+
+
+def is_aligned(value: torch.Tensor) -> bool:
+    """Whether its first element lies on a multiple of 16 bytes, its memory doing so."""
+    return value.storage_offset() * value.element_size() % 16 == 0
 
 
 def _width(suffix: str) -> int:
@@ -93,6 +106,7 @@ class Compiled:
 
     launch: Launch
     architecture: int
+    ttir: str
     ptx: str
     cubin: bytes
     registers: int
@@ -113,18 +127,19 @@ class Compiled:
         """Resident warps over the most that a multiprocessor holds."""
         return round(self.blocks_per_multiprocessor * self.warps / MULTIPROCESSORS[self.architecture].warps, 3)
 
-    @cached_property
-    def instructions(self) -> list[str]:
-        """The names of the machine's instructions, in order."""
-        return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self._sass(), re.MULTILINE)
+    @property
+    def instructions(self) -> int:
+        """How many the machine's code has, of 16 bytes each, those that fill it up included."""
+        return code_bytes(self.cubin) // 16
 
     @property
     def matrix_instructions(self) -> int:
         """Of the tensor cores: mma (HMMA), wgmma (HGMMA), tcgen05 (UTCHMMA)."""
-        return sum(bool(re.match(r"[HIQ]G?MMA|UTC\w*MMA", name)) for name in self.instructions)
-
-    def _sass(self) -> str:
-        return _tool("nvdisasm", "-c", cubin=self.cubin)
+        if "mma" not in self.ptx:  # saves most of the time
+            return 0
+        code = _tool("nvdisasm", "-c", cubin=self.cubin)
+        names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+        return sum(bool(re.match(r"[HIQ]G?MMA|UTC\w*MMA", name)) for name in names)
 
     def map_bytes(self) -> tuple[int, int]:
         """Bytes that all threads of a program load, but for loads marked evict_last, and store: the count of
@@ -134,10 +149,26 @@ class Compiled:
         return tuple(32 * self.warps * sum(map(_width, found)) for found in (loads, stores))
 
 
-def compile_launch(launch: Launch, architecture: int) -> Compiled:
-    """Compiles what the JIT would for `launch`: integers 1 compiled in, pointers and multiples of 16 known as such."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def bytes_by_depth(ttir: str, operation: str) -> tuple[int, ...]:
+    """Bytes that one program's `operation`s ("load", "store") move: outside of loops, in one round of a loop, in one
+    round of a loop inside of it, from Triton's IR, where a loop's body stands once."""
+    depth, ends, found = 0, [], {0: 0}
+    for line in ttir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if " scf.for " in line or line.lstrip().startswith("scf.for "):
+            ends.append(indent)
+        elif ends and indent == ends[-1] and line.lstrip().startswith("}"):
+            ends.pop()
+        depth = len(ends)
+        if f"tt.{operation} " in line:
+            sizes, bits = re.search(r"tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line).groups()
+            found[depth] = found.get(depth, 0) + math.prod(map(int, sizes[:-1].split("x"))) * int(bits) // 8
+    return tuple(found.get(each, 0) for each in range(max(found) + 1))
+
+
+def _compilation(launch: Launch) -> tuple[Any, dict[str, Any]]:
+    """Triton's source and options of what the JIT would compile for `launch`: integers 1 compiled in, pointers and
+    multiples of 16 known as such."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -147,11 +178,81 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         signature[name] = kind
         if kind == "constexpr":
             constants[name] = value
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif is_aligned(value) if isinstance(value, torch.Tensor) else isinstance(value, int) and value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
     # Said, because its default is about to change; fused multiply-adds round less.
     options = {**launch.options, "enable_fp_fusion": True}
+    return ASTSource(launch.kernel, signature, constants, attributes), options
+
+
+def ttir_of(launch: Launch) -> str:
+    """Triton's IR of `launch`, which no architecture has touched yet."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    source, options = _compilation(launch)
+    target = GPUTarget("cuda", ARCHITECTURES[0], 32)
+    backend = make_backend(target)
+    parsed = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    return str(stages["ttir"](source.make_ir(target, parsed, functions, modules, context), {}))
+
+
+PROGRAMS = ("tt.get_program_id", "tt.get_num_programs")
+COUNTERS = ("scf.for",)
+
+
+def narrow_products(ttir: str, roots: tuple[str, ...]) -> list[str]:
+    """The 32-bit products of something without bound that reach an address, one line of Triton's IR each.
+
+    Without bound is what comes from `roots`: PROGRAMS, the numbers of this program and of all, until a remainder makes
+    them small; or COUNTERS, those of loops. Their products with a stride or a size may pass 2^31. Products of other
+    things, places inside of one image, are below it, since the ops refuse larger images.
+    """
+    unbounded: set[str] = set()
+    overflowing: dict[str, str] = {}  # value: the product in it
+    found = []
+    for line in ttir.splitlines():
+        left, equals, right = line.partition(" = ")
+        results = set(re.findall(r"%\w+", left)) if equals else set()
+        operands = set(re.findall(r"%\w+", right if equals else line))
+        if "scf.for" in line:  # names the counter, and the values that go from round to round
+            counter, *carried = re.findall(r"(%\w+) = (%\w+)", line.split("scf.for", 1)[1])
+            unbounded |= {counter[0]} if "scf.for" in roots else set()
+            unbounded |= {name for name, start in carried if start in unbounded}
+            overflowing |= {name: overflowing[start] for name, start in carried if start in overflowing}
+            continue
+        reached = [overflowing[name] for name in operands if name in overflowing]
+        if "tt.addptr" in line:
+            found += reached
+        if any(root in line for root in roots) or ("arith.rem" not in line and operands & unbounded):
+            unbounded |= results
+            if re.search(r"arith\.(muli|shli) .*: (i32|tensor<[\dx]+xi32>)", line):
+                reached = [line.strip()]
+        overflowing |= dict.fromkeys(results, reached[0]) if reached else {}
+    return found
+
+
+def code_bytes(cubin: bytes) -> int:
+    """Size of the sections .text.* of a 64-bit ELF file."""
+    table, (entry, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + index * entry) for index in range(count)]
+    strings = headers[names][4]
+    return sum(size for name, _, _, _, _, size in headers if cubin.startswith(b".text.", strings + name))
+
+
+def compile_launch(launch: Launch, architecture: int) -> Compiled:
+    """Compiles what the JIT would for `launch`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = _compilation(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     cubin = compiled.asm["cubin"]
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
@@ -159,6 +260,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     return Compiled(
         launch=launch,
         architecture=architecture,
+        ttir=compiled.asm["ttir"],
         ptx=compiled.asm["ptx"],
         cubin=cubin,
         registers=registers,
@@ -189,7 +291,18 @@ def _tool(name: str, *options: str, cubin: bytes) -> str:
 
 
 def source_digest(kernel) -> str:
-    """Of a kernel's source, with what it calls, and Triton's version: what is compiled changes only with it."""
+    """Of a kernel's source, wherever in its file it stands, with all that it calls, and of Triton's version: what is
+    compiled changes only with these."""
     import triton
 
-    return hashlib.sha256(f"{triton.__version__} {kernel.cache_key}".encode()).hexdigest()[:12]
+    parts, waiting = {}, [kernel]
+    while waiting:
+        function = waiting.pop()
+        parts[function.__name__] = function.src
+        for name in {node.id for node in ast.walk(ast.parse(function.src)) if isinstance(node, ast.Name)}:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, triton.JITFunction) and value.__name__ not in parts:
+                waiting.append(value)
+            elif isinstance(value, int | float | str):
+                parts[name] = repr(value)
+    return hashlib.sha256(f"{triton.__version__} {sorted(parts.items())}".encode()).hexdigest()[:12]

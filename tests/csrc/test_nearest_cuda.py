@@ -1,6 +1,5 @@
 """The CUDA search without a GPU: values and races on the host stand-in (csrc/simt), compilation by nvcc."""
 
-import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -17,60 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt_build import CSRC, HERE, PLAIN, compile_for_races, compile_host, run_for_races
 
+from benchmarks import host_core
+from benchmarks.host_core import SimtCore
 from diffmem.errors import InputError
 from diffmem.ops.nearest import cuda
 from diffmem.ops.registry import native_module
 
-SOURCES = [CSRC / "nearest" / "nearest_cuda.cu", HERE / "nearest_simt.cpp"]
+SOURCES = list(host_core.SOURCES)
 NO_DISTANCE = 2**63 - 1
 BAD_SIZE, BAD_NEIGHBORS, BAD_DIMENSION, MISALIGNED, NULL_POINTER, SMALL_WORKSPACE = range(-1, -7, -1)
-
-
-class SimtCore:
-    """The CUDA entry points of `diffmem._C`, on the host stand-in: host addresses instead of device addresses."""
-
-    with_cuda = True
-    nearest_cuda_max_neighbors = 64
-
-    def __init__(self, path: Path):
-        self.library = ctypes.CDLL(str(path))
-        self.library.simt_error.restype = ctypes.c_char_p
-        self.library.simt_centred_row.restype = ctypes.c_int64
-
-    def call(self, name: str, *arguments) -> int:
-        """Code that the launcher returned; every integer is passed as 64 bits."""
-        return getattr(self.library, f"simt_{name}")(
-            *(ctypes.c_int64(each) if isinstance(each, int) else each for each in arguments)
-        )
-
-    def checked(self, name: str, *arguments) -> None:
-        code = self.call(name, *arguments)
-        if code != 0:
-            raise RuntimeError(self.library.simt_error(code).decode())
-
-    def nearest_cuda_centred_row(self, d):
-        return self.library.simt_centred_row(ctypes.c_int64(d))
-
-    def nearest_cuda_centre(self, images, n, d, centred, norms, stream):
-        self.checked("centre", images, n, d, centred, norms, stream)
-
-    def nearest_cuda_search_workspace(self, queries, n, d, k):
-        size = ctypes.c_int64(-1)
-        self.checked("search_workspace", queries, n, d, k, ctypes.byref(size))
-        return size.value
-
-    def nearest_cuda_search(
-        self, query_images, query_norms, queries, training_images, training_norms, n, d, k, workspace, workspace_bytes,
-        indices, squared_distances, stream,
-    ):  # fmt: skip
-        self.checked("search", query_images, query_norms, queries, training_images, training_norms, n, d, k, workspace,
-                     workspace_bytes, indices, squared_distances, stream)  # fmt: skip
-
-    def nearest_cuda_refine(
-        self, query_images, queries, training_images, n, d, candidates, offsets, k, indices, squared_distances, stream
-    ):
-        self.checked("refine", query_images, queries, training_images, n, d, candidates, offsets, k, indices,
-                     squared_distances, stream)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -303,24 +257,10 @@ def test_a_missing_barrier_in_the_search_is_reported(tmp_path):
 
 
 @pytest.fixture
-def on_the_stand_in(core, monkeypatch):
+def on_the_stand_in(core):
     """diffmem.ops.nearest.cuda with CPU tensors in the place of CUDA tensors; outputs start as garbage."""
-
-    class NoDevice:
-        def __init__(self, device):
-            pass
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(cuda, "native_module", lambda: core)
-    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(cuda, "_stream", lambda tensor: 0)
-    monkeypatch.setattr(torch.cuda, "device", NoDevice)
-    return cuda
+    with host_core.on_the_stand_in(core):
+        yield cuda
 
 
 def test_torch_functions(on_the_stand_in):

@@ -64,6 +64,7 @@ def test_one_graph_without_breaks(name):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, inside Inductor
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles:UserWarning")  # of PyTorch 2.6
 def test_compiled_block_and_gradients():
     torch.manual_seed(0)
     block = UNetBlock(16, 8, BlockStyle(1e-6, 0.7, False, None, False, (1, 1), 0.0, 8), attention=True)

@@ -6,9 +6,13 @@ and the table is held against what can be launched.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,12 +22,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import bench_kernels
-from benchmarks.triton_resources import compile_launch, recorded
+from benchmarks.triton_resources import (
+    ARCHITECTURES,
+    COUNTERS,
+    PROGRAMS,
+    Launch,
+    compile_launch,
+    narrow_products,
+    recorded,
+    ttir_of,
+)
 from diffmem.ops.attention import tiles as attention_tiles
 from diffmem.ops.group_norm_silu import tiles as group_norm_tiles
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no triton here: pip install 'diffmem[gpu]'")
+# Where Triton's compiler is called as benchmarks/triton_resources.py calls it.
+compiles = pytest.mark.skipif(
+    find_spec("triton") is None or tuple(map(int, version("triton").split(".")[:2])) < (3, 5),
+    reason="the compiler of Triton before 3.5 is called in another way",
+)
 SUBJECTS = {subject.op: subject for subject in bench_kernels.SUBJECTS}
 
 
@@ -39,6 +57,7 @@ def table():
     return bench_kernels.read_rows()
 
 
+@compiles
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_the_table_holds_every_launch_as_the_source_is_now(table, op):
     from benchmarks.triton_resources import source_digest
@@ -46,7 +65,7 @@ def test_the_table_holds_every_launch_as_the_source_is_now(table, op):
     missing = [
         f"{launch.name} {launch.configuration} sm_{architecture}"
         for launch in bench_kernels.every_launch(SUBJECTS[op])
-        for architecture in bench_kernels.architectures(launch)
+        for architecture in ARCHITECTURES
         if (row := table.get((op, launch.name, launch.configuration, f"sm_{architecture}"))) is None
         or row["source"] != source_digest(launch.kernel)
     ]
@@ -137,6 +156,7 @@ def test_group_norm_moves_each_element_as_often_as_its_docstring_says(table):
     assert checked > 500
 
 
+@compiles
 @pytest.mark.parametrize(("shape", "groups", "names"), [
     ((64, 256, 32, 32), 32, ("forward_whole", "backward_whole", "parameter_gradients")),
     ((4, 192, 64, 64), 32, ("statistics_split", "forward_split", "sums_split", "backward_split")),
@@ -147,5 +167,66 @@ def test_group_norm_compiles_as_the_table_says(table, shape, groups, names):
         compiled = compile_launch(launches[name], 90)
         row = table["group_norm_silu", name, launches[name].configuration, "sm_90"]
         assert (compiled.registers, compiled.stack_bytes) == (int(row["registers"]), 0)
-        # An image's place is a product of 64 bits.
-        assert "mul.lo.s64" in compiled.ptx or "mul.wide" in compiled.ptx
+
+
+def roots_of(launch: Launch) -> tuple[str, ...]:
+    """What counts images in a kernel: the program's number, or where all images are summed a loop."""
+    return COUNTERS if launch.name == "parameter_gradients" else PROGRAMS
+
+
+@compiles
+@pytest.mark.parametrize("op", SUBJECTS)
+def test_addresses_are_products_of_64_bits(op, tmp_path):
+    """From which image to which is 64 bits wide in every kernel; a copy with any one of the conversions taken out is
+    caught."""
+    kernels = importlib.import_module(f"diffmem.ops.{op}.triton_kernels")
+    launches = {each.name: each for each in bench_kernels.every_launch(SUBJECTS[op], (torch.bfloat16,))}
+    for launch in launches.values():
+        assert not narrow_products(ttir_of(launch), roots_of(launch)), launch.name
+    wide, source = ".to(tl.int64)", Path(kernels.__file__).read_text().split("\ndef unfit(")[0]
+    pieces = source.split(wide)
+    assert len(pieces) > 1
+    for index in range(1, len(pieces)):
+        path = tmp_path / f"narrow_{op}_{index}.py"
+        path.write_text(wide.join(pieces[:index]) + wide.join(pieces[index:]))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec.loader.exec_module(narrow := importlib.util.module_from_spec(spec))
+        changed = [replace(each, kernel=getattr(narrow, each.kernel.__name__)) for each in launches.values()]
+        assert any(narrow_products(ttir_of(each), roots_of(each)) for each in changed), f"conversion {index}"
+
+
+def attention_traffic(kernel: str, constants: dict[str, int], itemsize: int) -> tuple[list[int], int]:
+    """Bytes that a program loads outside of loops, per round of tokens, per round of channels; and that it stores.
+
+    Of the maps: in a round of tokens, of both sides of each score (and of each gradient of a score) the INNER channels
+    at a time, and OUTER channels of what the weights are multiplied with, unless that is what is there already.
+    """
+    rows, inner = constants["rows"], constants["inner"]
+    if kernel == "delta":  # out and its gradient, once
+        return [0, 2 * rows * inner * itemsize], 4 * rows
+    columns, outer = constants["columns"], constants["outer"]
+    sides = (rows + columns) * inner * itemsize * (1 if kernel == "forward" else 2)
+    part = columns * outer * itemsize
+    vectors = 2 * 4  # lse and delta
+    once, there = constants["once"], constants["once"] and inner == outer
+    outside, parts, stored = {
+        "forward": (0, part, rows * outer * itemsize + 4 * rows),
+        "query_gradient": (vectors * rows, 0 if there else part, rows * outer * itemsize),
+        "key_value_gradient": (0, (0 if there else 2 * part) + vectors * columns, 2 * rows * outer * itemsize),
+    }[kernel]
+    return ([outside, parts + sides] if once else [outside, parts, sides]), stored
+
+
+def test_attention_moves_no_more_than_said(table):
+    """Every load and store of the compiled kernels, exactly, in every configuration; none is hidden in another loop."""
+    checked = 0
+    for (op, kernel, configuration, _), row in table.items():
+        if op != "attention":
+            continue
+        dtype, *rest = configuration.split()
+        constants = {name: int(value) for name, value in (each.split("=") for each in rest) if value.isdecimal()}
+        loads, stored = attention_traffic(kernel, constants, getattr(torch, dtype).itemsize)
+        assert [int(each) for each in row["loads_by_depth"].split()] == loads, row
+        assert [int(each) for each in row["stores_by_depth"].split()] == [stored], row
+        checked += 1
+    assert checked > 500

@@ -15,6 +15,17 @@ each program being the only one to write its part: no atomics, the same bits eve
 Scores are summed over `INNER` channels at a time, the result has `OUTER` of the head's channels per program (see
 `diffmem.ops.attention.tiles`). Products accumulate in float32; p and ds are rounded to the map's dtype before the
 second product.
+
+Values of the map that a program moves, tokens outside of the image and channels outside of the head included (float32
+vectors lse and delta come to two per token; tests hold the compiled kernels to these counts exactly):
+
+                  per round of COLUMNS tokens, read               once, written
+    forward       (ROWS + COLUMNS)·c + COLUMNS·OUTER              ROWS·OUTER
+    dq            2·(ROWS + COLUMNS)·c + COLUMNS·OUTER            ROWS·OUTER
+    dk and dv     2·(ROWS + COLUMNS)·c + 2·COLUMNS·OUTER          2·ROWS·OUTER
+
+Backward's terms with OUTER fall away where the whole head is there already (c ≤ INNER = OUTER). What is read again
+comes from the L2 cache: the programs of one head run side by side.
 """
 
 from __future__ import annotations
@@ -63,6 +74,13 @@ def _place(N, c, heads, blocks, chunks):
 
 
 @triton.jit
+def _packed(pointer, image, head, c, image_stride, channel, part):
+    """Where the head's q, k and v of the image begin in a packed map."""
+    q = pointer + image * image_stride + head * c * channel
+    return q, q + part, q + 2 * part
+
+
+@triton.jit
 def _products(
     a, b, row, column, N, c, a_token, a_channel, b_token, b_channel,
     INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
@@ -92,8 +110,7 @@ def _forward(
     """One program: OUTER channels of ROWS tokens' results."""
     token, channel, part, out_token, out_channel = _strides(N, C, LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
-    q = qkv + image * image_stride + head * c * channel
-    k, v = q + part, q + 2 * part
+    q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     row = block * ROWS + tl.arange(0, ROWS)
     o = chunk * OUTER + tl.arange(0, OUTER)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -112,7 +129,8 @@ def _forward(
         largest = larger
     to = out + image * C * N + head * c * out_channel
     _store(to, sums / total[:, None], row, o, N, c, out_token, out_channel)
-    tl.store(lse + (image * heads + head) * N + row, largest + tl.log2(total), mask=(row < N) & (row * 0 + chunk == 0))
+    first = (row < N) & (tl.zeros([ROWS], tl.int32) == chunk)  # the first chunk's program; a branch takes registers
+    tl.store(lse + (image * heads + head) * N + row, largest + tl.log2(total), mask=first)
 
 
 @triton.jit
@@ -143,8 +161,7 @@ def _query_gradient(
     """One program: OUTER channels of ROWS queries' gradients."""
     token, channel, part, out_token, out_channel = _strides(N, C, LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
-    q = qkv + image * image_stride + head * c * channel
-    k, v = q + part, q + 2 * part
+    q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     do = dout + image * C * N + head * c * out_channel
     row = block * ROWS + tl.arange(0, ROWS)
     o = chunk * OUTER + tl.arange(0, OUTER)
@@ -175,8 +192,7 @@ def _key_value_gradient(
     """One program: OUTER channels of ROWS keys' and values' gradients; scores are [keys, queries] here."""
     token, channel, part, out_token, out_channel = _strides(N, C, LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
-    q = qkv + image * image_stride + head * c * channel
-    k, v = q + part, q + 2 * part
+    q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     do = dout + image * C * N + head * c * out_channel
     row = block * ROWS + tl.arange(0, ROWS)
     o = chunk * OUTER + tl.arange(0, OUTER)
@@ -211,6 +227,8 @@ def unfit(qkv: torch.Tensor, num_heads: int) -> str | None:
         return f"heads of {head_channels} channels are wider than {WIDEST_HEAD}"
     if tokens > MOST_TOKENS:
         return f"{tokens} pixels are more than {MOST_TOKENS}"
+    if qkv.shape[1:].numel() >= 2**31:
+        return "an image has 2^31 values or more"
     return None
 
 

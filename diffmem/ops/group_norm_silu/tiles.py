@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 WHOLE = 16384  # elements of the largest group that is kept on chip: 32 per thread of 16 warps
 WHOLE_BACKWARD = 8192  # the same where two maps are kept; with more, registers spill
-SPLIT = 8192  # elements of a tile of a larger one
+SPLIT = 8192  # elements of a tile of a larger one; half of it where channels were rounded up: masks take registers
 SMALL = 2048  # elements below which a program takes further groups along
 WIDEST_GROUP = 32  # channels
 SECTOR = 32  # bytes that memory hands out at once; channels_last rows of a tile are at least this long
@@ -41,6 +41,7 @@ def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int, r
     room: elements of the largest tile.
     """
     channels = max(4, _power_of_two(group_channels))
+    exact = channels == group_channels
     square = 64
     while square < pixels:
         square *= 4
@@ -56,15 +57,16 @@ def tile(group_channels: int, pixels: int, channels_last: bool, itemsize: int, r
     else:
         while rows_too_short():
             groups *= 2
-        square = SPLIT // (channels * groups)
+        square = (SPLIT if exact else SPLIT // 2) // (channels * groups)
     elements = channels * groups * square
+    per_warp = 512 if whole or exact else 256
     return Tile(
         whole=whole,
         groups=groups,
         channels=channels,
         pixels=square,
-        exact=channels == group_channels,
-        warps=min(16, max(1, elements // 512)),
+        exact=exact,
+        warps=min(16, max(1, elements // per_warp)),
     )
 
 

@@ -90,6 +90,29 @@ def _map(pointer, offsets, mask, AGAIN: tl.constexpr):
 
 
 @triton.jit
+def _shifted(
+    x, added, image, channel, valid, offsets, mask, x_stride, added_stride,
+    ADDED: tl.constexpr, AXIS: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """z = x + added as a tile, zero outside of the mask."""
+    z = _map(x + image * x_stride, offsets, mask, AGAIN)
+    if ADDED:
+        z += tl.expand_dims(_vector(added, image * added_stride + channel, valid), AXIS)
+        z = tl.where(mask, z, 0.0)
+    return z
+
+
+@triton.jit
+def _place(blocks, chunks):
+    """Block of groups, chunk of pixels and image of this program, and the number of images; counts of images are
+    64 bits wide, and with them every product that leads from one to the next."""
+    program = tl.program_id(0)
+    image = (program // (blocks * chunks)).to(tl.int64)
+    images = (tl.num_programs(0) // (blocks * chunks)).to(tl.int64)
+    return program % blocks, program // blocks % chunks, image, images
+
+
+@triton.jit
 def _gain_and_offset(
     image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE: tl.constexpr
 ):
@@ -125,16 +148,10 @@ def _forward_whole(
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: `GROUPS` groups of one image, read once, normalized and written."""
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    channel, valid, group, within = _columns(
-        program % blocks * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT
-    )
+    block, _chunk, image, images = _place(blocks, 1)
+    channel, valid, group, within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
     offsets, mask = _offsets(channel, valid, 0, C, pixels, PIXELS, AXIS)
-    z = _map(x + image * x_stride, offsets, mask, False)
-    if ADDED:
-        z += tl.expand_dims(_vector(added, image * added_stride + channel, valid), AXIS)
-        z = tl.where(mask, z, 0.0)
+    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, False)
     n = 1.0 * group_channels * pixels
     centre = _over_group(tl.sum(z, axis=AXIS), GROUPS, CHANNELS) / n
     z = tl.where(mask, z - tl.expand_dims(centre, AXIS), 0.0)
@@ -151,7 +168,7 @@ def _forward_whole(
     first = valid & (within == 0)
     row = image * num_groups + group
     tl.store(mean + row, centre, mask=first)
-    tl.store(mean + (tl.num_programs(0) // blocks).to(tl.int64) * num_groups + row, rest, mask=first)
+    tl.store(mean + images * num_groups + row, rest, mask=first)
     tl.store(rstd + row, inverse, mask=first)
 
 
@@ -166,16 +183,10 @@ def _statistics_split(
 
     partial (2, B, chunks, C) float32.
     """
-    program = tl.program_id(0)
-    block, chunk = program % blocks, program // blocks % chunks
-    image = (program // (blocks * chunks)).to(tl.int64)
-    images = (tl.num_programs(0) // (blocks * chunks)).to(tl.int64)
+    block, chunk, image, images = _place(blocks, chunks)
     channel, valid, _group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
     offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    z = _map(x + image * x_stride, offsets, mask, True)
-    if ADDED:
-        z += tl.expand_dims(_vector(added, image * added_stride + channel, valid), AXIS)
-        z = tl.where(mask, z, 0.0)
+    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, True)
     n = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
     centre = tl.sum(z, axis=AXIS) / n
     z = tl.where(mask, z - tl.expand_dims(centre, AXIS), 0.0)
@@ -204,10 +215,7 @@ def _forward_split(
 ):  # fmt: skip
     """One program: merges the partial statistics of its groups (the weighted mean of the means first, then all
     deviations from it), normalizes one chunk of pixels."""
-    program = tl.program_id(0)
-    block, chunk = program % blocks, program // blocks % chunks
-    image = (program // (blocks * chunks)).to(tl.int64)
-    images = (tl.num_programs(0) // (blocks * chunks)).to(tl.int64)
+    block, chunk, image, images = _place(blocks, chunks)
     channel, valid, group, within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
     means = partial + image * chunks * C
     squares = means + images * chunks * C
@@ -230,16 +238,14 @@ def _forward_split(
     rest = _over_group(rest, GROUPS, CHANNELS) / n
     variance = _over_group(total, GROUPS, CHANNELS) / n - rest * rest
     inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    first = valid & (within + chunk == 0)
+    first = valid & (within + chunk == 0)  # the group's first channel, in the first chunk's program
     row = image * num_groups + group
     tl.store(mean + row, centre, mask=first)
     tl.store(mean + images * num_groups + row, rest, mask=first)
     tl.store(rstd + row, inverse, mask=first)
 
     offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    z = _map(x + image * x_stride, offsets, mask, False)
-    if ADDED:
-        z += tl.expand_dims(_vector(added, image * added_stride + channel, valid), AXIS)
+    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, False)
     gain, offset = _gain_and_offset(
         image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
     )
@@ -249,20 +255,35 @@ def _forward_split(
 
 
 @triton.jit
-def _normalized(
-    x, added, mean, rstd, image, images, channel, valid, group, offsets, mask, num_groups, x_stride,
-    added_stride, ADDED: tl.constexpr, AXIS: tl.constexpr, AGAIN: tl.constexpr,
+def _recomputed(
+    dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
+    C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
+    SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """x̂ as a tile, zero outside of the mask, and rstd [K]."""
-    z = _map(x + image * x_stride, offsets, mask, AGAIN)
-    if ADDED:
-        z += tl.expand_dims(_vector(added, image * added_stride + channel, valid), AXIS)
+    """What backward needs of forward: g and x̂ as tiles, zero outside of the mask, gain [K] and rstd [K]."""
+    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, AGAIN)
     row = image * num_groups + group
     centre, rest = _vector(mean, row, valid), _vector(mean + images * num_groups, row, valid)
     inverse = _vector(rstd, row, valid)
     z = z - tl.expand_dims(centre, AXIS) - tl.expand_dims(rest, AXIS)
-    z = tl.where(mask, z * tl.expand_dims(inverse, AXIS), 0.0)
-    return z, inverse
+    xhat = tl.where(mask, z * tl.expand_dims(inverse, AXIS), 0.0)
+    gain, offset = _gain_and_offset(
+        image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
+    )
+    v = xhat * tl.expand_dims(gain, AXIS) + tl.expand_dims(offset, AXIS)
+    g = _activation_gradient(_map(dy + image * C * pixels, offsets, mask, AGAIN), v, SILU)
+    return g, xhat, gain, inverse
+
+
+@triton.jit
+def _input_gradient(
+    g, xhat, gain, inverse, s1, s2, n, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, AXIS: tl.constexpr
+):
+    """dx as a tile from the channels' S1, S2 [K], and the group's means of gain·S1 and gain·S2 [K]."""
+    c1 = _over_group(gain * s1, GROUPS, CHANNELS) / n
+    c2 = _over_group(gain * s2, GROUPS, CHANNELS) / n
+    dx = g * tl.expand_dims(gain, AXIS) - tl.expand_dims(c1, AXIS) - xhat * tl.expand_dims(c2, AXIS)
+    return dx * tl.expand_dims(inverse, AXIS), c1, c2
 
 
 @triton.jit
@@ -273,35 +294,24 @@ def _backward_whole(
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: dx of `GROUPS` groups of one image, and their channels' S1, S2 in sums (2, B, C), and dadded."""
-    program = tl.program_id(0)
-    image = (program // blocks).to(tl.int64)
-    images = (tl.num_programs(0) // blocks).to(tl.int64)
-    channel, valid, group, _within = _columns(
-        program % blocks * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT
-    )
+    block, _chunk, image, images = _place(blocks, 1)
+    channel, valid, group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
     offsets, mask = _offsets(channel, valid, 0, C, pixels, PIXELS, AXIS)
-    xhat, inverse = _normalized(
-        x, added, mean, rstd, image, images, channel, valid, group, offsets, mask, num_groups, x_stride,
-        added_stride, ADDED, AXIS, False,
+    g, xhat, gain, inverse = _recomputed(
+        dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
+        C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
+        SILU, ADAPTIVE, ADDED, AXIS, False,
     )  # fmt: skip
-    gain, offset = _gain_and_offset(
-        image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
-    )
-    v = xhat * tl.expand_dims(gain, AXIS) + tl.expand_dims(offset, AXIS)
-    g = _activation_gradient(_map(dy + image * C * pixels, offsets, mask, False), v, SILU)
     s1 = tl.sum(g, axis=AXIS)
     s2 = tl.sum(g * xhat, axis=AXIS)
     n = 1.0 * group_channels * pixels
-    c1 = _over_group(gain * s1, GROUPS, CHANNELS) / n
-    c2 = _over_group(gain * s2, GROUPS, CHANNELS) / n
-    result = g * tl.expand_dims(gain, AXIS) - tl.expand_dims(c1, AXIS) - xhat * tl.expand_dims(c2, AXIS)
-    result = tl.where(mask, result * tl.expand_dims(inverse, AXIS), 0.0)
+    result, _c1, _c2 = _input_gradient(g, xhat, gain, inverse, s1, s2, n, GROUPS, CHANNELS, AXIS)
     tl.store(dx + image * C * pixels + offsets, result.to(dx.dtype.element_ty), mask=mask)
     row = image * C + channel
     tl.store(sums + row, s1, mask=valid)
     tl.store(sums + images * C + row, s2, mask=valid)
     if ADDED:
-        tl.store(dadded + row, tl.sum(result, axis=AXIS), mask=valid)
+        tl.store(dadded + row, tl.sum(tl.where(mask, result, 0.0), axis=AXIS), mask=valid)
 
 
 @triton.jit
@@ -312,22 +322,15 @@ def _sums_split(
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: Σ g, Σ g·x̂ and Σ x̂ of each channel over one chunk of pixels, in partial (3, B, chunks, C)."""
-    program = tl.program_id(0)
-    block, chunk = program % blocks, program // blocks % chunks
-    image = (program // (blocks * chunks)).to(tl.int64)
-    images = (tl.num_programs(0) // (blocks * chunks)).to(tl.int64)
+    block, chunk, image, images = _place(blocks, chunks)
     plane = images * chunks * C
     channel, valid, group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
     offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    xhat, _inverse = _normalized(
-        x, added, mean, rstd, image, images, channel, valid, group, offsets, mask, num_groups, x_stride,
-        added_stride, ADDED, AXIS, True,
+    g, xhat, _gain, _inverse = _recomputed(
+        dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
+        C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
+        SILU, ADAPTIVE, ADDED, AXIS, True,
     )  # fmt: skip
-    gain, offset = _gain_and_offset(
-        image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
-    )
-    v = xhat * tl.expand_dims(gain, AXIS) + tl.expand_dims(offset, AXIS)
-    g = _activation_gradient(_map(dy + image * C * pixels, offsets, mask, True), v, SILU)
     row = (image * chunks + chunk) * C + channel
     tl.store(partial + row, tl.sum(g, axis=AXIS), mask=valid)
     tl.store(partial + plane + row, tl.sum(g * xhat, axis=AXIS), mask=valid)
@@ -342,11 +345,8 @@ def _backward_split(
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: dx of one chunk of pixels, from the sums of all chunks; that of chunk 0 also writes the totals."""
-    program = tl.program_id(0)
-    block, chunk = program % blocks, program // blocks % chunks
-    image = (program // (blocks * chunks)).to(tl.int64)
-    images = (tl.num_programs(0) // (blocks * chunks)).to(tl.int64)
-    channel, valid, group, within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
+    block, chunk, image, images = _place(blocks, chunks)
+    channel, valid, group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
     plane = images * chunks * C
     s1 = tl.zeros([GROUPS * CHANNELS], tl.float32)
     s2 = tl.zeros([GROUPS * CHANNELS], tl.float32)
@@ -358,27 +358,20 @@ def _backward_split(
         s2 += tl.sum(_vector(partial + plane, rows, present), axis=0)
         s3 += tl.sum(_vector(partial + 2 * plane, rows, present), axis=0)
     offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    xhat, inverse = _normalized(
-        x, added, mean, rstd, image, images, channel, valid, group, offsets, mask, num_groups, x_stride,
-        added_stride, ADDED, AXIS, False,
+    g, xhat, gain, inverse = _recomputed(
+        dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
+        C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
+        SILU, ADAPTIVE, ADDED, AXIS, False,
     )  # fmt: skip
-    gain, offset = _gain_and_offset(
-        image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
-    )
-    v = xhat * tl.expand_dims(gain, AXIS) + tl.expand_dims(offset, AXIS)
-    g = _activation_gradient(_map(dy + image * C * pixels, offsets, mask, False), v, SILU)
     n = 1.0 * group_channels * pixels
-    c1 = _over_group(gain * s1, GROUPS, CHANNELS) / n
-    c2 = _over_group(gain * s2, GROUPS, CHANNELS) / n
-    result = g * tl.expand_dims(gain, AXIS) - tl.expand_dims(c1, AXIS) - xhat * tl.expand_dims(c2, AXIS)
-    result *= tl.expand_dims(inverse, AXIS)
+    result, c1, c2 = _input_gradient(g, xhat, gain, inverse, s1, s2, n, GROUPS, CHANNELS, AXIS)
     tl.store(dx + image * C * pixels + offsets, result.to(dx.dtype.element_ty), mask=mask)
-    row = image * C + channel
-    first = valid & (within * 0 + chunk == 0)
-    tl.store(sums + row, s1, mask=first)
-    tl.store(sums + images * C + row, s2, mask=first)
-    if ADDED:
-        tl.store(dadded + row, inverse * (gain * s1 - c1 * pixels - c2 * s3), mask=first)
+    if chunk == 0:
+        row = image * C + channel
+        tl.store(sums + row, s1, mask=valid)
+        tl.store(sums + images * C + row, s2, mask=valid)
+        if ADDED:
+            tl.store(dadded + row, inverse * (gain * s1 - c1 * pixels - c2 * s3), mask=valid)
 
 
 @triton.jit
