@@ -46,9 +46,10 @@ class TensorCoreProducts:
             digit = (left + 128).remainder(256) - 128
             left = (left - digit) / 256
             planes.insert(0, digit)
-        self.planes = torch.stack(planes).to(torch.int8)
-        self.shifts = (torch.stack(planes) @ (centre - 128)).to(torch.int32)
-        self.units = torch.stack([self.unit * 256**place for place in reversed(range(count))]).float()
+        digits = torch.stack(planes, dim=1)
+        self.planes = digits.to(torch.int8)
+        self.shifts = (digits @ (centre - 128)).to(torch.int32)
+        self.units = torch.stack([self.unit * 256**place for place in reversed(range(count))], dim=1).float()
         self.block: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def logits(self, rows: torch.Tensor) -> Logits:

@@ -49,15 +49,13 @@ def _scores(
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """One program: the scores of ROWS queries and SPAN images."""
-    program = tl.program_id(0)
-    span, block = program % spans, program // spans
     # Everything is addressed from where the program's part of it begins: 64 bits there, 32 within.
+    block, span = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     query, local = block * ROWS + tl.arange(0, ROWS), tl.arange(0, ROWS)
     queries, images = B - block * ROWS, n - span * SPAN
-    planes += block.to(tl.int64) * ROWS * d
-    rows += span.to(tl.int64) * SPAN * stride
-    scores += block.to(tl.int64) * ROWS * n + span * SPAN
-    plane = B.to(tl.int64) * d
+    planes += block * ROWS * PLANES * d
+    rows += span * SPAN * stride
+    scores += block * ROWS * n + span * SPAN
     here = local < queries
     scale = tl.load(weight + query, mask=here, other=0.0)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -71,13 +69,16 @@ def _scores(
             value = begin + tl.arange(0, INNER)
             y = _tile(rows, image, images, stride, value, d, 128)
             z = tl.trans((y ^ 128).to(tl.int8, bitcast=True))  # y − 128
-            first = tl.dot(_tile(planes, local, queries, d, value, d, 0), z, first, out_dtype=tl.int32)
-            second = tl.dot(_tile(planes + plane, local, queries, d, value, d, 0), z, second, out_dtype=tl.int32)
+            first = tl.dot(_tile(planes, local, queries, PLANES * d, value, d, 0), z, first, out_dtype=tl.int32)
+            plane = _tile(planes + d, local, queries, PLANES * d, value, d, 0)
+            second = tl.dot(plane, z, second, out_dtype=tl.int32)
             if PLANES == 3:
-                third = tl.dot(_tile(planes + 2 * plane, local, queries, d, value, d, 0), z, third, out_dtype=tl.int32)
-        s = _scaled(first, shifts, units, query, here, 0, B) + _scaled(second, shifts, units, query, here, 1, B)
+                plane = _tile(planes + 2 * d, local, queries, PLANES * d, value, d, 0)
+                third = tl.dot(plane, z, third, out_dtype=tl.int32)
+        place = query * PLANES
+        s = _scaled(first, shifts, units, place, here) + _scaled(second, shifts, units, place + 1, here)
         if PLANES == 3:
-            s += _scaled(third, shifts, units, query, here, 2, B)
+            s += _scaled(third, shifts, units, place + 2, here)
         half = tl.load(half_norms + span * SPAN + image, mask=image < images, other=0.0)
         s = (s - half[None, :]) * scale[:, None]
         pairs = here[:, None] & (image < images)[None, :]
@@ -92,21 +93,20 @@ def _scores(
 
 
 @triton.jit
-def _scaled(sums, shifts, units, query, here, plane, B):
+def _scaled(sums, shifts, units, place, here):
     """A plane's share of u·z."""
-    shift = tl.load(shifts + plane * B + query, mask=here, other=0)
-    unit = tl.load(units + plane * B + query, mask=here, other=0.0)
+    shift = tl.load(shifts + place, mask=here, other=0)
+    unit = tl.load(units + place, mask=here, other=0.0)
     return (sums - shift[:, None]).to(tl.float32) * unit[:, None]
 
 
 @triton.jit
 def _weighted_sums(
-    scores, top, kept, rows, centre, sums, B, n, d, stride, spans, blocks, chunks,
+    scores, top, kept, rows, centre, sums, B, n, d, stride, spans,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTER: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program: Σ exp(s − top)·(y − centre) of ROWS queries and OUTER values over GROUP spans of images."""
-    program = tl.program_id(0)
-    chunk, block, group = program % chunks, program // chunks % blocks, program // (chunks * blocks)
+    chunk, block, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     query, value = tl.arange(0, ROWS), tl.arange(0, OUTER)
     queries, values = B - block * ROWS, d - chunk * OUTER
     here = query < queries
@@ -118,8 +118,8 @@ def _weighted_sums(
         span = group * GROUP + number
         if tl.load(kept + block * spans + span, mask=span < spans, other=0) != 0:
             images = n - span * SPAN
-            logits = scores + block.to(tl.int64) * ROWS * n + span * SPAN
-            y_rows = rows + span.to(tl.int64) * SPAN * stride + chunk * OUTER
+            logits = scores + block * ROWS * n + span * SPAN
+            y_rows = rows + span * SPAN * stride + chunk * OUTER
             for start in range(0, SPAN, COLUMNS):
                 image = start + tl.arange(0, COLUMNS)
                 s = _tile(logits, query, queries, n, image, images, float("-inf"))
@@ -131,7 +131,7 @@ def _weighted_sums(
                 z = y.to(tl.float16) - middle.to(tl.float16)[None, :]
                 high_sums = tl.dot(high, z, high_sums)
                 low_sums = tl.dot(low, z, low_sums)
-    sums += (group.to(tl.int64) * B + block * ROWS) * d + chunk * OUTER
+    sums += (group * B + block * ROWS) * d + chunk * OUTER
     mask = here[:, None] & (value < values)[None, :]
     tl.store(sums + query[:, None] * d + value[None, :], high_sums + low_sums * (1.0 / 2048), mask=mask)
 
@@ -146,16 +146,16 @@ def launch_scores(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores [B, n], and the largest and Σ exp(s − largest) of each span of images [B, spans], float32.
 
-    planes int8 [P, B, d], shifts int32 [P, B], units float32 [P, B], weight float32 [B], rows uint8 [n, d] with
+    planes int8 [B, P, d], shifts int32 [B, P], units float32 [B, P], weight float32 [B], rows uint8 [n, d] with
     contiguous rows, half_norms float32 [n].
     """
-    count, (queries, d), n = len(planes), planes.shape[1:], len(rows)
+    (queries, count, d), n = planes.shape, len(rows)
     cut, spans = score_tile(queries), -(-n // SPAN)
     scores = torch.empty(queries, n, dtype=torch.float32, device=rows.device)
     tops, masses = (torch.empty(queries, spans, dtype=torch.float32, device=rows.device) for _ in range(2))
     if scores.numel():
         launch(
-            _scores, (-(-queries // cut.rows) * spans,),
+            _scores, (-(-queries // cut.rows), spans),
             planes, shifts, units, weight, rows, half_norms, scores, tops, masses, queries, n, d, rows.stride(0), spans,
             PLANES=count, ROWS=cut.rows, COLUMNS=cut.columns, INNER=cut.inner, SPAN=SPAN,
             num_warps=cut.warps, num_stages=cut.stages,
@@ -181,8 +181,8 @@ def launch_weighted_sums(
     sums = torch.empty(groups, queries, d, dtype=torch.float32, device=rows.device)
     if sums.numel():
         launch(
-            _weighted_sums, (chunks * blocks * groups,),
-            scores, top, tiles, rows, centre, sums, queries, n, d, rows.stride(0), spans, blocks, chunks,
+            _weighted_sums, (chunks, blocks, groups),
+            scores, top, tiles, rows, centre, sums, queries, n, d, rows.stride(0), spans,
             ROWS=cut.rows, COLUMNS=cut.columns, OUTER=cut.outer, SPAN=SPAN, GROUP=cut.group,
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
