@@ -161,8 +161,9 @@ def bytes_by_depth(ttir: str, operation: str) -> tuple[int, ...]:
             ends.pop()
         depth = len(ends)
         if f"tt.{operation} " in line:
-            sizes, bits = re.search(r"tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line).groups()
-            found[depth] = found.get(depth, 0) + math.prod(map(int, sizes[:-1].split("x"))) * int(bits) // 8
+            sizes, bits = re.search(r" : (?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)>", line).groups()
+            count = math.prod(map(int, sizes[:-1].split("x"))) if sizes else 1
+            found[depth] = found.get(depth, 0) + count * int(bits) // 8
     return tuple(found.get(each, 0) for each in range(max(found) + 1))
 
 
