@@ -64,6 +64,7 @@ def test_dry_run_covers_every_kernel_and_baseline(tmp_path):
         assert found.pop(("refine", "")) == {"kernel", "PyTorch eager"}
     assert found.pop(("network", "inference")) == {"triton", "PyTorch eager"}
     assert found.pop(("network", "training")) == {"triton", "PyTorch eager", "triton, compiled", "PyTorch, compiled"}
+    assert found.pop(("posterior", "")) == {"triton", "PyTorch in blocks", "cdist, softmax"}
     assert not found
 
 
