@@ -35,7 +35,9 @@ largest error of 12 noise levels from 80 down was half the tolerance.
 Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 Gflop/s in float32: a
 product over all bytes is 79 Gop, 85 ms (float32: 340 ms); reading the images once, 153 MB, 8 ms. Predicted before it
 was written: dense calls 2.1 (tolerance 1e-3) to 3.4 (1e-5) such products, 0.25 and 0.35 s; search 0.06 s; so 5 times
-faster than two float32 products and a softmax at 1e-5, and 8 times at 1e-3, over the 35 calls of 18 steps.
+faster than two float32 products and a softmax at 1e-5, and 8 times at 1e-3, over the 35 calls of 18 steps. Measured
+(benchmarks/results/optimum.*.csv): dense calls 0.25–0.36 and 0.43–0.54 s, search 0.02–0.19 s; 5.2 and 7.4 times
+faster. With AVX2 1.8 and 3.0 times: there a product of bytes takes half of one in float32, and there are more of them.
 
 Tried: components beyond 1024 (JPEG leaves 1536 dimensions) make the search prune a little more and the second bytes'
 sum short; one scale for all components costs the search its sharpness; rounding weights without a dither loses those
