@@ -1,10 +1,15 @@
-"""Self-contained HTML pages: templates, and numbers as pages write them."""
+"""Self-contained HTML pages: templates, numbers as pages write them, and the files that lie beside a page."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diffmem.progress import duration
+from diffmem.whole import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -18,9 +23,37 @@ def percent(share: float) -> str:
     return f"{value:.2f} %" if value < 10 or value > 99 else f"{value:.1f} %"
 
 
+def described(settings: Mapping[str, Any]) -> str:
+    """Settings in a line for people: "steps 18; images (training 100, unseen 256)"."""
+
+    def words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "(" + ", ".join(f"{name} {words(each)}" for name, each in value.items()) + ")"
+        if value is None or isinstance(value, bool):
+            return {None: "none", True: "yes", False: "no"}[value]
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return "; ".join(f"{name.replace('_', ' ')} {words(value)}" for name, value in settings.items())
+
+
+def write_report(
+    folder: Path, stem: str, *, page: str, drawing: str, summary: str, columns: Sequence[str], rows: Iterable[Sequence]
+) -> Path:
+    """Writes `stem`.html (the page), .svg (its plot), .json (`summary`) and .csv into `folder`; returns the page's
+    path."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    texts = {"json": summary + "\n", "csv": table.getvalue(), "svg": drawing, "html": page}
+    for ending, text in texts.items():
+        write_whole(folder / f"{stem}.{ending}", text)
+    return folder / f"{stem}.html"
+
+
 def template(package: str, name: str) -> Template:
     """The template `name` in `package`/templates: everything is escaped, what is not given is an error, and the filters
-    are percent, points, thousands, duration and filename. It may extend `page.html.j2`, the house's page."""
+    are percent, points, thousands, duration, described and filename. It may extend `page.html.j2`, the house's page."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -35,6 +68,7 @@ def template(package: str, name: str) -> Template:
         "points": lambda share: f"{100 * share:+.1f}",
         "thousands": lambda number: f"{number:,.0f}",
         "duration": duration,
+        "described": described,
         "filename": lambda name: name.rstrip("/").rsplit("/", 1)[-1],
     }
     return environment.get_template(name)

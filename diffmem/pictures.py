@@ -26,8 +26,12 @@ def data_url(image: np.ndarray) -> str:
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if max(picture.size) > THUMBNAIL:
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return picture_url(picture, lossless=max(picture.size) <= _LOSSLESS)
+
+
+def picture_url(picture: Image.Image, *, lossless: bool = True) -> str:
+    """A picture of Pillow's as a data URL, as PNG or JPEG."""
     buffer = io.BytesIO()
-    lossless = max(picture.size) <= _LOSSLESS
     if lossless:
         picture.save(buffer, "PNG", optimize=True)
     else:

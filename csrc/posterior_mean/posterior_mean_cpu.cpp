@@ -40,7 +40,7 @@ constexpr std::int64_t kStrip = 512;       // rows of scores per work item
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-std::int32_t four_bytes(const std::uint8_t* p) {
+std::int32_t four_bytes(const void* p) {
   std::int32_t bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   return bytes;

@@ -441,15 +441,13 @@ def _network(checkpoint: str | Path | torch.nn.Module, device: str) -> tuple[tor
     """The denoiser, its name, and the run that it comes from, where that is known."""
     if isinstance(checkpoint, torch.nn.Module):
         return checkpoint, checkpoint.summary(), None
-    path, run = Path(checkpoint), None
-    if (path / "snapshots.json").is_file():
-        run = RunFolder.open(path)
+    path = Path(checkpoint)
+    run = RunFolder.around(path)
+    if run is not None and run.path == path:
         snapshots = run.snapshots()
         if not snapshots:
             raise InputError(f"{path}: this run has no snapshot yet")
         path = run.checkpoint(snapshots[-1])
-    elif (path.absolute().parent.parent / "snapshots.json").is_file():
-        run = RunFolder.open(path.absolute().parent.parent)
     return load(path, pick_device(device)), str(path), run
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmem.comparison.compare import BECOME
-from diffmem.pages import template
+from diffmem.pages import template, write_report
 from diffmem.pictures import data_url, plot, svg
-from diffmem.whole import check_output_folder, write_whole
+from diffmem.whole import check_output_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,19 +40,9 @@ def write_page(comparison: Comparison, folder: Path) -> Path:
     page = template("diffmem.comparison", "compare.html.j2").render(
         comparison=comparison, plot=drawing, panels=_panels(comparison)
     )
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if math.isnan(value) else f"{value:.6g}" for value in row] for row in rows)
-    texts = {
-        "compare.json": json.dumps(comparison.to_dict(), indent=1, allow_nan=False) + "\n",
-        "compare.csv": stream.getvalue(),
-        "compare.svg": drawing,
-        "compare.html": page,
-    }
-    for name, text in texts.items():
-        write_whole(folder / name, text)
-    return folder / "compare.html"
+    texts = (["" if math.isnan(value) else f"{value:.6g}" for value in row] for row in rows)
+    summary = json.dumps(comparison.to_dict(), indent=1, allow_nan=False)
+    return write_report(folder, "compare", page=page, drawing=drawing, summary=summary, columns=columns, rows=texts)
 
 
 def draw(comparison: Comparison) -> str:

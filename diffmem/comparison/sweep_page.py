@@ -3,9 +3,6 @@ per kind of regularization (`tikhonov.png` …)."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffmem.comparison.sweep import SweepPoint, expected_ratio, with_strength
-from diffmem.pages import template
-from diffmem.pictures import grid, plot, svg
-from diffmem.whole import check_output_folder, whole_file, write_whole
+from diffmem.pages import template, write_report
+from diffmem.pictures import grid, picture_url, plot, svg
+from diffmem.whole import check_output_folder, whole_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,30 +54,21 @@ def write_page(sweep: Sweep, folder: Path) -> Path:
             NAMES[kind],
             SYMBOLS[kind],
             sweep.half(kind),
-            tuple((point, sweep.expected(point.variant), _url(images_of([point]))) for point in sweep.of(kind)),
+            tuple((point, sweep.expected(point.variant), picture_url(images_of([point]))) for point in sweep.of(kind)),
         )
         for kind in sweep.kinds
     ]
     page = template("diffmem.comparison", "sweep.html.j2").render(sweep=sweep, plot=drawing, sections=sections)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for point in sweep.points:
         shares = (f"{value:.6g}" for value in (point.ratio, *point.interval, sweep.expected(point.variant)))
         distance = f"{point.distances.mean():.6g}"
-        writer.writerow((point.kind, f"{point.strength:.8g}", point.count, point.total, *shares, distance))
-    texts = {
-        "sweep.json": json.dumps(sweep.to_dict(), indent=1, allow_nan=False) + "\n",
-        "sweep.csv": stream.getvalue(),
-        "sweep.svg": drawing,
-        "sweep.html": page,
-    }
-    for name, text in texts.items():
-        write_whole(folder / name, text)
+        rows.append((point.kind, f"{point.strength:.8g}", point.count, point.total, *shares, distance))
+    summary = json.dumps(sweep.to_dict(), indent=1, allow_nan=False)
     for kind in sweep.kinds:
         with whole_file(folder / f"{kind}.png") as partial:
             images_of(sweep.of(kind)).save(partial, "PNG", optimize=True)
-    return folder / "sweep.html"
+    return write_report(folder, "sweep", page=page, drawing=drawing, summary=summary, columns=COLUMNS, rows=rows)
 
 
 def draw(sweeps: Sequence[Sweep], names: Sequence[str] = ()) -> str:
@@ -149,9 +137,3 @@ def _framed(images: np.ndarray, copies: np.ndarray) -> np.ndarray:
     framed[:] = np.where(copies[:, None], _COPY, _NONE).astype(np.uint8)[:, :, None, None]
     framed[:, :, 2:-2, 2:-2] = large
     return framed
-
-
-def _url(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

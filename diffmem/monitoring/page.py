@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmem.pages import template
+from diffmem.pages import template, write_report
 from diffmem.pictures import data_url, plot, svg
-from diffmem.whole import check_output_folder, whole_file, write_whole
+from diffmem.whole import check_output_folder
 
 if TYPE_CHECKING:
     from diffmem.monitoring.trajectory import Trajectory
@@ -40,22 +39,14 @@ def write_page(trajectory: Trajectory, folder: Path) -> Path:
     page = template("diffmem.monitoring", "trajectory.html.j2").render(
         trajectory=trajectory, plot=drawing, copies=first_copies(trajectory), onset=trajectory.onset()
     )
-    texts = {
-        "trajectory.json": json.dumps(trajectory.to_dict(), indent=1) + "\n",
-        "trajectory.svg": drawing,
-        "trajectory.html": page,
-    }
-    with whole_file(folder / "trajectory.csv") as partial, partial.open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for point in trajectory.points:
-            low, high = point.interval
-            numbers = (f"{point.epochs:.6g}", f"{point.loss:.6g}", point.count, point.total)
-            answer = "" if point.answer is None else str(point.answer).lower()
-            writer.writerow((point.images, *numbers, f"{point.ratio:.6g}", f"{low:.6g}", f"{high:.6g}", answer))
-    for name, text in texts.items():
-        write_whole(folder / name, text)
-    return folder / "trajectory.html"
+    rows = []
+    for point in trajectory.points:
+        low, high = point.interval
+        numbers = (f"{point.epochs:.6g}", f"{point.loss:.6g}", point.count, point.total)
+        answer = "" if point.answer is None else str(point.answer).lower()
+        rows.append((point.images, *numbers, f"{point.ratio:.6g}", f"{low:.6g}", f"{high:.6g}", answer))
+    summary = json.dumps(trajectory.to_dict(), indent=1)
+    return write_report(folder, "trajectory", page=page, drawing=drawing, summary=summary, columns=COLUMNS, rows=rows)
 
 
 def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:

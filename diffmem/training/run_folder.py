@@ -12,7 +12,7 @@ from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.training.config import TrainingConfig
 from diffmem.training.observers import Stats
-from diffmem.training.snapshots import SnapshotRecord, read_records, snapshot_folder
+from diffmem.training.snapshots import RECORDS, SnapshotRecord, read_records, snapshot_folder
 from diffmem.training.source import DataSource, read_data
 
 CONFIG, STATS = "config.json", "stats.jsonl"
@@ -38,6 +38,14 @@ class RunFolder:
             raise InputError(f"{path}: no run of diffmem train lies there ({CONFIG}: {error.strerror})") from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path / CONFIG}: not the description of a run ({error})") from None
+
+    @staticmethod
+    def around(path: Path) -> RunFolder | None:
+        """The run whose folder `path` is, or among whose snapshots it lies; None where there is none."""
+        for folder in (path, path.absolute().parent.parent):
+            if (folder / RECORDS).is_file():
+                return RunFolder.open(folder)
+        return None
 
     def snapshots(self) -> list[SnapshotRecord]:
         """The snapshots that are still there, oldest first."""
