@@ -33,7 +33,7 @@ def described(settings: Mapping[str, Any]) -> str:
             return {None: "none", True: "yes", False: "no"}[value]
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    return "; ".join(f"{name.replace('_', ' ')} {words(value)}" for name, value in settings.items())
+    return "; ".join(f"{name} {words(value)}" for name, value in settings.items())
 
 
 def write_report(
