@@ -23,13 +23,13 @@ from pathlib import Path
 import click
 import torch
 
+from diffmem.atomic_io import atomic_write
 from diffmem.comparison import compare, draw_memory, draw_sweeps, sweep
 from diffmem.comparison.sweep_page import images_of
 from diffmem.generation import SampleSettings
 from diffmem.pages import percent
 from diffmem.progress import Progress, progress_bars
 from diffmem.training import DataSource, RunFolder
-from diffmem.whole import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "optimum"
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data"
@@ -79,7 +79,7 @@ def sweeps(runs: Path, progress: Progress) -> None:
             # Natural images take several times as much as PNG.
             suffix = "jpg" if swept[name].training.image_shape[0] == 3 else "png"
             images_of(swept[name].of(kind)).save(RESULTS / f"{folder}-{kind}.{suffix}", quality=85, optimize=True)
-    write_whole(RESULTS / "sweeps.svg", draw_sweeps(list(swept.values()), list(swept)))
+    atomic_write(RESULTS / "sweeps.svg", draw_sweeps(list(swept.values()), list(swept)))
 
 
 def networks(runs: Path, progress: Progress) -> None:
@@ -95,7 +95,7 @@ def networks(runs: Path, progress: Progress) -> None:
         print(f"{name}: {result.verdict()}")
         compared[name] = result
     if compared:
-        write_whole(RESULTS / "memory.svg", draw_memory(list(compared.values()), list(compared)))
+        atomic_write(RESULTS / "memory.svg", draw_memory(list(compared.values()), list(compared)))
 
 
 def over_time(runs: Path, progress: Progress) -> None:
@@ -116,8 +116,8 @@ def over_time(runs: Path, progress: Progress) -> None:
         ends = ["" if end is None else end for end in (result.become or (None, None))[:2]]
         numbers = (snapshot.epochs, result.copies, result.generated_images, result.memory.value.max(), *ends)
         rows.append(",".join(value if isinstance(value, str) else f"{value:.4g}" for value in numbers))
-    write_whole(RESULTS / f"{folder}-over-time.csv", "\n".join(rows) + "\n")
-    write_whole(RESULTS / f"{folder}-over-time.svg", draw_memory(compared, names))
+    atomic_write(RESULTS / f"{folder}-over-time.csv", "\n".join(rows) + "\n")
+    atomic_write(RESULTS / f"{folder}-over-time.svg", draw_memory(compared, names))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmem.atomic_io import atomic_write
 from diffmem.progress import duration
-from diffmem.whole import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -47,7 +47,7 @@ def write_report(
     writer.writerows(rows)
     texts = {"json": summary + "\n", "csv": table.getvalue(), "svg": drawing, "html": page}
     for ending, text in texts.items():
-        write_whole(folder / f"{stem}.{ending}", text)
+        atomic_write(folder / f"{stem}.{ending}", text)
     return folder / f"{stem}.html"
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
 # What each room may import from the others; what EVERYBODY holds, and the package itself, is for all.
-EVERYBODY = {"", "devices", "errors", "pages", "pictures", "progress", "whole"}
+EVERYBODY = {"", "atomic_io", "devices", "errors", "pages", "pictures", "progress"}
 ALLOWED = {
     "data": set(),
     "ops": set(),

@@ -80,11 +80,11 @@ def audit_command(
     """
     import torch
 
+    from diffmem.atomic_io import check_output_folder
     from diffmem.data import load_images
     from diffmem.memorization import audit
     from diffmem.progress import progress_bars
     from diffmem.search import ShardedIndex
-    from diffmem.whole import check_output_folder
 
     torch.set_flush_denormal(True)
     if out is not None and is_first_rank():

@@ -141,12 +141,12 @@ def optimum_command(
     """
     import torch
 
+    from diffmem.atomic_io import check_output_folder
     from diffmem.comparison import compare, sweep
     from diffmem.generation import SampleSettings, generate
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
     from diffmem.training import DataSource
-    from diffmem.whole import check_output_folder
 
     use = "--compare" if checkpoint is not None else "--sweep" if variants else "sampling"
     _check_use(context, use)

@@ -118,9 +118,9 @@ def sample_command(
     """
     import torch
 
+    from diffmem.atomic_io import check_output_folder
     from diffmem.generation import SampleSettings, generate
     from diffmem.progress import progress_bars
-    from diffmem.whole import check_output_folder
 
     if out is None and training is None:
         raise click.UsageError("nothing to do: give --out, --audit, or both")

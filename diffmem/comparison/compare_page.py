@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffmem.atomic_io import check_output_folder
 from diffmem.comparison.compare import BECOME
 from diffmem.pages import template, write_report
 from diffmem.pictures import data_url, plot, svg
-from diffmem.whole import check_output_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

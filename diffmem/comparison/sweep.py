@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from diffmem.atomic_io import atomic_file
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
@@ -22,7 +23,6 @@ from diffmem.memorization import wilson_interval
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Regularization, Smoothed, Tikhonov, parse_regularization
 from diffmem.progress import Progress, silent
 from diffmem.sampling import sample_batches
-from diffmem.whole import whole_file
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -275,7 +275,7 @@ class _PointFiles:
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from None
         names = ("seeds", "memorized", "ratios", "distances", "pictures")
-        with whole_file(self.path(denoiser)) as partial, partial.open("wb") as stream:
+        with atomic_file(self.path(denoiser)) as partial, partial.open("wb") as stream:
             np.savez_compressed(
                 stream, key=np.array(self._key(denoiser)), **{name: getattr(point, name) for name in names}
             )

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from diffmem.atomic_io import atomic_file
 from diffmem.data.decode import BadImage
 from diffmem.data.decode_pool import EncodedImages
 from diffmem.data.image_set import ImageSet, SkippedFile
 from diffmem.errors import InputError
 from diffmem.progress import Progress
-from diffmem.whole import whole_file
 
 # Part of the settings: raise it when the same source would decode to other pixels.
 _VERSION = 1
@@ -95,7 +95,7 @@ def _write(target: Path, key: dict, images: ImageSet) -> None:
         end += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % 64)
-    with whole_file(target) as partial, open(partial, "xb") as file:
+    with atomic_file(target) as partial, open(partial, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in tensors.values():
             for start in range(0, len(array), 4096):

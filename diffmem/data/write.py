@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffmem.atomic_io import atomic_file, atomic_folder, check_new_folder
 from diffmem.data.image_set import ImageSet
 from diffmem.data.labels import DATASET_JSON
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
-from diffmem.whole import check_new_folder, whole_file, whole_folder
 
 STAGE = "writing images"
 MANIFEST_JSON = "manifest.json"
@@ -75,7 +75,7 @@ def write_edm_zip(
     path = Path(path)
     _require_uint8(image_set, path, channels=(1, 3))
     names = [f"{index // 1000:05d}/img{index:08d}.png" for index in range(len(image_set))]
-    with whole_file(path) as partial, zipfile.ZipFile(partial, "x", zipfile.ZIP_STORED) as archive:
+    with atomic_file(path) as partial, zipfile.ZipFile(partial, "x", zipfile.ZIP_STORED) as archive:
         for index, name in enumerate(names):
             archive.writestr(_entry(name), _png(image_set.images[index]))
             _tell(progress, index + 1, len(names))
@@ -106,7 +106,7 @@ def write_npz(
         arrays["names"] = np.array(list(image_set.names), dtype=np.str_)
     if seeds is not None:
         arrays["seeds"] = _checked_seeds(seeds, len(image_set), path)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         with open(partial, "xb") as file:
             np.savez(file, **arrays)
         if manifest is not None:
@@ -133,7 +133,7 @@ def write_folder(
     _require_uint8(image_set, path, channels=(1, 3))
     numbers = _checked_seeds(range(len(image_set)) if seeds is None else seeds, len(image_set), path).tolist()
     names = [f"{seed - seed % 1000:06d}/{seed:06d}.png" for seed in numbers]
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         for index, name in enumerate(names):
             file = partial / name
             file.parent.mkdir(exist_ok=True)

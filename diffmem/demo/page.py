@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffmem.atomic_io import atomic_write
 from diffmem.monitoring import draw
 from diffmem.pages import template
 from diffmem.pictures import data_url
-from diffmem.whole import write_whole
 
 if TYPE_CHECKING:
     from diffmem.demo.run import Demo, Model
@@ -27,7 +27,7 @@ def write_page(demo: Demo) -> None:
         plot=draw([model.trajectory for model in models], names),
         pairs=[_pairs(model) for model in models],
     )
-    write_whole(demo.page, page)
+    atomic_write(demo.page, page)
 
 
 def _pairs(model: Model) -> list[tuple[str, str, bool]]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffmem.atomic_io import check_output_folder
 from diffmem.data import ImageSet, load_images, write_edm_zip
 from diffmem.generation import SampleSettings, generate
 from diffmem.memorization import Audit, audit
 from diffmem.monitoring import AuditEvery, Trajectory, trajectory
 from diffmem.progress import Progress, silent
 from diffmem.training import EMA, Observer, Plan, Stats, TrainingConfig, denoiser_config, snapshot_folder, train
-from diffmem.whole import check_output_folder
 
 FEW, MANY = 20, 1000  # training images
 SEED = 0

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.errors import InputError
 from diffmem.sampling import Samples
-from diffmem.whole import whole_file, write_whole
 
 _RUN = "run.json"
 
@@ -75,7 +75,7 @@ class KeptBlocks:
         arrays = {"images": samples.images.numpy(), "seeds": samples.seeds.numpy()}
         if samples.labels is not None:
             arrays["labels"] = samples.labels.numpy()
-        with whole_file(self._block(index)) as partial, open(partial, "xb") as file:
+        with atomic_file(self._block(index)) as partial, open(partial, "xb") as file:
             np.savez(file, **arrays)
 
     def remove(self) -> None:
@@ -102,7 +102,7 @@ class KeptBlocks:
             raise InputError(f"{path}: damaged; begin anew with --restart") from None
 
     def _write_run(self, identity: dict[str, Any], compiled: bool | None) -> None:
-        write_whole(self.folder / _RUN, json.dumps({"identity": identity, "compiled": compiled}, indent=1) + "\n")
+        atomic_write(self.folder / _RUN, json.dumps({"identity": identity, "compiled": compiled}, indent=1) + "\n")
 
 
 def _short(value: Any) -> str:

@@ -12,11 +12,11 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from diffmem.atomic_io import atomic_file, check_output_folder
 from diffmem.data import ImageSet
 from diffmem.memorization.criteria import parse_threshold
 from diffmem.pages import template
 from diffmem.pictures import data_url, plot, svg
-from diffmem.whole import check_output_folder, whole_file
 
 if TYPE_CHECKING:
     from diffmem.memorization.audit import Audit
@@ -42,7 +42,7 @@ def write_report(audit: Audit, folder: str | Path) -> Path:
 @contextmanager
 def _written(path: Path) -> Iterator[IO[str]]:
     """A text file that appears under its name only when it is whole."""
-    with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         yield file
 
 

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
+from diffmem.atomic_io import atomic_replacement
 from diffmem.errors import InputError
 from diffmem.models.config import DenoiserConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.edm_snapshot import read_edm_snapshot
-from diffmem.whole import replaced_folder
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -32,7 +32,7 @@ def save(denoiser: Denoiser, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {_WEIGHTS, _CONFIG}):
         raise InputError(f"{folder}: exists and is not a checkpoint; choose another name")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
-    with replaced_folder(folder) as partial:
+    with atomic_replacement(folder) as partial:
         (partial / _WEIGHTS).write_bytes(serialize(tensors))
         (partial / _CONFIG).write_text(json.dumps(denoiser.config.to_json(), indent=1, allow_nan=False) + "\n")
     return folder

@@ -9,9 +9,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffmem.atomic_io import check_output_folder
 from diffmem.pages import template, write_report
 from diffmem.pictures import data_url, plot, svg
-from diffmem.whole import check_output_folder
 
 if TYPE_CHECKING:
     from diffmem.monitoring.trajectory import Trajectory

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from diffmem.atomic_io import atomic_file
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings
 from diffmem.memorization import Question
 from diffmem.models import Denoiser
 from diffmem.sampling import sample_batches
-from diffmem.whole import whole_file
 
 SHOWN = 24  # copies whose images are kept
 PROTOCOL_SEEDS = range(10_000)
@@ -147,7 +147,7 @@ class AuditFiles:
     def write(self, images: int, fingerprint: str, audited: SnapshotAudit) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         fields = {name: getattr(audited, name) for name in SnapshotAudit.__dataclass_fields__}
-        with whole_file(self.path(images)) as partial, partial.open("wb") as stream:
+        with atomic_file(self.path(images)) as partial, partial.open("wb") as stream:
             np.savez_compressed(stream, way=np.array(self.way), fingerprint=np.array(fingerprint), **fields)
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
-from diffmem.whole import write_whole
 
 
 def seconds_of(
@@ -83,7 +83,7 @@ class Remembered:
             path.parent.mkdir(parents=True, exist_ok=True)
             everything = _read(path)
             everything.setdefault(self.op, {}).setdefault(device, {})[case] = seconds
-            write_whole(path, json.dumps(everything, indent=1) + "\n")
+            atomic_write(path, json.dumps(everything, indent=1) + "\n")
         except (OSError, InputError):
             return  # remembered by this process only
 

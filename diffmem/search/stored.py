@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffmem.atomic_io import atomic_replacement
 from diffmem.errors import InputError
 from diffmem.search.basis import ByteBasis, FloatBasis
 from diffmem.search.filtered import FilteredRows
 from diffmem.search.rows import as_rows
-from diffmem.whole import replaced_folder
 
 FORMAT = "diffmem-index-1"
 DESCRIPTION = "index.json"
@@ -47,7 +47,7 @@ def new_index_folder(folder: Path, description: dict) -> Iterator[Path]:
     """
     if folder.exists() and not (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder} exists and is not an index: choose another folder")
-    with replaced_folder(folder) as partial:
+    with atomic_replacement(folder) as partial:
         yield partial
         (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 

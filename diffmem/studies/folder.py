@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.studies.executors import Executor
@@ -19,7 +20,6 @@ from diffmem.studies.measure import Result, read_result
 from diffmem.studies.run import Outcome, run_units, unit_folder
 from diffmem.studies.study import Study
 from diffmem.studies.unit import Unit
-from diffmem.whole import write_whole
 
 STUDIES = "studies"
 
@@ -40,7 +40,7 @@ def run_studies(
     root = Path(root)
     (root / STUDIES).mkdir(parents=True, exist_ok=True)
     for study in studies:
-        write_whole(root / STUDIES / f"{study.name}.json", json.dumps(study.to_json(), indent=1) + "\n")
+        atomic_write(root / STUDIES / f"{study.name}.json", json.dumps(study.to_json(), indent=1) + "\n")
     units = all_units(studies)
     if retry:
         Ledger(root).retry([unit.key for unit in units])

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
@@ -27,7 +28,6 @@ from diffmem.monitoring import AuditEvery, Point
 from diffmem.sampling import sample
 from diffmem.studies.unit import Unit
 from diffmem.training import KeepLast, Plan, Snapshot, Verdict, snapshot_folder, train
-from diffmem.whole import whole_file, write_whole
 
 UNIT, RUN, AUDITS, RESULT, GALLERY = "unit.json", "run", "audits.json", "result.json", "gallery.npz"
 SHOWN = 16  # images in a gallery
@@ -243,7 +243,7 @@ def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device
         denoiser, range(SHOWN), batch=SHOWN, solver=settings.solver, compile=False, **settings.solver_arguments()
     ).images.numpy()
     judged = audit(images, training, device=device)
-    with whole_file(folder / GALLERY) as partial, partial.open("wb") as stream:
+    with atomic_file(folder / GALLERY) as partial, partial.open("wb") as stream:
         np.savez_compressed(
             stream,
             generated=images,
@@ -253,4 +253,4 @@ def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device
 
 
 def _write_json(path: Path, values: Any) -> None:
-    write_whole(path, json.dumps(values, indent=1) + "\n")
+    atomic_write(path, json.dumps(values, indent=1) + "\n")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffmem.atomic_io import atomic_write, check_output_folder
 from diffmem.pages import template
 from diffmem.pictures import data_url, grid, plot, svg
 from diffmem.studies.findings import Findings
@@ -20,7 +21,6 @@ from diffmem.studies.measure import GALLERY, Result
 from diffmem.studies.run import UNITS
 from diffmem.studies.study import Study
 from diffmem.training import differences
-from diffmem.whole import check_output_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,9 +58,9 @@ def write_studies(found: Sequence[Findings], root: Path, folder: Path) -> Path:
         spread=found[0].cells[0].spread if found and found[0].cells else None,
         versions=next((result.versions for each in found for result in each.results), {}),
     )
-    write_whole(folder / "studies.json", json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n")
-    write_whole(folder / "runs.csv", _table(RUN_COLUMNS, (row for each in found for row in _rows(each))))
-    write_whole(folder / "report.html", page)
+    atomic_write(folder / "studies.json", json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n")
+    atomic_write(folder / "runs.csv", _table(RUN_COLUMNS, (row for each in found for row in _rows(each))))
+    atomic_write(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -71,10 +71,10 @@ def write_emm(emm: EMM, folder: Path) -> Path:
     columns = (*(name for name in RUN_COLUMNS if name not in ("study", "variant")), "decided", "censored")
     rows = [{**_row(result), "decided": result.decided, "censored": result.censored} for result in emm.results]
     page = template("diffmem.studies", "emm.html.j2").render(emm=emm, plot=drawing, columns=columns, rows=rows)
-    write_whole(folder / "emm.json", json.dumps(emm.to_dict(), indent=1) + "\n")
-    write_whole(folder / "runs.csv", _table(columns, rows))
-    write_whole(folder / "emm.svg", drawing)
-    write_whole(folder / "report.html", page)
+    atomic_write(folder / "emm.json", json.dumps(emm.to_dict(), indent=1) + "\n")
+    atomic_write(folder / "runs.csv", _table(columns, rows))
+    atomic_write(folder / "emm.svg", drawing)
+    atomic_write(folder / "report.html", page)
     return folder / "report.html"
 
 

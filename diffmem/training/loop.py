@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 
 import diffmem
+from diffmem.atomic_io import atomic_write
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.models import Denoiser
@@ -39,7 +40,6 @@ from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep
 from diffmem.training.source import DataSource, read_data
 from diffmem.training.state import latest_state, read_facts, read_tensors, save_state
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
-from diffmem.whole import write_whole
 
 # When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves. CPU: measured on a
 # 32-channel network at 8×8 (122 s, 7 %); GPU: not measured.
@@ -497,7 +497,7 @@ def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snap
     except OSError as error:
         raise InputError(f"{out}: cannot write there ({error.strerror})") from None
     versions = {"diffmem": diffmem.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    write_whole(path, json.dumps({**description, "versions": versions}, indent=1) + "\n")
+    atomic_write(path, json.dumps({**description, "versions": versions}, indent=1) + "\n")
     return Snapshots(out, keep)
 
 
@@ -527,7 +527,7 @@ def _truncate_stats(path: Path, images: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["images"] <= images:
                 kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+    atomic_write(path, "".join(kept))
 
 
 def _advice(trainer: Trainer, out: Path) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from diffmem.atomic_io import atomic_file
 from diffmem.models import Denoiser
 from diffmem.pictures import grid
 from diffmem.sampling import sample
-from diffmem.whole import whole_file
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Grids(Observer):
     def snapshot(self, snapshot: Snapshot) -> None:
         images = sample(snapshot.denoiser, self.seeds, batch=len(self.seeds), compile=False).images.numpy()
         self.out.mkdir(exist_ok=True)
-        with whole_file(self.out / f"{snapshot.images:09d}.png") as partial:
+        with atomic_file(self.out / f"{snapshot.images:09d}.png") as partial:
             grid(images).save(partial, "PNG")
 
 

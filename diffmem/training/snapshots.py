@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
 from diffmem.models import Denoiser, save
-from diffmem.whole import write_whole
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
 
@@ -93,7 +93,7 @@ class Snapshots:
         self._write_records()
 
     def _write_records(self) -> None:
-        write_whole(self.out / RECORDS, json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
+        atomic_write(self.out / RECORDS, json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
 
 
 def snapshot_folder(out: Path, images: int) -> Path:

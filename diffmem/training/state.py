@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from diffmem.atomic_io import atomic_folder
 from diffmem.errors import InputError
-from diffmem.whole import whole_folder
 
 FOLDER = "state"
 _TENSORS, _FACTS = "state.safetensors", "state.json"
@@ -30,7 +30,7 @@ def save_state(out: Path, images: int, tensors: dict[str, torch.Tensor], facts: 
     older = [path for path in _states(out) if path != folder]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, partial / _TENSORS)
             (partial / _FACTS).write_text(json.dumps(facts) + "\n")
     for path in older:

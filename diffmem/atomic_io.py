@@ -13,20 +13,20 @@ from diffmem.errors import InputError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, renamed to `path` (replacing it) at the end, removed on any exception."""
     with _beside(path) as partial:
         yield partial
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Writes `text` as UTF-8 to `path`, replacing it, so that it is there whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to fill, renamed to `path` at the end, removed on any exception.
 
     Raises `InputError` where `path` exists already and is not an empty folder.
@@ -38,7 +38,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
+def atomic_replacement(path: Path) -> Iterator[Path]:
     """A new folder to fill that takes the place of `path`, of which nothing is lost before; parents are made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

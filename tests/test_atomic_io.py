@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from diffmem.atomic_io import atomic_folder, atomic_replacement
 from diffmem.errors import InputError
-from diffmem.whole import replaced_folder, whole_folder
 
 
 def old_folder(path):
@@ -19,7 +19,7 @@ def contents(path):
 
 
 def test_takes_the_place_of_what_was_there(tmp_path):
-    with replaced_folder(old_folder(tmp_path / "index")) as partial:
+    with atomic_replacement(old_folder(tmp_path / "index")) as partial:
         (partial / "new").touch()
         assert "index/old" in contents(tmp_path)
     assert contents(tmp_path) == ["index", "index/new"]
@@ -28,23 +28,23 @@ def test_takes_the_place_of_what_was_there(tmp_path):
 def test_a_link_is_replaced_and_what_it_points_to_left_alone(tmp_path):
     old_folder(tmp_path / "elsewhere")
     (tmp_path / "index").symlink_to(tmp_path / "elsewhere")
-    with replaced_folder(tmp_path / "index") as partial:
+    with atomic_replacement(tmp_path / "index") as partial:
         (partial / "new").touch()
     assert contents(tmp_path) == ["elsewhere", "elsewhere/old", "index", "index/new"]
 
 
 def test_parents_are_made(tmp_path):
-    with replaced_folder(tmp_path / "a" / "b") as partial:
+    with atomic_replacement(tmp_path / "a" / "b") as partial:
         (partial / "new").touch()
     assert contents(tmp_path) == ["a", "a/b", "a/b/new"]
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"), replaced_folder(tmp_path / "file" / "b"):
+    with pytest.raises(InputError, match="cannot be written"), atomic_replacement(tmp_path / "file" / "b"):
         pass
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_writer_leaves_what_was_there(tmp_path, failure):
-    with pytest.raises(failure), replaced_folder(old_folder(tmp_path / "index")) as partial:  # noqa: PT012
+    with pytest.raises(failure), atomic_replacement(old_folder(tmp_path / "index")) as partial:  # noqa: PT012
         (partial / "new").touch()
         raise failure
     assert contents(tmp_path) == ["index", "index/old"]
@@ -59,15 +59,18 @@ def test_what_was_moved_aside_comes_back_where_the_rename_fails(tmp_path, monkey
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", no_room)
-    with pytest.raises(InputError, match="No space left"), replaced_folder(old_folder(tmp_path / "index")) as partial:
+    with (
+        pytest.raises(InputError, match="No space left"),
+        atomic_replacement(old_folder(tmp_path / "index")) as partial,
+    ):
         (partial / "new").touch()
     assert contents(tmp_path) == ["index", "index/old"]
 
 
 def test_a_new_folder_refuses_what_is_there(tmp_path):
-    with pytest.raises(InputError, match="exists already"), whole_folder(old_folder(tmp_path / "set")):
+    with pytest.raises(InputError, match="exists already"), atomic_folder(old_folder(tmp_path / "set")):
         pass
     (tmp_path / "empty").mkdir()
-    with whole_folder(tmp_path / "empty") as partial:
+    with atomic_folder(tmp_path / "empty") as partial:
         (partial / "new").touch()
     assert contents(tmp_path) == ["empty", "empty/new", "set", "set/old"]
