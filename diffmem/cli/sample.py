@@ -75,7 +75,7 @@ class Seeds(click.ParamType):
 )  # fmt: skip
 @click.option(
     "--class", "class_index", type=click.IntRange(min=0), metavar="K",
-    help="All images of this class.  [default: drawn per seed]",
+    help="All images of this class, each with the noise that its seed gives.  [default: drawn per seed]",
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
 @click.option(

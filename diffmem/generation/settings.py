@@ -26,7 +26,8 @@ class SampleSettings:
     steps, sigma_min, sigma_max, rho: the noise levels, clipped to the network's range; None for the solver's default.
         The levels of "unipc" are spaced by themselves, without rho.
     S_churn, S_min, S_max, S_noise: noise added on the way, by "heun" only; S_churn = 0: none.
-    class_index: the class of all images; None: drawn per seed, where the network has classes.
+    class_index: the class of all images; None: drawn per seed, where the network has classes. A class that is given
+        replaces the one that the seed draws, so that noise added on the way is the same.
     batch: images at a time. precision: "float32", or "bf16" or "fp16" inside the network.
     compile: "on", "off", or "auto": where the run is long enough to pay for it.
     Raises InputError for values that make no sense.

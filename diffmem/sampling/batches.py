@@ -46,8 +46,10 @@ def sample_batches(
 ) -> Iterator[Samples]:
     """Yields the images of `seeds`, in order, `batch` at a time.
 
-    An image depends on its seed only: its generator, on the denoiser's device, draws the latent and then, where the
-    denoiser has labels and none are given, a class index. `labels` is one class for all images, or one entry per seed.
+    An image depends on its seed only: its generator, on the denoiser's device, draws the latent, then, where the
+    denoiser has labels, a class index, then the noise of the steps. `labels`, one class for all images or one entry per
+    seed, replaces the class index after it was drawn: the images of class K are those that the seeds give when they
+    draw K themselves, with added noise too.
     `solver` "heun" (18 steps, 35 network calls), "unipc" or "dpm++" (14 steps and calls); solver_arguments go to it,
     see `diffmem.sampling.solvers`. compile: True, False, or "auto": after the first batch has shown that the rest takes
     long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. Raises
@@ -74,9 +76,9 @@ def sample_batches(
         latents = generators.randn(shape)
         batch_labels = None
         if denoiser.label_dim:
-            if given is None:
-                batch_labels = generators.randint(denoiser.label_dim)
-            else:
+            # Drawn also where it is given, so that noise drawn later does not depend on where the class came from.
+            batch_labels = generators.randint(denoiser.label_dim)
+            if given is not None:
                 batch_labels = given[start : start + size]
                 batch_labels = torch.cat([batch_labels, batch_labels[-1:].expand(len(filled) - size, *given.shape[1:])])
                 batch_labels = batch_labels.to(device)

@@ -12,8 +12,8 @@ from diffmem.errors import InputError
 class SeededGenerators:
     """A generator per seed, seeded with the seed modulo 2³², on `device`. Draws stack one draw of each.
 
-    The order of draws is part of the protocol: latent, then class index where the model has labels, then the steps'
-    noise.
+    The order of draws is part of the protocol: latent, then class index where the model has labels (drawn and then
+    overwritten where the class is given), then the steps' noise.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):

@@ -114,6 +114,8 @@ def general_sample(
 
     solver "euler" or "heun" (alpha: where Heun's second slope is taken); discretization "vp", "ve", "iddpm" or "edm",
     with its own default range of noise levels; schedule σ(t) "vp", "ve" or "linear"; scaling s(t) "vp" or "none";
+    noise and labels as for heun_sample (a seed's generator draws latent, class index, also where a class is given, and
+    noise, in this order);
     epsilon_s the end of VP's time; C_1, C_2, M iDDPM's levels. The rest as for heun_sample. Raises InputError for
     unknown names.
     """

@@ -151,6 +151,30 @@ def test_chosen_classes():
         sample(denoiser, [5], labels=torch.tensor([1, 2]))
 
 
+def test_a_given_class_shifts_no_noise():
+    """With churn, the images of class K are those that the seeds give when they draw K themselves."""
+    denoiser, tensors = golden_denoiser("ncsnpp-ve-cond")
+    churn = {"steps": 4, "S_churn": 4, "S_min": 0.05, "S_max": 50, "S_noise": 1.003}
+    # By hand, in the order of the protocol: latent, class index, noise.
+    latents, labels, generators = drawn(denoiser)
+    by_hand = to_uint8(
+        heun_sample(
+            denoiser, latents, labels=labels, noise=lambda: generators.randn(latents.shape[1:], torch.float64), **churn
+        )
+    )
+    assert torch.equal(labels, tensors["sample_class_index"])
+    own = sample(denoiser, SEEDS, compile=False, **churn)
+    assert torch.equal(own.images, by_hand)
+    vectors = torch.eye(denoiser.label_dim)[labels]
+    for given in (labels, vectors):
+        again = sample(denoiser, SEEDS, labels=given, compile=False, **churn)
+        assert (again.images.int() - by_hand.int()).abs().max() <= (0 if given is labels else 1)
+    for row, label in enumerate(labels.tolist()):
+        of_class = sample(denoiser, SEEDS, labels=label, compile=False, **churn)
+        assert torch.equal(of_class.images[row], by_hand[row])
+        assert (of_class.images[labels != label] != by_hand[labels != label]).any()
+
+
 def test_compiled_stage_is_one_graph_for_all_stages(monkeypatch):
     denoiser, _ = golden_denoiser("ddpmpp-vp-skips")
     graphs = []
