@@ -2,7 +2,12 @@
 
 Each offers `description`, `names`, `labels` and `read(index)`; `decode_pool` turns them into pixels. Files come in
 natural order of their names (`img2.png` before `img10.png`; folder by folder), which for zero-padded names is the plain
-order. Hidden files, and what macOS leaves behind, are passed over.
+order.
+
+Names follow the same rules in folders and archives. A backslash separates folders, as a slash does (some Windows tools
+write such archives). Skipped are hidden files and folders (their name begins with a dot: `.ipynb_checkpoints`,
+`.thumbnails`, `._img.png`), and folders in which systems keep copies of their own (`__MACOSX`, `@eaDir`, …: see
+`SYSTEM_FOLDERS`).
 """
 
 from __future__ import annotations
@@ -22,6 +27,20 @@ import numpy as np
 from diffmem.data.decode import MAX_FILE_BYTES, BadImage, image_suffixes
 from diffmem.data.labels import DATASET_JSON, as_labels, parse_dataset_json, printable
 from diffmem.errors import InputError, MissingExtraError
+
+# Where macOS, network drives and Windows keep thumbnails, forks and deleted files, in lower case.
+SYSTEM_FOLDERS = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "@recycle",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "lost+found",
+        "system volume information",
+    }
+)
 
 _MAX_JSON_BYTES = 2**30
 _PIECES = re.compile(r"[0-9]+|[^0-9]+")
@@ -46,12 +65,28 @@ def _component_key(component: str) -> list[tuple]:
 _folder_key = lru_cache(maxsize=1024)(_component_key)
 
 
-def _is_image_name(name: str) -> bool:
+def with_slashes(name: str) -> str:
+    """The path `name` with "/" between its folders."""
+    return name.replace("\\", "/")
+
+
+def is_skipped(name: str) -> bool:
+    """Whether the path `name`, relative to its source, is hidden or lies in a folder that a system keeps for itself.
+
+    name: with "/" or "\\" between its folders.
+    """
+    *folders, base = with_slashes(name).removeprefix("./").split("/")
+    return base.startswith(".") or any(_is_skipped_folder(folder) for folder in folders)
+
+
+def _is_skipped_folder(name: str) -> bool:
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM_FOLDERS
+
+
+def is_image_name(name: str) -> bool:
+    """Whether the file `name`, a path relative to its source, is read as an image; an upper-case suffix counts too."""
     stem, dot, suffix = name.rpartition(".")
-    if f"{dot}{suffix.lower()}" not in image_suffixes():
-        return False
-    folder, _, base = stem.rpartition("/")
-    return base != "" and not base.startswith(".") and "__MACOSX" not in folder.split("/")
+    return bool(stem) and f"{dot}{suffix.lower()}" in image_suffixes() and not is_skipped(name)
 
 
 class Folder:
@@ -60,7 +95,9 @@ class Folder:
     def __init__(self, path: Path):
         self.description = str(path)
         self._root = path if path.is_dir() else path.parent
-        found = sorted(_walk(self._root, "", set()), key=natural_key) if path.is_dir() else [path.name]
+        found = [path.name]
+        if path.is_dir():
+            found = sorted(_walk(self._root, "", set()), key=lambda name: natural_key(with_slashes(name)))
         if not found:
             raise InputError(f"{path}: no images in this folder or its subfolders")
         self._files = found
@@ -69,7 +106,8 @@ class Folder:
         labels = self._root / DATASET_JSON
         if path.is_dir() and labels.is_file():
             try:
-                self.labels = parse_dataset_json(labels.read_bytes(), self.names, self.description)
+                known_as = [printable(with_slashes(name)) for name in found]
+                self.labels = parse_dataset_json(labels.read_bytes(), known_as, self.description)
             except OSError as error:
                 raise InputError(f"{labels}: cannot be read: {error.strerror}") from None
 
@@ -100,9 +138,9 @@ def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[st
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir():
-                    if not entry.name.startswith("."):
+                    if not _is_skipped_folder(entry.name):
                         yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", above | {identity})
-                elif _is_image_name(prefix + entry.name):
+                elif is_image_name(prefix + entry.name):
                     yield prefix + entry.name
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
@@ -116,10 +154,13 @@ class ZipArchive:
         self._zip = open_zip(path)
         entries: dict[str, zipfile.ZipInfo] = {}
         for entry in self._zip.infolist():
-            if entry.filename in entries:
-                raise InputError(f"{path}: two entries are named {printable(entry.filename)}: pack the archive anew")
-            entries[entry.filename] = entry
-        found = sorted((name for name in entries if _is_image_name(name)), key=natural_key)
+            name = with_slashes(entry.filename)
+            if not is_image_name(name) and name != DATASET_JSON:
+                continue
+            if name in entries:
+                raise InputError(f"{path}: two entries are named {printable(name)}: pack the archive again")
+            entries[name] = entry
+        found = sorted((name for name in entries if name != DATASET_JSON), key=natural_key)
         if not found:
             raise InputError(f"{path}: no images in this archive")
         self._entries = [entries[name] for name in found]

@@ -45,7 +45,7 @@ def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndar
     for position, entry in enumerate(entries):
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise InputError(f'{where}: entry {position} of "labels" is not a [name, label] pair: {_short(entry)}')
-        name, label = printable(entry[0]), entry[1]
+        name, label = printable(entry[0].replace("\\", "/")), entry[1]
         if by_name.setdefault(name, label) != label:
             raise InputError(f"{where} gives {name} two labels: {_short(by_name[name])} and {_short(label)}")
     missing = [name for name in names if name not in by_name]

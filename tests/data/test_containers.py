@@ -89,6 +89,36 @@ def test_files_names_and_labels(container):
     np.testing.assert_array_equal(two.labels, [1, 2])
 
 
+def test_folders_and_archives_skip_the_same(container):
+    image = encoded(pixels(1)[0])
+    junk = [
+        ".hidden.png", "._0.png", "a/.hidden.png", ".ipynb_checkpoints/0-checkpoint.png", "a/.thumbnails/0.png",
+        "__MACOSX/0.png", "__MACOSX/a/._0.png", "@eaDir/0.png/SYNOFILE_THUMB_M.png", "a/@EADIR/0.png",
+        "#recycle/0.png", "$RECYCLE.BIN/0.png", "lost+found/0.png", "Thumbs.db", "desktop.ini", "a/.DS_Store", ".png",
+    ]  # fmt: skip
+    read = ["0.png", "a/b.png.png", "a/@1.png", "eaDir/0.png", "recycle/__MACOSX.png"]
+    assert load_images(container(dict.fromkeys([*junk, *read], image))).names == sorted(read)
+
+
+def test_backslashes_separate_folders(tmp_path):
+    """As in archives of Windows tools, and in folders to which a Unix tool unpacked them."""
+    images = pixels(12)
+    names = [f"{index // 10:05d}\\img{index:08d}.png" for index in range(12)]
+    files = {name: encoded(image) for name, image in zip(names, images, strict=True)} | {
+        "__MACOSX\\._0.png": b"?", "00000\\.thumbnails\\0.png": b"?",
+    }  # fmt: skip
+    for separator in ("/", "\\"):
+        labels = [[name.replace("\\", separator), index] for index, name in enumerate(names)]
+        files["dataset.json"] = json.dumps({"labels": labels}).encode()
+        archive = load_images(zip_of(tmp_path / "set.zip", files))
+        folder = load_images(folder_of(tmp_path / "set", files))
+        assert archive.names == [name.replace("\\", "/") for name in names]
+        assert folder.names == names  # their names in the file system
+        for loaded in (archive, folder):
+            np.testing.assert_array_equal(loaded.images, images)
+            np.testing.assert_array_equal(loaded.labels, np.arange(12))
+
+
 def test_vector_labels_and_null_labels(container):
     files = {"0.png": encoded(pixels(1)[0]), "1.png": encoded(pixels(1)[0])}
     labels = [["0.png", [0.5, 1]], ["1.png", [2, 3e-5]]]
@@ -212,7 +242,7 @@ def test_zip_names_never_become_paths(tmp_path, refused, monkeypatch):
     refused(path, "unsafe name")
     loaded = load_images(path, skip_bad=True)
     assert loaded.names == ["0.png"]
-    assert {item.name for item in loaded.skipped} == {*evil[:-1], "a\\nb.png"}
+    assert {item.name for item in loaded.skipped} == {*(name.replace("\\", "/") for name in evil[:-1]), "a\\nb.png"}
     assert sorted(tmp_path.rglob("*")) == before
 
 
