@@ -8,17 +8,22 @@ DIFFMEM_NATIVE = auto | on | off
 DIFFMEM_CUDA = auto | on | off
     auto (default): compile the CUDA sources where nvcc is found. on: fail without nvcc. off: CPU only.
 
+Further options for CMake are taken from CMAKE_ARGS, as conda-forge and others set it. A wheel without the core runs on
+every platform and is tagged so: py3-none-any.
+
 What was built, and why not what was not, is written to `diffmem/_build_info.json`, which `diffmem info` prints.
 """
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -32,6 +37,7 @@ def option(name: str) -> str:
     return value
 
 
+WITHOUT_CORE = "warning: diffmem is built without its compiled core (see `diffmem info`): {}"
 NATIVE, CUDA = option("DIFFMEM_NATIVE"), option("DIFFMEM_CUDA")
 
 
@@ -71,13 +77,16 @@ class BuildNative(build_ext):
         try:
             info.update(self.cmake(Path(self.get_ext_fullpath(ext.name)).resolve()))
         except BuildFailed as failure:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
             if NATIVE == "on":
                 raise SystemExit(f"DIFFMEM_NATIVE=on, but the core was not built: {failure}") from failure
             info["native_reason"] = info["cuda_reason"] = str(failure)
-            print(f"warning: diffmem is installed without its compiled core: {failure}", file=sys.stderr)
+            print(WITHOUT_CORE.format(failure), file=sys.stderr)
         write_build_info(self.package_folder(), info)
 
     def cmake(self, target: Path) -> dict:
+        if missing := [name for name in ("CMakeLists.txt", "csrc/module.cpp") if not (ROOT / name).exists()]:
+            raise BuildFailed(f"these sources are incomplete: {missing[0]} is missing")
         try:
             import pybind11  # present in every build environment that pyproject.toml describes
         except ImportError as error:
@@ -91,6 +100,7 @@ class BuildNative(build_ext):
             tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DDIFFMEM_CUDA={CUDA}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         run(configure)
         run([tool("cmake"), "--build", str(build)])
@@ -111,6 +121,19 @@ class BuildNative(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+class BuildWheel(bdist_wheel):
+    """The wheel's name says whether it holds the core, which is known once that has been built, or has not."""
+
+    def run(self) -> None:
+        library = Path(self.get_finalized_command("build").build_lib)
+        shutil.rmtree(library, ignore_errors=True)  # files that an earlier build left would be packed, too
+        self.run_command("build")
+        if not json.loads((library / "diffmem" / "_build_info.json").read_text())["native"]:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+
 class BuildPython(build_py):
     """Where no extension is asked for, the reason still has to be on record."""
 
@@ -121,6 +144,7 @@ class BuildPython(build_py):
             folder = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
             info = {"native": False, "native_reason": reason, "cuda": False, "cuda_reason": reason}
             write_build_info(folder / "diffmem", info)
+            print(WITHOUT_CORE.format(reason), file=sys.stderr)
 
 
 def write_build_info(folder: Path, info: dict) -> None:
@@ -130,5 +154,5 @@ def write_build_info(folder: Path, info: dict) -> None:
 
 setup(
     ext_modules=[] if NATIVE == "off" else [Extension("diffmem._C", sources=[], optional=False)],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    cmdclass={"bdist_wheel": BuildWheel, "build_ext": BuildNative, "build_py": BuildPython},
 )

@@ -1,10 +1,16 @@
-"""The package without its compiled core: installs, says so, and passes the core of this suite on PyTorch alone."""
+"""Distributions: the source distribution gives a wheel with the compiled core; a wheel without it says so, installs,
+and passes the core of this suite on PyTorch alone."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,33 +18,109 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # -S: without site's .pth files, or the editable installation of this checkout would lend its compiled core.
 PYTHON = [sys.executable, "-S"]
+PACKAGES = sysconfig.get_paths()["purelib"]
 CORE = ["tests/ops/test_nearest.py", "tests/search", "tests/memorization/test_audit.py"]
 
 
 @pytest.fixture(scope="module")
-def pure(tmp_path_factory) -> dict[str, str]:
+def checkout(tmp_path_factory) -> Path:
+    """A copy of what a build needs, so that the checkout's own is left alone. As a checkout does, it has more."""
+    source = tmp_path_factory.mktemp("source")
+    files = "setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md LICENSE constraints.txt csrc diffmem"
+    subprocess.run(f"cp -rp {files} {source} && rm -f {source}/diffmem/_C*", shell=True, check=True, cwd=ROOT)
+    for stray in ("tests/test_stray.py", "benchmarks/stray.py", "build/lib/diffmem/stray.py"):
+        (source / stray).parent.mkdir(parents=True)
+        (source / stray).touch()
+    return source
+
+
+def build(kind: str, source: Path, into: Path, **environment: str) -> tuple[Path, str]:
+    """The distribution ("sdist" or "wheel") that `source` gives by its build backend, as pip asks for it, and the
+    build's output."""
+    code = f"import sys; from setuptools.build_meta import build_{kind} as b; b(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, into], cwd=source, capture_output=True, text=True,
+        env={**os.environ, "DIFFMEM_CUDA": "off", **environment},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    (made,) = into.iterdir()
+    return made, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def pure(checkout, tmp_path_factory) -> dict[str, str]:
     """Environment of an installation made with DIFFMEM_NATIVE=off."""
     target = tmp_path_factory.mktemp("pure")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(target),
-    ]
-    environment = {**os.environ, "DIFFMEM_NATIVE": "off", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    # Built from a copy of what the installation needs, so that the checkout's own build is left alone.
-    source = tmp_path_factory.mktemp("source")
-    files = "setup.py pyproject.toml CMakeLists.txt README.md LICENSE csrc diffmem"
-    subprocess.run(f"cp -r {files} {source} && rm -f {source}/diffmem/_C*", shell=True, check=True, cwd=ROOT)
-    subprocess.run([*command, str(source)], check=True, env=environment)
-    del environment["DIFFMEM_NATIVE"]  # what was installed must know by itself
-    packages = sysconfig.get_paths()["purelib"]
-    return {**environment, "PYTHONPATH": f"{target}:{packages}", "HYPOTHESIS_PROFILE": "brief", "PURE": str(target)}
+    wheel, said = build("wheel", checkout, tmp_path_factory.mktemp("wheel"), DIFFMEM_NATIVE="off")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "warning: diffmem is built without its compiled core" in said
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel]
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    subprocess.run(command, check=True, env=environment)
+    return {**environment, "PYTHONPATH": f"{target}:{PACKAGES}", "HYPOTHESIS_PROFILE": "brief", "PURE": str(target)}
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout, tmp_path_factory) -> Path:
+    """The source distribution, unpacked to where the last run of this test left what it had compiled."""
+    made, _ = build("sdist", checkout, tmp_path_factory.mktemp("sdist"))
+    folder = ROOT / "build" / f"sdist-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(folder / "source", ignore_errors=True)
+        with tarfile.open(made) as archive:
+            archive.extractall(folder, filter="data")
+        next(folder.glob("diffmem-*")).rename(folder / "source")
+        yield folder / "source"
+
+
+def test_sdist_gives_a_wheel_with_the_core(sdist, tmp_path):
+    assert not (sdist / "tests").exists()
+    assert not (sdist / "benchmarks").exists()
+    wheel, _ = build(
+        "wheel", sdist, tmp_path, DIFFMEM_NATIVE="on", DIFFMEM_BUILD_DIR=str(sdist.parent / "cmake"),
+        CMAKE_ARGS="-DCMAKE_CXX_FLAGS_RELEASE=-O0",
+    )  # fmt: skip
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{tag}-{tag}-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "wheel")
+    modules = {name for name in names if name.startswith("diffmem/_C.")}
+    ours = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "diffmem").rglob("*")
+        if path.suffix in (".py", ".j2", ".json") or path.name == "py.typed"
+    }  # fmt: skip
+    assert len(modules) == 1
+    assert names - modules == ours | {"diffmem/_build_info.json"}
+    code = """
+        import json, torch, diffmem, diffmem._C
+        from diffmem.environment import describe
+        from diffmem.ops.nearest import nearest
+        rows = torch.arange(24, dtype=torch.uint8).reshape(6, 4)
+        nearest(rows, rows, 2, impl="native")
+        print(json.dumps({"core": diffmem._C.__file__, "info": describe()["native"]}))
+    """
+    result = subprocess.run(
+        [*PYTHON, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'wheel'}:{PACKAGES}"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["core"].startswith(str(tmp_path / "wheel"))
+    assert found["info"]["present"] is True
+
+
+def test_wheel_that_could_not_have_the_core_is_for_every_platform_and_says_why(checkout, tmp_path):
+    wheel, said = build("wheel", checkout, tmp_path, DIFFMEM_NATIVE="auto", CXX="/no/compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "warning: diffmem is built without its compiled core" in said
+    with zipfile.ZipFile(wheel) as archive:
+        info = json.loads(archive.read("diffmem/_build_info.json"))
+        assert not [name for name in archive.namelist() if "/_C." in name or "stray" in name]
+    assert info["native"] is False
+    assert "/no/compiler" in info["native_reason"]
 
 
 def test_installs_and_says_why(pure, tmp_path):
