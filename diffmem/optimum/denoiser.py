@@ -19,7 +19,7 @@ import torch.nn as nn
 from diffmem.data import load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.ops.posterior_mean import OP, PosteriorRows
+from diffmem.ops.posterior_mean import OP, PosteriorRows, Request
 from diffmem.optimum.regularized import Regularization, to_json
 from diffmem.progress import Progress, silent
 from diffmem.search.basis import principal_components, sample_rows
@@ -177,18 +177,20 @@ class OptimalDenoiser(nn.Module):
         class indices (B,) int64, one-hot vectors (B, label_dim), or None, which counts as every class. Raises
         InputError where these do not fit.
         """
-        self._check(x)
-        rows, levels = x.double().flatten(1), self._levels(sigma, len(x), x.device)
+        checks = self._check(x)
+        rows, levels = x.double().flatten(1), self._levels(sigma, len(x), x.device, checks)
         asked = levels if self.regularization is None else self.regularization.level(levels)
+        parts = self._parts(labels, levels)
+        requests = [
+            Request(self._to_rows(_of(rows, chosen)), self._row_units(_of(asked, chosen)), images)
+            for chosen, images in parts
+        ]
+        results = self.rows.means(requests, self.tolerance, checks)
         mean, log_sum = torch.empty_like(rows), torch.empty_like(levels)
-        for chosen, start, stop in self._classes(labels, len(x)):
-            if self.subset is None:
-                mean[chosen], log_sum[chosen] = self._posterior(rows[chosen], asked[chosen], (start, stop))
-                continue
-            for level in levels[chosen].unique():
-                some = chosen[levels[chosen] == level]
-                drawn = self._subset(float(level), start, stop)
-                mean[some], log_sum[some] = self._posterior(rows[some], asked[some], drawn)
+        for (chosen, _), result in zip(parts, results, strict=True):
+            place = slice(None) if chosen is None else chosen
+            # Logits have no unit: their sum is the same in both.
+            mean[place], log_sum[place] = self._to_images(result.mean), result.log_sum
         if self.regularization is not None:
             mean = self.regularization.denoised(rows, mean, log_sum, levels)
         denoised = mean.reshape(x.shape)
@@ -196,7 +198,7 @@ class OptimalDenoiser(nn.Module):
 
     def score(self, x: torch.Tensor, sigma: torch.Tensor | float, labels: torch.Tensor | None = None) -> torch.Tensor:
         """∇ log p(x; σ) = (D(x; σ) − x) / σ², in x's dtype; arguments as for `forward`."""
-        levels = self._levels(sigma, len(x), x.device).reshape(-1, 1, 1, 1)
+        levels = self._levels(sigma, len(x), x.device, {}).reshape(-1, 1, 1, 1)
         return ((self(x.double(), sigma, labels) - x) / levels.square()).to(x.dtype)
 
     def weights(
@@ -212,13 +214,14 @@ class OptimalDenoiser(nn.Module):
         Computed in float64 from the differences; indices are those of the training set as it was given. A regularized
         variant is asked at its own noise level; the subset of `subset` is not drawn.
         """
-        self._check(x)
-        rows, levels = self._to_rows(x.double().flatten(1)).cpu(), self._levels(sigma, len(x), x.device).cpu()
+        checks = self._check(x)
+        rows, levels = self._to_rows(x.double().flatten(1)).cpu(), self._levels(sigma, len(x), x.device, checks).cpu()
+        self.rows.means([], self.tolerance, checks)
         levels = self._row_units(levels if self.regularization is None else self.regularization.level(levels))
         indices, weights = [torch.empty(0)] * len(x), [torch.empty(0)] * len(x)
         missing = torch.empty(len(x), dtype=torch.float64)
-        for chosen, start, stop in self._classes(labels, len(x)):
-            for query in chosen.tolist():
+        for chosen, (start, stop) in self._classes(labels, len(x)):
+            for query in range(len(x)) if chosen is None else chosen.tolist():
                 logits = self._exact_logits(rows[query], levels[query], start, stop)
                 order = logits.argsort(descending=True, stable=True)
                 shares = torch.softmax(logits[order], 0)
@@ -237,14 +240,6 @@ class OptimalDenoiser(nn.Module):
         blocks = (self.rows.slice(first, min(first + step, stop))[:] for first in range(start, stop, step))
         return torch.cat([(block.double() - row).square().sum(dim=1) for block in blocks]) / (-2 * sigma.square())
 
-    def _posterior(
-        self, rows: torch.Tensor, sigma: torch.Tensor, images: tuple[int, int] | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and log-sum-exp in the units of [-1, 1], of a slice of the training rows or of a list."""
-        result = self.rows.mean(self._to_rows(rows), self._row_units(sigma), self.tolerance, images)
-        # Logits have no unit: the sum is the same in both.
-        return self._to_images(result.mean), result.log_sum
-
     def _to_rows(self, images: torch.Tensor) -> torch.Tensor:
         return (images + 1) * 127.5 if self.integer else images
 
@@ -261,13 +256,31 @@ class OptimalDenoiser(nn.Module):
         size = min(self.subset, stop - start)
         return torch.from_numpy(np.sort(generator.choice(stop - start, size, replace=False)) + start)
 
-    def _classes(self, labels: torch.Tensor | None, count: int) -> list[tuple[torch.Tensor, int, int]]:
-        """Which queries look at which slice of the rows."""
-        everything = [(torch.arange(count, device=self.mean.device), 0, int(self.starts[-1]))]
+    def _parts(
+        self, labels: torch.Tensor | None, levels: torch.Tensor
+    ) -> list[tuple[torch.Tensor | None, tuple[int, int] | torch.Tensor]]:
+        """Which queries (None: all) look at which rows: a slice for each class, or a random subset of it for each noise
+        level. Where labels or subsets are asked for, the device is waited for: they are drawn on the CPU."""
+        classes = self._classes(labels, len(levels))
+        if self.subset is None:
+            return classes
+        parts = []
+        known = levels.cpu()
+        for chosen, (start, stop) in classes:
+            queries = torch.arange(len(levels)) if chosen is None else chosen.cpu()
+            for level in known[queries].unique():
+                some = queries[known[queries] == level]
+                parts.append((some.to(levels.device), self._subset(float(level), start, stop)))
+        return parts
+
+    def _classes(self, labels: torch.Tensor | None, count: int) -> list[tuple[torch.Tensor | None, tuple[int, int]]]:
+        """Which queries (None: all) look at which slice of the rows."""
+        everything = (0, int(self.starts[-1]))
         if labels is None:
-            return everything
+            return [(None, everything)]
         if not self.label_dim:
             raise InputError("labels: this denoiser is unconditional; pass None")
+        labels = labels.cpu()
         if labels.is_floating_point():
             if labels.shape != (count, self.label_dim) or not bool(((labels == 0) | (labels == 1)).all()):
                 raise InputError(f"labels: class indices, or one-hot vectors of length {self.label_dim}, are needed")
@@ -278,26 +291,33 @@ class OptimalDenoiser(nn.Module):
             raise InputError(f"labels: one class of 0 … {self.label_dim - 1} for each of {count} images is needed")
         groups = []
         for label in labels.unique().tolist():
-            start, stop = (0, int(self.starts[-1])) if label < 0 else self.starts[label : label + 2].tolist()
+            start, stop = everything if label < 0 else self.starts[label : label + 2].tolist()
             if start == stop:
                 raise InputError(f"class {label}: the training set has no image of it")
-            groups.append(((labels == label).nonzero().flatten().to(self.mean.device), start, stop))
+            groups.append(((labels == label).nonzero().flatten().to(self.mean.device), (start, stop)))
         return groups
 
-    def _levels(self, sigma: torch.Tensor | float, count: int, device: torch.device) -> torch.Tensor:
-        levels = torch.as_tensor(sigma, dtype=torch.float64, device=device).flatten()
-        if levels.numel() not in (1, count):
-            raise InputError(f"sigma: {levels.numel()} noise levels for {count} images; give one, or one per image")
-        if not bool((levels > 0).all() and levels.isfinite().all()):
-            raise InputError("sigma: noise levels must be positive and finite")
-        return levels.expand(count)
+    def _levels(
+        self, sigma: torch.Tensor | float, count: int, device: torch.device, checks: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """One noise level per image; that they are positive is added to `checks`."""
+        given = torch.as_tensor(sigma, dtype=torch.float64).flatten()
+        if given.numel() not in (1, count):
+            raise InputError(f"sigma: {given.numel()} noise levels for {count} images; give one, or one per image")
+        checks["sigma: noise levels must be positive and finite"] = ((given > 0) & given.isfinite()).all().to(device)
+        return given.to(device).expand(count)
 
-    def _check(self, x: torch.Tensor) -> None:
+    def _check(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is to be found true of x before a result counts; raises InputError for what can be seen without waiting
+        for its device."""
         if x.ndim != 4 or x.shape[1:] != (self.channels, self.resolution, self.resolution):
             size = f"{self.channels}, {self.resolution}, {self.resolution}"
             raise InputError(f"x: shape {tuple(x.shape)}, but this denoiser takes (B, {size})")
-        if not bool(x.isfinite().all()):
-            raise InputError("x: holds NaN or infinity")
+        return {"x: holds NaN or infinity": x.isfinite().all()}
+
+
+def _of(values: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    return values if chosen is None else values[chosen]
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:

@@ -324,7 +324,8 @@ def test_posterior_mean(queries, n, d, tolerance, sigmas, monkeypatch):
         levels = torch.full((queries,), sigma, dtype=torch.float64)
         levels[1] *= 1.5
         expected, log_sum = posterior_mean_reference(x, levels, y)
-        found = PosteriorRows(y, centre, x.device, impl="triton").mean(x, levels, tolerance)
+        on_device = sigma == 40.0  # as on a GPU with room for the rows
+        found = PosteriorRows(y, centre, x.device, impl="triton", resident=on_device).mean(x, levels, tolerance)
         error = (found.mean - expected).norm(dim=1) / (expected - 60).norm(dim=1)
         assert float(error.max()) <= 0.5 * tolerance
         assert bool((found.dropped <= tolerance).all())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
+from diffmem.ops.posterior_mean.resident import Request
 from diffmem.ops.posterior_mean.rows import OP, PosteriorMean, PosteriorRows
 
-__all__ = ["OP", "PosteriorMean", "PosteriorRows", "posterior_mean"]
+__all__ = ["OP", "PosteriorMean", "PosteriorRows", "Request", "posterior_mean"]
 
 
 def posterior_mean(

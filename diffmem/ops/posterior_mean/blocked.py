@@ -33,10 +33,12 @@ class RunningMean:
     """The weighted mean of what has been seen so far, per query: an online log-sum-exp in float64.
 
     top [B]: the logit that weights are relative to. mass [B]: Σ exp(logit − top). total [B, d]: the same sum of rows.
-    dropped [B]: a bound on the mass left out, in the same unit.
+    dropped [B]: a bound on the mass left out, in the same unit. waits: look whether anything has to be rescaled at all,
+    which saves work on the CPU and makes a GPU wait.
     """
 
-    def __init__(self, count: int, dimension: int, device: torch.device):
+    def __init__(self, count: int, dimension: int, device: torch.device, waits: bool = True):
+        self.waits = waits
         self.top = torch.full((count,), -math.inf, dtype=torch.float64, device=device)
         self.mass = torch.zeros(count, dtype=torch.float64, device=device)
         self.dropped = torch.zeros(count, dtype=torch.float64, device=device)
@@ -48,7 +50,7 @@ class RunningMean:
         factor = (self.top - higher).exp().nan_to_num(0.0)  # −inf − −inf: nothing has been seen
         for part in (self.mass, self.dropped):
             part *= factor
-        if not bool((factor == 1).all()):
+        if not self.waits or not bool((factor == 1).all()):
             self.total *= factor[:, None]
         self.top = higher
 
@@ -66,8 +68,8 @@ class SupportsBlocks(Protocol):
 class Products(Protocol):
     """The two products of one call: queries u [B, d] float64, about a centre, with weights 1/σ² [B]."""
 
-    def logits(self, rows: torch.Tensor) -> Logits:
-        """Of a block of rows [n, d] on the device."""
+    def logits(self, rows: torch.Tensor, squared: torch.Tensor | None = None) -> Logits:
+        """Of a block of rows [n, d] on the device. squared: their squared norms about the center [n], if known."""
 
     def add_weighted(self, state: RunningMean, found: Logits) -> None:
         """Adds all images of the block that `found` was computed of; its logits may be overwritten."""
@@ -75,11 +77,20 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class Logits:
-    """values [B, n] float32; error [B] bounds their distance from the exact ones; rounding [B] models it."""
+    """values [B, n] float32; error [B] bounds their distance from the exact ones; rounding [B] models it.
+
+    rows: those they are of. kept: what else `add_weighted` wants of their making.
+    """
 
     values: torch.Tensor
     error: torch.Tensor
     rounding: torch.Tensor
+    rows: torch.Tensor
+    kept: tuple[torch.Tensor, ...] = ()
+
+    def largest(self) -> torch.Tensor:
+        """The largest logit of each query [B]."""
+        return self.values.amax(dim=1)
 
 
 class Float32Products:
@@ -88,30 +99,39 @@ class Float32Products:
         e = (γ_(d+2)·‖u‖·‖z‖ + 2^-23·(‖u‖·‖z‖ + ‖z‖²/2)) / σ²
 
     (Higham, Accuracy and Stability of Numerical Algorithms, §3.1; the second term is the rounding of what follows the
-    product); the model of it is 2·2^-24·‖u‖·‖z‖ / σ².
+    product); the model of it is 2·2^-24·‖u‖·‖z‖ / σ². keeps: hold the float32 rows of each block from one product to
+    the other, instead of making them again.
     """
 
-    def __init__(self, u: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor, tolerance: float):
-        self.narrow, self.weight, self.centre = u.float(), weight, centre
+    def __init__(
+        self, u: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor, tolerance: float, *, keeps: bool = True
+    ):
+        self.narrow, self.weight, self.centre, self.keeps = u.float(), weight, centre, keeps
         self.lengths = u.norm(dim=1)
-        self.whole = bool((centre == centre.round()).all())
-        self.z = torch.empty(0)
 
-    def logits(self, rows: torch.Tensor) -> Logits:
-        exact = rows.dtype == torch.uint8 and self.whole
+    def logits(self, rows: torch.Tensor, squared: torch.Tensor | None = None) -> Logits:
+        exact = rows.dtype == torch.uint8  # the center of such rows is one of whole numbers
         wide = None if exact else rows.double() - self.centre
-        self.z = rows.float() - self.centre.float() if exact else wide.float()
-        # Squares of whole numbers below 256 are exact in float32; their sums need more.
-        squared = self.z.square().sum(dim=1, dtype=torch.float64) if exact else wide.square().sum(dim=1)
+        z = rows.float() - self.centre.float() if exact else wide.float()
+        if squared is None:
+            # Squares of whole numbers below 256 are exact in float32; their sums need more.
+            squared = z.square().sum(dim=1, dtype=torch.float64) if exact else wide.square().sum(dim=1)
         longest, d = squared.max().sqrt(), rows.shape[1]
-        values = torch.addmm(-0.5 * squared.float(), self.narrow, self.z.T).mul_(self.weight[:, None].float())
+        values = torch.addmm(-0.5 * squared.float(), self.narrow, z.T).mul_(self.weight[:, None].float())
         gamma = (d + 2) * 2.0**-24 / (1 - (d + 2) * 2.0**-24)
         # Where u and z are not exact in float32 they have roundings of their own.
         error = (gamma + 2.0**-22 + (0 if exact else 2.0**-23)) * (self.lengths + longest) * longest * self.weight
-        return Logits(values, error, 2.0**-23 * self.lengths * longest * self.weight)
+        rounding = 2.0**-23 * self.lengths * longest * self.weight
+        return Logits(values, error, rounding, rows, (z,) if self.keeps else ())
 
     def add_weighted(self, state: RunningMean, found: Logits) -> None:
-        add_weighted(state, found.values, self.z)
+        if found.kept:
+            z = found.kept[0]
+        elif found.rows.dtype == torch.uint8:
+            z = found.rows.float() - self.centre.float()
+        else:
+            z = (found.rows.double() - self.centre).float()
+        add_weighted(state, found.values, z)
 
 
 def posterior_mean_blocked(
@@ -133,7 +153,7 @@ def posterior_mean_blocked(
     step = max(1, min(BLOCK_PAIRS // max(count, 1), BLOCK_VALUES // d))
     if count * len(training) * d <= SMALL:
         for start in range(0, len(training), step):
-            _add_all(state, u, training[start : start + step].to(device).double() - centre, weight)
+            add_all(state, u, training[start : start + step].to(device).double() - centre, weight)
         return state.mean() + centre, _log_sum(state, u, weight), state.dropped / state.mass
     both = products(u, weight, centre, tolerance)
     for start in range(0, len(training), step):
@@ -146,16 +166,16 @@ def posterior_mean_blocked(
         kept = logits >= least.nextafter(torch.full_like(least, -math.inf))[:, None]
         if int(kept.count_nonzero()) <= DENSE_SHARE * kept.numel():
             queries, images = kept.nonzero(as_tuple=True)
-            _add_pairs(state, u, rows, centre, weight, queries, images)
+            add_pairs(state, u, rows, centre, weight, queries, images)
             state.dropped += (len(rows) - kept.sum(dim=1)) * math.exp(-reach)
         elif float(found.rounding.max()) > 0.5 * tolerance:
-            _add_all(state, u, rows.double() - centre, weight)
+            add_all(state, u, rows.double() - centre, weight)
         else:
             both.add_weighted(state, found)
     return state.mean() + centre, _log_sum(state, u, weight), state.dropped / state.mass
 
 
-def _add_pairs(
+def add_pairs(
     state: RunningMean,
     u: torch.Tensor,
     rows: torch.Tensor,
@@ -183,7 +203,7 @@ def _add_pairs(
         state.total.index_add_(0, q, z * weights[:, None])
 
 
-def _add_all(state: RunningMean, u: torch.Tensor, z: torch.Tensor, inverse_variance: torch.Tensor) -> None:
+def add_all(state: RunningMean, u: torch.Tensor, z: torch.Tensor, inverse_variance: torch.Tensor) -> None:
     """Adds all pairs of query and float64 row."""
     half = -0.5 * z.square().sum(dim=1)
     add_weighted(state, torch.addmm(half, u, z.T).mul_(inverse_variance[:, None]), z)

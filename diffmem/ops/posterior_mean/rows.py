@@ -10,6 +10,7 @@ from diffmem.errors import InputError
 from diffmem.ops.posterior_mean import native, tensor_cores
 from diffmem.ops.posterior_mean.blocked import SMALL, Float32Products, posterior_mean_blocked
 from diffmem.ops.posterior_mean.reference import posterior_mean_reference
+from diffmem.ops.posterior_mean.resident import Request, ResidentRows, fits
 from diffmem.ops.registry import Implementation, Op, always, register
 from diffmem.ops.triton_ops import triton_unavailable
 from diffmem.progress import Progress, silent
@@ -59,14 +60,18 @@ class ListedRows:
 class PosteriorRows:
     """Training rows [N, d] uint8, float32 or float64, and what the implementation derives from them.
 
-    rows: on the CPU, or on `device`; elsewhere they are moved block by block. order: int64 [N]: what is row 0, 1, … to
-        those who ask is here; rows are gathered block by block then, which "native" does not do. centre: [d] float64, a
-        point in their middle, from which distances are reckoned; whole numbers for uint8 rows. It decides about
-        rounding only.
+    rows: anywhere. Where `device` is a GPU with room for them they are sent there once, with their norms
+        (`diffmem.ops.posterior_mean.resident`); else they are sent block by block at each call.
+    order: int64 [N]: what is row 0, 1, … to those who ask is here; rows are gathered block by block then, which
+        "native" does not do.
+    centre: [d] float64, a point in their middle, from which distances are reckoned; whole numbers for uint8 rows. It
+        decides about rounding only.
     device: where queries come from and answers go. basis: leading principal components [m, d] of the rows, which
         "native" makes use of. length: of the mean row, for what a relative error is relative to (default: ‖centre‖).
-        impl: forces an implementation.
-    Raises InputError where the rows are none, or the implementation cannot be used here.
+        impl: forces an implementation. resident: whether the rows are to live on the device; None: where it is a GPU
+        and they fit.
+    Raises InputError where the rows are none, a center of uint8 rows is not one of whole numbers, or the implementation
+    cannot be used here.
     """
 
     def __init__(
@@ -79,10 +84,13 @@ class PosteriorRows:
         basis: torch.Tensor | None = None,
         length: float | None = None,
         impl: str | None = None,
+        resident: bool | None = None,
         progress: Progress = silent,
     ):
         if rows.ndim != 2 or len(rows) == 0:
             raise InputError(f"training rows must be [N, d], N > 0, got {list(rows.shape)}")
+        if rows.dtype == torch.uint8 and not bool((centre == centre.round()).all()):
+            raise InputError("centre: the center of uint8 rows must be one of whole numbers")
         self.rows, self.order, self.centre, self.device = rows, order, centre.double(), device
         self.impl = OP.choose(device.type, impl)
         length = float(self.centre.norm()) if length is None else length
@@ -99,6 +107,11 @@ class PosteriorRows:
                 self.products = tensor_cores.TensorCoreProducts
             elif impl == "triton":
                 raise InputError(f"posterior_mean: impl='triton' cannot take these rows: {reason}")
+        self.resident: ResidentRows | None = None
+        if self.impl in ("triton", "torch") and (fits(rows, device) if resident is None else resident):
+            kernels = self.products is not Float32Products
+            products = {"products": self.products} if kernels else {}
+            self.resident = ResidentRows(rows, self.centre, device, order, **products)
 
     @property
     def dimension(self) -> int:
@@ -109,6 +122,20 @@ class PosteriorRows:
         if self.order is None:
             return self.rows[start:stop]
         return ListedRows(self.rows, self.order[start:stop])
+
+    def means(self, requests: list[Request], tolerance: float, checks: dict[str, torch.Tensor]) -> list[PosteriorMean]:
+        """The posterior mean of each request, after the checks of their inputs.
+
+        checks: what is wrong where a 0-dimensional bool tensor is false. On a GPU that holds the rows they are looked
+            at together with what the computation has to know: one synchronization in all.
+        Raises InputError with the words of the first check that failed.
+        """
+        if self.resident is None:
+            _require(checks, [bool(check) for check in checks.values()])
+            return [self.mean(x, sigma, tolerance, images) for x, sigma, images in requests]
+        means, passed = self.resident.means(requests, tolerance, list(checks.values()))
+        _require(checks, passed)
+        return [PosteriorMean(*mean) for mean in means]
 
     def mean(
         self,
@@ -122,6 +149,9 @@ class PosteriorRows:
         tolerance: the relative error aimed at, see `posterior_mean`.
         """
         images = (0, len(self.rows)) if images is None else images
+        if self.resident is not None:
+            means, _ = self.resident.means([Request(x, sigma, images)], tolerance)
+            return PosteriorMean(*means[0])
         if isinstance(images, torch.Tensor):
             chosen = ListedRows(self.rows, images if self.order is None else self.order[images])
         else:
@@ -136,3 +166,9 @@ class PosteriorRows:
             mean, log_sum = posterior_mean_reference(x, sigma, chosen[:])
             return PosteriorMean(mean, log_sum, torch.zeros_like(log_sum))
         return PosteriorMean(*posterior_mean_blocked(x, sigma, chosen, tolerance, self.centre, self.products))
+
+
+def _require(checks: dict[str, torch.Tensor], passed: list[bool]) -> None:
+    for message, good in zip(checks, passed, strict=True):
+        if not good:
+            raise InputError(message)

@@ -8,6 +8,7 @@ where the tolerance is 1e-4 or more, three below.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -27,6 +28,14 @@ def unfit(rows: torch.Tensor, centre: torch.Tensor) -> str | None:
     if not bool(((centre == centre.round()) & (centre >= 0) & (centre <= 255)).all()):
         return "the centre is not one of whole grey levels"
     return None
+
+
+@dataclass(frozen=True)
+class SpanLogits(Logits):
+    """Logits with the largest one, and the sum of weights relative to it, of each span of rows."""
+
+    def largest(self) -> torch.Tensor:
+        return self.kept[0].amax(dim=1)
 
 
 class TensorCoreProducts:
@@ -50,28 +59,27 @@ class TensorCoreProducts:
         self.planes = digits.to(torch.int8)
         self.shifts = (digits @ (centre - 128)).to(torch.int32)
         self.units = torch.stack([self.unit * 256**place for place in reversed(range(count))], dim=1).float()
-        self.block: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def logits(self, rows: torch.Tensor) -> Logits:
+    def logits(self, rows: torch.Tensor, squared: torch.Tensor | None = None) -> Logits:
         from diffmem.ops.posterior_mean.triton_kernels import launch_scores  # imports triton
 
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        # Sums of squares of whole numbers below 256: exact in float32 up to 2^24, so in float64.
-        squared = (rows.float() - self.centre).square_().sum(dim=1, dtype=torch.float64)
+        if squared is None:
+            # Sums of squares of whole numbers below 256: exact in float32 up to 2^24, so in float64.
+            squared = (rows.float() - self.centre).square_().sum(dim=1, dtype=torch.float64)
         longest = squared.max().sqrt()
         values, tops, masses = launch_scores(
             self.planes, self.shifts, self.units, self.weight.float(), rows, 0.5 * squared.float()
         )
-        self.block = rows, tops, masses
         arithmetic = FLOAT32 * (self.lengths + longest) * longest
         proven = (0.5 * math.sqrt(rows.shape[1]) * self.unit * longest + 4 * arithmetic) * self.weight
         modelled = (self.unit / math.sqrt(12) * longest + 0.25 * arithmetic) * self.weight
-        return Logits(values, proven, modelled)
+        return SpanLogits(values, proven, modelled, rows, (tops, masses))
 
     def add_weighted(self, state: RunningMean, found: Logits) -> None:
         from diffmem.ops.posterior_mean.triton_kernels import launch_weighted_sums  # imports triton
 
-        rows, tops, masses = self.block
+        rows, (tops, masses) = found.rows, found.kept
         state.raise_top(tops.amax(dim=1).double())
         share = masses.double() * (tops.double() - state.top[:, None]).exp()
         # A span whose images together hold less than a share of the tolerance is left out. What is so small may have
