@@ -124,7 +124,7 @@ struct Work {
 };
 
 // Filtered search. `code` is the queries' own (row layout as encoded). Gives up, leaving the answer undefined, once
-// more than `allowance` of the pairs seen so far (and a few per query) had to be refined; allowance >= 1 never does.
+// more than `allowance` of the pairs seen so far (and a few per query) had to be refined; an infinite one never does.
 Work search_filtered(const Index& index, const Rows& queries, const Code& code, int k, double allowance,
                      const Answer& out, int threads);
 

@@ -25,6 +25,7 @@ from diffmem.search import (
     Neighbors,
     SearchIndex,
     TrainingIndex,
+    check_index,
     find_duplicates,
 )
 
@@ -55,6 +56,7 @@ class Audit:
     holdout: the same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
         without.
     settings: threshold, duplicates, duplicate_radius, flip, device, and what the sets were.
+    warnings: why the verdict must not be relied on, one sentence each; empty where nothing speaks against it.
     """
 
     memorized: np.ndarray
@@ -66,6 +68,7 @@ class Audit:
     training: ImageSet
     settings: dict[str, Any]
     holdout: Audit | None = None
+    warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: software_versions())
 
     @property
@@ -86,6 +89,11 @@ class Audit:
     @property
     def interval(self) -> tuple[float, float]:
         return wilson_interval(self.count, self.total)
+
+    @property
+    def reliable(self) -> bool:
+        """Whether nothing speaks against the verdict: a gate must not pass where this is False."""
+        return not self.warnings
 
     @property
     def raw_count(self) -> int:
@@ -130,6 +138,7 @@ class Audit:
             "interval": list(self.interval),
             "raw_ratio": self.raw_ratio,
             "raw_count": self.raw_count,
+            "warnings": list(self.warnings),
             "training_size": self.training_size,
             "mean_rms": self.mean_rms,
             "holdout": None if self.holdout is None else self.holdout.to_dict(),
@@ -196,7 +205,7 @@ def audit(
     flip: compare mirrored generated images too (for models trained with horizontal flips).
     device: "cpu", "cuda", or "auto".
     index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`); default a new
-        `TrainingIndex`. Anything but FAISS is exact.
+        `TrainingIndex`. Anything but FAISS is exact. An index of other images, or of another order, is refused.
     progress: a callback (`diffmem.progress`), or None.
     Raises InputError (a ValueError) for empty sets, sets that do not fit together, values that are not finite, and
     fewer than two distinct training images.
@@ -214,9 +223,9 @@ def audit(
 
     if index is None:
         index = TrainingIndex(training, device=device)
-    elif len(index) != len(training):
-        raise InputError(f"the index holds {len(index):,} images, the training set {len(training):,}: build it anew")
-    exact = None if isinstance(index, FaissIndex) else index
+    else:
+        check_index(index, training)
+    exact = None if duplicate_radius == 0 or isinstance(index, FaissIndex) else index
     groups = find_duplicates(training.images, duplicate_radius, flip=flip, index=exact, progress=progress)
     if groups.distinct < 2:
         raise InputError(

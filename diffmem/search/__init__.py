@@ -1,7 +1,7 @@
 """Which training images are nearest: exact search, search through FAISS, shards, groups of duplicates."""
 
 from diffmem.search.distinct import DistinctNeighbors, SearchIndex
-from diffmem.search.duplicates import DuplicateGroups, find_duplicates
+from diffmem.search.duplicates import DuplicateGroups, check_index, find_duplicates
 from diffmem.search.faiss_index import FaissIndex, FaissStats
 from diffmem.search.index import QueryStats, TrainingIndex
 from diffmem.search.neighbors import Neighbors
@@ -17,5 +17,6 @@ __all__ = [
     "SearchIndex",
     "ShardedIndex",
     "TrainingIndex",
+    "check_index",
     "find_duplicates",
 ]

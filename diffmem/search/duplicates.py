@@ -18,8 +18,9 @@ import torch
 from diffmem.errors import InputError
 from diffmem.ops.nearest import pairs_within
 from diffmem.progress import Progress, silent
+from diffmem.search.faiss_index import FaissIndex
 from diffmem.search.index import TrainingIndex
-from diffmem.search.rows import as_rows, mirror
+from diffmem.search.rows import Images, as_rows, mirror
 from diffmem.search.sharded import ShardedIndex
 
 BLOCK = 2048
@@ -76,10 +77,12 @@ def find_duplicates(
     images: [N, C, H, W] (any [N, ...] without `flip`), uint8 or float.
     radius: root mean square difference per value (grey levels for uint8 images); 0 finds identical images.
     index: an exact index of `images` made before; above radius 0 one is made where none is given.
-    Raises InputError for a negative or infinite radius.
+    Raises InputError for a negative or infinite radius, and for an index of other images.
     """
     if not 0 <= radius < float("inf"):
         raise InputError(f"the duplicate radius must be 0 or more grey levels (rms), got {radius}")
+    if index is not None:
+        check_index(index, images)
     identical = _identical(images, flip, progress)
     leaders = np.flatnonzero(identical == np.arange(len(images)))
     if radius == 0 or len(leaders) < 2:
@@ -100,6 +103,17 @@ def find_duplicates(
                 forest.join(low, high)
     progress("comparing training images with each other", len(leaders), len(leaders))
     return DuplicateGroups(forest.roots(), len(leaders))
+
+
+def check_index(index: TrainingIndex | ShardedIndex | FaissIndex, images: Images) -> None:
+    """Raises InputError where `index` was not made of exactly these images, in this order."""
+    if len(index) != len(images):
+        raise InputError(f"index holds {len(index):,} images, the training set {len(images):,}: build the index again")
+    if not index.holds(images):
+        raise InputError(
+            f"index holds {len(index):,} images, but not those of the training set (other pixels, another order, size "
+            "or dtype): build the index again from this training set"
+        )
 
 
 class _SelfJoin:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from diffmem.ops.nearest import exact_squared_distances, nearest
 from diffmem.progress import Progress, silent
 from diffmem.search import stored
 from diffmem.search.neighbors import Neighbors
-from diffmem.search.rows import Images, as_rows, fingerprint
+from diffmem.search.rows import Images, as_rows, fingerprint, same_images
 
 BLOCK = 4096
 FORMAT = "diffmem-faiss-index-1"
@@ -74,6 +75,7 @@ class FaissIndex:
     ):
         faiss = _faiss()
         self.rows = _checked_rows(images, "training images")
+        self.fingerprint  # noqa: B018  taken now: the caller's array may be written to later
         self.device = _pick_device(faiss, device)
         self.factory = _with_float16(factory) if float16 and self.device == "cpu" else factory
         self.candidates = candidates
@@ -97,6 +99,15 @@ class FaissIndex:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the images that the index was made of, in their order."""
+        return fingerprint(self.rows)
+
+    def holds(self, images: Images) -> bool:
+        """Whether the index was made of exactly these images [N, ...], in this order."""
+        return same_images(images, self.rows, self.fingerprint)
 
     def query(self, images: Images, k: int = 2, *, recall_sample: int = 64, progress: Progress = silent) -> Neighbors:
         """The k nearest training images that FAISS finds for each image, with exact distances, nearest first.
@@ -146,7 +157,7 @@ class FaissIndex:
             "factory": self.factory,
             "nprobe": self.nprobe,
             "candidates": self.candidates,
-            "fingerprint": fingerprint(self.rows),
+            "fingerprint": self.fingerprint,
         }
         with stored.new_index_folder(Path(folder), description) as beside:
             np.save(beside / "images.npy", self.rows.numpy())
@@ -175,6 +186,7 @@ class FaissIndex:
             index = faiss.read_index(str(folder / FAISS_FILE))
             self = cls.__new__(cls)
             self.rows, self.stats, self.factory = rows, None, description["factory"]
+            self.fingerprint = description["fingerprint"]
             self.candidates, probes = description["candidates"], description["nprobe"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, InputError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,13 @@ from diffmem.search import filtered, stored
 from diffmem.search.faiss_index import FaissIndex, FaissStats
 from diffmem.search.gpu import GpuRows
 from diffmem.search.neighbors import Neighbors
-from diffmem.search.rows import Images, as_rows, check_finite
+from diffmem.search.rows import Images, as_rows, check_finite, fingerprint, same_images
 
 METHODS = ("auto", "filtered", "dense", "faiss", "torch", "reference")
 SMALL = 1024  # training sets below this are searched densely by "auto": a code would not pay for itself
 PROBE = 64  # queries of a block that are tried first when it is open whether the bounds prune
 ALLOWANCE = 0.25  # share of pairs refined beyond which "auto" gives a block up: refining costs about 3 dense pairs
+NEVER = math.inf  # an allowance at which no block is given up, however many of its pairs are refined
 FILTERED_PAIRS = 1 << 31  # pairs per call of the core, between which progress is told and Ctrl-C is heeded
 DENSE_PRODUCTS = 1 << 39  # multiplications per call, for the same reason
 TRIFLE = 1 << 27  # multiplications that "auto" does not try to avoid
@@ -88,6 +91,7 @@ class TrainingIndex:
         self.filtered: filtered.FilteredRows | None = None
         if self.method == "faiss":
             self._faiss = FaissIndex(rows, factory, device=device, progress=progress)
+        self.fingerprint  # noqa: B018  taken now: the caller's array may be written to later
         if self.method == "filtered" or (self.method == "auto" and len(rows) >= SMALL):
             self.filtered = filtered.build(self.rows, components, progress)
 
@@ -117,6 +121,15 @@ class TrainingIndex:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the images that the index was made of, in their order."""
+        return fingerprint(self.rows) if self._faiss is None else self._faiss.fingerprint
+
+    def holds(self, images: Images) -> bool:
+        """Whether the index was made of exactly these images [N, ...], in this order."""
+        return same_images(images, self.rows, self.fingerprint)
 
     @property
     def dimension(self) -> int:
@@ -216,7 +229,7 @@ class _Search:
         if self.index.filtered is None:
             return self._dense(queries)
         if self.index.method == "filtered":
-            return self._filtered(queries, 1.0)
+            return self._filtered(queries, NEVER)
         if len(queries) * self.index.rows.numel() <= TRIFLE:
             return self._dense(queries)
         if not self.trusted and len(queries) > 4 * PROBE:

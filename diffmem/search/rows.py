@@ -36,11 +36,19 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
 
 
 def fingerprint(rows: torch.Tensor) -> str:
-    """SHA-256 over shape, dtype and values: equal for equal rows, wherever they lie."""
+    """SHA-256 over shape, dtype and values: equal for equal rows, wherever they lie; `ImageSet.pixel_fingerprint`."""
     digest = hashlib.sha256(repr((tuple(rows.shape), str(rows.dtype))).encode())
     for start in range(0, len(rows), 4096):
-        digest.update(np.ascontiguousarray(rows[start : start + 4096].numpy()).data)
+        digest.update(np.ascontiguousarray(rows[start : start + 4096].cpu().numpy()).data)
     return digest.hexdigest()
+
+
+def same_images(images: Images, rows: torch.Tensor, rows_fingerprint: str) -> bool:
+    """Whether `images` have the shape, dtype and values of `rows` [N, d], which have this fingerprint."""
+    theirs = as_rows(images)
+    if (theirs.shape, theirs.dtype) != (rows.shape, rows.dtype):
+        return False
+    return rows_fingerprint == (images.pixel_fingerprint if isinstance(images, ImageSet) else fingerprint(theirs))
 
 
 def check_finite(rows: torch.Tensor, what: str) -> None:

@@ -57,6 +57,15 @@ class ShardedIndex:
     def __len__(self) -> int:
         return self.total
 
+    def holds(self, images: Images) -> bool:
+        """Whether the index was made of exactly these images [N, ...], in this order. Each rank compares its own part;
+        all ranks get the same answer."""
+        rows = as_rows(images, "images")
+        mine = (len(rows), rows.dtype) == (self.total, self.dtype)
+        if mine and self.shard is not None:
+            mine = self.shard.holds(rows[self.start : self.stop])
+        return all(bool(part.all()) for part in self._gather(np.array([mine], np.uint8)))
+
     def query(self, images: Images, k: int = 2, *, progress: Progress = silent) -> Neighbors:
         """The k nearest training images of the whole set for each query image, as `TrainingIndex.query` gives them."""
         if not 1 <= k <= self.total:

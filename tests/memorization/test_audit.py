@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.search import distinct
+from diffmem.search import TrainingIndex, distinct, find_duplicates
 
 
 def plain_audit(generated, training, threshold, duplicates, radius, flip):
@@ -135,6 +135,42 @@ def test_floats_are_audited_too(digits):
     np.testing.assert_array_equal(as_floats.memorized, as_bytes.memorized)
     assert as_floats.neighbors.squared_distances.dtype == np.float64
     np.testing.assert_allclose(as_floats.neighbors.rms * 127.5, as_bytes.neighbors.rms, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["memory", "mapped", "stored", "float", "FAISS", "stored FAISS"])
+def test_an_index_of_other_images_is_refused(digits, tmp_path, kind):
+    """Same count, size and dtype: order and content decide, wherever the images lie."""
+    images = digits.images[:300].copy()
+    options = {}
+    if "FAISS" in kind:
+        pytest.importorskip("faiss", reason="FAISS is optional: pip install 'diffmem[faiss]'")
+        options = {"method": "faiss"}
+    if kind == "float":
+        images = images.astype(np.float32)
+    if kind == "mapped":
+        np.save(tmp_path / "images.npy", images)
+        index = TrainingIndex(np.load(tmp_path / "images.npy", mmap_mode="r"))
+    else:
+        index = TrainingIndex(images, **options)
+    if "stored" in kind:
+        index.save(tmp_path / "index")
+        index = TrainingIndex.load(tmp_path / "index")
+    generated = images[5:25].copy()
+    result = diffmem.audit(generated, images, index=index)
+    assert (result.count, result.neighbors.indices[:, 0].tolist()) == (20, list(range(5, 25)))
+    altered = images.copy()
+    altered[299, 0, 7, 7] += 1
+    for other in (altered, images[::-1]):
+        with pytest.raises(InputError, match="index holds 300 images, but not those of the training set"):
+            diffmem.audit(other[:20], other, index=index)
+    with pytest.raises(InputError, match="index holds 300 images, the training set 299"):
+        diffmem.audit(generated, images[:299], index=index)
+    with pytest.raises(InputError, match="not those of the training set"):
+        find_duplicates(altered, 2, index=index)
+    if kind == "memory":  # the array that the index shares memory with
+        images[0] = images[1]
+        with pytest.raises(InputError, match="not those of the training set"):
+            diffmem.audit(generated, images, index=index)
 
 
 small = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 3, 2, 2)

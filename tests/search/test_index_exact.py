@@ -97,7 +97,7 @@ def test_equals_integer_brute_force(level, method, threads, monkeypatch, seed, k
     rng = np.random.default_rng(seed)
     images = np.concatenate([hostile(rng, kind, (n + q + 1) // 2, d) for kind in kinds])
     images = rng.permutation(images)[: n + q]
-    k = data.draw(st.integers(1, min(n, 64)))
+    k = data.draw(st.integers(1, n if method == "filtered" else min(n, 64)))
     components = data.draw(st.sampled_from([1, 60, 61, 200])) if method == "filtered" else None
     assert_exact(images[:q], images[q : q + n], k, method=method, components=components)
 
@@ -113,6 +113,14 @@ def test_many_blocks(level, method, kind, threads, monkeypatch):
     rng = np.random.default_rng(KINDS.index(kind))
     images = hostile(rng, kind, 2500 + 40, 75)
     assert_exact(images[:40], images[40:], 3, method=method)
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_all_of_many_neighbors(dtype):
+    """k = N: every pair is computed, and the filtered search must not give itself up over that."""
+    images = np.random.default_rng(0).integers(0, 256, (1205, 16)).astype(dtype)
+    assert_exact(images[:5], images[5:], 1200, method="filtered")
 
 
 @needs_core

@@ -22,6 +22,10 @@ images, queries, out = np.load(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
 for k in (1, 2, 7):
     found = ShardedIndex(images, device="cpu").query(queries, k)
     np.savez(f"{out}/{dist.get_world_size()}-{dist.get_rank()}-{k}.npz", i=found.indices, d=found.squared_distances)
+index = ShardedIndex(images, device="cpu")
+assert index.holds(images) and not index.holds(images[::-1]) and not index.holds(images[:-1])
+images[-1] = 255 - images[-1]  # the last rank's part only: all must say so
+assert not index.holds(images)
 tiny = ShardedIndex(images[:1], device="cpu").query(queries, 1)  # one of the ranks has nothing to search
 assert (tiny.indices == 0).all() and len(tiny) == len(queries)
 dist.destroy_process_group()
