@@ -25,7 +25,7 @@ from diffmem.errors import InputError
 from diffmem.progress import Progress
 
 # Part of the settings: raise it when the same source would decode to other pixels.
-_VERSION = 1
+_VERSION = 2
 _STAGE = "checking the packed copy"
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 
@@ -84,6 +84,7 @@ def _write(target: Path, key: dict, images: ImageSet) -> None:
         "key": key,
         "contents": images.fingerprint,
         "names": list(images.names),
+        "notes": list(images.notes),
         "skipped": [[item.name, item.reason] for item in images.skipped],
     }
     tensors = {"images": images.images} | ({} if images.labels is None else {"labels": images.labels})
@@ -121,7 +122,7 @@ def _read(target: Path, key: dict, source: str) -> ImageSet | None:
 
         labels = np.array(tensor("labels")) if "labels" in header else None
         skipped = tuple(SkippedFile(name, reason) for name, reason in about["skipped"])
-        images = ImageSet(tensor("images"), about["names"], labels, source, skipped)
+        images = ImageSet(tensor("images"), about["names"], labels, source, skipped, tuple(about["notes"]))
         return images if images.fingerprint == about["contents"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -101,6 +101,7 @@ class Folder:
         if not found:
             raise InputError(f"{path}: no images in this folder or its subfolders")
         self._files = found
+        self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
         self.labels: np.ndarray | None = None
         labels = self._root / DATASET_JSON
@@ -164,6 +165,7 @@ class ZipArchive:
         if not found:
             raise InputError(f"{path}: no images in this archive")
         self._entries = [entries[name] for name in found]
+        self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
         self.labels: np.ndarray | None = None
         if DATASET_JSON in entries:
@@ -262,6 +264,8 @@ class HuggingFaceDataset:
         if not images:
             raise InputError(f"{path}: no column of images among {', '.join(features)}")
         column = "image" if "image" in images else images[0]
+        # The mode to which `datasets` converts what it decodes, where the feature names one that images can have here.
+        self.mode: str | None = features[column].mode if features[column].mode in ("L", "RGB") else None
         self._rows = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
         self._column = column
         self.names: Sequence[str] = [f"{column}-{index:08d}" for index in range(len(dataset))]

@@ -1,15 +1,18 @@
-"""From the bytes of one image file to 8-bit grey or colour pixels, and what counts as those pixels.
+"""From the bytes of one image file to 8-bit grey or color pixels, and what counts as those pixels.
 
 The rules, in one place, for every source of encoded images:
 
 - grey (L, and 1-bit as 0/255) has one channel; RGB and palette images have three; CMYK, YCbCr and HSV become RGB;
 - an alpha channel (or a palette with transparency) is dropped where every pixel is opaque and refused where one is
   not: pixels under transparency mean nothing until somebody chooses a background;
-- 16-bit grey is accepted where eight bits hold it exactly (every level a multiple of 257, which becomes level / 257)
-  and refused otherwise; 16-bit colour is refused, since Pillow would drop its low byte silently;
+- deeper pixels than eight bits, by the file's own header (see `depth`), are refused, since Pillow would drop bits
+  silently; but for 16-bit grey that eight bits hold exactly (every level a multiple of 257, which becomes level / 257);
 - an animation, or a file of several pages, is refused, since no frame is more right than the others (a photograph with
   an embedded preview, MPO, is its main picture);
-- EXIF orientation and colour profiles are ignored: the pixels are those stored in the file, as training code sees them;
+- an image is turned or mirrored as its EXIF orientation says, in every format: as image viewers show it and as Hugging
+  Face `datasets` reads it (`torchvision.datasets.ImageFolder` and EDM's dataset tool take the pixels as stored). A note
+  counts such images. A Pillow image whose pixels are loaded already is taken as it is;
+- color profiles are ignored;
 - an image that declares more than `MAX_PIXELS` is refused before any of it is decoded.
 
 This module is also what the decoding processes run (see `decode_pool`), so it imports little.
@@ -22,9 +25,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from diffmem.data.depth import BadImage, require_eight_bits
 
 MAX_PIXELS = 64 * 2**20
 # Nothing that an image within MAX_PIXELS needs: 4 bytes a pixel, stored raw, and a header.
@@ -34,20 +40,41 @@ MAX_FILE_BYTES = 4 * MAX_PIXELS + 2**20
 _REFUSED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"})
 _USUAL_FORMATS = ("JPEG", "PNG")
 
-# What came out of one file: the pixels' shape (C, H, W), or why there are none.
-Outcome = tuple[int, int, int] | str
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-class BadImage(Exception):
-    """One file holds no usable pixels; the message says why, without the file's name."""
+class Decoded(NamedTuple):
+    """The pixels' shape, and whether an EXIF orientation turned or mirrored them."""
+
+    channels: int
+    height: int
+    width: int
+    turned: bool
+
+
+# What came out of one file: its pixels, or why there are none.
+Outcome = Decoded | str
 
 
 @dataclass(frozen=True)
 class PixelOptions:
-    """What is done to every image on its way in: `color` None, "grey" or "rgb"; `size` None or (height, width)."""
+    """What is done to every image on its way in: `color` None, "grey" or "rgb"; `size` None or (height, width).
+
+    mode: the Pillow mode "L" or "RGB" that the source itself prescribes for its images, before anything else.
+    """
 
     color: str | None = None
     size: tuple[int, int] | None = None
+    mode: str | None = None
 
 
 @cache
@@ -63,12 +90,15 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
-def decode_image(data: bytes, options: PixelOptions) -> Image.Image:
-    """The one image in `data` as a Pillow image of mode "L" or "RGB", converted as `options` ask.
+def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]:
+    """The one image in `data` as a Pillow image of mode "L" or "RGB", converted as `options` ask, and whether its EXIF
+    orientation turned it.
 
     Raises `BadImage`. Call it with Pillow's warnings silenced, except for `DecompressionBombWarning`, which must be an
     error (`decode_into` does both).
     """
+    # Other libraries set this to read what is left of a damaged file; the rest of its pixels would be made up.
+    truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         stream = io.BytesIO(data)
         try:
@@ -79,7 +109,15 @@ def decode_image(data: bytes, options: PixelOptions) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadImage(f"declares {width}×{height} pixels, more than the {MAX_PIXELS:,} that are decoded")
-        return convert(as_grey_or_rgb(image), options)
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise BadImage(f"holds {image.n_frames} frames: keep one of them as an image of its own")
+        deep_grey = require_eight_bits(image, data)
+        image, turned = _upright(image)
+        if deep_grey:
+            image = _sixteen_bit_grey(image)
+        if options.mode is not None and image.mode != options.mode:
+            image = image.convert(options.mode)
+        return convert(as_grey_or_rgb(image), options), turned
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -88,16 +126,34 @@ def decode_image(data: bytes, options: PixelOptions) -> Image.Image:
         raise BadImage("is no image that Pillow can read (corrupt, or another kind of file)") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt input
         raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation of `image`, 1 to 8; 1 where there is none, or none that can be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow's reader raises nearly anything on damaged metadata, which says nothing of the pixels
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """`image`, loaded, as its EXIF orientation says, and whether that changed it."""
+    # Pillow's TIFF reader turns the pixels as it loads them, and takes the tag away.
+    turned = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) in _TURNS
+    image.load()
+    if (orientation := exif_orientation(image)) != 1:
+        image, turned = image.transpose(_TURNS[orientation]), True
+    return image, turned
 
 
 def as_grey_or_rgb(image: Image.Image) -> Image.Image:
     """`image` as mode "L" or "RGB", without losing anything; raises `BadImage` where that cannot be."""
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise BadImage(f"holds {image.n_frames} frames: keep one of them as an image of its own")
-    _refuse_sixteen_bit_color(image)
     image.load()
     mode = image.mode
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or (mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
         return _opaque(image)
     if mode in ("L", "RGB"):
         return image
@@ -105,13 +161,13 @@ def as_grey_or_rgb(image: Image.Image) -> Image.Image:
         return image.convert("L")
     if mode in ("P", "CMYK", "YCbCr", "HSV"):
         return image.convert("RGB")
-    if mode.startswith("I"):
+    if mode.startswith("I;16"):
         return _sixteen_bit_grey(image)
     raise BadImage(f"has pixels of Pillow's mode {mode}: convert it to 8-bit grey or RGB first")
 
 
 def convert(image: Image.Image, options: PixelOptions) -> Image.Image:
-    """`image` (mode "L" or "RGB") in the wanted colour and size: grey by ITU-R 601 luma, sizes by Lanczos."""
+    """`image` (mode "L" or "RGB") in the wanted color and size: grey by ITU-R 601 luma, sizes by Lanczos."""
     if options.color == "grey" and image.mode == "RGB":
         image = image.convert("L")
     elif options.color == "rgb" and image.mode == "L":
@@ -137,12 +193,12 @@ def decode_into(out: np.ndarray, encoded: Sequence[bytes], options: PixelOptions
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for row, data in enumerate(encoded):
             try:
-                image = decode_image(data, options)
+                image, turned = decode_image(data, options)
             except BadImage as bad:
                 outcomes.append(str(bad))
                 continue
-            outcomes.append((1 if image.mode == "L" else 3, image.height, image.width))
-            if outcomes[-1] == (channels, height, width):
+            outcomes.append(Decoded(1 if image.mode == "L" else 3, image.height, image.width, turned))
+            if outcomes[-1][:3] == (channels, height, width):
                 canvas.paste(image, (0, row * height))
     out[:] = np.asarray(canvas).reshape(count, height, width, channels).transpose(0, 3, 1, 2)
     return outcomes
@@ -157,17 +213,6 @@ def _opaque(image: Image.Image) -> Image.Image:
     if image.getchannel("A").getextrema()[0] < 255:
         raise BadImage("has transparent pixels: put it on a background first (or drop its alpha channel)")
     return image.convert("L" if grey else "RGB")
-
-
-def _refuse_sixteen_bit_color(image: Image.Image) -> None:
-    if image.format == "JPEG":
-        return  # Pillow opens none of more than eight bits
-    arguments = [tile[3] for tile in getattr(image, "tile", ())]
-    wide = any(";16" in str(argument) for argument in arguments) or (
-        image.format == "PPM" and any(isinstance(argument, tuple) and argument[-1] > 255 for argument in arguments)
-    )
-    if wide and image.mode in ("LA", "RGB", "RGBA"):
-        raise BadImage("has 16 bits per channel: convert it to 8 bits first")
 
 
 def _sixteen_bit_grey(image: Image.Image) -> Image.Image:

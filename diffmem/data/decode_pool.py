@@ -18,11 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from typing import BinaryIO, Protocol
+from dataclasses import asdict
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from diffmem.data.decode import BadImage, Outcome, PixelOptions, decode_into
+from diffmem.data.decode import BadImage, Decoded, Outcome, PixelOptions, decode_into
 from diffmem.data.image_set import SkippedFile
 from diffmem.data.storage import allocate, discard_rows
 from diffmem.errors import InputError
@@ -36,20 +37,32 @@ _BLOCK_IMAGES = 256
 
 
 class EncodedImages(Protocol):
-    """Image files in some container: `names`, what the container is called, and the bytes of each file."""
+    """Image files in some container: `names`, what the container is called, the Pillow mode ("L", "RGB" or None) that
+    it prescribes for them, and the bytes of each file."""
 
     description: str
     names: Sequence[str]
+    mode: str | None
 
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises `BadImage`, and may be called from several threads."""
         ...
 
 
+class DecodedImages(NamedTuple):
+    """What a source holds: images uint8 [n, C, H, W], the index in the source's `names` of each, the files skipped, and
+    how many images an EXIF orientation turned."""
+
+    images: np.ndarray
+    kept: np.ndarray
+    skipped: tuple[SkippedFile, ...]
+    turned: int
+
+
 def decode_all(
     source: EncodedImages, options: PixelOptions, *, limit: int | None, skip_bad: bool, progress: Progress
-) -> tuple[np.ndarray, np.ndarray, tuple[SkippedFile, ...]]:
-    """The images (uint8 [n, C, H, W]), the index in `source.names` of each, and the files passed over.
+) -> DecodedImages:
+    """All images of `source`, or the first `limit`.
 
     Raises `InputError` at the first file that cannot be used (unless `skip_bad`), where sizes or channels are mixed,
     and where no image is left.
@@ -78,7 +91,7 @@ def decode_all(
 
     bad = np.array(sorted(tally.bad), dtype=np.int64)
     skipped = tuple(SkippedFile(source.names[index], tally.bad[index]) for index in bad)
-    return discard_rows(images, bad), np.setdiff1d(np.arange(total), bad), skipped
+    return DecodedImages(discard_rows(images, bad), np.setdiff1d(np.arange(total), bad), skipped, tally.turned)
 
 
 class _Tally:
@@ -89,6 +102,7 @@ class _Tally:
         self.shape: tuple[int, int, int] | None = None
         self.bad: dict[int, str] = {}
         self.shapes: dict[tuple[int, int, int], list[int]] = {}
+        self.turned = 0
         self.done = 0
         self.last_report = time.monotonic()
 
@@ -105,7 +119,8 @@ class _Tally:
             if isinstance(outcome, str):
                 self.refuse(index, unread.get(index, outcome))
             else:
-                self.shapes.setdefault(tuple(outcome), []).append(index)
+                self.shapes.setdefault(tuple(outcome[:3]), []).append(index)
+                self.turned += outcome[3]
         if any(shape != self.shape for shape in self.shapes):
             raise InputError(f"{self.source.description}: {_mixed(self.shapes, self.source.names)}")
         self.done += len(block)
@@ -146,7 +161,7 @@ def _first_good(
         except BadImage as bad:
             outcome = str(bad)
         if not isinstance(outcome, str):
-            return index, outcome
+            return index, outcome[:3]
         tally.refuse(index, outcome)
         tally.done += 1
     name, reason = source.names[0], tally.bad[0]
@@ -252,7 +267,7 @@ def _start() -> subprocess.Popen:
 def _send(stdin: BinaryIO, data: Sequence[bytes], shape: tuple[int, ...], options: PixelOptions) -> None:
     """Ask a process for the pixels of one block. Raises `OSError` if the process is gone."""
     lengths = [len(item) for item in data]
-    request = {"lengths": lengths, "shape": shape, "color": options.color, "size": options.size}
+    request = {"lengths": lengths, "shape": shape, "options": asdict(options)}
     stdin.write(json.dumps(request).encode() + b"\n")
     stdin.writelines(data)
     stdin.flush()
@@ -263,7 +278,7 @@ def _receive(stdout: BinaryIO, rows: np.ndarray) -> list[Outcome]:
     reply = stdout.readline()
     if not reply.endswith(b"\n") or stdout.readinto(memoryview(rows).cast("B")) != rows.nbytes:
         raise EOFError
-    return json.loads(reply)
+    return [outcome if isinstance(outcome, str) else Decoded(*outcome) for outcome in json.loads(reply)]
 
 
 def serve() -> None:
@@ -272,8 +287,7 @@ def serve() -> None:
     sys.stdout = sys.stderr  # a plugin that prints must not talk into the pixels
     while line := stdin.readline():
         request = json.loads(line)
-        size = request["size"]
-        options = PixelOptions(request["color"], None if size is None else tuple(size))
+        options = PixelOptions(**request["options"])
         data = [stdin.read(length) for length in request["lengths"]]
         rows = np.empty((len(data), *request["shape"]), dtype=np.uint8)
         outcomes = decode_into(rows, data, options)

@@ -52,7 +52,8 @@ def load_images(
         image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`,
         `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy
         array, a torch tensor, a torch dataset, an iterable of images or batches (alone or with labels), or an
-        `ImageSet`. Labels and file names are kept. What counts as a file's pixels: see `diffmem.data.decode`.
+        `ImageSet`. Labels and file names are kept. What counts as a file's pixels: see `diffmem.data.decode`; images
+        are turned as their EXIF orientation says, which a note counts, and none loses bits.
     resize: N for N×N, or (height, width): Lanczos resampling with antialiasing, not keeping the aspect ratio.
     color: "grey" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for grey images); None changes nothing.
     limit: only the first so many (files, where the source is made of files).
@@ -110,9 +111,19 @@ def _decoded(
     encoded: EncodedImages, options: PixelOptions, limit: int | None, skip_bad: bool, progress: Progress
 ) -> ImageSet:
     """The decoded images of a container of files."""
-    images, kept, skipped = decode_all(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress)
+    options = replace(options, mode=encoded.mode)
+    images, kept, skipped, turned = decode_all(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress)
     labels = None if encoded.labels is None else encoded.labels[kept]
-    return ImageSet(images, [encoded.names[index] for index in kept], labels, encoded.description, skipped)
+    notes = () if not turned else (_turned_note(encoded.description, turned, len(images)),)
+    return ImageSet(images, [encoded.names[index] for index in kept], labels, encoded.description, skipped, notes)
+
+
+def _turned_note(source: str, turned: int, count: int) -> str:
+    return (
+        f"{source}: {turned:,} of {count:,} images carry an EXIF orientation and were turned or mirrored as it says, as"
+        " viewers and Hugging Face's reader do; training code that reads files with torchvision or EDM's dataset tool"
+        " sees them as stored"
+    )
 
 
 def _encoded(path: Path, key: str | None) -> EncodedImages | None:

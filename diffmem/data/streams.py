@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from diffmem.data.adapt import adapt
 from diffmem.data.arrays import Arrays, as_nchw, to_numpy
-from diffmem.data.decode import BadImage, PixelOptions, as_grey_or_rgb, convert
+from diffmem.data.decode import BadImage, PixelOptions, as_grey_or_rgb, convert, decode_image
 from diffmem.data.labels import check_labels
 from diffmem.data.storage import Gathering
 from diffmem.errors import InputError
@@ -108,10 +108,27 @@ def _split(item: Any, place: str) -> tuple[Any, Any]:
 
 
 def _from_pillow(image: Image.Image, options: PixelOptions, place: str) -> np.ndarray:
+    """A file that was opened but not loaded is read as a file is; pixels that are loaded are taken as they are."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels = np.asarray(convert(as_grey_or_rgb(image), options))
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if (data := _unread_file(image)) is not None:
+                pixels = np.asarray(decode_image(data, options)[0])
+            else:
+                pixels = np.asarray(convert(as_grey_or_rgb(image), options))
     except (BadImage, OSError) as bad:
         raise InputError(f"{place}: the image {bad}") from None
     return pixels.reshape(1, *pixels.shape[:2], -1).transpose(0, 3, 1, 2)
+
+
+def _unread_file(image: Image.Image) -> bytes | None:
+    """The file from which `image` was opened, where none of its pixels were loaded yet."""
+    file = getattr(image, "fp", None)
+    if not (isinstance(image, ImageFile.ImageFile) and image.tile and file is not None):
+        return None
+    position = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(position)
+    return data

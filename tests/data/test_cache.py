@@ -48,7 +48,7 @@ def images_of(count):
 def same(one, two):
     np.testing.assert_array_equal(one.images, two.images)
     np.testing.assert_array_equal(one.labels, two.labels)
-    assert (one.names, one.skipped, one.source) == (two.names, two.skipped, two.source)
+    assert (one.names, one.skipped, one.source, one.notes) == (two.names, two.skipped, two.source, two.notes)
 
 
 @pytest.fixture

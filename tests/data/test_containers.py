@@ -411,6 +411,31 @@ def test_hugging_face_dataset(tmp_path, refused):
     refused(tmp_path / "single", "not a whole Hugging Face dataset")
 
 
+def test_pixels_are_those_that_datasets_gives(tmp_path):
+    """Turned by EXIF in every format, and in the mode that the column prescribes."""
+    datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+    shown, files = pixels(5), []
+    for orientation, (kind, image) in enumerate(zip(["PNG", "JPEG", "WEBP", "TIFF", "AVIF"], shown, strict=True), 4):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        files.append({"bytes": encoded(image, kind, exif=exif), "path": None})
+    dataset = datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
+    dataset.save_to_disk(tmp_path / "oriented")
+    loaded = load_images(tmp_path / "oriented")
+    np.testing.assert_array_equal(loaded.images, [np.asarray(row["image"]).transpose(2, 0, 1) for row in dataset])
+    np.testing.assert_array_equal(loaded.images, load_images([row["image"] for row in dataset]).images)
+    assert "5 of 5 images carry an EXIF orientation" in loaded.notes[0]
+    half = np.concatenate([shown, np.full((5, 1, 6, 6), 128, np.uint8)], axis=1)
+    for mode in ("RGB", "L"):
+        dataset = datasets.Dataset.from_dict(
+            {"image": [{"bytes": encoded(image), "path": None} for image in half]},
+            features=datasets.Features({"image": datasets.Image(mode=mode)}),
+        )
+        dataset.save_to_disk(tmp_path / mode)
+        given = [np.asarray(row["image"]).reshape(6, 6, -1).transpose(2, 0, 1) for row in dataset]
+        np.testing.assert_array_equal(load_images(tmp_path / mode).images, given)
+
+
 def test_missing_datasets_package(tmp_path, monkeypatch):
     from diffmem.errors import MissingExtraError
 
