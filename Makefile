@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # On machines without a GPU, a CPU build of PyTorch saves gigabytes: give its requirement or wheel here.
 TORCH ?= torch
-EXTRAS ?= demo,faiss,gpu,test,dev
+# Not gpu: its FAISS is another package with the same module as the extra faiss brings, and 135 MB.
+EXTRAS ?= demo,faiss,triton,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 

@@ -1,7 +1,8 @@
 """What every Triton kernel uses of a GPU, in every configuration that can be launched; needs no GPU.
 
-Writes benchmarks/results/kernels.csv: registers, shared memory, spills, occupancy, instructions and bytes moved, per
-kernel, configuration and architecture. A row is made anew only where the kernel's source or Triton has changed.
+Writes benchmarks/results/kernels.triton-<version>.csv: registers, shared memory, spills, occupancy, instructions and
+bytes moved, per kernel, configuration and architecture. Another Triton compiles to other code, so each version has a
+table of its own. A row is made again only where the kernel's source has changed.
 
     python -m benchmarks kernels                       # what has changed, about a second a row; may be interrupted
     python -m benchmarks kernels --only attention      # rows whose name contains this; all others stay
@@ -23,9 +24,11 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -34,7 +37,6 @@ import torch
 from benchmarks.harness import RESULTS, Bench
 from benchmarks.triton_resources import ARCHITECTURES, Launch, bytes_by_depth, compile_launch, recorded, source_digest
 
-RESULT = RESULTS / "kernels.csv"
 COLUMNS = (
     "op", "kernel", "configuration", "architecture", "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps",
     "blocks_per_multiprocessor", "occupancy", "instructions", "matrix_instructions", "load_bytes", "store_bytes",
@@ -160,11 +162,16 @@ def row_of(op: str, launch: Launch, architecture: int) -> dict[str, str]:
             or name in measured}  # fmt: skip
 
 
+def result(folder: Path = RESULTS) -> Path:
+    """The table of the Triton that is installed."""
+    return folder / f"kernels.triton-{importlib.metadata.version('triton')}.csv"
+
+
 def read_rows() -> dict[tuple[str, ...], dict[str, str]]:
-    """The table's rows by kernel, configuration and architecture, and op."""
-    if not RESULT.exists():
+    """The rows of this Triton's table by kernel, configuration and architecture, and op."""
+    if not result().exists():
         return {}
-    with RESULT.open(newline="") as stream:
+    with result().open(newline="") as stream:
         return {key_of(row): row for row in csv.DictReader(stream)}
 
 
@@ -194,9 +201,9 @@ def run(bench: Bench) -> None:
 
 
 def _write(rows: dict[tuple[str, ...], dict[str, str]]) -> None:
-    partial = RESULT.with_suffix(".partial")
+    partial = result().with_suffix(".partial")
     with partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
-    partial.replace(RESULT)
+    partial.replace(result())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from diffmem.errors import InputError
 
+SETTING = "DIFFMEM_DEVICE"  # the environment's choice of what "auto" stands for
+
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that `device` names: "cpu", "cuda", "cuda:1", or "auto" (a GPU where there is one).
+    """The device that `device` names: "cpu", "cuda", "cuda:1", or "auto": what DIFFMEM_DEVICE in the environment names,
+    else a GPU where there is one.
 
     Raises InputError for names that torch does not know and for devices that are not here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = os.environ.get(SETTING) or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
     except RuntimeError as error:

@@ -14,10 +14,14 @@ import diffmem
 import diffmem.ops
 from diffmem.ops.registry import OPS, build_info, native_module
 
+# Packages of the module `faiss`. Each writes over the others' files, so that an environment holds one of them.
+FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
+
 # Package: the extra that brings it, and what it is for.
 OPTIONAL = {
-    "faiss-cpu": ("faiss", "approximate and GPU search"),
-    "triton": ("gpu", "fused GPU kernels"),
+    "faiss-cpu": ("faiss", "approximate search"),
+    "faiss-gpu": ("gpu", "approximate search on GPUs too, in the place of faiss-cpu"),
+    "triton": ("triton", "fused GPU kernels"),
     "scikit-learn": ("demo", "built-in digits and photographs"),
     "datasets": ("datasets", "Hugging Face data sets on disk"),
     "ray": ("ray", "studies on many machines"),
@@ -47,11 +51,31 @@ def describe() -> dict[str, Any]:
         },
         "cuda": {"present": module is not None and module.with_cuda, "why": built["cuda_reason"]},
         "ops": {name: {device: op.explain(device) for device in devices} for name, op in sorted(OPS.items())},
+        "faiss": describe_faiss(),
         "optional": {
             name: {"version": _version(name), "extra": extra, "purpose": purpose}
             for name, (extra, purpose) in OPTIONAL.items()
         },
     }
+
+
+def describe_faiss() -> dict[str, Any]:
+    """Which FAISS is installed: `packages` with their versions, `gpus` that it sees, and in `problem` what is wrong
+    with that (None: nothing)."""
+    packages = {name: found for name in FAISS if (found := _version(name)) is not None}
+    problem, gpus = None, 0
+    if len(packages) > 1:
+        names = " ".join(packages)
+        problem = (
+            f"{' and '.join(packages)} provide the same module, and an environment holds one of them: "
+            f"pip uninstall {names}, then install the one you want"
+        )
+    try:
+        gpus = importlib.import_module("faiss").get_num_gpus()
+    except ImportError as error:
+        if packages:
+            problem = problem or f"it cannot be imported: {error}"
+    return {"packages": packages, "gpus": gpus, "problem": problem}
 
 
 def _version(package: str) -> str | None:

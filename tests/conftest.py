@@ -15,6 +15,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))
 
 torch.set_flush_denormal(True)
 
+# What says "auto" here, and in every process that a test starts, means the CPU, on machines with a GPU too; tests of
+# the GPU (marked gpu) name their device.
+os.environ["DIFFMEM_DEVICE"] = "cpu"
+
 ROOT = Path(__file__).parents[1]
 
 

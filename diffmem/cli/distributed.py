@@ -26,9 +26,12 @@ def process_group() -> Iterator[bool]:
     import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
+    from diffmem.devices import pick_device
+
+    gpus = pick_device("auto").type == "cuda"
+    if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if gpus else "gloo")
     try:
         yield True
     finally:

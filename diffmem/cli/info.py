@@ -14,7 +14,7 @@ from diffmem.cli.options import debug_option
 @debug_option
 def info_command(as_json: bool) -> None:
     """What is installed, what this machine offers, and which implementation each op uses here and why."""
-    from diffmem.environment import describe
+    from diffmem.environment import FAISS, describe
 
     facts = describe()
     if as_json:
@@ -33,7 +33,13 @@ def info_command(as_json: bool) -> None:
     for name, devices in facts["ops"].items():
         for device, why in devices.items():
             click.echo(f"  {name} on {device}: {why}")
+    faiss = facts["faiss"]
+    found = ", ".join(f"{name} {version}" for name, version in faiss["packages"].items())
+    where = f"on {faiss['gpus']} GPU(s)" if faiss["gpus"] else "on the CPU"
+    problem = f"; {faiss['problem']}" if faiss["problem"] else ""
+    click.echo(f"FAISS: {f'{found}, {where}' if found else 'none'}{problem}")
     click.echo("optional packages")
     for name, found in facts["optional"].items():
         state = found["version"] or f"not installed (pip install 'diffmem[{found['extra']}]')"
-        click.echo(f"  {name} {state}: {found['purpose']}")
+        if name in faiss["packages"] or not (name in FAISS and faiss["packages"]):
+            click.echo(f"  {name} {state}: {found['purpose']}")

@@ -10,6 +10,7 @@ reports it in `stats`.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffmem.devices import SETTING
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.ops.nearest import exact_squared_distances, nearest
 from diffmem.progress import Progress, silent
@@ -238,7 +240,7 @@ def _faiss():
     try:
         import faiss
     except ImportError as error:
-        raise MissingExtraError("faiss-cpu (or a GPU build of FAISS)", "faiss", 'method="faiss"') from error
+        raise MissingExtraError("faiss-cpu (or, on GPUs, faiss-gpu)", "faiss", 'method="faiss"') from error
     return faiss
 
 
@@ -252,9 +254,12 @@ def _checked_rows(images: Images, what: str) -> torch.Tensor:
 def _pick_device(faiss, device: str) -> str:
     gpus = faiss.get_num_gpus()
     if device == "auto":
-        return "cuda" if gpus else "cpu"
+        return "cuda" if gpus and not os.environ.get(SETTING, "").startswith("cpu") else "cpu"
     if device.startswith("cuda") and not gpus:
-        raise InputError('this FAISS has no GPU support or sees no GPU: device="cpu", or install a GPU build of FAISS')
+        raise InputError(
+            'this FAISS has no GPU support or sees no GPU: device="cpu", or a FAISS with GPU support '
+            "in the place of this one (pip uninstall faiss-cpu; pip install 'diffmem[gpu]')"
+        )
     if device != "cpu" and not device.startswith("cuda"):
         raise InputError(f'device must be "cpu", "cuda" or "auto", got {device!r}')
     return device.split(":")[0]

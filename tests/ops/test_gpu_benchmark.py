@@ -34,7 +34,7 @@ print(json.dumps(sorted(names)))
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="no triton here: pip install 'diffmem[gpu]'")
+@pytest.mark.skipif(find_spec("triton") is None, reason="no triton here: pip install 'diffmem[triton]'")
 def test_dry_run_covers_every_kernel_and_baseline(tmp_path):
     command = [sys.executable, "-c", RECORDED, "--interpret", "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True,

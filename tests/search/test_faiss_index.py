@@ -7,7 +7,7 @@ import diffmem
 from diffmem.errors import InputError
 from diffmem.search import FaissIndex, TrainingIndex
 
-pytest.importorskip("faiss", reason="FAISS is optional: pip install 'diffmem[faiss]'")
+faiss = pytest.importorskip("faiss", reason="FAISS is optional: pip install 'diffmem[faiss]'")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,8 @@ def test_the_audit_takes_it(patches):
         diffmem.audit(patches[:10], patches[:999], index=index)
 
 
-def test_bad_arguments(patches):
+def test_bad_arguments(patches, monkeypatch):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
     for call, words in [
         (lambda: FaissIndex(patches[:10], "IVF100,Flat"), "cannot build"),
         (lambda: FaissIndex(patches[:10], "Nonsense7"), "cannot build"),

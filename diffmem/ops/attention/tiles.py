@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from diffmem.precision import matmul_precision
+
 KERNELS = ("forward", "query_gradient", "key_value_gradient")
 WIDEST_HEAD, MOST_TOKENS = 512, 4096
 
@@ -50,8 +52,8 @@ def tile(kernel: str, tokens: int, head_channels: int, dtype: torch.dtype, preci
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: as `torch.backends.cuda.matmul.allow_tf32` says."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How products of float32 are formed: as PyTorch's switches say (`diffmem.precision`)."""
+    return matmul_precision() if dtype == torch.float32 else "ieee"
 
 
 def every_tile(kernel: str, dtype: torch.dtype, precision: str) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@
 A group of channels is normalized as a whole. Where it fits on chip, one program reads it once, and writes it once
 ("whole"). Where it does not, a first kernel leaves partial statistics of tiles, a second one reads the map again and
 merges them ("split"). Sizes are powers of two (of four along the pixels, as square maps have), so that there are few
-kernels to compile and check: benchmarks/results/kernels.csv lists them all.
+kernels to compile and check: benchmarks/results/kernels.triton-*.csv lists them all.
 """
 
 from __future__ import annotations

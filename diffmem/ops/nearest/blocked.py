@@ -29,11 +29,11 @@ Floors, for Q = 10,000, N = 50,000, d = 3072 on 2 cores at about 170 Gflop/s flo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from diffmem.errors import InputError
+from diffmem.precision import float32_products
 
 QUERY_BLOCK = 2048
 TRAINING_BLOCK = 4096
@@ -112,7 +112,7 @@ class _Products:
         y = self._centred(training)
         norms = self._squared_norms(y)
         self.largest_norm = norms.max().sqrt()
-        with _full_precision():
+        with float32_products("ieee"):
             return torch.addmm(norms.to(self.format), self.x, y.T, alpha=-2)
 
     def margin(self) -> torch.Tensor:
@@ -175,14 +175,3 @@ def _merge(squared, indices, rows, columns, exact, count: int, k: int) -> tuple[
 def _training_blocks(training: torch.Tensor, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
     for offset in range(0, len(training), TRAINING_BLOCK):
         yield offset, training[offset : offset + TRAINING_BLOCK].to(device)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 or bf16 inside matrix products: the margin assumes the format's own rounding."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

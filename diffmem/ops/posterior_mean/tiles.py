@@ -1,8 +1,8 @@
 """How the Triton kernels of the posterior mean cut queries, images and pixels into tiles.
 
 Sizes are powers of two, one set for few queries and one for many, so that there are few kernels to compile and check:
-benchmarks/results/kernels.csv lists them all. They are the largest of those tried (16 and 64 queries; 32 to 128 images
-and values; 4 and 8 warps; 2 and 3 stages) that leave all of sm_80, sm_90 and sm_100 without spills.
+benchmarks/results/kernels.triton-*.csv lists them all. They are the largest of those tried (16 and 64 queries; 32 to
+128 images and values; 4 and 8 warps; 2 and 3 stages) that leave all of sm_80, sm_90 and sm_100 without spills.
 """
 
 from __future__ import annotations
