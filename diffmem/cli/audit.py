@@ -36,11 +36,12 @@ class Threshold(click.ParamType):
 @click.option("--threshold", type=Threshold(), default="1/3", show_default=True, help="A copy has d1/d2 below this.")
 @click.option(
     "--duplicates", type=click.Choice(["collapse", "keep"]), default="collapse", show_default=True,
-    help="Take the second neighbour outside the first one's duplicates, or leave duplicates in (the paper's rule).",
+    help="Take the second neighbor among the images that are no duplicates of the first, or leave duplicates in (the "
+    "paper's rule).",
 )  # fmt: skip
 @click.option(
     "--duplicate-radius", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="Training images within this distance (rms, grey levels) are duplicates.",
+    help="Training images within this distance (rms, gray levels) of the nearest one are duplicates of it.",
 )  # fmt: skip
 @click.option("--flip", is_flag=True, help="Look for mirrored copies too (models trained with horizontal flips).")
 @click.option("--resize", type=click.IntRange(min=1), help="Bring all images to N x N, antialiased.")
@@ -117,15 +118,20 @@ def audit_command(
         return 0
     report = None if out is None else result.save(out)
     closed = fail_above is not None and result.interval[0] > fail_above
+    undecided = fail_above is not None and not closed and not result.reliable
     if as_json:
         click.echo(json.dumps(result.to_dict()))
+        for warning in result.warnings:
+            click.echo(f"warning: {warning}", err=True)
     else:
         print_verdict(result)
         if report is not None:
             click.echo(f"report: {report}")
     if closed:
         click.echo(f"gate closed: the interval's lower end {result.interval[0]:.4f} lies above {fail_above}", err=True)
-    return int(closed)
+    if undecided:
+        click.echo("gate undecided: the audit carries warnings, see above", err=True)
+    return 4 if undecided else int(closed)
 
 
 def print_verdict(result: Audit) -> None:
@@ -133,12 +139,20 @@ def print_verdict(result: Audit) -> None:
     from diffmem.pages import percent
 
     click.echo(f"{result.verdict()}.")
-    if result.settings["duplicates"] == "collapse":
-        click.echo(f"  paper's rule, duplicates left in: {result.raw_count:,} ({percent(result.raw_ratio)})")
+    for warning in result.warnings:
+        click.echo(f"  warning: {warning}")
+    left_in = f"{result.raw_count:,} ({percent(result.raw_ratio)})"
+    published = f"{result.published_count:,} ({percent(result.published_ratio)})"
+    click.echo(f"  duplicates left in: {left_in}; as the paper's code counts, where 0/0 is no copy: {published}")
     if result.holdout is not None:
         low, high = result.holdout.interval
         alarms = f"{result.holdout.count:,} of {result.holdout.total:,} ({percent(result.holdout.ratio)}"
         click.echo(f"  false alarms on unseen real images: {alarms}, interval {percent(low)} to {percent(high)})")
+        if left_out := result.holdout.left_out:
+            first = f"{left_out[0].name} is {left_out[0].training_name}"
+            click.echo(f"  left out of the holdout set, since they are training images: {len(left_out):,} ({first})")
+        for warning in result.holdout.warnings:
+            click.echo(f"  warning about the holdout set: {warning}")
     click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} grey levels rms")
     if result.duplicates:
         click.echo(f"  duplicates in the training set: {len(result.duplicates):,} groups")

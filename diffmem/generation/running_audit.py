@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,8 +47,8 @@ class RunningAudit:
         self.index = TrainingIndex(self.training, device=str(device), progress=progress)
         # One image stands for those to come, so that sets that do not fit together come to light now.
         stand_in = ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled")
-        unseen = None if self.holdout is None else self.holdout.select(slice(0, 1))
-        first = audit(stand_in, self.training, holdout=unseen, index=self.index, flip=flip)
+        first = audit(stand_in, self.training, holdout=self.holdout, index=self.index, flip=flip, progress=progress)
+        self._holdout_audit = first.holdout
         self._search = DistinctNeighbors(self.index, self.training.images, first.duplicate_groups, flip=flip)
         self._threshold = parse_threshold(first.settings["threshold"])
         self.count = self.total = 0
@@ -69,6 +70,5 @@ class RunningAudit:
 
     def audit(self, generated: ImageSet) -> Audit:
         """The audit of all images."""
-        return audit(
-            generated, self.training, holdout=self.holdout, index=self.index, flip=self.flip, progress=self.progress
-        )
+        result = audit(generated, self.training, index=self.index, flip=self.flip, progress=self.progress)
+        return replace(result, holdout=self._holdout_audit)

@@ -1,16 +1,18 @@
 """Which generated images are copies: criteria, statistics, the audit and its report."""
 
-from diffmem.memorization.audit import Audit, CopiedImage, audit
-from diffmem.memorization.criteria import parse_threshold, ratio_rule
+from diffmem.memorization.audit import Audit, CopiedImage, SeenImage, audit
+from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
 from diffmem.memorization.statistics import Question, anytime_interval, wilson_interval
 
 __all__ = [
     "Audit",
     "CopiedImage",
     "Question",
+    "SeenImage",
     "anytime_interval",
     "audit",
     "parse_threshold",
+    "published_rule",
     "ratio_rule",
     "wilson_interval",
 ]

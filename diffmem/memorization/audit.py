@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ import torch
 import diffmem
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.memorization.criteria import parse_threshold, ratio_rule
+from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
 from diffmem.memorization.statistics import wilson_interval
 from diffmem.pages import percent
 from diffmem.progress import Progress, silent
@@ -42,19 +42,31 @@ class CopiedImage:
     count: int
 
 
+@dataclass(frozen=True)
+class SeenImage:
+    """An image of the holdout set that is in the training set: its index and name in both."""
+
+    index: int
+    name: str
+    training_index: int
+    training_name: str
+
+
 @dataclass(frozen=True, repr=False)
 class Audit:
     """What `audit` found. Per-image arrays follow the order of the generated images.
 
     memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
-    raw_memorized: bool [Q], by the paper's rule, duplicates left in.
-    neighbors: the nearest training image and the second nearest that is not a duplicate of it.
+    raw_memorized: bool [Q], by the paper's rule, duplicates left in; d1 = 0 counts whatever d2 is.
+    published_memorized: bool [Q], the same as the code published with the paper counts: not where d1 = d2 = 0.
+    neighbors: the nearest training image, and the nearest of those that are farther than the duplicate radius from it.
     raw_neighbors: the two nearest, duplicates left in.
     duplicates: groups of training images within the duplicate radius.
     interval: the 95 % Wilson interval of the ratio.
     sources: the training images copied most often, most copied first.
     holdout: the same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
         without.
+    left_out: of a holdout: the images that are in the training set, pixel for pixel, which it therefore leaves out.
     settings: threshold, duplicates, duplicate_radius, flip, device, and what the sets were.
     warnings: why the verdict must not be relied on, one sentence each; empty where nothing speaks against it.
     """
@@ -68,6 +80,7 @@ class Audit:
     training: ImageSet
     settings: dict[str, Any]
     holdout: Audit | None = None
+    left_out: tuple[SeenImage, ...] = ()
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: software_versions())
 
@@ -104,6 +117,18 @@ class Audit:
         return self.raw_count / self.total
 
     @property
+    def published_memorized(self) -> np.ndarray:
+        return published_rule(self.raw_neighbors.squared_distances, Fraction(self.settings["threshold"]))
+
+    @property
+    def published_count(self) -> int:
+        return int(self.published_memorized.sum())
+
+    @property
+    def published_ratio(self) -> float:
+        return self.published_count / self.total
+
+    @property
     def training_size(self) -> int:
         return len(self.training)
 
@@ -138,16 +163,20 @@ class Audit:
             "interval": list(self.interval),
             "raw_ratio": self.raw_ratio,
             "raw_count": self.raw_count,
+            "published_ratio": self.published_ratio,
+            "published_count": self.published_count,
             "warnings": list(self.warnings),
             "training_size": self.training_size,
             "mean_rms": self.mean_rms,
             "holdout": None if self.holdout is None else self.holdout.to_dict(),
+            "left_out": [asdict(image) for image in self.left_out],
             "sources": [{"index": s.index, "name": s.name, "count": s.count} for s in self.sources],
             "duplicates": [group.tolist() for group in self.duplicates],
             "settings": self.settings,
             "versions": self.versions,
             "memorized": self.memorized.tolist(),
             "raw_memorized": self.raw_memorized.tolist(),
+            "published_memorized": self.published_memorized.tolist(),
             "neighbors": {
                 "indices": neighbors.indices.tolist(),
                 "squared_distances": neighbors.squared_distances.tolist(),
@@ -195,11 +224,12 @@ def audit(
 
     generated, training, holdout: anything that `diffmem.load_images` reads: a path, an array [N, C, H, W], a tensor,
         an ImageSet, …. They must agree in size, channels and dtype. `holdout`: real images that the model has not
-        seen; their share of "copies" is the rule's false-alarm rate.
+        seen; their share of "copies" is the rule's false-alarm rate. Those that are in the training set, pixel for
+        pixel (or mirrored, with `flip`), are left out and named in the holdout's `left_out`.
     threshold: on d1/d2 (see `diffmem.memorization.criteria`); 1/3 in the paper.
-    duplicates: "collapse" takes the second neighbour among the training images that are not duplicates of the first;
-        "keep" is the paper's rule, to which a copy of a duplicated training image stays unseen. `raw_ratio` is
-        always the latter.
+    duplicates: "collapse" takes the second neighbor among the training images that are farther than the duplicate
+        radius from the first; "keep" is the paper's rule, to which a copy of a duplicated training image stays unseen.
+        `raw_ratio` is always the latter.
     duplicate_radius: training images within this distance (rms per value, grey levels for uint8) are duplicates; 0:
         identical images.
     flip: compare mirrored generated images too (for models trained with horizontal flips).
@@ -207,8 +237,8 @@ def audit(
     index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`); default a new
         `TrainingIndex`. Anything but FAISS is exact. An index of other images, or of another order, is refused.
     progress: a callback (`diffmem.progress`), or None.
-    Raises InputError (a ValueError) for empty sets, sets that do not fit together, values that are not finite, and
-    fewer than two distinct training images.
+    Raises InputError (a ValueError) for empty sets, sets that do not fit together, values that are not finite,
+    fewer than two distinct training images, and a holdout set without an image that is not in the training set.
     """
     exact_threshold = parse_threshold(threshold)
     if duplicates not in ("collapse", "keep"):
@@ -232,12 +262,7 @@ def audit(
             f"the rule needs at least two distinct training images; {training.source} holds {len(training)} "
             f"image(s), {groups.distinct} distinct"
         )
-    if duplicates == "collapse" and groups.number_of_groups < 2:
-        raise InputError(
-            f"all {len(training)} training images are duplicates of each other within radius {duplicate_radius}: "
-            "choose a smaller duplicate radius"
-        )
-    search = DistinctNeighbors(index, training.images, groups, flip=flip, progress=progress)
+    search = DistinctNeighbors(index, training.images, groups, radius=duplicate_radius, flip=flip, progress=progress)
     settings = {
         "threshold": str(exact_threshold),
         "duplicates": duplicates,
@@ -247,8 +272,7 @@ def audit(
         "training": _describe(training),
     }
 
-    def judge(images: ImageSet, unseen_audit: Audit | None = None) -> Audit:
-        raw = search.nearest(images.images)
+    def judge(images: ImageSet, raw: Neighbors, **others: Any) -> Audit:
         chosen = search.outside_duplicates(images.images, raw) if duplicates == "collapse" else raw
         return Audit(
             memorized=ratio_rule(chosen.squared_distances, exact_threshold),
@@ -259,10 +283,33 @@ def audit(
             generated=images,
             training=training,
             settings={**settings, "generated": _describe(images)},
-            holdout=unseen_audit,
+            **others,
         )
 
-    return judge(generated, None if unseen is None else judge(unseen))
+    holdout_audit = None
+    if unseen is not None:
+        kept, raw, left_out = _without_seen(unseen, search.nearest(unseen.images), training)
+        holdout_audit = judge(kept, raw, left_out=left_out)
+    return judge(generated, search.nearest(generated.images), holdout=holdout_audit)
+
+
+def _without_seen(
+    holdout: ImageSet, nearest: Neighbors, training: ImageSet
+) -> tuple[ImageSet, Neighbors, tuple[SeenImage, ...]]:
+    """The holdout images that are not in the training set, their neighbors, and those that are."""
+    seen = nearest.squared_distances[:, 0] == 0
+    if seen.all():
+        raise InputError(
+            f"holdout: all {len(holdout):,} images ({holdout.source}) are images of the training set "
+            f"({training.source}): give real images that the model has not seen"
+        )
+    if not seen.any():
+        return holdout, nearest, ()
+    left_out = tuple(
+        SeenImage(int(row), holdout.name(int(row)), int(column), training.name(int(column)))
+        for row, column in zip(np.flatnonzero(seen), nearest.indices[seen, 0], strict=True)
+    )
+    return holdout.select(np.flatnonzero(~seen)), nearest.select(~seen), left_out
 
 
 def _check_sets(images: ImageSet, training: ImageSet, what: str) -> None:

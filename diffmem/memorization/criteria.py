@@ -3,7 +3,7 @@
 A generated image is memorized when d1 / d2 < threshold, strictly, with d1 and d2 its distances to the nearest and
 the second nearest training image; threshold 1/3 (Yoon et al. 2023; Gu et al., arXiv 2310.02664). With threshold p/q
 and squared distances this is q²·d1² < p²·d2², for uint8 images a comparison of integers. d1 = 0 is memorized whatever
-d2 is.
+d2 is; the code published with the paper divides, and does not count d1 = d2 = 0, where that is 0/0 (`published_rule`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def parse_threshold(threshold: float | str | Fraction) -> Fraction:
     if not 0 < exact <= 1:
         raise InputError(f"the threshold on d1/d2 must be above 0 and at most 1, got {threshold}")
     return exact
+
+
+def published_rule(squared_distances: np.ndarray, threshold: Fraction) -> np.ndarray:
+    """bool [Q]: `ratio_rule` as the code published with the paper decides it: d1 = d2 = 0, an exact copy of an image
+    that the training set holds twice, is 0/0 there and no copy."""
+    return ratio_rule(squared_distances, threshold) & (squared_distances[:, 1] > 0)
 
 
 def ratio_rule(squared_distances: np.ndarray, threshold: Fraction) -> np.ndarray:

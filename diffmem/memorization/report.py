@@ -50,7 +50,7 @@ def _write_samples(audit: Audit, file: IO[str]) -> None:
     """One row per generated image. Distances in the units of the images; rms in the same units per value."""
     writer = csv.writer(file, lineterminator="\n")
     neighbors, training = audit.neighbors, audit.training
-    header = ["index", "name", "memorized", "raw_memorized", "d1_over_d2"]
+    header = ["index", "name", "memorized", "raw_memorized", "published_memorized", "d1_over_d2"]
     for which in ("nearest", "second"):
         header += [f"{which}_{column}" for column in ("index", "name", "distance", "rms", "squared_distance")]
     if neighbors.mirrored is not None:
@@ -59,12 +59,14 @@ def _write_samples(audit: Audit, file: IO[str]) -> None:
         header += ["nearest_label", "second_label"]
     writer.writerow(header)
     ratios, distances, rms = audit.distance_ratios, neighbors.distances, neighbors.rms
+    published = audit.published_memorized
     for row in range(audit.total):
         fields = [
             row,
             audit.generated.name(row),
             int(audit.memorized[row]),
             int(audit.raw_memorized[row]),
+            int(published[row]),
             f"{ratios[row]:.6f}",
         ]
         for column in (0, 1):

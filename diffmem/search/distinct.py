@@ -1,28 +1,34 @@
-"""Nearest neighbours as the memorization rule wants them: mirrored queries on request, and a second neighbour that is
+"""Nearest neighbors as the memorization rule wants them: mirrored queries on request, and a second neighbor that is
 no duplicate of the first."""
 
 from __future__ import annotations
 
-import numpy as np
+from fractions import Fraction
 
+import numpy as np
+import torch
+
+from diffmem.errors import InputError
+from diffmem.ops.nearest import exact_squared_distances, pairs_within
 from diffmem.progress import Progress, silent
-from diffmem.search.duplicates import DuplicateGroups
+from diffmem.search.duplicates import DuplicateGroups, squared_radius
 from diffmem.search.faiss_index import FaissIndex
 from diffmem.search.index import TrainingIndex
 from diffmem.search.neighbors import Neighbors
-from diffmem.search.rows import mirror
+from diffmem.search.rows import as_rows, mirror
 from diffmem.search.sharded import ShardedIndex
 
 SearchIndex = TrainingIndex | ShardedIndex | FaissIndex
 
-WIDEST_QUERY = 64  # neighbours asked for at once before a group is left out of the training set instead
+WIDEST_QUERY = 64  # neighbors asked for at once before duplicates are left out of the training set instead
 
 
 class DistinctNeighbors:
     """The two nearest training images of any images, duplicates left in or taken out.
 
     index, training: the training images [N, C, H, W] and their index.
-    groups: which training images are duplicates of which.
+    groups: the training set's duplicates, found with the same radius and flip.
+    radius: root mean square difference per value within which two training images are duplicates.
     flip: a training image counts at the smaller of its distances to the image and to the mirrored image.
     """
 
@@ -32,38 +38,76 @@ class DistinctNeighbors:
         training: np.ndarray,
         groups: DuplicateGroups,
         *,
+        radius: float | Fraction = 0,
         flip: bool = False,
         progress: Progress = silent,
     ):
         self.index, self.training, self.groups, self.flip, self.progress = index, training, groups, flip, progress
+        self.radius, self._rows = radius, as_rows(training)
+        self._limit = squared_radius(radius, self._rows.shape[1], self._rows.dtype == torch.uint8)
 
     def nearest(self, images: np.ndarray, k: int = 2) -> Neighbors:
         """The k nearest training images, duplicates left in."""
         return self._nearest(self.index, images, k)
 
     def outside_duplicates(self, images: np.ndarray, nearest: Neighbors) -> Neighbors:
-        """`nearest` (k = 2) with each second neighbour replaced by the nearest image outside the group of the first."""
-        group_of = self.groups.group_of
+        """`nearest` (k = 2) with each second neighbor replaced by the nearest image that is farther than the radius
+        from the first one.
+
+        Raises InputError where all training images lie within the radius of one.
+        """
         result = _copy(nearest)
-        firsts = group_of[nearest.indices[:, 0]]
-        open_rows = np.flatnonzero(firsts == group_of[nearest.indices[:, 1]])
+        firsts = nearest.indices[:, 0]
+        # An image that is alone in its group has no other within the radius.
+        open_rows = np.flatnonzero(self.groups.sizes[firsts] > 1)
+        open_rows = open_rows[self.are_duplicates(firsts[open_rows], nearest.indices[open_rows, 1])]
         for k in (8, WIDEST_QUERY):
             if len(open_rows) == 0 or k > len(self.training):
                 break
             wider = self._nearest(self.index, images[open_rows], k)
-            outside = group_of[wider.indices] != firsts[open_rows, None]
+            among = np.repeat(firsts[open_rows], k)
+            outside = ~self.are_duplicates(among, wider.indices.reshape(-1)).reshape(-1, k)
             found = np.flatnonzero(outside.any(axis=1))
             _set_second(result, open_rows[found], wider, found, outside.argmax(axis=1)[found])
             open_rows = np.delete(open_rows, found)
-        # Groups so large that they fill the widest query: leave each out of the training set in turn.
-        for group in np.unique(firsts[open_rows]):
-            rows = open_rows[firsts[open_rows] == group]
-            others = np.flatnonzero(group_of != group)
+        # Images with so many duplicates that they fill the widest query: leave each one's out of the training set.
+        for first in np.unique(firsts[open_rows]):
+            rows = open_rows[firsts[open_rows] == first]
+            others = self._outside(first)
             index = TrainingIndex(self.training[others], device=str(self.index.device))
             found = self._nearest(index, images[rows], 1)
             found = Neighbors(others[found.indices], found.squared_distances, found.dimension, found.mirrored)
             _set_second(result, rows, found, np.arange(len(rows)), np.zeros(len(rows), np.int64))
         return result
+
+    def are_duplicates(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """bool [n]: whether training images some[i] and others[i] lie within the radius of each other."""
+        return self.squared_distances(some, others) <= self._limit
+
+    def squared_distances(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """[n]: the squared distances of training images some[i] and others[i], the smaller one of the two orientations
+        with `flip`; int64 for uint8 images."""
+        columns = torch.from_numpy(others)
+        squared = exact_squared_distances(self._rows, self._rows, torch.from_numpy(some), columns).numpy()
+        if self.flip and len(some):
+            unique, rows = np.unique(some, return_inverse=True)
+            mirrored = as_rows(mirror(self.training[unique]))
+            flipped = exact_squared_distances(mirrored, self._rows, torch.from_numpy(rows), columns).numpy()
+            squared = np.minimum(squared, flipped)
+        return squared
+
+    def _outside(self, first: int) -> np.ndarray:
+        """The training images that are farther than the radius from training image `first`."""
+        image = self.training[first : first + 1]
+        near = np.zeros(len(self.training), bool)
+        for view in (image, mirror(image)) if self.flip else (image,):
+            near[pairs_within(as_rows(view), self._rows, self._limit)[1].numpy()] = True
+        if near.all():
+            raise InputError(
+                f"all {len(near):,} training images lie within the duplicate radius {float(self.radius):g} of training "
+                f"image {first}: choose a smaller duplicate radius"
+            )
+        return np.flatnonzero(~near)
 
     def _nearest(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
         straight = index.query(images, k, progress=self.progress)

@@ -38,5 +38,10 @@ class Neighbors:
         first, second = self.squared_distances[:, :2].astype(np.float64).T
         return np.sqrt(np.divide(first, second, out=np.zeros_like(first), where=first > 0))
 
+    def select(self, rows: np.ndarray) -> Neighbors:
+        """The answers to the queries of `rows`."""
+        mirrored = None if self.mirrored is None else self.mirrored[rows]
+        return Neighbors(self.indices[rows], self.squared_distances[rows], self.dimension, mirrored)
+
     def __len__(self) -> int:
         return len(self.indices)

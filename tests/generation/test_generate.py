@@ -186,21 +186,23 @@ def test_compiling_is_decided_once(checkpoint, tmp_path, monkeypatch):
 def test_running_audit_is_the_audit(tmp_path):
     checkpoint = tiny(tmp_path / "model")
     images = generate(checkpoint, range(12), settings=QUICK).samples.images.numpy()
-    others = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4), dtype=np.uint8)
+    others = np.random.default_rng(0).integers(0, 256, (60, 1, 4, 4), dtype=np.uint8)
+    others, unseen = others[:50], others[48:]  # two of the holdout images, the first ones, are training images
     # Seeds 3 and 8 are in the training set, 8 even twice: a copy only to those who look past duplicates.
     training = np.concatenate([others, images[[3, 8, 8]]])
     told = []
     result = generate(
-        checkpoint, range(12), settings=QUICK, training=training, holdout=others[:9],
+        checkpoint, range(12), settings=QUICK, training=training, holdout=unseen,
         progress=lambda stage, *_: told.append(stage),
     )  # fmt: skip
     assert result.audit.memorized.nonzero()[0].tolist() == [3, 8]
     assert told[-1] == "searching nearest training images" or "sampling" in told[-1]
     running = [stage for stage in told if stage.startswith("sampling:")]
     assert running == [f"sampling: {share} copies so far" for share in ("25.0%", "12.5%", "16.7%")]
-    direct = diffmem.audit(images, training, holdout=others[:9])
+    direct = diffmem.audit(images, training, holdout=unseen)
     assert result.audit.count == direct.count
-    assert result.audit.holdout.count == direct.holdout.count == 9
+    assert result.audit.holdout.to_dict() == direct.holdout.to_dict()
+    assert (result.audit.holdout.total, len(result.audit.holdout.left_out)) == (10, 2)
     assert result.audit.generated.name(8) == "seed 8"
     json.dumps(result.to_dict(), allow_nan=False)
 
@@ -214,6 +216,7 @@ def test_sets_that_do_not_fit_are_found_before_the_work(tmp_path, monkeypatch):
         (noise.astype(np.float32), None, "float32"),
         (noise[:1], None, "at least two distinct"),
         (noise, noise[:, :, :2, :2], "2x2"),
+        (noise, noise[2:], "all 3 images"),
     ):
         with pytest.raises(InputError, match=words):
             generate(checkpoint, [0], settings=QUICK, training=training, holdout=holdout, out=tmp_path / "out.npz")

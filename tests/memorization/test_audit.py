@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffmem
+from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.search import TrainingIndex, distinct, find_duplicates
 
@@ -16,23 +17,18 @@ from diffmem.search import TrainingIndex, distinct, find_duplicates
 def plain_audit(generated, training, threshold, duplicates, radius, flip):
     """The definition, word by word: (memorized, first, second, d1², d2²) for each image; sets are small."""
     wide = training.astype(np.int64)
-    views = [wide, wide[..., ::-1]] if flip else [wide]
-    n = len(wide)
 
     def distance(x, y):
         return min(int(np.square(x.astype(np.int64) - view).sum()) for view in ((y, y[..., ::-1]) if flip else (y,)))
 
-    group = list(range(n))
     limit = Fraction(radius) ** 2 * wide[0].size
-    for a in range(n):
-        for b in range(a):
-            if any(np.square(wide[a] - view[b]).sum() <= limit for view in views):
-                group = [group[b] if g == group[a] else g for g in group]
     results = []
     for x in generated:
         ranked = sorted((distance(x, y), i) for i, y in enumerate(wide))
         first = ranked[0]
-        rest = [pair for pair in ranked[1:] if duplicates == "keep" or group[pair[1]] != group[first[1]]]
+        rest = [pair for pair in ranked[1:] if duplicates == "keep" or distance(wide[first[1]], wide[pair[1]]) > limit]
+        if not rest:
+            return None
         second = rest[0]
         memorized = first[0] == 0 or first[0] < Fraction(threshold) ** 2 * second[0]
         results.append((memorized, first[1], second[1], first[0], second[0]))
@@ -63,7 +59,8 @@ def test_equals_the_definition(seed, threshold, duplicates, radius, flip, widest
         try:
             result = diffmem.audit(generated, training, **options)
         except InputError as error:
-            assert "distinct" in str(error) or "duplicates of each other" in str(error)  # noqa: PT017
+            if "distinct" not in str(error):
+                assert plain_audit(generated, training, threshold, duplicates, radius, flip) is None
             return
     expected = plain_audit(generated, training, threshold, duplicates, radius, flip)
     memorized, first, second, d1, d2 = (np.array(values) for values in zip(*expected, strict=True))
@@ -72,6 +69,9 @@ def test_equals_the_definition(seed, threshold, duplicates, radius, flip, widest
     np.testing.assert_array_equal(result.neighbors.squared_distances, np.stack([d1, d2], 1))
     raw = plain_audit(generated, training, threshold, "keep", radius, flip)
     np.testing.assert_array_equal(result.raw_memorized, [row[0] for row in raw])
+    published = [(d1 > 0 and row[0]) or d1 == 0 < d2 for row in raw for d1, d2 in [row[3:]]]  # 0/0 is no number
+    np.testing.assert_array_equal(result.published_memorized, published)
+    assert result.to_dict()["published_count"] == sum(published) <= result.raw_count
     assert result.count == sum(memorized)
     assert sum(source.count for source in result.sources) == result.count
 
@@ -92,6 +92,34 @@ def test_a_duplicated_training_image_hides_its_copies_from_the_raw_rule(digits):
     assert result.neighbors.indices[0, 0] == 0
     assert result.raw_neighbors.indices[0].tolist() == [0, 500]
     assert diffmem.audit(near_copy, training, duplicates="keep").count == 0
+
+
+def test_a_chain_of_duplicates_does_not_invent_copies():
+    """Images 2 gray levels apart from one to the next, within a radius of 2: the second neighbor of an image in the
+    middle of the chain is 4 away from the first one, not beyond the chain's end."""
+    chain = np.arange(0, 200, 2, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    result = diffmem.audit(np.full((1, 1, 1, 1), 101, np.uint8), chain, duplicate_radius=2)
+    assert len(result.duplicates) == 1  # all in one group
+    assert result.neighbors.indices.tolist() == [[50, 52]]
+    assert result.count == 0
+
+
+def test_holdout_images_of_the_training_set_are_named_and_left_out(digits):
+    training, unseen = digits.select(slice(0, 1000)), digits.select(slice(1000, 1797))
+    mixed = ImageSet(np.concatenate([unseen.images[:100], digits.images[7:27]]), source="mixed")
+    clean = diffmem.audit(training.select(slice(0, 50)), training, holdout=unseen.select(slice(0, 100)))
+    result = diffmem.audit(training.select(slice(0, 50)), training, holdout=mixed)
+    assert (result.holdout.count, result.holdout.total) == (clean.holdout.count, 100)
+    assert [(image.index, image.training_index) for image in result.holdout.left_out] == [
+        (100 + i, 7 + i) for i in range(20)
+    ]
+    assert result.to_dict()["holdout"]["left_out"][0]["training_name"] == training.name(7)
+    with pytest.raises(InputError, match=r"holdout: all 20 images .* are images of the training set"):
+        diffmem.audit(training.select(slice(0, 50)), training, holdout=digits.images[7:27])
+    mirrored = {"holdout": np.ascontiguousarray(digits.images[7:30, ..., ::-1])}
+    assert len(diffmem.audit(digits.images[:5], training, **mirrored).holdout.left_out) < 3
+    with pytest.raises(InputError, match="are images of the training set"):
+        diffmem.audit(digits.images[:5], training, flip=True, **mirrored)
 
 
 def test_mirrored_copies_are_found_only_when_asked_for(digits):
