@@ -64,8 +64,8 @@ class TrainingIndex:
     images: [N, ...] uint8, float32 or float64; arrays on disk stay there.
     method: "filtered" (bounds from principal components, exact refinement), "dense" (every product), "torch" and
         "reference" (`diffmem.ops.nearest`), or "auto": filtered where bounds prune and dense where they do not, decided
-        by measuring while it searches; on a GPU the fastest of the ways of `diffmem.search.gpu`, by measurement at the
-        first query. All these give the same exact answer. "faiss" may miss neighbours (`FaissIndex`).
+        by measuring while it searches; on a GPU the fastest of the backends of `diffmem.search.gpu`, by measurement
+        at the first query. All these give the same exact answer. "faiss" may miss neighbours (`FaissIndex`).
     components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
     factory: FAISS's factory string, for "faiss"; for its other options make a `FaissIndex` and pass that around.
     device: "cpu", "cuda" or "auto" (a GPU where there is one).
@@ -108,7 +108,7 @@ class TrainingIndex:
                 why_not = f"it searches on the CPU, not on {self.device}"
             if why_not is not None and method != "auto":
                 raise InputError(f"method {method!r} cannot be used here: {why_not}")
-            if method == "auto" and self.device.type == "cuda" and rows.dtype == torch.uint8:
+            if method == "auto" and self.device.type == "cuda" and rows.dtype != torch.float64:
                 method = "gpu"
             elif why_not is not None:
                 method = "torch"
@@ -209,6 +209,8 @@ class _Search:
     def block(self) -> int:
         """Queries of the next block."""
         n, d = self.index.rows.shape
+        if self.index.gpu is not None:
+            return self.index.gpu.query_block()
         if self.index.filtered is None:
             return int(np.clip(DENSE_PRODUCTS // (n * d), 256, QUERY_BLOCK))
         return int(np.clip(FILTERED_PAIRS // n, 256, QUERY_BLOCK))
@@ -216,10 +218,11 @@ class _Search:
     def __call__(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         queries = queries.to(self.index.device)
         if self.index.gpu is not None:
+            check_finite(queries, "query images")
             start = time.perf_counter()
             squared, indices = self.index.gpu(queries, self.k)
             answer = squared.cpu().numpy(), indices.cpu().numpy()
-            self._count(f"gpu: {self.index.gpu.way}", time.perf_counter() - start)
+            self._count(f"gpu: {self.index.gpu.backend}", time.perf_counter() - start)
             return answer
         if self.index.method in ("torch", "reference"):
             return self._op(queries, self.index.method)

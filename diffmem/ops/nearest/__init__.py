@@ -6,17 +6,26 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.ops.nearest.blocked import exact_squared_distances, nearest_blocked, pairs_within
+from diffmem.ops.nearest.cuda import kernel_unavailable
 from diffmem.ops.nearest.native import native_rows, native_serves, nearest_native
 from diffmem.ops.nearest.reference import nearest_reference
 from diffmem.ops.registry import Implementation, Op, always, native_unavailable, register
 
 __all__ = ["NEAREST", "exact_squared_distances", "native_rows", "nearest", "nearest_native", "pairs_within"]
 
+
+def _native_unavailable(device_type: str) -> str | None:
+    reason = native_unavailable(device_type)
+    if reason is None and device_type == "cuda" and torch.cuda.is_available():
+        return kernel_unavailable(torch.device("cuda", torch.cuda.current_device()))
+    return reason
+
+
 NEAREST = register(
     Op(
         "nearest",
         (
-            Implementation("native", "integer products of all pairs, compiled", native_unavailable),
+            Implementation("native", "integer products of all pairs, compiled", _native_unavailable),
             Implementation("torch", "blocked matrix products, exact re-ranking", always),
             Implementation("reference", "every difference, in PyTorch", always),
         ),

@@ -71,8 +71,8 @@ def pairs_within(
 def exact_squared_distances(
     queries: torch.Tensor, training: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """‖queries[rows] − training[columns]‖² for each pair: int64 for uint8 rows, float64 for floats."""
-    integer = queries.dtype == torch.uint8
+    """‖queries[rows] − training[columns]‖² for each pair: int64 for rows of bytes, float64 for floats."""
+    integer = queries.dtype in (torch.uint8, torch.int8)
     # A square of a difference of bytes is below 2^16 and fits int32; the sums are int64.
     difference_type = torch.int32 if integer else torch.float64
     sum_type = torch.int64 if integer else torch.float64

@@ -6,6 +6,7 @@ Work is enqueued on torch's current stream of the tensors' device and nothing he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -148,6 +149,26 @@ def refine_cuda(
             stream=_stream(indices),
         )
     return indices, squared_distances
+
+
+@cache
+def kernel_unavailable(device: torch.device) -> str | None:
+    """Why the kernel cannot search on `device`, or None: a small search is tried there, once, and compared.
+
+    What a build cannot know is found out here: that it has no code for this GPU, or that the driver is too old for it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (340, 100), dtype=torch.uint8, generator=generator)
+    squared = (images[:40, None].long() - images[None, 40:].long()).square().sum(dim=2)
+    expected, order = squared.sort(dim=1, stable=True)
+    try:
+        indices, found = nearest_cuda(images[:40].to(device), images[40:].to(device), 3)
+        indices, found = indices.cpu(), found.cpu()
+    except RuntimeError as error:
+        return f"the kernel does not run on this GPU: {str(error).splitlines()[0]}"
+    if not (torch.equal(indices, order[:, :3]) and torch.equal(found, expected[:, :3])):
+        return "the kernel gives wrong answers on this GPU"
+    return None
 
 
 def _core():
