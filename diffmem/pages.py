@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmem.atomic_io import atomic_write
-from diffmem.progress import duration
+from diffmem.timing import duration
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from diffmem.timing import TimeLeft, duration_range
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -70,29 +72,30 @@ class _Log:
         self.file = file
         self.begun: dict[str, tuple[float, int]] = {}  # when a stage began, and how much was done by then
         self.told: dict[str, float] = {}
+        self.last: dict[str, tuple[float, int]] = {}
+        self.left: dict[str, TimeLeft] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         name, now = stage.partition(":")[0], time.monotonic()
         if done == 0:  # the stage begins, perhaps again
             self.begun.pop(name, None)
-            self.told.pop(name, None)
+            for known in (self.told, self.last, self.left):
+                known.pop(name, None)
         began, before = self.begun.setdefault(name, (now, done))
+        time_before, done_before = self.last.get(name, (began, before))
+        if done > done_before and now - time_before >= 1.0:
+            self.left.setdefault(name, TimeLeft()).add((done - done_before) / (now - time_before))
+            self.last[name] = now, done
         if now - self.told.setdefault(name, now) < self.INTERVAL:
             return
         self.told[name] = now
         line = f"{stage}: {done:,} of {total:,}"
         if done > before:
             speed = (done - before) / (now - began)
-            line += f", {_digits(speed)}/s, {(total - done) / speed / 60:.0f} min left"
+            line += f", {_digits(speed)}/s"
+            if name in self.left:
+                line += f", {duration_range(*self.left[name].range(total - done))} left"
         print(line, file=self.file, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A length of time in the unit that suits it: 45 seconds, 3.5 minutes, 2.1 days."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _digits(speed: float) -> str:

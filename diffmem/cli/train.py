@@ -13,7 +13,7 @@ from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
 from diffmem.cli.training_options import POSITIVE, training_options, training_parts
 from diffmem.errors import InputError
-from diffmem.progress import duration
+from diffmem.timing import TimeLeft, duration_range
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
@@ -46,7 +46,7 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
               show_default=True, help="Of --stop-at, over all audits of the run.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
-              help="Compile the network; auto: where the run is long enough.")  # fmt: skip
+              help="Compile the network; auto: where it is large and the run is hours long.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in OUT.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what it would cost, and stop.")
 @debug_option
@@ -188,7 +188,10 @@ def _print_plan(plan: Plan) -> None:
     if plan.resumed_at:
         click.echo(f"continuing after {plan.resumed_at:,} images")
     how = "before compiling, which this run will do" if plan.compiled else "not compiled"
-    click.echo(f"about {duration(plan.seconds)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not counted")
+    click.echo(
+        f"about {duration_range(*plan.seconds_range)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not "
+        "counted"
+    )
 
 
 def _print_ending(run: Run, config: TrainingConfig) -> None:
@@ -217,7 +220,7 @@ def _display() -> Observer:
     class Display(Observer):
         def started(self, plan: Plan) -> None:
             _print_plan(plan)
-            self.plan, self.shown = plan, time.monotonic()
+            self.plan, self.shown, self.left, self.ticks = plan, time.monotonic(), TimeLeft(), 0
             console = Console(stderr=True)
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
             self.bar = Progress(*columns, console=console) if console.is_terminal else None
@@ -227,9 +230,11 @@ def _display() -> Observer:
 
         def tick(self, stats: Stats) -> None:
             line = f"loss {stats.loss:.4g}, {stats.images_per_second:,.0f} images/s"
-            # The first step may have compiled: the speed of the last tick says more than the mean.
-            left = (self.plan.images - stats.images) / max(stats.images_per_second, 1e-9)
-            line += f", {duration(left)} left"
+            self.ticks += 1
+            if self.ticks > 1 or not self.plan.compiled:  # else the first step has compiled
+                self.left.add(stats.images_per_second)
+            if (left := self.left.range(self.plan.images - stats.images)) is not None:
+                line += f", {duration_range(*left)} left"
             if self.bar is not None:
                 self.bar.update(self.task, completed=stats.images, line=line)
             elif time.monotonic() - self.shown > _LINE_SECONDS:

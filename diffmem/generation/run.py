@@ -24,6 +24,7 @@ from diffmem.memorization import Audit
 from diffmem.models import fingerprint, load
 from diffmem.progress import Progress, silent
 from diffmem.sampling import Samples, is_compilable, is_compiled, sample_batches, worth_compiling
+from diffmem.timing import measure
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -200,11 +201,8 @@ class _Share:
         size = min(self.settings.batch, self.total)
         x = torch.zeros(size, self.denoiser.channels, *[self.denoiser.resolution] * 2, device=device)
         with torch.inference_mode(), _memory_errors(size):
-            for _ in range(2):  # the first one warms up
-                began = time.perf_counter()
-                self.denoiser(x, 1.0).sum().item()
-                seconds = time.perf_counter() - began
-        return worth_compiling(device, seconds * network_calls * len(self.seeds_of))
+            each = measure(lambda: self.denoiser(x, 1.0).sum().item(), budget=1.0)
+        return worth_compiling(self.denoiser, each, network_calls * len(self.seeds_of))
 
     def sample(self, compiled: bool, auditor: RunningAudit | None, progress: Progress) -> None:
         """Fills `blocks` with what is kept and what is left to make; tells the progress of all ranks, as if they kept

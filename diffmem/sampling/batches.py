@@ -12,12 +12,12 @@ from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.sampling.seeds import SeededGenerators
 from diffmem.sampling.solvers import dpmpp_sample, heun_sample, is_compilable, is_compiled, unipc_sample
+from diffmem.timing import CompileCost, Timing, compiling_pays, timing_of
 
 SAMPLERS = {"heun": heun_sample, "dpm++": dpmpp_sample, "unipc": unipc_sample}
 
-# When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves.
-_COMPILE_SECONDS = {"cpu": 120.0, "cuda": 90.0}
-_COMPILE_SAVES = {"cpu": 0.2, "cuda": 0.4}
+# When compile="auto" compiles.
+_COMPILING = {"cpu": CompileCost(120.0, 0.2, 500_000), "cuda": CompileCost(90.0, 0.4, 500_000)}
 
 
 class Samples(NamedTuple):
@@ -51,8 +51,8 @@ def sample_batches(
     seed, replaces the class index after it was drawn: the images of class K are those that the seeds give when they
     draw K themselves, with added noise too.
     `solver` "heun" (18 steps, 35 network calls), "unipc" or "dpm++" (14 steps and calls); solver_arguments go to it,
-    see `diffmem.sampling.solvers`. compile: True, False, or "auto": after the first batch has shown that the rest takes
-    long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. Raises
+    see `diffmem.sampling.solvers`. compile: True, False, or "auto": after two batches have shown that the rest
+    takes long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. Raises
     InputError for labels or classes that do not fit, and for images that are not finite.
     """
     if solver not in SAMPLERS:
@@ -67,6 +67,7 @@ def sample_batches(
     shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     compiled = compile is True or (compile == "auto" and is_compiled(denoiser))
     progress("sampling", 0, len(seeds))
+    seconds: list[float] = []
     for start in range(0, len(seeds), batch):
         began = time.perf_counter()
         chosen = seeds[start : start + batch]
@@ -93,13 +94,16 @@ def sample_batches(
         )
         done = start + size
         progress("sampling", done, len(seeds))
-        if compile == "auto" and not compiled and start == 0 and is_compilable(denoiser):
-            compiled = worth_compiling(device, (time.perf_counter() - began) * (len(seeds) - done) / size)
+        seconds.append(time.perf_counter() - began)
+        if compile == "auto" and not compiled and len(seconds) == 2 and is_compilable(denoiser):
+            # The first batch warms up; the lesser of the two is nearer to what the rest will take.
+            compiled = worth_compiling(denoiser, timing_of([min(seconds)]), -(-(len(seeds) - done) // batch))
 
 
-def worth_compiling(device: torch.device, seconds: float) -> bool:
-    """Whether compiling the step pays for itself in a run that takes `seconds` more without."""
-    return device.type in _COMPILE_SECONDS and seconds * _COMPILE_SAVES[device.type] > _COMPILE_SECONDS[device.type]
+def worth_compiling(denoiser: Any, each: Timing, times: int) -> bool:
+    """Whether compiling the step pays where something that takes `each` without is still to be done so many times."""
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    return compiling_pays(each, times, parameters, _COMPILING.get(next(denoiser.parameters()).device.type))
 
 
 def sample(denoiser: Any, seeds: Sequence[int], **arguments: Any) -> Samples:

@@ -27,6 +27,7 @@ from diffmem.atomic_io import atomic_write
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.models import Denoiser
+from diffmem.timing import CompileCost, Timing, compiling_pays, measure
 from diffmem.training.augmentation import augment, augmentation_labels, draw_augmentation
 from diffmem.training.config import TrainingConfig, differences
 from diffmem.training.dataset import TrainingImages
@@ -41,10 +42,11 @@ from diffmem.training.source import DataSource, read_data
 from diffmem.training.state import latest_state, read_facts, read_tensors, save_state
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 
-# When compile="auto" compiles: seconds that compiling costs, share of an eager run that it saves. CPU: measured on a
-# 32-channel network at 8×8 (122 s, 7 %); GPU: not measured.
-_COMPILE_SECONDS = {"cpu": 125.0, "cuda": 180.0}
-_COMPILE_SAVES = {"cpu": 0.07, "cuda": 0.3}
+# CPU: measured on a 32-channel network at 8×8 (122 s idle, 7 %) and, beside other work, on one of 78,000 parameters
+# (168 s); GPU: not measured.
+_COMPILING = {"cpu": CompileCost(170.0, 0.07, 500_000), "cuda": CompileCost(180.0, 0.3, 500_000)}
+_MEASURING = 0.02  # of the run that is measured, in time; at most _LONGEST_MEASURING seconds
+_LONGEST_MEASURING = 4.0
 _TICKS = 1000  # lines of statistics per run, about
 _LONGEST_TICK = 200  # steps
 _READ_STOP_EVERY = {"cpu": 1, "cuda": 16}  # steps between looks at the other processes' wish to stop
@@ -290,41 +292,43 @@ class Trainer:
 
     def plan(self) -> Plan:
         """Measures a few passes, and settles whether the run is to be compiled; leaves no trace in the state."""
-        seconds = self.ranks.agree(self._seconds_per_step)
+        per_step = self.ranks.agree(self._seconds_per_step)
         left = self.total_steps - self.steps
+        parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
         if self.compile == "auto":
-            kind = self.device.type
-            self.compile = seconds * left * _COMPILE_SAVES[kind] > _COMPILE_SECONDS[kind]
+            self.compile = compiling_pays(per_step, left, parameters, _COMPILING.get(self.device.type))
+        whole = per_step.times(left)
         return Plan(
             images=self.total_steps * self.config.batch,
             steps=self.total_steps,
             images_left=left * self.config.batch,
             size=len(self.data),
             epochs=self.total_steps * self.config.batch / len(self.data),
-            parameters=sum(parameter.numel() for parameter in self.denoiser.parameters()),
+            parameters=parameters,
             device=str(self.device),
             ranks=self.ranks.size,
             batch_gpu=self.micro,
-            seconds_per_step=seconds,
-            seconds=seconds * left,
+            seconds_per_step=per_step.median,
+            seconds=whole.median,
+            seconds_range=(whole.low, whole.high),
             compiled=bool(self.compile),
             resident=self.data.resident,
             resumed_at=self.images,
         )
 
-    def _seconds_per_step(self) -> float:
+    def _seconds_per_step(self) -> Timing:
         """Forward and backward passes, timed on as many images as do not take long."""
-        count, seconds = min(self.micro, 8), 0.0
-        while True:
-            self._pass(count)  # warm
-            started = time.perf_counter()
-            self._pass(count)
-            seconds = time.perf_counter() - started
-            if count == self.micro or seconds * self.micro / count > 1.0:
-                break
+        count = min(self.micro, 8)
+        left = max(self.total_steps - self.steps, 1)
+        found = measure(partial(self._pass, count), budget=0.0)
+        budget = min(_LONGEST_MEASURING, _MEASURING * found.median * self.share / count * left)
+        if count < self.micro and found.median * self.micro / count <= 1.0:
             count = self.micro
+        found = measure(partial(self._pass, count), budget)
         self.flat.values.grad.zero_()
-        return seconds * self.share / count
+        found = found.times(self.share / count)
+        # More images in a pass take less time each, as far as there is room in the processor.
+        return found if count == self.micro else found._replace(low=found.low / 2)
 
     def _pass(self, count: int) -> None:
         config = self.config

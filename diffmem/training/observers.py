@@ -18,7 +18,8 @@ class Plan:
     """What a run will do and cost, measured on a few passes before it starts.
 
     images and steps: of the whole run; images_left: what is left of it; size: images of the training set, N; epochs: of
-    the whole run; parameters: of the network; seconds_per_step: eager; seconds: all that is left, without compiling;
+    the whole run; parameters: of the network; seconds_per_step: eager, the median of several passes, seconds: all that
+    is left, without compiling, and seconds_range: from low to high, as far as the passes differed;
     compiled: whether it will run through torch.compile; resumed_at: images seen before, 0 for a new run; resident:
     whether the training set lies on the device; snapshot_images: the interval of snapshots, None for one at the end.
     """
@@ -34,6 +35,7 @@ class Plan:
     batch_gpu: int
     seconds_per_step: float
     seconds: float
+    seconds_range: tuple[float, float]
     compiled: bool
     resident: bool
     resumed_at: int = 0

@@ -173,10 +173,10 @@ def test_compiling_is_decided_once(checkpoint, tmp_path, monkeypatch):
         if done == 4:
             raise Interruption
 
-    monkeypatch.setattr(run, "worth_compiling", lambda device, seconds: True)
+    monkeypatch.setattr(run, "worth_compiling", lambda *_: True)
     with pytest.raises(Interruption):
         generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings, progress=stop)
-    monkeypatch.setattr(run, "worth_compiling", lambda device, seconds: False)
+    monkeypatch.setattr(run, "worth_compiling", lambda *_: False)
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)
     assert compiled == [True, True, True]
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)

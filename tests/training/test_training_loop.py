@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from diffmem.data import load_images
 from diffmem.errors import InputError
 from diffmem.models import load
+from diffmem.timing import CompileCost
 from diffmem.training import (
     EMA,
     DivergedError,
@@ -26,6 +27,7 @@ from diffmem.training import (
     Verdict,
     denoiser_config,
     images_of,
+    loop,
     plan_training,
     read_records,
     train,
@@ -190,8 +192,11 @@ def test_plan_writes_nothing_and_changes_nothing(digits, tmp_path, monkeypatch):
     plan = plan_training(tiny(3), digits, batch_gpu=4)
     assert (plan.steps, plan.images, plan.size, plan.batch_gpu, plan.compiled) == (3, 24, 40, 4, False)
     assert plan.seconds_per_step > 0
+    assert plan.seconds_range[0] < plan.seconds < plan.seconds_range[1]
     assert not list(tmp_path.iterdir())
-    assert plan_training(tiny(10**9), digits).compiled  # long enough to gain by it
+    assert not plan_training(tiny(10**9), digits).compiled  # a network this small does not gain by it
+    monkeypatch.setitem(loop._COMPILING, "cpu", CompileCost(170.0, 0.07, 0))
+    assert plan_training(tiny(10**9), digits).compiled  # long enough for a large one
 
 
 def test_divergence_stops_with_advice(digits, tmp_path):
