@@ -2,7 +2,13 @@
 
 from diffmem.memorization.audit import Audit, CopiedImage, SeenImage, audit
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
-from diffmem.memorization.statistics import Question, anytime_interval, wilson_interval
+from diffmem.memorization.statistics import (
+    Question,
+    anytime_interval,
+    exact_interval,
+    highest_interval,
+    wilson_interval,
+)
 
 __all__ = [
     "Audit",
@@ -11,6 +17,8 @@ __all__ = [
     "SeenImage",
     "anytime_interval",
     "audit",
+    "exact_interval",
+    "highest_interval",
     "parse_threshold",
     "published_rule",
     "ratio_rule",

@@ -60,8 +60,8 @@ class AuditEvery(Observer):
     def started(self, plan: Plan) -> None:
         self.planned, self.last = plan.images, plan.resumed_at
         interval = max(self.every or 0, plan.snapshot_images or plan.images)
-        looks = math.ceil(plan.images / interval)
-        self.asked = None if self.question is None else self.question.shared_among(looks)
+        self.looks = math.ceil(plan.images / interval)
+        self.asked = None if self.question is None else self.question.shared_among(self.looks)
 
     def snapshot(self, snapshot: Snapshot) -> Verdict | None:
         last, self.last = self.last, snapshot.images

@@ -15,7 +15,7 @@ from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
-from diffmem.memorization import Question, anytime_interval, wilson_interval
+from diffmem.memorization import Question, anytime_interval, highest_interval, wilson_interval
 from diffmem.models import fingerprint, load
 from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.progress import Progress, silent
@@ -55,11 +55,8 @@ class Point:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval: Wilson's, or, where sampling stopped with the answer, one that allows for that."""
-        return self.interval_at(0.95)
-
-    def interval_at(self, confidence: float) -> tuple[float, float]:
         interval = wilson_interval if self.question is None else anytime_interval
-        return interval(self.count, self.total, confidence)
+        return interval(self.count, self.total)
 
     @property
     def answer(self) -> bool | None:
@@ -72,7 +69,8 @@ class Point:
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """R_mem over training time. points: the audited snapshots, oldest first; left_out: images seen of those that were
-    not audited; losses: the lines of the run's `stats.jsonl`."""
+    not audited; losses: the lines of the run's `stats.jsonl`; looks: how many snapshots could have been audited, where
+    which ones were depended on what was seen (order "bisect"), else None."""
 
     run: Path
     points: tuple[Point, ...]
@@ -81,6 +79,7 @@ class Trajectory:
     training: ImageSet
     settings: dict[str, Any]
     question: Question | None = None
+    looks: int | None = None
 
     @cached_property
     def best(self) -> Point:
@@ -94,10 +93,10 @@ class Trajectory:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """A 95 % interval of the highest R_mem that allows for its being the highest of several estimates: the highest
-        ends of intervals that hold for all audited snapshots together (Bonferroni)."""
-        ends = [point.interval_at(1 - 0.05 / len(self.points)) for point in self.points]
-        return max(low for low, _ in ends), max(high for _, high in ends)
+        """A 95 % interval of the highest R_mem among the audited snapshots; it allows for its being the highest of
+        several estimates (`diffmem.memorization.highest_interval`)."""
+        counts = [(point.count, point.total) for point in self.points]
+        return highest_interval(counts, looks=self.looks, anytime=self.question is not None)
 
     @property
     def answer(self) -> bool | None:
@@ -226,6 +225,7 @@ def trajectory(
         training,
         {**way, "seeds": format_seeds(seeds), "order": order, "every": every},
         question,
+        len(records) if order == "bisect" else None,
     )
 
 

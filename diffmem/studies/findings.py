@@ -2,8 +2,10 @@
 
 Runs of one cell differ. Their logit R_mem is taken to have one standard deviation τ throughout a study's folder, of
 which its repetitions tell: τ² = (ν₀τ₀² + Σ squared deviations) / (ν₀ + degrees of freedom), with a prior guess of
-τ₀ = 0.4 that counts as much as ν₀ = 4 repetitions. Intervals of differences hold this and the noise of sampling, with
-the quantiles of Student's t at ν₀ + degrees of freedom.
+τ₀ = 0.4 that counts as much as ν₀ = 4 repetitions. Intervals of means and differences hold this, with the quantiles of
+Student's t at ν₀ + degrees of freedom, and the noise of sampling, by the distances to the ends of the single runs'
+intervals (as in Zou and Donner 2008): to the upper ends in squares; to the lower ends, which allow for R_mem being the
+highest of several snapshots, on average, for such estimates all err upwards.
 """
 
 from __future__ import annotations
@@ -45,19 +47,21 @@ class Cell:
         return sum(result.r_mem for result in self.results) / len(self.results)
 
     @property
-    def variance(self) -> float:
-        """Of `r_mem`: the noise of sampling and that between runs."""
-        total = 0.0
+    def margins(self) -> tuple[float, float]:
+        """How far the 95 % interval of `r_mem` reaches below and above it, before it is cut to 0 … 1."""
+        t, below, above, between = student(0.975, self.spread.freedom), 0.0, 0.0, 0.0
         for result in self.results:
             share = (result.count + 0.5) / (result.total + 1)
-            binomial = share * (1 - share)
-            total += binomial / result.total + (self.spread.tau * binomial) ** 2
-        return total / len(self.results) ** 2
+            between += (t * self.spread.tau * share * (1 - share)) ** 2
+            low, high = result.interval
+            below += result.r_mem - low
+            above += (high - result.r_mem) ** 2
+        return math.sqrt(below**2 + between) / len(self.results), math.sqrt(above + between) / len(self.results)
 
     @property
     def interval(self) -> tuple[float, float]:
-        half = student(0.975, self.spread.freedom) * math.sqrt(self.variance)
-        return max(0.0, self.r_mem - half), min(1.0, self.r_mem + half)
+        below, above = self.margins
+        return max(0.0, self.r_mem - below), min(1.0, self.r_mem + above)
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,9 @@ def _judged(claim: Claim, cells: Sequence[Cell]) -> Judged:
     if not pairs:
         return Judged(claim, (), math.nan, (math.nan, math.nan), UNMEASURED)
     difference = sum(more.r_mem - less.r_mem for more, less in pairs) / len(pairs)
-    variance = sum(more.variance + less.variance for more, less in pairs) / len(pairs) ** 2
-    half = student(0.975, pairs[0][0].spread.freedom) * math.sqrt(variance)
-    low, high = difference - half, difference + half
+    below = sum(more.margins[0] ** 2 + less.margins[1] ** 2 for more, less in pairs)
+    above = sum(more.margins[1] ** 2 + less.margins[0] ** 2 for more, less in pairs)
+    low, high = difference - math.sqrt(below) / len(pairs), difference + math.sqrt(above) / len(pairs)
     if claim.about_equal:
         alike, different = low > -_ALIKE and high < _ALIKE, low > _ALIKE or high < -_ALIKE
         verdict = HOLDS if alike else CONTRARY if different else UNDECIDED

@@ -21,7 +21,7 @@ from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.memorization import Question, anytime_interval, audit, wilson_interval
+from diffmem.memorization import Question, audit, highest_interval
 from diffmem.memorization.audit import software_versions
 from diffmem.models import load
 from diffmem.monitoring import AuditEvery, Point
@@ -67,7 +67,7 @@ class Result:
     share, R_mem. decided: the answer to the unit's question, None where it has none or it stayed open; censored: the
     run was ended by its answer, so that R_mem is at least what was seen. images, epochs: length of the run;
     best_images: of the snapshot. training_seconds, sampling_seconds: wall-clock. parameters: of the network.
-    training_set: fingerprint.
+    training_set: fingerprint. looks: how many snapshots were to be audited.
     """
 
     key: str
@@ -87,6 +87,7 @@ class Result:
     snapshots: tuple[SnapshotResult, ...]
     versions: dict[str, str]
     at_least: float | None = None
+    looks: int | None = None
 
     @property
     def r_mem(self) -> float:
@@ -94,10 +95,14 @@ class Result:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of sampling noise alone, another run differs by more: Wilson's, or, where sampling stopped with
-        an answer, one that allows for that."""
-        interval = wilson_interval if self.at_least is None else anytime_interval
-        return interval(self.count, self.total)
+        """95 % interval of this run's R_mem, the highest over its snapshots: the noise of sampling, and that it is the
+        highest of several estimates (`diffmem.memorization.highest_interval`); another run differs by more."""
+        counts = [(audited.count, audited.total) for audited in self.snapshots] or [(self.count, self.total)]
+        if self.at_least is None:
+            # Where only the highest is known (a table of runs), the others, which were no higher, count all the same.
+            return highest_interval([*counts, *[(0, self.total)] * ((self.looks or 0) - len(counts))])
+        # Which snapshots there are depends on the answers: the run ends with the first yes.
+        return highest_interval(counts, looks=self.looks or len(counts), anytime=True)
 
     @property
     def seconds(self) -> float:
@@ -232,6 +237,7 @@ class _Audits(AuditEvery):
             snapshots=tuple(self.audits),
             versions=software_versions(),
             at_least=self.unit.at_least,
+            looks=self.looks,
         )
 
 

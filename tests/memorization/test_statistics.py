@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import betaln, xlog1py, xlogy
+from scipy.stats import beta
 
 from diffmem.errors import InputError
-from diffmem.memorization import Question, anytime_interval, wilson_interval
+from diffmem.memorization import Question, anytime_interval, exact_interval, highest_interval, wilson_interval
 
 Z = 1.959963984540054
 
@@ -85,3 +86,80 @@ def test_answers():
     for values in ((1.1, 0.95), (0.0, 0.95), (0.9, 1.0)):
         with pytest.raises(InputError, match="both lie between"):
             Question(*values)
+
+
+@given(CASES, st.floats(0.5, 0.9999))
+def test_exact_ends_are_quantiles_of_the_beta_distribution(case, confidence):
+    count, total = case
+    low, high = exact_interval(count, total, confidence)
+    side = (1 - confidence) / 2
+    assert low == pytest.approx(beta.ppf(side, count, total - count + 1) if count else 0, rel=1e-6, abs=1e-11)
+    assert high == pytest.approx(beta.isf(side, count + 1, total - count) if count < total else 1, rel=1e-6, abs=1e-11)
+
+
+SHARES = {
+    "all equal": lambda k: np.full(k, 0.5),
+    "all rare": lambda k: np.full(k, 0.01),
+    "rising": lambda k: np.linspace(0.05, 0.9, k),
+    "rising to a plateau": lambda k: np.minimum(np.linspace(0.3, 1.5, k), 0.9),
+}
+
+
+@pytest.mark.parametrize("same_seeds", [False, True])
+@pytest.mark.parametrize("snapshots", [1, 5, 20, 100])
+def test_the_interval_of_the_highest_share_covers(snapshots, same_seeds):
+    """Of 120 trajectories of each kind, 95 % (less two standard errors) have intervals that hold the highest share,
+    whether the snapshots are sampled from the same seeds or not."""
+    random = np.random.default_rng(snapshots)
+    for shares in (make(snapshots) for make in SHARES.values()):
+        covered = 0
+        for _ in range(120):
+            if same_seeds:
+                counts = (random.random(64)[:, None] < shares).sum(axis=0)
+            else:
+                counts = random.binomial(64, shares)
+            low, high = highest_interval([(int(count), 64) for count in counts])
+            covered += low <= shares.max() <= high
+        assert covered >= 120 * 0.91
+
+
+def test_the_interval_of_one_estimate_does_not_cover_the_highest_share():
+    random = np.random.default_rng(0)
+    highest = random.binomial(64, 0.5, (500, 20)).max(axis=1)
+    assert np.mean([wilson_interval(int(count), 64)[0] <= 0.5 for count in highest]) < 0.65
+
+
+def test_the_interval_of_the_highest_share_is_no_wider_than_need_be():
+    assert highest_interval([(40, 64)]) == exact_interval(40, 64)
+    low, high = highest_interval([(count, 64) for count in (0, 10, 40, 40, 39)])
+    assert high == exact_interval(40, 64)[1]  # the upper end need hold for one share only
+    assert low == exact_interval(40, 64, 1 - 0.05 / 5)[0]
+    # Which snapshots there are may depend on what was seen: both ends then hold for all that there could be.
+    assert highest_interval([(40, 64)], looks=5) == exact_interval(40, 64, 1 - 0.05 / 5)
+    assert highest_interval([(40, 64)], anytime=True) == anytime_interval(40, 64)
+    # A snapshot with few images may have the highest share.
+    assert highest_interval([(90, 100), (3, 4)])[1] == exact_interval(3, 4)[1]
+    with pytest.raises(InputError, match="none given"):
+        highest_interval([])
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.15])
+def test_the_interval_covers_where_answers_end_snapshots_and_runs(growth):
+    """A run of six snapshots at most that ends with the first whose R_mem is found to be at least 0.6, each sampled in
+    batches of 20 until that is known."""
+    random, covered = np.random.default_rng(2), 0
+    question = Question(0.6).shared_among(6)
+    for _ in range(150):
+        shares, counts = 0.6 + growth * (np.arange(6) - 3), []
+        for share in shares:
+            hits = (random.random(200) < share).cumsum()[19::20]
+            total, answer = next(
+                ((20 * n, a) for n, hit in enumerate(hits, 1) if (a := question.answer(int(hit), 20 * n)) is not None),
+                (200, None),
+            )
+            counts.append((int(hits[total // 20 - 1]), total))
+            if answer:
+                break
+        low, high = highest_interval(counts, looks=6, anytime=True)
+        covered += low <= shares[: len(counts)].max() <= high
+    assert covered >= 150 * 0.95
