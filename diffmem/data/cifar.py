@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import tarfile
-import zlib
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +10,14 @@ import numpy as np
 from diffmem.data.arrays import Arrays
 from diffmem.data.labels import as_labels
 from diffmem.errors import InputError
+from diffmem.inert.archives import TarReader
+from diffmem.inert.boundary import parsing, short
+from diffmem.inert.pickles import Budget, Damaged, Name, Record, Refused, Source, plain_names, read_pickle
 from diffmem.progress import Progress
 
 _BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _PIXELS = 3 * 32 * 32
 _MAX_MEMBER_BYTES = 2**27
-
-
-class _PickledArray:
-    """Takes the state of a pickled uint8 array; turned into numpy only after it was looked at."""
-
-    def __init__(self) -> None:
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def array(self) -> np.ndarray:
-        _, shape, dtype, fortran, data = self.state
-        if not (isinstance(dtype, _PickledDtype) and dtype.name in ("u1", b"u1") and isinstance(data, (bytes, str))):
-            raise pickle.UnpicklingError("an array that is not plain uint8")
-        data = data.encode("latin1") if isinstance(data, str) else data
-        return np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-class _PickledDtype:
-    def __init__(self, name: Any, *_: Any):
-        self.name = name
-
-    def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which uint8 does not have."""
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-# Everything that such a pickle may name, and what stands in for it. None of these is the real thing, so that a pickle
-# can build containers, strings, numbers and these two holders of plain state, and can call nothing else.
-_STAND_INS = {
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): _PickledDtype,
-    ("_codecs", "encode"): _latin1,  # how Python 3 writes bytes in old protocols
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _STAND_INS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is never loaded") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside the file")
 
 
 def read_cifar(path: Path, split: str, progress: Progress) -> Arrays:
@@ -78,19 +26,17 @@ def read_cifar(path: Path, split: str, progress: Progress) -> Arrays:
         raise InputError(f"{path}: key={split!r} is no part of CIFAR-10: take 'train', 'test' or 'all'")
     wanted = _BATCHES["train"] + _BATCHES["test"] if split == "all" else _BATCHES[split]
     found: dict[str, Arrays] = {}
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                if name in wanted and member.isfile():
-                    if member.size > _MAX_MEMBER_BYTES:
-                        raise InputError(f"{path}: {name} declares {member.size:,} bytes: not a batch of CIFAR-10")
-                    found[name] = _read_batch(archive.extractfile(member).read(), f"{path}: {name}")
-                    progress("reading images", len(found), len(wanted))
-                if len(found) == len(wanted):
-                    break
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole tar archive (truncated or corrupt: {error}): fetch it anew") from None
+    with parsing(path, "a complete tar archive", "download it again"), open(path, "rb") as file:
+        archive = TarReader(file, path)
+        for member in archive:
+            name = member.name.rpartition("/")[2]
+            if name in wanted and member.is_file:
+                if member.size > _MAX_MEMBER_BYTES:
+                    raise InputError(f"{path}: {name} declares {member.size:,} bytes: not a batch of CIFAR-10")
+                found[name] = _read_batch(archive.read(), f"{path}: {name}")
+                progress("reading images", len(found), len(wanted))
+            if len(found) == len(wanted):
+                break
     if missing := [name for name in wanted if name not in found]:
         raise InputError(f"{path}: not CIFAR-10's python archive, it lacks {', '.join(missing)}")
     batches = [found[name] for name in wanted]
@@ -102,21 +48,49 @@ def read_cifar(path: Path, split: str, progress: Progress) -> Arrays:
 
 
 def _read_batch(data: bytes, where: str) -> Arrays:
-    try:
-        content = _PlainUnpickler(BytesIO(data), encoding="latin1").load()
+    with parsing(where, "a batch of CIFAR-10", "download the archive again"):
+        budget = Budget(len(data))
+        names = plain_names(budget) | _ARRAYS
+        try:
+            content = read_pickle(Source(memoryview(data)), names, budget)
+        except Refused as error:
+            raise InputError(
+                f"{where} is not a batch of CIFAR-10: it asks for {error}, which is never loaded"
+            ) from None
+        if not isinstance(content, dict):
+            raise Damaged(f"it holds {short(content)}, no dictionary")
         content = {_text(key): value for key, value in content.items()}
-        images = content["data"].array()
+        images = _pixels(content["data"])
         names = [_text(name) for name in content["filenames"]]
-        if images.ndim != 2 or images.shape[1] != _PIXELS or len(names) != len(images):
-            raise ValueError(f"{len(names)} names for images of shape {images.shape}")
+        if len(names) != len(images):
+            raise Damaged(f"{len(names)} names for {len(images)} images")
         labels = as_labels(content["labels"], names, where)
         if labels.shape != (len(images),):
-            raise ValueError(f"labels of shape {labels.shape} for {len(images)} images")
-    except InputError:
-        raise
-    except Exception as error:  # a pickle from elsewhere may be wrong in any way
-        raise InputError(f"{where} is not a batch of CIFAR-10: {' '.join(str(error).split())}") from None
-    return Arrays(images.reshape(-1, 3, 32, 32), labels, names)
+            raise Damaged(f"labels of shape {labels.shape} for {len(images)} images")
+        return Arrays(images, labels, names)
+
+
+# How a pickled array begins: an empty one, whose shape, dtype and bytes follow as its state.
+_ARRAYS = {
+    (module, "_reconstruct"): Name(f"{module}._reconstruct", lambda *_: Record("ndarray"))
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+} | {("numpy", "ndarray"): Name("numpy.ndarray")}
+
+
+def _pixels(value: Any) -> np.ndarray:
+    """The images of a pickled array of uint8, [N, 3, 32, 32]."""
+    if not isinstance(value, Record) or not isinstance(value.state, tuple) or len(value.state) != 5:
+        raise Damaged("its data are no array")
+    _, shape, dtype, fortran, data = value.state
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if not isinstance(dtype, np.dtype) or dtype != np.uint8 or not isinstance(data, bytes | memoryview):
+        raise Damaged("an array that is not plain uint8")
+    if not isinstance(shape, tuple) or len(shape) != 2 or type(shape[0]) is not int or shape[1] != _PIXELS:
+        raise Damaged(f"images of shape {short(shape)}")
+    if shape[0] * _PIXELS != len(data):
+        raise Damaged(f"{len(data)} bytes for images of shape {short(shape)}")
+    flat = np.frombuffer(data, np.uint8)
+    return flat.reshape(shape, order="F" if fortran is True else "C").reshape(-1, 3, 32, 32)
 
 
 def _text(value: Any) -> str:
@@ -124,4 +98,4 @@ def _text(value: Any) -> str:
         return value.decode("latin1")
     if isinstance(value, str):
         return value
-    raise ValueError(f"a {type(value).__name__} where a name should be")
+    raise Damaged(f"{short(value)} where a name should be")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffmem.errors import InputError
+from diffmem.inert.boundary import short
 
 DATASET_JSON = "dataset.json"
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -70,8 +71,11 @@ def as_labels(values: Sequence[Any], names: Sequence[str], where: str) -> np.nda
             )
         if length is not None and len(value) != length:
             raise InputError(f"{where}: the label of {name} has {len(value)} entries, that of {names[0]} has {length}")
-    with np.errstate(over="ignore"):
-        labels = np.array(values, dtype=np.float64).reshape(len(values), length).astype(np.float32)
+    try:
+        with np.errstate(over="ignore"):
+            labels = np.array(values, dtype=np.float64).reshape(len(values), length).astype(np.float32)
+    except OverflowError:
+        raise InputError(f"{where}: a label is a whole number too large for any float") from None
     return _finite(labels, names, where)
 
 
@@ -106,5 +110,4 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return short(value, 60)

@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from diffmem.atomic_io import atomic_replacement
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing, short
+from diffmem.inert.documents import read_json
 from diffmem.models.config import DenoiserConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.edm_snapshot import read_edm_snapshot
@@ -79,24 +80,28 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name} in it; a checkpoint is a folder with {_CONFIG} and {_WEIGHTS}")
+    values = read_json(folder / _CONFIG)
     try:
-        config = DenoiserConfig.from_json(json.loads((folder / _CONFIG).read_text()))
-    except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
+        config = DenoiserConfig.from_json(values)
+    except InputError as error:
         raise InputError(f"{folder / _CONFIG}: {error}") from None
-    try:
+    with parsing(folder / _WEIGHTS, "a complete safetensors file"):
         return config, load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / _WEIGHTS}: not a whole safetensors file ({error})") from None
 
 
 def _assemble(config: DenoiserConfig, tensors: dict[str, torch.Tensor], source: Path) -> Denoiser:
     """The denoiser of that configuration with those tensors, which must fit it exactly."""
     # Without memory and without drawing random numbers, until the tensors are known to fit.
-    with torch.device("meta"):
+    with parsing(source, "a network that can be built"), torch.device("meta"):
         denoiser = Denoiser(config)
     wanted = denoiser.state_dict()
     differences = [f"{name} is missing" for name in wanted if name not in tensors]
-    differences += [f"{name} is not part of it" for name in tensors if name not in wanted]
+    differences += [f"{short(name)} is not part of it" for name in tensors if name not in wanted]
+    differences += [
+        f"{name} is of {tensors[name].dtype}"
+        for name in wanted
+        if name in tensors and (tensors[name].is_complex() or tensors[name].layout != torch.strided)
+    ]
     differences += [
         f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted

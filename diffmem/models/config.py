@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffmem.errors import InputError
+from diffmem.inert.boundary import short
 from diffmem.models.preconditioning import EDM, IDDPM, VE, VP, Preconditioning
 
 EMBEDDINGS = ("positional", "fourier")
@@ -18,35 +19,79 @@ ENCODERS = ("standard", "skip", "residual")
 DECODERS = ("standard", "skip")
 
 
+# Upper limits, far above every network that was ever published: a damaged or forged file must not ask for more layers
+# than can be built, or for sizes whose products overflow.
+_LARGEST = {
+    "resolution": 2**14,
+    "channels": 2**12,
+    "model_channels": 2**14,
+    "channel_mult": 256,
+    "channel_mult_emb": 256,
+    "channel_mult_noise": 256,
+    "num_blocks": 64,
+    "label_dim": 10**7,
+    "augment_dim": 10**4,
+    "attn_resolutions": 2**14,
+}
+_LONGEST = 16  # entries of a sequence, such as resolutions
+
+
 def _check(condition: bool, field: str, value: Any, wanted: str) -> None:
     if not condition:
-        raise InputError(f"{field} is {value!r}, but must be {wanted}")
+        raise InputError(f"{field} is {short(value)}, but must be {wanted}")
+
+
+def _is_whole(value: Any, least: int, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= largest
+
+
+def _check_whole(config: Any, field: str, least: int, wanted: str) -> None:
+    value = getattr(config, field)
+    largest = _LARGEST[field]
+    _check(_is_whole(value, least, largest), field, value, f"{wanted}, at most {largest:,}")
+
+
+def _tuple(config: Any, field: str) -> tuple:
+    """The sequence of a field, made a tuple (JSON brings lists)."""
+    value = getattr(config, field)
+    _check(isinstance(value, list | tuple), field, value, "a list")
+    object.__setattr__(config, field, tuple(value))
+    return getattr(config, field)
 
 
 def _check_shared(config: UNetConfig | ADMConfig) -> None:
-    """The fields both networks have, sequences made tuples (JSON brings lists)."""
-    for name in ("channel_mult", "attn_resolutions"):
-        object.__setattr__(config, name, tuple(getattr(config, name)))
+    """The fields both networks have."""
     for name in ("channels", "model_channels", "channel_mult_emb", "num_blocks"):
-        value = getattr(config, name)
-        _check(isinstance(value, int) and value >= 1, name, value, "a positive whole number")
+        _check_whole(config, name, 1, "a positive whole number")
     for name in ("label_dim", "augment_dim"):
-        value = getattr(config, name)
-        _check(isinstance(value, int) and value >= 0, name, value, "a whole number, 0 for none")
-    _check(
-        len(config.channel_mult) > 0 and all(isinstance(m, int) and m >= 1 for m in config.channel_mult),
-        "channel_mult",
-        config.channel_mult,
-        "positive whole numbers, one per resolution",
-    )
+        _check_whole(config, name, 0, "a whole number, 0 for none")
+    for name, least, wanted in (
+        ("channel_mult", 1, "positive whole numbers, one per resolution"),
+        ("attn_resolutions", 0, "whole numbers, the resolutions with attention"),
+    ):
+        values, largest = _tuple(config, name), _LARGEST[name]
+        _check(
+            len(values) <= _LONGEST
+            and len(values) >= least
+            and all(_is_whole(value, least, largest) for value in values),
+            name,
+            values,
+            f"at most {_LONGEST} {wanted}, each at most {largest:,}",
+        )
     factor = 2 ** (len(config.channel_mult) - 1)
     _check(
-        isinstance(config.resolution, int) and config.resolution >= factor and config.resolution % factor == 0,
+        _is_whole(config.resolution, factor, _LARGEST["resolution"]) and config.resolution % factor == 0,
         "resolution",
         config.resolution,
-        f"a multiple of {factor} (it is halved {len(config.channel_mult) - 1} times)",
+        f"a multiple of {factor}, at most {_LARGEST['resolution']:,} (it is halved "
+        f"{len(config.channel_mult) - 1} times)",
     )
-    _check(0 <= config.dropout < 1, "dropout", config.dropout, "a probability below 1")
+    _check(
+        isinstance(config.dropout, int | float) and 0 <= config.dropout < 1,
+        "dropout",
+        config.dropout,
+        "a probability below 1",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,24 +136,31 @@ class UNetConfig:
 
     def __post_init__(self):
         _check_shared(self)
-        _check(
-            isinstance(self.channel_mult_noise, int) and self.channel_mult_noise >= 1,
-            "channel_mult_noise",
-            self.channel_mult_noise,
-            "a positive whole number",
-        )
+        _check_whole(self, "channel_mult_noise", 1, "a positive whole number")
         width = self.model_channels * self.channel_mult_noise
         _check(width % 2 == 0, "model_channels", self.model_channels, "even (the noise embedding has two halves)")
         _check(self.embedding in EMBEDDINGS, "embedding", self.embedding, f"one of {', '.join(EMBEDDINGS)}")
         _check(self.encoder in ENCODERS, "encoder", self.encoder, f"one of {', '.join(ENCODERS)}")
         _check(self.decoder in DECODERS, "decoder", self.decoder, f"one of {', '.join(DECODERS)}")
-        object.__setattr__(self, "resample_filter", tuple(self.resample_filter))
-        taps = self.resample_filter
+        taps = _tuple(self, "resample_filter")
         _check(
-            len(taps) > 0 and len(taps) % 2 == 0 and sum(taps) > 0, "resample_filter", taps, "an even number of taps"
+            0 < len(taps) <= _LONGEST
+            and len(taps) % 2 == 0
+            and all(isinstance(tap, int | float) and -(2**20) < tap < 2**20 for tap in taps)
+            and sum(taps) > 0,
+            "resample_filter",
+            taps,
+            "an even number of taps",
         )
         if self.skip_connections is not None:
-            mask = tuple(bool(enabled) for enabled in self.skip_connections)
+            switches = _tuple(self, "skip_connections")
+            _check(
+                all(isinstance(each, int) and each in (0, 1) for each in switches),
+                "skip_connections",
+                switches,
+                "a list of switches, on or off",
+            )
+            mask = tuple(bool(enabled) for enabled in switches)
             count = len(self.channel_mult) * (self.num_blocks + 1)
             _check(len(mask) == count, "skip_connections", mask, f"{count} switches")
             # One spelling for one network: a mask of ones is no mask.
@@ -143,8 +195,19 @@ class DenoiserConfig:
     preconditioning: Preconditioning
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self.preconditioning).items():
-            _check(isinstance(value, int | float) and not math.isnan(value), name, value, "a number")
+        # By name: dataclasses.asdict would copy a value of a forged file in depth.
+        for name in (field.name for field in dataclasses.fields(self.preconditioning)):
+            value = getattr(self.preconditioning, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            _check(number and (value == math.inf or abs(value) <= 1e30), name, value, "a number")
+            if name == "M":
+                _check(_is_whole(value, 1, 10**6), name, value, "a number of steps, at most 1,000,000")
+        try:
+            levels = self.preconditioning.sigma_min, self.preconditioning.sigma_max
+        except (ArithmeticError, ValueError):
+            levels = math.nan, math.nan
+        if not 0 <= levels[0] <= levels[1]:
+            raise InputError(f"the constants of the preconditioning give no noise levels ({levels[0]} to {levels[1]})")
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values, each part with its `type`."""
@@ -180,13 +243,12 @@ _PRECONDITIONING_NAMES = {VP: "vp", VE: "ve", IDDPM: "iddpm", EDM: "edm"}
 
 
 def _part(values: Any, name: str, kinds: dict[str, type]) -> Any:
-    if not isinstance(values, dict) or values.get("type") not in kinds:
+    if not isinstance(values, dict) or not isinstance(values.get("type"), str) or values["type"] not in kinds:
         raise InputError(f"{name}: type must be one of {', '.join(kinds)}")
     kind = kinds[values["type"]]
     fields = {key: math.inf if value == "inf" else value for key, value in values.items() if key != "type"}
-    unknown = set(fields) - {field.name for field in dataclasses.fields(kind)}
-    if unknown:
-        raise InputError(f"{name}: unknown field {', '.join(sorted(unknown))}")
+    if unknown := set(fields) - {field.name for field in dataclasses.fields(kind)}:
+        raise InputError(f"{name}: unknown field {', '.join(field[:80] for field in sorted(unknown)[:3])}")
     try:
         return kind(**fields)
     except TypeError as error:

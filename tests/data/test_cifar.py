@@ -90,7 +90,7 @@ def test_nothing_is_executed(tmp_path, evil):
     touched = tmp_path / "touched"
     path = archive(tmp_path / "cifar-10-python.tar.gz", {"test_batch": pickle.dumps(evil(touched))})
     with pytest.raises(
-        InputError, match=r"test_batch is not a batch of CIFAR-10: it asks for \S+, which is never loaded"
+        InputError, match=r"test_batch is not a batch of CIFAR-10: it asks for .+, which is never loaded"
     ):
         load_images(path, key="test")
     assert not touched.exists()
@@ -125,5 +125,5 @@ def test_truncated_and_foreign_archives(tmp_path):
     whole = path.read_bytes()
     for end in (0, 50, len(whole) // 2):
         path.write_bytes(whole[:end])
-        with pytest.raises(InputError, match=r"not a whole tar archive|lacks"):
+        with pytest.raises(InputError, match=r"not a complete tar archive|lacks"):
             load_images(path, key="test")

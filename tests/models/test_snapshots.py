@@ -16,8 +16,8 @@ from edm_snapshots import network, pretended_edm_modules, snapshot
 from golden_networks import NAMES, golden, golden_denoiser, relative_error, state_dict
 
 from diffmem.errors import InputError
+from diffmem.inert.torch_files import read_torch_file
 from diffmem.models import import_edm, load
-from diffmem.models.torch_streams import read_torch_file
 
 
 @pytest.fixture
@@ -211,19 +211,19 @@ def test_persistent_objects_that_are_no_instances(tmp_path):
 def test_malformed_streams(content, tmp_path):
     path = tmp_path / "network-snapshot.pkl"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="not a whole snapshot") as caught:
+    with pytest.raises(InputError, match="not a complete snapshot") as caught:
         load(path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_stream_may_not_expand(tmp_path):
-    # 1 kB of text encoded 300 times out of the memo, then one list copied 300 times.
+    # 1 kB of text encoded 3000 times out of the memo, then one list copied 3000 times.
     path = tmp_path / "network-snapshot.pkl"
     encode = b"c_codecs\nencode\n(h\x00Vlatin1\ntR0"
-    path.write_bytes(b"\x80\x02X" + struct.pack("<I", 10_000) + b"x" * 10_000 + b"q\x00" + encode * 300 + b".")
+    path.write_bytes(b"\x80\x02X" + struct.pack("<I", 10_000) + b"x" * 10_000 + b"q\x00" + encode * 3000 + b".")
     with pytest.raises(InputError, match="expands"):
         load(path)
-    path.write_bytes(b"\x80\x02](" + b"N" * 10_000 + b"eq\x00" + b"c__builtin__\nset\nh\x00\x85R0" * 300 + b".")
+    path.write_bytes(b"\x80\x02](" + b"N" * 10_000 + b"eq\x00" + b"c__builtin__\nlist\nh\x00\x85R0" * 3000 + b".")
     with pytest.raises(InputError, match="expands"):
         load(path)
 
