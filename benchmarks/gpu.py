@@ -313,11 +313,11 @@ def network_cases(target: Target) -> Iterator[Case]:
 
 
 def search_cases(target: Target) -> Iterator[Case]:
-    """The exact two nearest of uint8 images, by every way of `diffmem.search.gpu`, and by FAISS and torch.cdist."""
+    """The exact two nearest of uint8 images, by every backend of `diffmem.search.gpu`, and by FAISS and torch.cdist."""
     from diffmem.ops.nearest import nearest
     from diffmem.ops.nearest.cuda import refine_cuda
     from diffmem.ops.registry import native_unavailable
-    from diffmem.search.gpu import GpuRows, available_ways
+    from diffmem.search.gpu import GpuRows, available_backends
 
     def on_device(run: Callable[[], Values]) -> Callable[[], Values]:
         """As it is; in a dry run on the host stand-in, where there is one."""
@@ -335,10 +335,10 @@ def search_cases(target: Target) -> Iterator[Case]:
         queries = torch.randint(0, 256, (count, d), dtype=torch.uint8, generator=generator)
         queries[: count // 2] = training[: count // 2] // 2 + queries[: count // 2] // 2
         training, queries = training.to(target.device), queries.to(target.device)
-        names = available_ways(target.device)
+        names = available_backends(target.device)
         if target.tiny and _stand_in() is not None:
-            names.insert(0, "kernel")
-        if "kernel" not in names:
+            names.insert(0, "cuda")
+        if "cuda" not in names:
             reason = "there is no g++ for the stand-in" if target.tiny else native_unavailable("cuda")
             print(f"search: the CUDA kernels are left out: {reason}")
         ways = {}
@@ -359,7 +359,7 @@ def search_cases(target: Target) -> Iterator[Case]:
             f"search {count} of {n}, d = {d}", ways | {"torch.cdist + topk": cdist} | _faiss_ways(queries, training),
             exact, next(iter(ways)), operations=2.0 * count * n * d, matrix="int8", capturable=False,
         )  # fmt: skip
-        if "kernel" not in names:
+        if "cuda" not in names:
             continue
 
         # Of each query, candidates as a filter leaves them: the answer among others.
@@ -523,7 +523,7 @@ def errors(case: Case) -> list[str]:
     wrong = []
     for name, found in answers.items():
         if exact[0].dtype == torch.int64:  # integers: FAISS and cdist round, and are not held to it
-            if name in ("kernel", "int8 products", "faiss"):
+            if name in ("cuda", "kernel", "int8", "faiss"):
                 wrong += [
                     f"{name} is not exact"
                     for a, b in zip(found, exact, strict=True)
