@@ -7,6 +7,10 @@ class InputError(ValueError):
     """Bad input: what is wrong, in which file or argument, and what to do about it."""
 
 
+class OutputInUseError(InputError):
+    """Another process writes to this output."""
+
+
 class MissingExtraError(ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 

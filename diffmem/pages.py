@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from diffmem.atomic_io import atomic_write
+from diffmem.atomic_io import atomic_set
+from diffmem.text import printable, table
 from diffmem.timing import duration
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from PIL.Image import Image
 
 
 def percent(share: float) -> str:
@@ -37,29 +38,51 @@ def described(settings: Mapping[str, Any]) -> str:
 
 
 def write_report(
-    folder: Path, stem: str, *, page: str, drawing: str, summary: str, columns: Sequence[str], rows: Iterable[Sequence]
+    folder: Path,
+    stem: str,
+    *,
+    page: str,
+    drawing: str,
+    summary: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence],
+    pictures: Mapping[str, Image] = MappingProxyType({}),
 ) -> Path:
-    """Writes `stem`.html (the page), .svg (its plot), .json (`summary`) and .csv into `folder`; returns the page's
-    path."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    texts = {"json": summary + "\n", "csv": table.getvalue(), "svg": drawing, "html": page}
-    for ending, text in texts.items():
-        atomic_write(folder / f"{stem}.{ending}", text)
+    """Writes `stem`.html (the page), .svg (its plot), .json (`summary`), .csv and `pictures` (by file name, as PNG)
+    into `folder`, together; returns the page's path."""
+    texts = {"json": summary + "\n", "csv": table(columns, rows), "svg": drawing, "html": page}
+    with atomic_set(folder) as stage:
+        for name, picture in pictures.items():
+            picture.save(stage / name, "PNG", optimize=True)
+        write_texts(stage, {f"{stem}.{ending}": text for ending, text in texts.items()})
     return folder / f"{stem}.html"
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Writes texts by file name into `folder`, as UTF-8; what that cannot hold is written as an escape."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def caption(name: str, length: int = 60) -> str:
+    """An image's name, with its folders, shortened in the middle where it is long."""
+    name = printable(name)
+    if len(name) <= length:
+        return name
+    return f"{name[: length // 3]}…{name[1 + length // 3 - length :]}"
 
 
 def template(package: str, name: str) -> Template:
     """The template `name` in `package`/templates: everything is escaped, what is not given is an error, and the filters
-    are percent, points, thousands, duration, described and filename. It may extend `page.html.j2`, the house's page."""
+    are percent, points, thousands, duration, described and caption. What would not be seen is escaped as `printable`
+    does. It may extend `page.html.j2`, the house's page."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package, "templates"), PackageLoader("diffmem", "templates")]),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value, "\n\t") if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -69,6 +92,6 @@ def template(package: str, name: str) -> Template:
         "thousands": lambda number: f"{number:,.0f}",
         "duration": duration,
         "described": described,
-        "filename": lambda name: name.rstrip("/").rsplit("/", 1)[-1],
+        "caption": caption,
     }
     return environment.get_template(name)

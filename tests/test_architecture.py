@@ -20,6 +20,7 @@ EVERYBODY = {
     "pictures",
     "precision",
     "progress",
+    "text",
     "timing",
 }
 ALLOWED = {

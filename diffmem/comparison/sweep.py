@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffmem.atomic_io import atomic_file
+from diffmem.atomic_io import atomic_file, output_lock
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
@@ -200,10 +200,11 @@ def sweep(
     sampler = {name: value for name, value in settings.to_dict().items() if name not in ("batch", "compile")}
     files = _PointFiles(Path(folder) / POINTS, {**sampler, "device": place.type}, images.image_shape)
     points = []
-    for variant in chosen:
-        denoiser.regularization = variant
-        stage = f"sampling: {variant}, {len(points) + 1} of {len(chosen)}"
-        points.append(_point(denoiser, judge, seeds, settings, files, stage, progress))
+    with output_lock(folder):
+        for variant in chosen:
+            denoiser.regularization = variant
+            stage = f"sampling: {variant}, {len(points) + 1} of {len(chosen)}"
+            points.append(_point(denoiser, judge, seeds, settings, files, stage, progress))
     described = {**sampler, "seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
     return Sweep(images, tuple(points), spacing, described)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffmem.atomic_io import atomic_file, check_output_folder
+from diffmem.atomic_io import check_output_folder
 from diffmem.comparison.sweep import SweepPoint, expected_ratio, with_strength
 from diffmem.pages import template, write_report
 from diffmem.pictures import grid, picture_url, plot, svg
@@ -65,10 +65,10 @@ def write_page(sweep: Sweep, folder: Path) -> Path:
         distance = f"{point.distances.mean():.6g}"
         rows.append((point.kind, f"{point.strength:.8g}", point.count, point.total, *shares, distance))
     summary = json.dumps(sweep.to_dict(), indent=1, allow_nan=False)
-    for kind in sweep.kinds:
-        with atomic_file(folder / f"{kind}.png") as partial:
-            images_of(sweep.of(kind)).save(partial, "PNG", optimize=True)
-    return write_report(folder, "sweep", page=page, drawing=drawing, summary=summary, columns=COLUMNS, rows=rows)
+    return write_report(
+        folder, "sweep", page=page, drawing=drawing, summary=summary, columns=COLUMNS, rows=rows,
+        pictures={f"{kind}.png": images_of(sweep.of(kind)) for kind in sweep.kinds},
+    )  # fmt: skip
 
 
 def draw(sweeps: Sequence[Sweep], names: Sequence[str] = ()) -> str:

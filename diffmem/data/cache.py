@@ -96,7 +96,7 @@ def _write(target: Path, key: dict, images: ImageSet) -> None:
         end += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % 64)
-    with atomic_file(target) as partial, open(partial, "xb") as file:
+    with atomic_file(target, durable=False) as partial, open(partial, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in tensors.values():
             for start in range(0, len(array), 4096):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmem.atomic_io import check_output_folder
+from diffmem.atomic_io import check_output_folder, output_lock
 from diffmem.data import ImageSet, load_images, write_edm_zip
 from diffmem.generation import SampleSettings, generate
 from diffmem.memorization import Audit, audit
@@ -84,9 +84,13 @@ def run_demo(
 
     Everything runs on the CPU with one thread, so that the numbers are the same wherever the arithmetic is.
     """
+    with output_lock(out):
+        return _run_demo(check_output_folder(out), images, samples, progress)
+
+
+def _run_demo(out: Path, images: int, samples: int, progress: Progress) -> Demo:
     from diffmem.demo.page import write_page
 
-    out = check_output_folder(out)
     digits = load_images("builtin:digits")
     order = np.random.default_rng(SEED).permutation(len(digits))
     unseen = digits.select(np.sort(order[MANY:]))

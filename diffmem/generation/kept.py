@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmem.atomic_io import atomic_file, atomic_write
+from diffmem.atomic_io import atomic_file, atomic_write, output_path
 from diffmem.errors import InputError
 from diffmem.sampling import Samples
 
@@ -20,6 +21,7 @@ _RUN = "run.json"
 
 def work_folder(out: Path) -> Path:
     """Where the finished blocks of a run that ends in `out` are kept."""
+    out = output_path(out)
     return out.with_name(f"{out.name}.partial")
 
 
@@ -75,14 +77,17 @@ class KeptBlocks:
         arrays = {"images": samples.images.numpy(), "seeds": samples.seeds.numpy()}
         if samples.labels is not None:
             arrays["labels"] = samples.labels.numpy()
-        with atomic_file(self._block(index)) as partial, open(partial, "xb") as file:
+        with atomic_file(self._block(index), durable=False) as partial, open(partial, "xb") as file:
             np.savez(file, **arrays)
 
     def remove(self) -> None:
         """Removes what was kept, and the folder with it unless there are other things in it."""
         for pattern in ("block-*.npz", ".*.partial", _RUN):
             for path in self.folder.glob(pattern):
-                path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 

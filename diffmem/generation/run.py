@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import diffmem
+from diffmem.atomic_io import check_output_file, output_lock
 from diffmem.data import ImageSet, write_edm_zip, write_folder, write_npz
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
@@ -102,6 +103,23 @@ def generate(
     Raises InputError for what does not fit together, before anything is sampled; for a work folder of another run,
     naming the settings that differ; and for images that are not finite.
     """
+    with ExitStack() as stack:
+        if out is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            stack.enter_context(output_lock(out))
+        return _generate(checkpoint, seeds, out, settings, training, holdout, device, restart, progress)
+
+
+def _generate(
+    checkpoint: str | Path | torch.nn.Module,
+    seeds: Sequence[int],
+    out: str | Path | None,
+    settings: SampleSettings,
+    training: ImageSource | None,
+    holdout: ImageSource | None,
+    device: str,
+    restart: bool,
+    progress: Progress,
+) -> Generated | None:
     seeds = checked_seeds(seeds)
     group = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
@@ -257,8 +275,8 @@ def _check_output(out: Path, channels: int) -> None:
         raise InputError(f"{out}: images are written as .npz, as .zip, or, without a suffix, as a folder")
     if suffix != ".npz" and channels not in (1, 3):
         raise InputError(f"{out}: PNG files hold 1 or 3 channels, these images have {channels}: write .npz")
-    if suffix and out.is_dir():
-        raise InputError(f"{out}: is a folder; choose another name")
+    if suffix:
+        check_output_file(out)
     if not suffix and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists already: choose another name, or empty it first")
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffmem.atomic_io import atomic_file, check_output_folder
+from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.data import ImageSet
 from diffmem.memorization.criteria import parse_threshold
-from diffmem.pages import template
+from diffmem.pages import template, write_texts
 from diffmem.pictures import data_url, plot, svg
+from diffmem.text import write_table
 
 if TYPE_CHECKING:
     from diffmem.memorization.audit import Audit
@@ -27,28 +26,18 @@ PICTURE_BUDGET = 3_600_000  # bytes of embedded pictures, so that the page stays
 
 
 def write_report(audit: Audit, folder: str | Path) -> Path:
-    """Write the three files into `folder` (made if need be) and return the path of `report.html`."""
+    """Write the three files into `folder` (made if need be), together, and return the path of `report.html`."""
     folder = check_output_folder(folder)
-    with _written(folder / "report.json") as file:
-        json.dump(audit.to_dict(), file, separators=(",", ":"))
-    with _written(folder / "samples.csv") as file:
-        _write_samples(audit, file)
-    page = render(audit)
-    with _written(folder / "report.html") as file:
-        file.write(page)
+    with atomic_set(folder) as stage:
+        summary = json.dumps(audit.to_dict(), separators=(",", ":"))
+        write_texts(stage, {"report.json": summary, "report.html": render(audit)})
+        with open(stage / "samples.csv", "w", encoding="utf-8", newline="") as file:
+            write_table(file, columns(audit), rows(audit))
     return folder / "report.html"
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name only when it is whole."""
-    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        yield file
-
-
-def _write_samples(audit: Audit, file: IO[str]) -> None:
-    """One row per generated image. Distances in the units of the images; rms in the same units per value."""
-    writer = csv.writer(file, lineterminator="\n")
+def columns(audit: Audit) -> list[str]:
+    """The columns of `samples.csv`."""
     neighbors, training = audit.neighbors, audit.training
     header = ["index", "name", "memorized", "raw_memorized", "published_memorized", "d1_over_d2"]
     for which in ("nearest", "second"):
@@ -57,7 +46,12 @@ def _write_samples(audit: Audit, file: IO[str]) -> None:
         header += ["nearest_mirrored", "second_mirrored"]
     if training.labels is not None and training.labels.ndim == 1:
         header += ["nearest_label", "second_label"]
-    writer.writerow(header)
+    return header
+
+
+def rows(audit: Audit) -> Iterator[list[Any]]:
+    """One row per generated image. Distances in the units of the images; rms in the same units per value."""
+    neighbors, training = audit.neighbors, audit.training
     ratios, distances, rms = audit.distance_ratios, neighbors.distances, neighbors.rms
     published = audit.published_memorized
     for row in range(audit.total):
@@ -77,7 +71,7 @@ def _write_samples(audit: Audit, file: IO[str]) -> None:
             fields += neighbors.mirrored[row].astype(int).tolist()
         if training.labels is not None and training.labels.ndim == 1:
             fields += training.labels[neighbors.indices[row]].tolist()
-        writer.writerow(fields)
+        yield fields
 
 
 @dataclass(frozen=True)

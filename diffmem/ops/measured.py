@@ -83,7 +83,7 @@ class Remembered:
             path.parent.mkdir(parents=True, exist_ok=True)
             everything = _read(path)
             everything.setdefault(self.op, {}).setdefault(device, {})[case] = seconds
-            atomic_write(path, json.dumps(everything, indent=1) + "\n")
+            atomic_write(path, json.dumps(everything, indent=1) + "\n", durable=False)
         except (OSError, InputError):
             return  # remembered by this process only
 

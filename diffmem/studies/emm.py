@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffmem.atomic_io import output_lock
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.studies.curve import Observation, Posterior
@@ -118,6 +119,22 @@ def find_emm(
     executor: see `diffmem.studies.executors`; with several slots, up to six runs are made at once. tell: called with
     every run that ends. Raises InputError where nothing can be found out, because no run succeeds.
     """
+    with output_lock(out):
+        return _find_emm(setting, out, sizes, zeta, precision, repetitions, runs, executor, tell, progress)
+
+
+def _find_emm(
+    setting: Setting,
+    out: str | Path,
+    sizes: tuple[int, int] | None,
+    zeta: float,
+    precision: float,
+    repetitions: int,
+    runs: int,
+    executor: Executor | None,
+    tell: Callable[[Outcome], None],
+    progress: Progress,
+) -> EMM:
     executor = InProcess() if executor is None else executor
     classes, largest = setting.data.limits()
     low, high = (2 * classes, largest) if sizes is None else sizes

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffmem.atomic_io import atomic_write
+from diffmem.atomic_io import atomic_write, output_lock
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.studies.executors import Executor
@@ -42,9 +42,10 @@ def run_studies(
     for study in studies:
         atomic_write(root / STUDIES / f"{study.name}.json", json.dumps(study.to_json(), indent=1) + "\n")
     units = all_units(studies)
-    if retry:
-        Ledger(root).retry([unit.key for unit in units])
-    return run_units(units, root, executor, tell=tell, progress=progress)
+    with output_lock(root, shared=True):
+        if retry:
+            Ledger(root).retry([unit.key for unit in units])
+        return run_units(units, root, executor, tell=tell, progress=progress)
 
 
 def all_units(studies: Sequence[Study]) -> list[Unit]:

@@ -1,16 +1,19 @@
 """The ledger of a study's folder: which units wait, run, are done or failed, at what cost, in one SQLite file.
 
 Several processes may work from one ledger. A unit is taken under a lease that its holder renews; when the holder dies,
-the lease runs out (at once where the holder was a process of this machine that is no more) and another takes the unit
-up, where it continues from what lies in its folder. The file is in WAL mode: it must not lie on a network file system
-that several machines write to. Runs on many machines go through one process that keeps the ledger (see
-`diffmem.studies.executors`).
+the lease runs out and another takes the unit up, where it continues from what lies in its folder. No clock is shared: a
+lease is a number that its holder counts up, and it has run out for whoever saw the same number for `LEASE_SECONDS`, by
+a clock of its own that is never set back. It ends at once where the holder was a process that this one can see to be
+gone: of the same boot of the machine and the same container, by its number and start time. The file is in WAL mode: it
+must not lie on a network file system that several machines write to. Runs on many machines go through one process that
+keeps the ledger (see `diffmem.studies.executors`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sqlite3
 import time
@@ -61,15 +64,19 @@ class Entry:
 
 
 class Ledger:
-    """The ledger in `folder`, made if need be. holder: the name under which this object takes units.
+    """The ledger in `folder`, made if need be. holder: the name under which this object takes units. clock: seconds,
+    never set back.
 
     Raises InputError where the file cannot be opened or is none.
     """
 
-    def __init__(self, folder: str | Path, holder: str | None = None, clock: Callable[[], float] = time.time):
+    def __init__(self, folder: str | Path, holder: str | None = None, clock: Callable[[], float] = time.monotonic):
         self.path = Path(folder) / FILE
-        self.holder = f"{socket.gethostname()}:{os.getpid()}" if holder is None else holder
+        self.holder = holder or f"{socket.gethostname()}:{_process(os.getpid())}:{secrets.token_hex(4)}"
         self._clock = clock
+        self._beat = 0
+        # What was seen of the leases of others, and since when.
+        self._seen: dict[str, tuple[tuple[object, object], float]] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection:
@@ -80,7 +87,7 @@ class Ledger:
 
     def add(self, units: Sequence[Unit]) -> None:
         """Enters the units that are not there yet, as waiting."""
-        rows = [(unit.key, json.dumps(unit.to_json(), sort_keys=True), self._clock()) for unit in units]
+        rows = [(unit.key, json.dumps(unit.to_json(), sort_keys=True), time.time()) for unit in units]
         with self._transaction() as connection:
             connection.executemany("INSERT OR IGNORE INTO units (key, spec, changed) VALUES (?, ?, ?)", rows)
 
@@ -95,7 +102,7 @@ class Ledger:
                     connection.execute(
                         "UPDATE units SET state = 'failed', attempts = ?, holder = NULL, lease = NULL, error = ?,"
                         " changed = ? WHERE key = ?",
-                        (ATTEMPTS, f"{LOSSES + 1} processes died while they ran it", self._clock(), key),
+                        (ATTEMPTS, f"{LOSSES + 1} processes died while they ran it", time.time(), key),
                     )
                     del known[key]
             waiting = [key for key in keys if key in known and self._free(known[key])]
@@ -105,7 +112,7 @@ class Ledger:
                 connection.execute(
                     "UPDATE units SET state = 'running', losses = losses + (state = 'running'), holder = ?, lease = ?,"
                     " changed = ? WHERE key = ?",
-                    (self.holder, self._clock() + LEASE_SECONDS, self._clock(), key),
+                    (self.holder, self._next_beat(), time.time(), key),
                 )
             return key
 
@@ -114,7 +121,7 @@ class Ledger:
         with self._transaction() as connection:
             connection.executemany(
                 "UPDATE units SET lease = ? WHERE key = ? AND holder = ? AND state = 'running'",
-                [(self._clock() + LEASE_SECONDS, key, self.holder) for key in keys],
+                [(self._next_beat(), key, self.holder) for key in keys],
             )
 
     def finish(self, key: str, seconds: float) -> None:
@@ -152,7 +159,18 @@ class Ledger:
         return self._lost(row) or row["state"] == WAITING or (row["state"] == FAILED and row["attempts"] < ATTEMPTS)
 
     def _lost(self, row: dict[str, object]) -> bool:
-        return row["state"] == RUNNING and (row["lease"] < self._clock() or _is_gone(row["holder"]))
+        if row["state"] != RUNNING:
+            return False
+        lease, now = (row["holder"], row["lease"]), self._clock()
+        seen, since = self._seen.get(row["key"], (None, now))
+        if seen != lease:
+            self._seen[row["key"]] = lease, now
+            since = now
+        return now - since > LEASE_SECONDS or _is_gone(row["holder"])
+
+    def _next_beat(self) -> int:
+        self._beat += 1
+        return self._beat
 
     def _settle(self, key: str, state: str, changes: str, *values: object) -> None:
         """What became of a unit, unless another holder has it by now."""
@@ -160,7 +178,7 @@ class Ledger:
             connection.execute(
                 f"UPDATE units SET state = ?, {changes}, holder = NULL, lease = NULL, changed = ?"
                 " WHERE key = ? AND holder = ?",
-                (state, *values, self._clock(), key, self.holder),
+                (state, *values, time.time(), key, self.holder),
             )
 
     def _connect(self) -> sqlite3.Connection:
@@ -186,14 +204,38 @@ def _row(cursor: sqlite3.Cursor, values: tuple) -> dict[str, object]:
 
 
 def _is_gone(holder: str) -> bool:
-    """Whether the holder was a process of this machine that is no more."""
-    host, _, process = holder.rpartition(":")
-    if host != socket.gethostname() or not process.isdigit():
+    """Whether the holder was a process that would be seen here if it still lived, and is not."""
+    _, boot, container, number, started, *_ = (*holder.split(":"), "", "", "", "")
+    if not boot or (boot, container) != _place() or not number.isdigit():
         return False
     try:
-        os.kill(int(process), 0)
+        os.kill(int(number), 0)
     except ProcessLookupError:
         return True
     except OSError:
-        return False
-    return False
+        return False  # another user's
+    return _start_time(int(number)) not in (started, "?")
+
+
+def _process(number: int) -> str:
+    """A process of this container: boot of the machine, name space of processes, number, start time."""
+    return ":".join((*_place(), str(number), _start_time(number)))
+
+
+def _place() -> tuple[str, str]:
+    """The boot of this machine and the name space of this process; empty where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot, str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return "", ""
+
+
+def _start_time(number: int) -> str:
+    """When a process began, in ticks since the machine did; "ended" where only its remains are left, "?" where that
+    cannot be known."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "?"
+    return "ended" if fields[0] in ("Z", "X") else fields[19]

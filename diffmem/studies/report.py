@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffmem.atomic_io import atomic_write, check_output_folder
-from diffmem.pages import template
+from diffmem.atomic_io import atomic_set, check_output_folder
+from diffmem.pages import template, write_texts
 from diffmem.pictures import data_url, grid, plot, svg
 from diffmem.studies.findings import Findings
 from diffmem.studies.measure import GALLERY, Result
 from diffmem.studies.run import UNITS
 from diffmem.studies.study import Study
+from diffmem.text import printable, table
 from diffmem.training import differences
 
 if TYPE_CHECKING:
@@ -58,9 +57,10 @@ def write_studies(found: Sequence[Findings], root: Path, folder: Path) -> Path:
         spread=found[0].cells[0].spread if found and found[0].cells else None,
         versions=next((result.versions for each in found for result in each.results), {}),
     )
-    atomic_write(folder / "studies.json", json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n")
-    atomic_write(folder / "runs.csv", _table(RUN_COLUMNS, (row for each in found for row in _rows(each))))
-    atomic_write(folder / "report.html", page)
+    summary = json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n"
+    runs = _table(RUN_COLUMNS, (row for each in found for row in _rows(each)))
+    with atomic_set(folder) as stage:
+        write_texts(stage, {"studies.json": summary, "runs.csv": runs, "report.html": page})
     return folder / "report.html"
 
 
@@ -71,10 +71,10 @@ def write_emm(emm: EMM, folder: Path) -> Path:
     columns = (*(name for name in RUN_COLUMNS if name not in ("study", "variant")), "decided", "censored")
     rows = [{**_row(result), "decided": result.decided, "censored": result.censored} for result in emm.results]
     page = template("diffmem.studies", "emm.html.j2").render(emm=emm, plot=drawing, columns=columns, rows=rows)
-    atomic_write(folder / "emm.json", json.dumps(emm.to_dict(), indent=1) + "\n")
-    atomic_write(folder / "runs.csv", _table(columns, rows))
-    atomic_write(folder / "emm.svg", drawing)
-    atomic_write(folder / "report.html", page)
+    summary = json.dumps(emm.to_dict(), indent=1) + "\n"
+    texts = {"emm.json": summary, "runs.csv": _table(columns, rows), "emm.svg": drawing, "report.html": page}
+    with atomic_set(folder) as stage:
+        write_texts(stage, texts)
     return folder / "report.html"
 
 
@@ -131,7 +131,7 @@ def _curves(axes: Axes, found: Findings) -> None:
         if not cells:
             continue
         color = COLORS[position % len(COLORS)]
-        _points(axes, [cell.size for cell in cells], cells, color, variant.name)
+        _points(axes, [cell.size for cell in cells], cells, color, printable(variant.name))
         if variant.name in found.emm:
             size, (low, high) = found.emm[variant.name]
             axes.plot([low, high], [-0.02 - 0.025 * position] * 2, color=color, linewidth=1.5, clip_on=False)
@@ -150,8 +150,10 @@ def _levels(axes: Axes, found: Findings) -> None:
         cells = [cell for cell in found.cells if cell.size == size]
         color = COLORS[position % len(COLORS)]
         _points(axes, [places[cell.variant.name] for cell in cells], cells, color, f"N = {size:,}")
-    axes.set_xticks(list(places.values()), list(places), fontsize=8, rotation=20 if len(places) > 5 else 0)
-    axes.set_xlabel(found.study.factor)
+    axes.set_xticks(
+        list(places.values()), [printable(name) for name in places], fontsize=8, rotation=20 if len(places) > 5 else 0
+    )
+    axes.set_xlabel(printable(found.study.factor))
     _finish(axes)
 
 
@@ -292,8 +294,4 @@ def _as_json(found: Findings) -> dict[str, Any]:
 
 
 def _table(columns: Sequence[str], rows: Any) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return table(columns, ([row[name] for name in columns] for row in rows))

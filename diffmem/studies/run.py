@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmem.errors import InputError
+from diffmem.errors import InputError, OutputInUseError
 from diffmem.progress import Progress, silent
 from diffmem.studies.executors import Executor, InProcess
 from diffmem.studies.ledger import ATTEMPTS, DONE, LEASE_SECONDS, RUNNING, Ledger
@@ -20,6 +20,7 @@ from diffmem.studies.unit import Unit
 
 UNITS = "units"
 _LOOK_SECONDS = 2.0  # between looks at what other processes do
+_BUSY_SECONDS = 20.0  # before a unit is tried again whose folder another process writes to
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,22 @@ def run_units(
     ledger.add(list(by_key.values()))
     running: dict[Future[Result], tuple[str, float]] = {}
     held: set[str] = set()
+    busy: dict[str, float] = {}  # until when to leave a unit alone
 
     def settle(future: Future[Result]) -> None:
         key, began = running.pop(future)
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         unit = by_key[key]
         try:
             result = future.result()
         except InterruptedUnitError:
             raise KeyboardInterrupt from None
+        except OutputInUseError:
+            # Its last holder, which let the lease run out (asleep, say), still writes there.
+            ledger.release(key)
+            held.discard(key)
+            busy[key] = time.monotonic() + _BUSY_SECONDS
+            return
         except Exception as error:
             message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             # What is wrong with the input is wrong again.
@@ -79,8 +87,11 @@ def run_units(
         held.discard(key)
         tell(outcome)
 
+    def is_busy(key: str) -> bool:
+        return busy.get(key, 0.0) > time.monotonic()
+
     def next_unit() -> str | None:
-        while (key := ledger.claim(keys)) is not None:
+        while (key := ledger.claim([key for key in keys if not is_busy(key)])) is not None:
             held.add(key)
             if (known := read_result(unit_folder(root, by_key[key]))) is None:
                 return key
@@ -94,11 +105,11 @@ def run_units(
                 entries = ledger.entries()
                 progress("runs", sum(entries[key].state == DONE for key in keys), len(keys))
                 while len(running) < executor.slots and (key := next_unit()) is not None:
-                    running[executor.submit(by_key[key], unit_folder(root, by_key[key]))] = (key, time.time())
+                    running[executor.submit(by_key[key], unit_folder(root, by_key[key]))] = (key, time.monotonic())
                 if running:
                     for future in wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED).done:
                         settle(future)
-                elif wait_for_others and any(ledger.entries()[key].state == RUNNING for key in keys):
+                elif wait_for_others and any(entries[key].state == RUNNING or is_busy(key) for key in keys):
                     time.sleep(_LOOK_SECONDS)
                 else:
                     break

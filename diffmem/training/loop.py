@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 
 import diffmem
-from diffmem.atomic_io import atomic_write
+from diffmem.atomic_io import atomic_write, output_lock
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.models import Denoiser
@@ -105,7 +105,8 @@ def train(
     out, ranks = Path(out), Ranks()
     if snapshot_images is not None and snapshot_images < 1:
         raise InputError(f"snapshot_images is {snapshot_images}, but must be at least 1")
-    with _own_random_numbers(), _stop_requests() as stop:
+    with _own_random_numbers(), _stop_requests() as stop, contextlib.ExitStack() as stack:
+        ranks.agree(lambda: stack.enter_context(output_lock(out)))
         trainer = Trainer(config, data, device, batch_gpu, compile, ranks, found_at)
         snapshots = ranks.agree(lambda: _open_run(out, trainer, keep, resume))
         state = ranks.agree(lambda: latest_state(out) if resume else None)

@@ -105,7 +105,7 @@ class Grids(Observer):
     def snapshot(self, snapshot: Snapshot) -> None:
         images = sample(snapshot.denoiser, self.seeds, batch=len(self.seeds), compile=False).images.numpy()
         self.out.mkdir(exist_ok=True)
-        with atomic_file(self.out / f"{snapshot.images:09d}.png") as partial:
+        with atomic_file(self.out / f"{snapshot.images:09d}.png", durable=False) as partial:
             grid(images).save(partial, "PNG")
 
 

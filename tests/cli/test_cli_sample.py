@@ -230,7 +230,7 @@ def test_torchrun(run, checkpoint, noise, tmp_path):
         (["--sigma-min", "5", "--sigma-max", "1", "--out", "out.npz"], 1, "sigma_min < sigma_max"),
         (["--out", "out.jpg"], 1, "written as .npz, as .zip"),
         (["--out", "taken"], 1, "taken: exists already"),
-        (["--out", "file/out.npz"], 1, "file/out.npz.partial: cannot be written"),
+        (["--out", "file/out.npz"], 1, "file/out.npz: cannot be written"),
         (["--device", "abacus", "--out", "out.npz"], 1, "device 'abacus' is unknown"),
         (["--audit", "builtin:patches"], 1, "3x32x32, this network makes 1x8x8"),
     ],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from html.parser import HTMLParser
 
 import numpy as np
@@ -80,8 +81,15 @@ def test_any_images_can_be_shown(images, tmp_path):
 
 def test_names_are_text_not_markup(tmp_path):
     hostile = ["<script>alert(1)</script>.png", '"><img src=x onerror=alert(1)>', "naïve 猫.png", "=1+1"]
-    images = random.integers(0, 256, (4, 1, 8, 8), dtype=np.uint8)
-    images[3] = images[2]
+    hostile += [
+        os.fsdecode(b"caf\xe9/\xff.png"),
+        "exe\u202egnp.html",
+        "two\nlines\x1b[31m.png",
+        "a/img.png",
+        "b/img.png",
+    ]
+    images = random.integers(0, 256, (9, 1, 8, 8), dtype=np.uint8)
+    images[1] = images[0]
     named = ImageSet(
         images, hostile, source="<b>bold</b>", skipped=(SkippedFile("<i>bad</i>.png", "truncated <file>"),)
     )
@@ -94,7 +102,11 @@ def test_names_are_text_not_markup(tmp_path):
     assert "1 groups" not in page.text
     with open(tmp_path / "samples.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    assert [row[1] for row in rows[1:]] == hostile
+    escaped = ["caf\\xe9/\\xff.png", "exe\\u202egnp.html", "two\\nlines\\x1b[31m.png", "a/img.png", "b/img.png"]
+    assert [row[1] for row in rows[1:]] == [*hostile[:3], "'=1+1", *escaped]
+    assert all(name in page.text for name in escaped)
+    sources = json.loads((tmp_path / "report.json").read_text())["sources"]
+    assert hostile[4] in {source["name"] for source in sources}  # JSON keeps names as they are
 
 
 def test_close_calls_stand_on_both_sides_of_the_threshold(tmp_path):
@@ -114,7 +126,7 @@ def test_what_was_there_survives_a_failure(tmp_path, monkeypatch):
     audit.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(
-        "diffmem.memorization.report._write_samples", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "diffmem.memorization.report.write_table", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     with pytest.raises(InputError, match="No space left"):
         audit.save(tmp_path)

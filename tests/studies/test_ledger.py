@@ -59,8 +59,10 @@ def test_a_lease_that_is_renewed_holds_and_one_that_is_not_runs_out(tmp_path, cl
     ours, theirs = ledger_of(tmp_path, "here:1", clock), ledger_of(tmp_path, "there:2", clock)
     only = KEYS[:1]
     assert ours.claim(only) == KEYS[0]
+    assert theirs.claim(only) is None  # from here on it watches
     clock.now += LEASE_SECONDS - 1
     ours.renew(only)
+    assert theirs.claim(only) is None
     clock.now += LEASE_SECONDS - 1
     assert theirs.claim(only) is None
     clock.now += 2
@@ -75,9 +77,8 @@ def test_a_lease_that_is_renewed_holds_and_one_that_is_not_runs_out(tmp_path, cl
 def test_a_unit_whose_holder_keeps_dying_is_given_up(tmp_path, clock):
     ledger = ledger_of(tmp_path, "there:2", clock)
     for _ in range(100):
-        if ledger.claim(KEYS[:1]) is None:
-            break
-        clock.now += LEASE_SECONDS + 1
+        ledger.claim(KEYS[:1])
+        clock.now += LEASE_SECONDS / 2 + 1
     entry = ledger.entries()[KEYS[0]]
     assert entry.state == FAILED
     assert "died" in entry.error
@@ -92,6 +93,38 @@ def test_the_unit_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path, cl
     ledger = Ledger(tmp_path)
     assert ledger.entries()[KEYS[0]].state == RUNNING
     assert ledger.claim(KEYS[:1]) == KEYS[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "gone"),
+    [
+        ({}, False),  # this process, which lives
+        ({3: "4194300"}, True),  # of this container, and its number is nobody's
+        ({4: "1"}, True),  # of this container; its number is another's by now
+        ({2: "1", 3: "4194300"}, False),  # of another container, whose numbers mean others
+        ({1: "another-boot", 3: "4194300"}, False),  # of another machine, or this one before it was started again
+        ({0: "another name of this host", 3: "4194300"}, True),
+    ],
+)
+def test_a_process_is_gone_only_where_it_would_be_seen(tmp_path, changed, gone):
+    parts = Ledger(tmp_path).holder.split(":")
+    for place, value in changed.items():
+        parts[place] = value
+    ledger = Ledger(tmp_path, ":".join(parts))
+    ledger.add(UNITS)
+    assert ledger.claim(KEYS[:1]) == KEYS[0]
+    assert Ledger(tmp_path).claim(KEYS[:1]) == (KEYS[0] if gone else None)
+
+
+def test_wall_clocks_decide_nothing(tmp_path, clock, monkeypatch):
+    """A clock that is set back or forth, here or where the holder runs, neither loses a lease nor keeps a dead one."""
+    ours, theirs = ledger_of(tmp_path, "here:1", clock), ledger_of(tmp_path, "there:2", clock)
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert ours.claim(KEYS[:1]) == KEYS[0]
+    monkeypatch.setattr("time.time", lambda: 10.0)
+    assert theirs.claim(KEYS[:1]) is None
+    clock.now += LEASE_SECONDS + 1
+    assert theirs.claim(KEYS[:1]) == KEYS[0]
 
 
 def test_failures_are_tried_again_last_and_not_for_ever(tmp_path, clock):
