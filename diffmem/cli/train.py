@@ -122,6 +122,7 @@ def train_command(
         }
         if is_first_rank():
             click.echo(json.dumps(config.to_json(), indent=1))
+            click.echo(f"EMA weights: {config.ema.describe(items)}")
         if dry_run:
             plan = plan_training(config, data, **choices)
             if is_first_rank():

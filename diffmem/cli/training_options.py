@@ -84,6 +84,14 @@ _OPTIONS = [
         show_default=True,
         help="Half-life of the averaged weights in images.",
     ),
+    click.option(
+        "--ema-protocol",
+        type=click.Choice(["paper", "published"]),
+        default="paper",
+        show_default=True,
+        help="Half-life by training-set size as in the paper, or floored to whole thousands of images as in its "
+        "published code: none at all below 100 training images.",
+    ),
     click.option("--tikhonov", type=NUMBER, default=0.0, show_default=True, help="Regularization of the score."),
 ]
 
@@ -106,7 +114,8 @@ class TrainingParts(NamedTuple):
 
 def training_parts(
     *, window, augment, xflip, preset, arch, precond, skips, images, epochs, duration, batch, optimizer, lr,
-    warmup_epochs, weight_decay, momentum, ema_rule, ema_target, ema_halflife, tikhonov, **network,
+    warmup_epochs, weight_decay, momentum, ema_rule, ema_target, ema_halflife, ema_protocol, tikhonov,
+    **network,
 ) -> TrainingParts:  # fmt: skip
     """The parts of a training run that options, by name, ask for."""
     chosen = {"arch": arch, "precond": precond, "preset_name": preset, **network}
@@ -126,6 +135,8 @@ def training_parts(
         "augment": augment,
         "tikhonov": tikhonov,
     }
+    if ema_protocol != "paper":  # the keys of runs made before there was a choice stay
+        training["ema"]["protocol"] = ema_protocol
     length = {"images": images, "epochs": epochs, "duration": duration}
     return TrainingParts(
         {name: value for name, value in chosen.items() if value is not None},

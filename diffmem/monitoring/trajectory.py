@@ -223,7 +223,7 @@ def trajectory(
         tuple(record.images for record in there if record.images not in points),
         tuple(folder.stats()),
         training,
-        {**way, "seeds": format_seeds(seeds), "order": order, "every": every},
+        {**way, "seeds": format_seeds(seeds), "order": order, "every": every, "ema": folder.averaging()},
         question,
         len(records) if order == "bisect" else None,
     )

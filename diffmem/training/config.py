@@ -47,7 +47,7 @@ class TrainingConfig:
     betas, eps      of Adam and AdamW; momentum: of SGD
     weight_decay    L2 penalty of Adam and SGD, decoupled for AdamW
     warmup_epochs   epochs in which the learning rate grows linearly from 0 (counted in whole thousands of images)
-    ema             the rule of the averaged weights
+    ema             the rule of the averaged weights (EMA), and the protocol of its half-life
     window          share of the training set over which the order mixes; 0: the same order every epoch
     xflip           the mirrored images count as images too: the training set is twice as large
     augment         probability of EDM's non-leaking augmentations; the network's augment_dim must be 9; 0: none

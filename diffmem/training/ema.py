@@ -1,6 +1,7 @@
 """The exponential moving average of the weights: the four rules by which its decay follows training.
 
-With s images seen before the step, batch b, N training images and h = min(H·N/50000, ramp-up·s), H = 500,000 images:
+With s images seen before the step, batch b, N training images, H = 500,000 images, and the half-life
+h = min(H·N/50000, ramp-up·s):
 
     by-size       β = 0.5^(b/h)                           half-life grows with the training set
     compensated   β = 0.5^(512·N / (50000·h))             the same decay per epoch, whatever the batch
@@ -8,6 +9,10 @@ With s images seen before the step, batch b, N training images and h = min(H·N/
     target r      β = r / 0.5^(b/H) · 0.5^(b·N / (50000·h))   ends at r
 
 Gu et al. (arXiv 2310.02664) study the last; the half-life with ramp-up is EDM's (arXiv 2206.00364).
+
+Two protocols give H·N/50000: "paper", as it stands there; and "published", the paper's public code, which floors it to
+whole thousands of images: 2,000 instead of 2,500 at N = 250, and 0 below N = 100, where β is 0 and the averaged weights
+are those of the last step. The rule "constant" does not depend on it.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 from diffmem.errors import InputError
 
 RULES = ("by-size", "compensated", "constant", "target")
+PROTOCOLS = ("paper", "published")
 _REFERENCE_SIZE = 50_000
 _REFERENCE_BATCH = 512
 
@@ -26,17 +32,21 @@ class EMA:
     """A rule for the decay β of the averaged weights, ema ← β·ema + (1 − β)·weights after every step.
 
     rule: one of RULES, see above; halflife_images: H; rampup: the half-life is at most this share of the images seen;
-    target: r in [0, 1], for the rule "target" only. Raises InputError for other values.
+    target: r in [0, 1], for the rule "target" only; protocol: one of PROTOCOLS, see above. Raises InputError for other
+    values.
     """
 
     rule: str = "compensated"
     halflife_images: int = 500_000
     rampup: float = 0.05
     target: float | None = None
+    protocol: str = "paper"
 
     def __post_init__(self):
         if self.rule not in RULES:
             raise InputError(f"EMA rule {self.rule!r}: choose from {', '.join(RULES)}")
+        if self.protocol not in PROTOCOLS:
+            raise InputError(f"EMA protocol {self.protocol!r}: choose from {', '.join(PROTOCOLS)}")
         if (self.rule == "target") != (self.target is not None):
             raise InputError(f"EMA rule {self.rule!r}: a target belongs to the rule 'target', and only there")
         if self.target is not None and not 0 <= self.target <= 1:
@@ -49,7 +59,7 @@ class EMA:
         constant = 0.5 ** (batch / self.halflife_images)
         if self.rule == "constant":
             return constant
-        halflife = min(self.halflife_images * size / _REFERENCE_SIZE, self.rampup * images_seen)
+        halflife = min(self.full_halflife(size), self.rampup * images_seen)
         if halflife == 0:
             return 0.0
         if self.rule == "by-size":
@@ -57,3 +67,29 @@ class EMA:
         if self.rule == "compensated":
             return 0.5 ** (_REFERENCE_BATCH * size / (_REFERENCE_SIZE * halflife))
         return self.target / constant * 0.5 ** (batch * size / (_REFERENCE_SIZE * halflife))
+
+    def full_halflife(self, size: int) -> float:
+        """The half-life in images, on a training set of `size`, once it is no longer limited by the images seen."""
+        if self.rule == "constant":
+            return self.halflife_images
+        halflife = self.halflife_images * size / _REFERENCE_SIZE
+        return (
+            halflife if self.protocol == "paper" else 1000.0 * (self.halflife_images * size // (1000 * _REFERENCE_SIZE))
+        )
+
+    def describe(self, size: int) -> str:
+        """The rule and what it comes to on a training set of `size`, in words."""
+        rule = f"target {self.target:g}" if self.rule == "target" else self.rule
+        if self.rule == "constant":
+            return f"{rule}, half-life {self.halflife_images:,} images"
+        halflife = self.full_halflife(size)
+        if not halflife:
+            below = _smallest(self.halflife_images)
+            return f"{rule}, by the published code: none below N = {below:,}, so the weights of the last step"
+        how = "as in the paper" if self.protocol == "paper" else "floored to whole thousands as in the published code"
+        return f"{rule}, half-life {halflife:,.0f} images at N = {size:,}, {how}"
+
+
+def _smallest(halflife_images: int) -> int:
+    """The smallest training set whose half-life is a thousand images or more."""
+    return -(-1000 * _REFERENCE_SIZE // halflife_images)

@@ -509,7 +509,7 @@ def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snap
 def _check_same_run(out: Path, description: dict[str, Any], there: dict[str, Any]) -> None:
     try:
         different = differences(_comparable(description), _comparable(there))
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, InputError):
         raise InputError(f"{out}: what lies there is not the description of a run: choose another folder") from None
     if different:
         listed = "; ".join(f"{name} ({theirs} there, {ours} here)" for name, ours, theirs in different)
@@ -517,8 +517,10 @@ def _check_same_run(out: Path, description: dict[str, Any], there: dict[str, Any
 
 
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
-    """What must agree for a run to be continued: not its length, nor where the same images came from."""
-    config = {name: value for name, value in description["config"].items() if name != "images"}
+    """What must agree for a run to be continued: not its length, nor where the same images came from. A field that is
+    newer than the run has its default."""
+    config = json.loads(json.dumps(TrainingConfig.from_json(description["config"]).to_json()))
+    del config["images"]
     data = {name: value for name, value in description["data"].items() if name not in ("source", "found_at")}
     return {**config, "data": data}
 

@@ -47,6 +47,10 @@ class RunFolder:
                 return RunFolder.open(folder)
         return None
 
+    def averaging(self) -> str:
+        """How the EMA weights, those of the snapshots, followed training, in words."""
+        return self.config.ema.describe(self.data["images"] * (2 if self.config.xflip else 1))
+
     def snapshots(self) -> list[SnapshotRecord]:
         """The snapshots that are still there, oldest first."""
         return [record for record in read_records(self.path) if record.kept and self.checkpoint(record).is_dir()]

@@ -88,7 +88,8 @@ def test_dry_run_takes_every_factor(run, tmp_path):
     assert {name: network[name] for name in expected} == expected
     assert config["denoiser"]["preconditioning"]["type"] == "edm"
     assert config["images"] == 60 * 1797
-    assert config["ema"] == {"rule": "target", "halflife_images": 500_000, "rampup": 0.05, "target": 0.9}
+    averaging = {"rule": "target", "halflife_images": 500_000, "rampup": 0.05, "target": 0.9, "protocol": "paper"}
+    assert config["ema"] == averaging
     chosen = {"optimizer": "adamw", "weight_decay": 1e-4, "tikhonov": 0.01, "augment": 0.1, "window": 0.2, "seed": 7}
     assert {name: config[name] for name in chosen} == chosen
     assert not list(tmp_path.iterdir())

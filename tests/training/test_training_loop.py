@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,18 @@ def test_other_settings_are_refused(digits, tmp_path):
         train(tiny(1), digits.select(slice(0, 39)), tmp_path, resume=True)
     with pytest.raises(InputError, match="the network takes"):
         train(tiny(1), load_images("builtin:digits", resize=16, limit=9), tmp_path / "new")
+
+
+def test_a_run_from_before_a_field_has_its_default(digits, tmp_path):
+    train(tiny(1), digits, tmp_path)
+    description = json.loads((tmp_path / "config.json").read_text())
+    assert description["config"]["ema"].pop("protocol") == "paper"
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    shutil.rmtree(tmp_path / "state")
+    with pytest.raises(InputError, match=r"ema.protocol \(paper there, published here\)"):
+        train(tiny(1, ema=EMA(protocol="published")), digits, tmp_path, resume=True)
+    assert train(tiny(1), digits, tmp_path, resume=True).ending == "finished"
+    assert TrainingConfig.from_json(description["config"]) == tiny(1)
 
 
 def test_snapshots_are_the_averaged_weights_and_are_kept_by_rule(digits, tmp_path):
