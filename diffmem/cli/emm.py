@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffmem.cli.execution import executor_of, executor_options, tell_outcome
+from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
 from diffmem.cli.options import debug_option
 from diffmem.cli.training_options import POSITIVE, SHARE, training_options, training_parts
 
@@ -58,12 +58,13 @@ class Percentage(click.ParamType):
 @click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
 @click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
               help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
+@threads_option
 @executor_options
 @click.option("--json", "as_json", is_flag=True, help="Print emm.json instead of the summary.")
 @debug_option
 def emm_command(
     source, resize, color, cond, out, zeta, sizes, precision, repetitions, max_runs, snapshots, samples, solver,
-    workers, ray, gpus_per_run, device, as_json, **options,
+    threads, workers, ray, gpus_per_run, device, as_json, **options,
 ) -> None:  # fmt: skip
     """Find the Effective Model Memorization: the largest number of training images that a model still memorizes.
 
@@ -96,6 +97,7 @@ def emm_command(
         snapshots=snapshots,
         samples=samples,
         sampling={"solver": solver},
+        threads=threads,
     )
     with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
         found = find_emm(

@@ -34,6 +34,15 @@ _OPTIONS = [
 ]
 
 
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="T",
+    help="CPU threads of each run. Results depend on it by rounding: runs with another number are other runs. "
+    "[default: 1]",
+)
+
+
 def executor_options(command: Callable) -> Callable:
     """Gives a command --workers, --ray, --gpus-per-run and --device; see `executor_of`."""
     for option in reversed(_OPTIONS):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffmem.cli.execution import executor_of, executor_options, tell_outcome
+from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
 from diffmem.cli.options import debug_option
 from diffmem.cli.training_options import Numbers
 
@@ -28,13 +28,14 @@ def _choice_options(command):
             click.option("--other", help="The images that the study of intra-class diversity mixes in."),
             click.option("--sizes", type=Numbers(), help="Training-set sizes instead of the study's."),
             click.option("--seeds", "repetitions", type=click.IntRange(min=1), help="Runs per cell."),
+            threads_option,
         ]
     ):
         command = option(command)
     return command
 
 
-def _chosen(studies, scale, source, other, sizes, repetitions) -> list[Study]:
+def _chosen(studies, scale, source, other, sizes, repetitions, threads) -> list[Study]:
     """Studies by name or file."""
     from diffmem.studies import load_study
     from diffmem.studies.presets import NAMES, build
@@ -44,7 +45,7 @@ def _chosen(studies, scale, source, other, sizes, repetitions) -> list[Study]:
     for name in NAMES if studies == ("all",) else studies:
         own = name.endswith((".json", ".py"))
         study = load_study(name) if own else build(name, scale, source, other)
-        found.append(at_sizes(study, sizes, repetitions))
+        found.append(at_sizes(study, sizes, repetitions, threads))
     return found
 
 

@@ -59,9 +59,10 @@ class InProcess:
 
 
 class Processes:
-    """Several processes of this machine, started afresh (spawn), each with `threads` threads.
+    """Several processes of this machine, started afresh (spawn).
 
-    workers: how many. threads: of each; None: the machine's cores, divided among them. device: as for `run_unit`;
+    workers: how many. threads: of each, outside its units, which set their own (`Setting.threads`), for results depend
+    on their number; None: the machine's cores, divided among the processes. device: as for `run_unit`;
     "cuda" deals the GPUs out in turns. A process that dies takes its own unit with it only, and is replaced.
     """
 

@@ -7,15 +7,18 @@ The folder holds `unit.json` (what is run), `run/` (the training run, with its l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
@@ -67,7 +70,8 @@ class Result:
     share, R_mem. decided: the answer to the unit's question, None where it has none or it stayed open; censored: the
     run was ended by its answer, so that R_mem is at least what was seen. images, epochs: length of the run;
     best_images: of the snapshot. training_seconds, sampling_seconds: wall-clock. parameters: of the network.
-    training_set: fingerprint. looks: how many snapshots were to be audited.
+    training_set: fingerprint. looks: how many snapshots were to be audited. device: "cpu" or "cuda", threads: of the
+    CPU; None where the run is older than the field.
     """
 
     key: str
@@ -88,6 +92,8 @@ class Result:
     versions: dict[str, str]
     at_least: float | None = None
     looks: int | None = None
+    device: str | None = None
+    threads: int | None = None
 
     @property
     def r_mem(self) -> float:
@@ -130,12 +136,33 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
     lies there.
 
     Snapshots are audited as training goes on (see `diffmem.monitoring.AuditEvery`); with a question a yes ends the run.
+    What depends on the machine's state is set for the length of the run: `setting.threads`, and that denormal numbers
+    count as zero. So on one kind of device the result is that of the unit, whoever runs it.
     device: "cpu", "cuda", or "auto". Raises InputError where data, network and training do not fit, DivergedError for a
     loss that is no number, InterruptedUnitError when stopped by SIGINT or SIGTERM.
     """
     folder = Path(folder)
     if (known := read_result(folder)) is not None:
         return known
+    with fixed_arithmetic(unit.setting.threads or 1):
+        return _run_unit(unit, folder, device)
+
+
+@contextlib.contextmanager
+def fixed_arithmetic(threads: int) -> Iterator[None]:
+    """torch with so many threads, and with denormal numbers as zeros, for as long as this lasts."""
+    before = torch.get_num_threads()
+    kept = bool(torch.tensor(1e-310, dtype=torch.float64) * 1)  # there is no other way to ask
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(not kept)
+
+
+def _run_unit(unit: Unit, folder: Path, device: str) -> Result:
     images = unit.setting.data.training_set(unit.size, unit.repetition)
     config = unit.setting.config(images, unit.repetition)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +176,8 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
         folder / RUN,
         snapshot_images=snapshot_steps * config.batch,
         device=device,
+        # On CPUs compiling saves little, and whether it would is found by timing; compiled code rounds differently.
+        compile="auto" if pick_device(device).type == "cuda" else False,
         keep=KeepLast(1),
         state_minutes=2.0,
         resume=True,
@@ -238,22 +267,28 @@ class _Audits(AuditEvery):
             versions=software_versions(),
             at_least=self.unit.at_least,
             looks=self.looks,
+            device=self.device.type,
+            threads=self.unit.setting.threads or 1,
         )
 
 
 def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device: str) -> None:
-    """The first images of the snapshot after `at` images, beside the training images nearest to them."""
+    """The first images of the snapshot after `at` images, beside the training images nearest to them (mirrored where
+    that is nearer, for a run that counts mirrored images)."""
     settings = unit.setting.sample_settings()
     denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
     images = sample(
         denoiser, range(SHOWN), batch=SHOWN, solver=settings.solver, compile=False, **settings.solver_arguments()
     ).images.numpy()
-    judged = audit(images, training, device=device)
+    judged = audit(images, training, device=device, flip=bool(unit.setting.training.get("xflip")))
+    nearest = training.images[judged.neighbors.indices[:, 0]]
+    if (mirrored := judged.neighbors.mirrored) is not None:
+        nearest = np.where(mirrored[:, 0, None, None, None], nearest[..., ::-1], nearest)
     with atomic_file(folder / GALLERY) as partial, partial.open("wb") as stream:
         np.savez_compressed(
             stream,
             generated=images,
-            nearest=training.images[judged.neighbors.indices[:, 0]],
+            nearest=nearest,
             memorized=judged.memorized,
         )
 

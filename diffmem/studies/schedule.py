@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffmem.models import Denoiser
 from diffmem.progress import Progress, silent
-from diffmem.studies.measure import read_result
+from diffmem.studies.measure import fixed_arithmetic, read_result
 from diffmem.studies.run import unit_folder
 from diffmem.studies.unit import Unit
 from diffmem.training import plan_training
@@ -68,9 +68,10 @@ def costs(
         setting = unit.setting
         images = setting.data.training_set(unit.size, unit.repetition)
         config = setting.config(images, unit.repetition)
-        kind = json.dumps([config.denoiser.to_json(), config.batch, config.augment > 0])
+        kind = json.dumps([config.denoiser.to_json(), config.batch, config.augment > 0, setting.threads])
         if kind not in measured:
-            plan = plan_training(config, images, device=device, compile=False)
+            with fixed_arithmetic(setting.threads or 1):
+                plan = plan_training(config, images, device=device, compile=False)
             settings = setting.sample_settings()
             measured[kind] = plan.seconds_per_step, len(settings.plan(Denoiser(config.denoiser)).stages)
         per_step, calls = measured[kind]

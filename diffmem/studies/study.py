@@ -152,11 +152,16 @@ def load_study(path: str | Path) -> Study:
     return study
 
 
-def at_sizes(study: Study, sizes: Sequence[int] | None, repetitions: int | None) -> Study:
-    """The study with other sizes, for all of its variants, or another number of repetitions; None leaves them."""
+def at_sizes(study: Study, sizes: Sequence[int] | None, repetitions: int | None, threads: int | None = None) -> Study:
+    """The study with other sizes, for all of its variants, another number of repetitions, or of threads per run; None
+    leaves them."""
     if sizes is not None:
         variants = tuple(replace(variant, sizes=None) for variant in study.variants)
         study = replace(study, sizes=tuple(sizes), variants=variants)
+    if threads is not None:
+        settings = [replace(variant.setting, threads=threads) for variant in study.variants]
+        variants = tuple(replace(v, setting=each) for v, each in zip(study.variants, settings, strict=True))
+        study = replace(study, variants=variants)
     return study if repetitions is None else replace(study, repetitions=repetitions)
 
 

@@ -98,7 +98,8 @@ class Setting:
     data: the distribution of training images. network: arguments of `diffmem.training.denoiser_config` (M). training:
     fields of `TrainingConfig`, `ema` as those of `EMA` (T). length: one of images, epochs, duration (see `images_of`).
     snapshots: R_mem is the highest over so many, evenly spaced. samples: images generated per snapshot at most.
-    sampling: fields of `SampleSettings`, all but precision and class_index.
+    sampling: fields of `SampleSettings`, all but precision and class_index. threads: on the CPU, of every run, wherever
+    it is made, for sums are rounded in an order that depends on their number; None: one.
     """
 
     data: DataRecipe
@@ -108,14 +109,15 @@ class Setting:
     snapshots: int = 10
     samples: int = 10_000
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = None
 
     def __post_init__(self):
         if len(self.length) != 1 or set(self.length) - set(_LENGTHS):
             raise InputError(f"the length of training is one of {', '.join(_LENGTHS)}, not {dict(self.length)}")
         if unknown := set(self.training) - _TRAINING:
             raise InputError(f"training has no field {', '.join(sorted(unknown))}: there are {', '.join(_TRAINING)}")
-        for name in ("snapshots", "samples"):
-            if getattr(self, name) < 1:
+        for name in ("snapshots", "samples", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
         self.sample_settings()
 

@@ -8,11 +8,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from studies.tiny import TINY
 
 from diffmem.errors import InputError
-from diffmem.studies import Processes, Unit, run_unit, run_units
+from diffmem.monitoring import snapshot_audit
+from diffmem.sampling import Samples
+from diffmem.studies import Processes, Setting, Unit, measure, run_unit, run_units
 from diffmem.studies.ledger import DONE, FAILED, Ledger
 from diffmem.studies.measure import read_result
 from diffmem.studies.run import unit_folder
@@ -115,6 +119,53 @@ def test_processes_survive_the_death_of_one(tmp_path):
     assert Ledger(tmp_path).entries()[units[1].key].attempts >= 1
     assert numbers(outcomes[0].result) == numbers(run_unit(units[0], tmp_path / "here"))
     assert outcomes[1].result.images == 1600
+
+
+def test_threads_are_those_of_the_unit_whoever_runs_it(tmp_path):
+    """A result depends on its key, not on the threads of the process that made it; other threads are another unit."""
+    unit = Unit(replace(TINY, length={"images": 400}, network={**TINY.network, "model_channels": 16}), 20)
+    many = torch.get_num_threads() + 3
+    torch.set_num_threads(many)
+    here = run_unit(unit, tmp_path / "here")
+    assert torch.get_num_threads() == many
+    torch.set_num_threads(1)
+    found = {}
+    for threads in (1, 2):
+        executor = Processes(1, threads=threads)
+        try:
+            found[threads] = run_units([unit], tmp_path / str(threads), executor)[0].result
+        finally:
+            executor.close()
+    assert numbers(found[1]) == numbers(found[2]) == numbers(here)
+    assert (here.threads, here.device) == (1, "cpu")
+    assert Unit(replace(unit.setting, threads=2), 20).key != unit.key
+    old = {name: value for name, value in unit.setting.to_json().items() if name != "threads"}
+    assert Unit(Setting.from_json(old), 20).key == unit.key  # what was run before there was a choice is not run again
+    with pytest.raises(InputError, match="threads is 0"):
+        replace(TINY, threads=0)
+
+
+@pytest.mark.parametrize("xflip", [False, True])
+def test_the_gallery_counts_copies_as_the_audit_does(tmp_path, xflip, monkeypatch):
+    """Images that mirror training images: copies where the run counts mirrored images, in the gallery too."""
+    unit = Unit(replace(TINY, training={**TINY.training, "xflip": xflip}), 20)
+    training = unit.setting.data.training_set(20).images
+    mirrored = np.ascontiguousarray(training[..., ::-1])
+
+    def sampled(denoiser, seeds, **settings):
+        images = torch.from_numpy(mirrored[np.asarray(seeds) % 20])
+        return Samples(images, torch.tensor(list(seeds)), None)
+
+    monkeypatch.setattr(snapshot_audit, "sample_batches", lambda *a, **settings: iter([sampled(*a, **settings)]))
+    monkeypatch.setattr(measure, "sample", sampled)
+    result = run_unit(unit, tmp_path)
+    with np.load(tmp_path / "gallery.npz") as gallery:
+        share = gallery["memorized"].mean()
+        assert (gallery["nearest"] == gallery["generated"]).all() == xflip
+    assert share == (
+        1.0 if xflip else np.mean([image.tobytes() in {t.tobytes() for t in training} for image in mirrored[:16]])
+    )
+    assert (result.r_mem == 1.0) == xflip
 
 
 def test_a_unit_folder_that_holds_something_else_is_named(tmp_path):
