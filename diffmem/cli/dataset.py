@@ -29,11 +29,16 @@ class Labels(click.ParamType):
 @click.command("dataset")
 @click.argument("source", type=Source())
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--size", type=click.IntRange(min=1), help="Class-balanced subset: the first N/C images of each class.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    help="Class-balanced subset: the first N/C images of each class (the first N images where there are no classes).",
+)
 @click.option("--classes", type=click.IntRange(min=1), help="Only the first C classes.")
 @click.option(
-    "--labels", type=Labels(), metavar="true|none|random:C|unique", default="true", show_default=True,
-    help="Those of SOURCE, none, one of C classes drawn for each image, or a class of its own for each image.",
+    "--labels", type=Labels(), metavar="true|consecutive|none|random:C|unique",
+    help="Those of SOURCE, the same with classes numbered from 0, none, one of C classes drawn for each image, or a "
+    "class of its own for each image.  [default: true where SOURCE has labels, else none]",
 )  # fmt: skip
 @click.option(
     "--label-seed", type=click.IntRange(min=0),
@@ -72,7 +77,7 @@ def dataset_command(
     """
     if len({mix is None, share is None, class_index is None}) > 1:
         raise click.UsageError("--mix, --share and --class go together")
-    if label_seed is not None and not labels.startswith("random:"):
+    if label_seed is not None and not (labels or "").startswith("random:"):
         raise click.UsageError("--label-seed is for --labels random:C")
     for read in (source, mix):
         if read is not None and os.path.exists(read) and out.exists() and os.path.samefile(read, out):

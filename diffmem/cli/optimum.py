@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -14,6 +15,9 @@ from diffmem.cli.options import Source, debug_option
 from diffmem.cli.sample import Seeds, print_result, says_what_is_kept
 from diffmem.cli.training_options import POSITIVE
 from diffmem.errors import InputError
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSet
 
 DEFAULT_SEEDS = range(1000)
 
@@ -158,6 +162,8 @@ def optimum_command(
         training = DataSource(source, size, resize, color).load(progress)
         for note in training.notes if is_first_rank() else ():
             click.echo(f"note: {note}", err=True)
+        if cond:
+            _check_classes(training, class_index)
         if use == "--compare":
             unseen = None if holdout is None else DataSource(holdout, None, resize, color).load(progress)
             result = compare(
@@ -165,18 +171,16 @@ def optimum_command(
                 tolerance=tolerance, device=device, progress=progress,
             )  # fmt: skip
             tell = print_comparison
-        elif cond and training.labels is None:
-            raise InputError(f"{source}: --cond needs labels, and there are none")
         elif use == "--sweep":
             result = sweep(
                 training, [variant for group in variants for variant in group], report, seeds=seeds or DEFAULT_SEEDS,
-                labels=None if cond else False, tolerance=tolerance, settings=settings, device=device,
+                labels=cond, tolerance=tolerance, settings=settings, device=device,
                 progress=progress,
             )  # fmt: skip
             tell = print_sweep
         else:
             denoiser = OptimalDenoiser(
-                training, tolerance=tolerance, labels=None if cond else False, device=device,
+                training, tolerance=tolerance, labels=cond, device=device,
                 regularization=regularization, subset=subset,
             )  # fmt: skip
             result = generate(
@@ -185,6 +189,20 @@ def optimum_command(
             )  # fmt: skip
             tell = partial(print_result, headline=denoiser.summary())
     tell(result, report, as_json)
+
+
+def _check_classes(training: ImageSet, class_index: int | None) -> None:
+    """Raises InputError where the class-conditional optimum cannot be sampled: each seed draws one of all classes."""
+    from diffmem.data.classes import class_indices, missing_classes
+
+    labels = class_indices(training, "--cond")
+    if class_index is not None and class_index not in labels:
+        raise InputError(f"{training.source}: no image has class {class_index}, the --class that is to be sampled")
+    if class_index is None and (gaps := missing_classes(labels)):
+        raise InputError(
+            f"{training.source}: {gaps}, and the optimum of a class without images is not defined: number the classes"
+            " from 0 with labels='consecutive', or choose one with --class"
+        )
 
 
 def _check_use(context: click.Context, use: str) -> None:

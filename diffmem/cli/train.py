@@ -12,7 +12,6 @@ import click
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
 from diffmem.cli.training_options import POSITIVE, training_options, training_parts
-from diffmem.errors import InputError
 from diffmem.timing import TimeLeft, duration_range
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ def train_command(
     """
     import torch
 
+    from diffmem.data.classes import label_dim as label_dim_of
+    from diffmem.data.classes import missing_classes
     from diffmem.generation import SampleSettings
     from diffmem.memorization import Question
     from diffmem.monitoring import AuditEvery
@@ -94,11 +95,9 @@ def train_command(
     with process_group():
         found_at = DataSource(source, size, resize, color)
         data = _load(found_at)
-        if cond and data.labels is None:
-            raise InputError(f"{source}: --cond needs labels, and there are none")
-        label_dim = 0
-        if cond:
-            label_dim = data.labels.shape[1] if data.labels.ndim == 2 else int(data.labels.max()) + 1
+        label_dim = label_dim_of(data, "--cond") if cond else 0
+        if cond and is_first_rank() and data.labels.ndim == 1 and (gaps := missing_classes(data.labels)):
+            click.echo(f"note: {source}: {gaps}; the model has inputs for them all the same", err=True)
         xflip = options["xflip"]
         parts = training_parts(**options)
         denoiser = denoiser_config(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffmem.data.containers import open_zip
-from diffmem.data.labels import check_labels
+from diffmem.data.labels import check_labels, or_note
 from diffmem.data.storage import allocate
 from diffmem.errors import InputError
 
@@ -26,11 +26,13 @@ _BESIDE_IMAGES = ("labels", "names", "seeds")
 
 
 class Arrays(NamedTuple):
-    """What an array source holds: images NCHW (not yet checked for NaN), labels and names where it has them."""
+    """What an array source holds: images NCHW (not yet checked for NaN), labels and names where it has usable ones, and
+    notes on what it could not use."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
     names: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def is_tensor(value: Any) -> bool:
@@ -126,15 +128,20 @@ def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
 
         assume = {"images": "NCHW", "arr_0": "NHWC"}.get(chosen)
         images = as_nchw(member(chosen), layout, f"{path}: {chosen}", assume=assume)
-        labels = member("arr_1" if chosen == "arr_0" else "labels")
-        written_names = member("names")
-    if labels is not None:
-        labels = check_labels(labels, len(images), str(path))
+        labels, notes = or_note(lambda: _labels_of(member("arr_1" if chosen == "arr_0" else "labels"), images, path))
+        try:
+            written_names = member("names")
+        except InputError as problem:
+            written_names, notes = None, (*notes, f"names are left out: {problem}")
     if written_names is not None and (written_names.dtype.kind != "U" or written_names.shape != (len(images),)):
-        raise InputError(
-            f"{path}: names must be {len(images):,} strings, got {written_names.dtype} {written_names.shape}"
-        )
-    return Arrays(images, labels, None if written_names is None else written_names.tolist())
+        form = f"{written_names.dtype} {written_names.shape}"
+        notes = (*notes, f"names are left out: {path}: they must be {len(images):,} strings, not {form}")
+        written_names = None
+    return Arrays(images, labels, None if written_names is None else written_names.tolist(), notes)
+
+
+def _labels_of(labels: np.ndarray | None, images: np.ndarray, path: Path) -> np.ndarray | None:
+    return None if labels is None else check_labels(labels, len(images), str(path))
 
 
 def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
@@ -216,8 +223,9 @@ def _from_tensors(tensors: dict[str, Any], key: str | None, layout: str | None, 
     images = as_nchw(
         to_numpy(tensors[chosen]), layout, f"{path}: {chosen}", assume="NCHW" if chosen == "images" else None
     )
-    labels = tensors.get("labels") if chosen != "labels" else None
-    return Arrays(images, None if labels is None else check_labels(to_numpy(labels), len(images), str(path)))
+    given = tensors.get("labels") if chosen != "labels" else None
+    labels, notes = or_note(lambda: _labels_of(None if given is None else to_numpy(given), images, path))
+    return Arrays(images, labels, notes=notes)
 
 
 def _pick(names: Sequence[str], key: str | None, path: Path) -> str:

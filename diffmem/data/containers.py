@@ -1,8 +1,8 @@
 """Containers of image files: folders, zip archives (read in place, never extracted), saved Hugging Face datasets.
 
-Each offers `description`, `names`, `labels` and `read(index)`; `decode_pool` turns them into pixels. Files come in
-natural order of their names (`img2.png` before `img10.png`; folder by folder), which for zero-padded names is the plain
-order.
+Each offers `description`, `names`, `labels`, `notes` (on labels that it has and cannot use), `mode` and `read(index)`;
+`decode_pool` turns them into pixels. Files come in natural order of their names (`img2.png` before `img10.png`; folder
+by folder), which for zero-padded names is the plain order.
 
 Names follow the same rules in folders and archives. A backslash separates folders, as a slash does (some Windows tools
 write such archives). Skipped are hidden files and folders (their name begins with a dot: `.ipynb_checkpoints`,
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from diffmem.data.decode import MAX_FILE_BYTES, BadImage, image_suffixes
-from diffmem.data.labels import DATASET_JSON, as_labels, parse_dataset_json, printable
+from diffmem.data.labels import DATASET_JSON, as_labels, or_note, parse_dataset_json, printable
 from diffmem.errors import InputError, MissingExtraError
 
 # Where macOS, network drives and Windows keep thumbnails, forks and deleted files, in lower case.
@@ -103,14 +103,17 @@ class Folder:
         self._files = found
         self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
-        self.labels: np.ndarray | None = None
-        labels = self._root / DATASET_JSON
-        if path.is_dir() and labels.is_file():
-            try:
-                known_as = [printable(with_slashes(name)) for name in found]
-                self.labels = parse_dataset_json(labels.read_bytes(), known_as, self.description)
-            except OSError as error:
-                raise InputError(f"{labels}: cannot be read: {error.strerror}") from None
+        self.labels, self.notes = or_note(self._read_labels) if path.is_dir() else (None, ())
+
+    def _read_labels(self) -> np.ndarray | None:
+        path = self._root / DATASET_JSON
+        if not path.is_file():
+            return None
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return parse_dataset_json(data, [printable(with_slashes(name)) for name in self._files], self.description)
 
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises `BadImage`."""
@@ -167,18 +170,18 @@ class ZipArchive:
         self._entries = [entries[name] for name in found]
         self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
-        self.labels: np.ndarray | None = None
-        if DATASET_JSON in entries:
-            data = self._read_entry(entries[DATASET_JSON], _MAX_JSON_BYTES, DATASET_JSON)
-            self.labels = parse_dataset_json(data, self.names, self.description)
+        self.labels, self.notes = or_note(lambda: self._read_labels(entries.get(DATASET_JSON)))
 
-    def _read_entry(self, entry: zipfile.ZipInfo, most: int, what: str) -> bytes:
+    def _read_labels(self, entry: zipfile.ZipInfo | None) -> np.ndarray | None:
+        if entry is None:
+            return None
         try:
-            if entry.file_size > most:
+            if entry.file_size > _MAX_JSON_BYTES:
                 raise ValueError(f"it declares {entry.file_size / 1e6:,.0f} MB")
-            return self._zip.read(entry)
+            data = self._zip.read(entry)
         except _BAD_ENTRY as error:
-            raise InputError(f"{self.description}: {what} cannot be read: {error}") from None
+            raise InputError(f"{self.description}: {DATASET_JSON} cannot be read: {error}") from None
+        return parse_dataset_json(data, self.names, self.description)
 
     def read(self, index: int) -> bytes:
         """The bytes of file `index`, its checksum verified; raises `BadImage`."""
@@ -271,7 +274,12 @@ class HuggingFaceDataset:
         self.names: Sequence[str] = [f"{column}-{index:08d}" for index in range(len(dataset))]
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         labels = next((name for name in ("label", "labels", *classes) if name in features), None)
-        self.labels = None if labels is None else as_labels(dataset[labels][:], self.names, f"{path}: column {labels}")
+        self.labels, self.notes = None, ()
+        if labels is not None:
+            read = lambda: as_labels(dataset[labels][:], self.names, f"{path}: column {labels}")  # noqa: E731
+            self.labels, self.notes = or_note(read)
+        if len(images) > 1 and column != "image":
+            self.notes += (f"{path}: of its columns of images, {', '.join(images)}, the first was read",)
 
     def _pick(self, what: str, mapping: dict, names: Sequence[str], key: str | None):
         if key is None and len(names) == 1:

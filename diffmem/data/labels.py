@@ -1,10 +1,16 @@
-"""Labels: `dataset.json` as EDM writes it, and what counts as labels anywhere."""
+"""Labels: `dataset.json` as EDM writes it, and what counts as labels anywhere.
+
+Labels are class numbers (int64 [N]) or vectors (float32 [N, L]). Exact one-hot vectors are class numbers written at
+length, and become these wherever labels are read; so do whole numbers written as text or as floats. Labels of any other
+kind do not keep the images from being read: they are left out, and a note says why (`or_note`). What needs labels then
+says so (`diffmem.data.classes`).
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +19,9 @@ from diffmem.errors import InputError
 from diffmem.inert.boundary import short
 
 DATASET_JSON = "dataset.json"
+# How the note on labels that were not usable begins.
+LEFT_OUT = "labels are left out: "
+_WHOLE = re.compile("-?[0-9]{1,18}")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -23,23 +32,33 @@ def printable(name: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
+def or_note(read: Callable[[], np.ndarray | None]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The labels that `read` gives; where it raises `InputError`, None and the note that says why."""
+    try:
+        return read(), ()
+    except InputError as problem:
+        return None, (f"{LEFT_OUT}{problem}",)
+
+
 def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndarray | None:
     """The labels of the files `names`, in their order: int64 [N], float32 [N, L], or None for `{"labels": null}`.
 
-    `data` holds `{"labels": [[name, label], …]}`, a label being a whole number or a list of numbers. Labels of files
-    that are not among `names` are passed over; a file without a label is an error. `where` names the source in
-    messages. Raises `InputError`.
+    `data` holds `{"labels": [[name, label], …]}`, or an object in place of the list, a label being a whole number or a
+    list of numbers. Labels of files that are not among `names` are skipped; a file without a label is an error. `where`
+    names the source in messages. Raises `InputError`.
     """
     where = f"{where}: {DATASET_JSON}"
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}): repair or remove it") from None
+        raise InputError(f"{where} is not JSON ({error})") from None
     if not isinstance(content, dict) or "labels" not in content:
         raise InputError(f'{where} must hold {{"labels": [[name, label], …]}} or {{"labels": null}}')
     entries = content["labels"]
     if entries is None:
         return None
+    if isinstance(entries, dict):
+        entries = list(map(list, entries.items()))
     if not isinstance(entries, list):
         raise InputError(f'{where}: "labels" must be a list of [name, label] pairs or null, not {_kind(entries)}')
     by_name: dict[str, Any] = {}
@@ -52,14 +71,20 @@ def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndar
     missing = [name for name in names if name not in by_name]
     if missing:
         raise InputError(
-            f"{where} has no label for {len(missing):,} of {len(names):,} images, the first being {missing[0]}:"
-            f' complete it, or set "labels" to null'
+            f"{where} has no label for {len(missing):,} of {len(names):,} images, the first being {missing[0]}"
         )
     return as_labels([by_name[name] for name in names], names, where)
 
 
 def as_labels(values: Sequence[Any], names: Sequence[str], where: str) -> np.ndarray:
-    """Plain Python labels as int64 [N] or float32 [N, L]; raises `InputError` naming the first that is neither."""
+    """Plain Python labels as int64 [N] or float32 [N, L]; raises `InputError` naming the first that is neither.
+
+    Whole numbers written as text ("3") or floats (3.0) are whole numbers.
+    """
+    if all(isinstance(value, str) and _WHOLE.fullmatch(value) for value in values) or all(
+        type(value) in (int, float) and value == value // 1 for value in values
+    ):
+        values = [int(value) for value in values]
     if all(type(value) is int and -(2**63) <= value < 2**63 for value in values):
         return np.array(values, dtype=np.int64)
     length = len(values[0]) if isinstance(values[0], list) else None
@@ -76,25 +101,41 @@ def as_labels(values: Sequence[Any], names: Sequence[str], where: str) -> np.nda
             labels = np.array(values, dtype=np.float64).reshape(len(values), length).astype(np.float32)
     except OverflowError:
         raise InputError(f"{where}: a label is a whole number too large for any float") from None
-    return _finite(labels, names, where)
+    return _class_numbers(_finite(labels, names, where))
 
 
 def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
-    """An array of labels as int64 [N] or float32 [N, L]; one-hot or other vectors stay vectors."""
-    if len(labels.shape) == 2 and labels.shape[1:] == (1,) and labels.dtype.kind in "iu":
+    """An array of labels as int64 [N] or float32 [N, L]; exact one-hots as int64 [N], other vectors as they are."""
+    if labels.ndim == 2 and labels.shape[1:] == (1,) and labels.dtype.kind in "iu":
         labels = labels[:, 0]
     if labels.shape[:1] != (count,):
         raise InputError(f"{where}: {count:,} images, but labels of shape {labels.shape}")
+    if labels.ndim == 1 and labels.dtype.kind in "OSUT":
+        values = np.char.decode(labels, "latin-1") if labels.dtype.kind == "S" else labels
+        return as_labels(values.tolist(), [f"image {index}" for index in range(count)], where)
+    if labels.ndim == 1 and labels.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            if np.all((labels % 1 == 0) & (np.abs(labels) < 2**53)):
+                return labels.astype(np.int64)
     if labels.ndim == 1 and labels.dtype.kind in "iub":
         if labels.dtype == np.uint64 and (labels >> np.uint64(63)).any():
             raise InputError(f"{where}: labels do not fit 64-bit signed integers")
         return labels.astype(np.int64)
     if labels.ndim == 2 and labels.dtype.kind in "iubf":
+        if labels.shape[1] == 0:
+            raise InputError(f"{where}: labels are vectors without entries")
         with np.errstate(over="ignore"):
-            return _finite(labels.astype(np.float32), None, where)
+            return _class_numbers(_finite(labels.astype(np.float32), None, where))
     raise InputError(
         f"{where}: labels must be whole numbers [N] or vectors [N, L], got {labels.dtype} of shape {labels.shape}"
     )
+
+
+def _class_numbers(labels: np.ndarray) -> np.ndarray:
+    """Exact one-hot vectors as the class numbers they stand for; other vectors as they are."""
+    if labels.ndim != 2 or labels.shape[1] < 2 or np.count_nonzero(labels) != len(labels):
+        return labels
+    return labels.argmax(axis=1) if np.all(labels.max(axis=1) == 1) else labels
 
 
 def _finite(labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:

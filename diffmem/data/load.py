@@ -29,6 +29,7 @@ from diffmem.data.containers import Folder, HuggingFaceDataset, ZipArchive
 from diffmem.data.decode import PixelOptions, image_suffixes
 from diffmem.data.decode_pool import EncodedImages, decode_all
 from diffmem.data.image_set import ImageSet
+from diffmem.data.labels import check_labels, or_note
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
@@ -77,7 +78,7 @@ def load_images(
         raise InputError(f"limit must be at least 1, got {limit}")
     report = progress or silent
     if isinstance(source, ImageSet):
-        return _finish(source, options, limit, report)
+        return _finish(_with_checked_labels(source), options, limit, report)
     if isinstance(source, str) and source.startswith(builtin.PREFIX):
         return _finish(_image_set(builtin.read_builtin(source, limit), source), options, limit, report)
     if isinstance(source, (str, os.PathLike)):
@@ -114,7 +115,7 @@ def _decoded(
     options = replace(options, mode=encoded.mode)
     images, kept, skipped, turned = decode_all(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress)
     labels = None if encoded.labels is None else encoded.labels[kept]
-    notes = () if not turned else (_turned_note(encoded.description, turned, len(images)),)
+    notes = encoded.notes if not turned else (*encoded.notes, _turned_note(encoded.description, turned, len(images)))
     return ImageSet(images, [encoded.names[index] for index in kept], labels, encoded.description, skipped, notes)
 
 
@@ -156,7 +157,17 @@ def _array_file(path: Path, key: str | None, layout: str | None, progress: Progr
 
 
 def _image_set(arrays: Arrays, source: str) -> ImageSet:
-    return ImageSet(arrays.images, arrays.names, arrays.labels, source)
+    return ImageSet(arrays.images, arrays.names, arrays.labels, source, notes=arrays.notes)
+
+
+def _with_checked_labels(images: ImageSet) -> ImageSet:
+    """A caller's own set, its labels in the form that labels of files get."""
+    if images.labels is None:
+        return images
+    labels, notes = or_note(lambda: check_labels(np.asarray(images.labels), len(images), images.source))
+    if labels is not None and np.array_equal(labels, images.labels):
+        return images
+    return replace(images, labels=labels, notes=(*images.notes, *notes))
 
 
 def _finish(images: ImageSet, options: PixelOptions, limit: int | None, progress: Progress) -> ImageSet:

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from diffmem.data.adapt import adapt
 from diffmem.data.arrays import Arrays, as_nchw, to_numpy
 from diffmem.data.decode import BadImage, PixelOptions, as_grey_or_rgb, convert, decode_image
-from diffmem.data.labels import check_labels
+from diffmem.data.labels import check_labels, or_note
 from diffmem.data.storage import Gathering
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
@@ -28,7 +28,7 @@ def is_map_dataset(source: Any) -> bool:
 def read_stream(
     source: Iterable[Any], options: PixelOptions, layout: str | None, limit: int | None, where: str, progress: Progress
 ) -> Arrays:
-    """All images of `source` (at most `limit`), with labels where every item brings them.
+    """All images of `source` (at most `limit`), with labels where every item brings usable ones.
 
     An item is an image or a batch, alone, as a pair with its labels, or in a mapping with `image(s)` and `label(s)`. An
     image is a Pillow image or an array or tensor of three axes, a batch is an array or tensor of four.
@@ -36,26 +36,26 @@ def read_stream(
     items: Iterable[Any] = (source[index] for index in range(len(source))) if is_map_dataset(source) else source
     total = len(source) if is_map_dataset(source) else 0
     total = min(total, limit) if limit is not None and total else total
-    labels: list[np.ndarray] = []
+    labels: list[np.ndarray | None] = []
+    problem: InputError | None = None
     done, first = 0, None
     with Gathering() as images:
         for block, block_labels in _blocks(items, options, layout, where):
             if limit is not None and done + len(block) > limit:
                 block = block[: limit - done]
-                block_labels = None if block_labels is None else block_labels[: limit - done]
+                block_labels = block_labels[: limit - done] if isinstance(block_labels, np.ndarray) else block_labels
             if first is None:
-                first, labelled = block, block_labels is not None
+                first = block
             if (block.shape[1:], block.dtype) != (first.shape[1:], first.dtype):
                 form, expected = f"{block.dtype} {block.shape[1:]}", f"{first.dtype} {first.shape[1:]}"
                 raise InputError(
                     f"{where}: image {done} is {form}, those before are {expected}: bring them to one form"
                     " (resize=N, color='rgb' or 'grey')"
                 )
-            if labelled != (block_labels is not None):
-                raise InputError(f"{where}: some images have labels and some, like image {done}, differ in that")
             images.append(block)
-            if block_labels is not None:
-                labels.append(block_labels)
+            if isinstance(block_labels, InputError):
+                problem, block_labels = problem or block_labels, None
+            labels.append(block_labels)
             done += len(block)
             progress("reading images", done, max(total, done))
             if done == limit:
@@ -63,16 +63,31 @@ def read_stream(
         if done == 0:
             raise InputError(f"{where}: no images in it")
         gathered = images.array()
+    found, notes = or_note(lambda: _joined(labels, problem, done, where))
+    return Arrays(gathered, found, notes=notes)
+
+
+def _joined(labels: list[np.ndarray | None], problem: InputError | None, count: int, where: str) -> np.ndarray | None:
+    """The labels of all blocks, or None where none brought any; raises `InputError`."""
+    if problem is not None:
+        raise problem
+    given = [block for block in labels if block is not None]
+    if not given:
+        return None
+    if len(given) < len(labels):
+        raise InputError(f"{where}: some images have labels and some have none")
     try:
-        joined = np.concatenate(labels) if labels else None
-    except ValueError:
+        return check_labels(np.concatenate(given), count, where)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{where}: labels of different shapes") from None
-    return Arrays(gathered, None if joined is None else check_labels(joined, done, where))
 
 
 def _blocks(
     items: Iterable[Any], options: PixelOptions, layout: str | None, where: str
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray | InputError | None]]:
+    """Images with their labels, with what is wrong with these, or with None."""
     for position, item in enumerate(items):
         place = f"{where}: item {position}"
         value, label = _split(item, place)
@@ -82,14 +97,18 @@ def _blocks(
             array = to_numpy(value)
             single = array.ndim == 3
             block = adapt(as_nchw(array[None] if single else array, layout, place), options, place, silent)
-        if label is None:
-            yield block, None
-            continue
+        yield block, None if label is None else _block_labels(label, len(block), single, place)
+
+
+def _block_labels(label: Any, count: int, single: bool, place: str) -> np.ndarray | InputError:
+    try:
         labels = to_numpy(label)
-        labels = labels[None] if single else labels
-        if labels.shape[:1] != (len(block),):
-            raise InputError(f"{place}: {len(block)} images with labels of shape {labels.shape}")
-        yield block, labels
+    except Exception:  # anything may stand where a label is expected
+        return InputError(f"{place}: its label is a {type(label).__name__}, neither a number nor a vector")
+    labels = labels[None] if single else labels
+    if labels.shape[:1] != (count,):
+        return InputError(f"{place}: {count} images with labels of shape {labels.shape}")
+    return labels
 
 
 def _split(item: Any, place: str) -> tuple[Any, Any]:

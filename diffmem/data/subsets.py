@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffmem import __version__
+from diffmem.data.classes import class_indices
 from diffmem.data.image_set import ImageSet
 from diffmem.data.load import load_images
 from diffmem.data.storage import allocate
@@ -32,7 +33,7 @@ def first_classes(images: ImageSet, classes: int) -> ImageSet:
 
     Raises `InputError` where there are not so many classes, and for labels that are not class indices.
     """
-    present = np.unique(_class_indices(images))
+    present = np.unique(class_indices(images, "telling classes apart", any_number=True))
     if not 1 <= classes <= len(present):
         raise InputError(f"{images.source}: {classes} classes cannot be taken: 1 to {len(present):,} are possible")
     return images.select(images.labels <= present[classes - 1])
@@ -51,7 +52,7 @@ def class_balanced(images: ImageSet, size: int, seed: int | None = None) -> Imag
     Raises `InputError`, naming the largest possible size, where a class has too few images; for fewer images than
     classes; and for labels that are not class indices.
     """
-    labels = _class_indices(images)
+    labels = class_indices(images, "telling classes apart", any_number=True)
     present, counts = np.unique(labels, return_counts=True)
     share, remainder = divmod(size, len(present))
     if share < 1:
@@ -73,6 +74,32 @@ def class_balanced(images: ImageSet, size: int, seed: int | None = None) -> Imag
     return images.select(np.sort(np.concatenate(rows)))
 
 
+def first_images(images: ImageSet, size: int, seed: int | None = None) -> ImageSet:
+    """The first `size` images, or the first ones in a random order of the set that `seed` decides.
+
+    Raises `InputError` where there are fewer.
+    """
+    if not 1 <= size <= len(images):
+        raise InputError(f"{images.source}: holds {len(images):,} images: size can be {len(images)} at most")
+    return images.select(np.sort(_order(len(images), seed)[:size]))
+
+
+def has_classes(images: ImageSet) -> bool:
+    """Whether the labels of `images` are class numbers."""
+    return images.labels is not None and images.labels.ndim == 1
+
+
+def subset(images: ImageSet, size: int, seed: int | None = None) -> ImageSet:
+    """`class_balanced`, or `first_images` where the labels are no class numbers, which a note then says."""
+    return class_balanced(images, size, seed) if has_classes(images) else _noted(first_images(images, size, seed), seed)
+
+
+def _noted(images: ImageSet, seed: int | None) -> ImageSet:
+    which = "the first" if seed is None else "random"
+    note = f"{images.source}: there are no class numbers to balance; the subset is {which} {len(images):,} images"
+    return replace(images, notes=(*images.notes, note))
+
+
 def random_labels(images: ImageSet, classes: int, seed: int = RANDOM_LABEL_SEED) -> ImageSet:
     """`images` with uninformative labels: one draw from 0 … `classes` − 1 per image, in order.
 
@@ -88,6 +115,12 @@ def random_labels(images: ImageSet, classes: int, seed: int = RANDOM_LABEL_SEED)
 def unique_labels(images: ImageSet) -> ImageSet:
     """`images` with label i for image i."""
     return replace(images, labels=np.arange(len(images), dtype=np.int64))
+
+
+def consecutive_labels(images: ImageSet) -> ImageSet:
+    """`images` with their classes numbered 0 … C − 1, in the order of their present numbers."""
+    labels = class_indices(images, "numbering classes", any_number=True)
+    return replace(images, labels=np.unique(labels, return_inverse=True)[1].astype(np.int64))
 
 
 def without_labels(images: ImageSet) -> ImageSet:
@@ -125,11 +158,13 @@ def mixed(images: ImageSet, other: ImageSet, share: float, class_index: int, see
             f" (--resolution {images.image_shape[-1]}, --color)"
         )
     order, other_order = _order(len(images), seed), _order(len(other), seed)
-    rows = order[_class_indices(images)[order] == class_index]
+    rows = order[class_indices(images, "telling classes apart", any_number=True)[order] == class_index]
     if not len(rows):
         raise InputError(f"{images.source}: no image has class {class_index}")
     if other.labels is not None:
-        other_order = other_order[_class_indices(other)[other_order] == class_index]
+        other_order = other_order[
+            class_indices(other, "telling classes apart", any_number=True)[other_order] == class_index
+        ]
     count = int(share * len(rows) + 0.5)
     if count > len(other_order):
         most = f"the largest possible share is {len(other_order) / len(rows):.4g}"
@@ -189,7 +224,7 @@ def derive(
     classes: int | None = None,
     size: int | None = None,
     mix: Mix | None = None,
-    labels: str = "true",
+    labels: str | None = None,
     label_seed: int = RANDOM_LABEL_SEED,
     seed: int | None = None,
     progress: Progress = silent,
@@ -198,19 +233,21 @@ def derive(
 
     The order is fixed, that of the arguments: `source` (anything `load_images` takes) is read, its first `limit` images
     if given, in `color` and at `resolution`, so that every image is resampled once; then `first_classes`,
-    `class_balanced` to `size`, `mixed`, and the labels. A mixture's other set is read in the same colour and size.
+    `class_balanced` to `size` (`first_images` where the labels are no class numbers), `mixed`, and the labels. A
+    mixture's other set is read in the same color and size.
 
-    labels: "true" (those of the source, which must have some), "none", "random:C" or "unique".
+    labels: None: those of the source, where it has some; "true": those of the source, which must have some;
+        "consecutive": those of the source, its classes numbered 0 … C − 1; "none"; "random:C"; "unique".
     label_seed: of random labels.
     seed: of `class_balanced` and `mixed`; None takes first images.
 
     Raises `InputError` as the functions do, and for other `labels`.
     """
-    kind, label_classes = parse_labels(labels)
+    kind, label_classes = parse_labels(labels) if labels is not None else (None, None)
     options = {"color": color, "resize": resolution}
     images = load_images(source, limit=limit, **options, progress=progress)
     if kind == "true" and images.labels is None:
-        raise InputError(f"{images.source}: has no labels to keep: choose other labels (--labels none)")
+        class_indices(images, "labels='true'")
     manifest = {"source": {**_description(images), "name": _base_name(images), "options": {"limit": limit, **options}}}
     operations: list[dict[str, Any]] = []
 
@@ -225,7 +262,11 @@ def derive(
     if classes is not None:
         apply(first_classes, classes=classes)
     if size is not None:
-        apply(class_balanced, size=size, seed=seed)
+        if has_classes(images):
+            apply(class_balanced, size=size, seed=seed)
+        else:
+            apply(first_images, size=size, seed=seed)
+            images = _noted(images, seed)
     if mix is not None:
         other = load_images(mix.other, **options, progress=progress)
         apply(mixed, other=other, share=mix.share, class_index=mix.class_index, seed=seed)
@@ -233,6 +274,8 @@ def derive(
         apply(random_labels, classes=label_classes, seed=label_seed)
     elif kind == "unique":
         apply(unique_labels)
+    elif kind == "consecutive":
+        apply(consecutive_labels)
     elif kind == "none":
         apply(without_labels)
     return DerivedSet(
@@ -241,23 +284,13 @@ def derive(
 
 
 def parse_labels(text: str) -> tuple[str, int | None]:
-    """("true", None), ("none", None), ("unique", None) or ("random", C) for `random:C`; raises `InputError`."""
+    """The kind of labels and None, or ("random", C) for `random:C`; raises `InputError`."""
     kind, colon, classes = text.partition(":")
     if kind == "random" and classes.isascii() and classes.isdigit() and int(classes) >= 1:
         return kind, int(classes)
-    if kind in ("true", "none", "unique") and not colon:
+    if kind in ("true", "consecutive", "none", "unique") and not colon:
         return kind, None
-    raise InputError(f"labels are true, none, unique or random:C with C at least 1, not {text!r}")
-
-
-def _class_indices(images: ImageSet) -> np.ndarray:
-    if images.labels is None:
-        raise InputError(
-            f"{images.source}: has no labels to tell classes by: give it labels, or take its first images (--limit N)"
-        )
-    if images.labels.ndim != 1:
-        raise InputError(f"{images.source}: its labels are vectors, and classes are told by whole numbers only")
-    return images.labels
+    raise InputError(f"labels are true, consecutive, none, unique or random:C with C at least 1, not {text!r}")
 
 
 def _order(count: int, seed: int | None) -> np.ndarray:

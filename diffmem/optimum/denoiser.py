@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 
 from diffmem.data import load_images
+from diffmem.data.classes import class_indices
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.ops.posterior_mean import OP, PosteriorRows, Request
@@ -54,8 +55,9 @@ class OptimalDenoiser(nn.Module):
         on disk. Beyond the images memory is bounded by a constant and what an index of them takes (at most half their
         size); it does not grow with N times the batch.
     tolerance: relative error against a direct evaluation in float64, ‖D − D_exact‖ / ‖D_exact‖.
-    labels: None: the set's own, where it has class indices, and unconditional where it has none; False: unconditional;
-        or int64 [N]. With labels, the sum of a query of class k runs over the images of class k.
+    labels: None: the set's own, where it has class indices, and unconditional where it has none; True: the set's own,
+        which must be class indices; False: unconditional; or int64 [N]. With labels, the sum of a query of class k runs
+        over the images of class k.
     device: "cpu", "cuda" or "auto".
     regularization: a variant of `diffmem.optimum.regularized`; None: the exact optimum.
     subset: each call uses another random subset of this many images (of each class), drawn anew for each noise level
@@ -126,10 +128,12 @@ class OptimalDenoiser(nn.Module):
     def _class_indices(self, labels: np.ndarray | torch.Tensor | bool | None) -> np.ndarray | None:
         if labels is False:
             return None
-        given = labels is not None and labels is not True
-        found = np.asarray(labels) if given else self.images.labels
-        if found is None or (not given and labels is None and found.ndim != 1):
+        own = self.images.labels
+        if labels is True or (labels is None and own is not None and own.ndim == 1):
+            return class_indices(self.images, "the class-conditional optimum")
+        if labels is None:
             return None
+        found = np.asarray(labels)
         if found.shape != (len(self.images),) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
             raise InputError(
                 f"labels: one class index (0, 1, …) per training image is needed, got {found.dtype} "

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from diffmem.data import ImageSet, Mix, derive, load_images
-from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
+from diffmem.data.classes import class_indices
+from diffmem.data.classes import label_dim as label_dim_of
+from diffmem.data.subsets import RANDOM_LABEL_SEED, has_classes, parse_labels
 from diffmem.errors import InputError
 from diffmem.generation import SampleSettings
 from diffmem.training import EMA, TrainingConfig, denoiser_config, images_of
@@ -75,12 +77,11 @@ class DataRecipe:
     def _images(self) -> ImageSet:
         """What the training sets are taken from, with class indices."""
         images = _loaded(self.source, Path(self.source).stat().st_mtime_ns if Path(self.source).exists() else 0)
-        has_classes = images.labels is not None and images.labels.ndim == 1
-        if not has_classes and (self.labels == "true" or self.classes is not None or self.only_class is not None):
-            raise InputError(
-                f"{images.source}: has no class indices, and labels 'true' and choices of classes need them"
-            )
-        if not has_classes:
+        if self.labels == "true":
+            class_indices(images, "labels='true'")
+        elif self.classes is not None or self.only_class is not None:
+            class_indices(images, "a choice of classes", any_number=True)
+        if not has_classes(images):
             # Without classes to balance, all images are of one.
             return replace(images, labels=np.zeros(len(images), np.int64))
         if self.only_class is None:
@@ -132,7 +133,7 @@ class Setting:
         label_dim = 0
         if self.data.labels != "none":
             kind, classes = parse_labels(self.data.labels)
-            label_dim = classes if kind == "random" else int(images.labels.max()) + 1
+            label_dim = classes if kind == "random" else label_dim_of(images, "a conditional model")
         training = {name: value for name, value in self.training.items() if name != "ema"}
         items = len(images) * (2 if training.get("xflip") else 1)
         denoiser = denoiser_config(

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from diffmem.data import ImageSet, load_images
-from diffmem.data.subsets import class_balanced
-from diffmem.errors import InputError
+from diffmem.data.subsets import subset
 from diffmem.progress import Progress, silent
 
 
 @dataclass(frozen=True)
 class DataSource:
     """A training set by name: read from `path`, brought to `resize`×`resize` pixels and to `color` ("grey", "rgb"), and
-    cut down to the class-balanced subset of `size` images (the first `size` where there are no class labels).
+    cut down to the class-balanced subset of `size` images (the first `size` where there are no class numbers).
 
     `path`: whatever `diffmem.load_images` reads from a name; a file's becomes absolute.
     """
@@ -35,13 +34,7 @@ class DataSource:
     def load(self, progress: Progress = silent) -> ImageSet:
         """The images. Raises InputError where they cannot be read, or are fewer than `size`."""
         images = load_images(self.path, resize=self.resize, color=self.color, progress=progress)
-        if self.size is None:
-            return images
-        if images.labels is not None and images.labels.ndim == 1:
-            return class_balanced(images, self.size)
-        if self.size > len(images):
-            raise InputError(f"{self.path}: holds {len(images):,} images; --size can be {len(images)} at most")
-        return images.select(slice(self.size))
+        return images if self.size is None else subset(images, self.size)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

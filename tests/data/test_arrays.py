@@ -138,15 +138,63 @@ def test_npz_in_both_conventions(tmp_path, refused, monkeypatch):
         assert isinstance(loaded.images, np.memmap)
 
 
+UNUSABLE = [
+    (LABELS[:3], "labels of shape (3,)"),
+    (np.full((6, 2), np.nan), "finite"),
+    (np.array(["a"] * 6), "the label of image 0 is"),
+    (np.linspace(0, 1, 6), "whole numbers"),
+    (np.array([0, 1, 2, 3, 4, np.inf]), "whole numbers"),
+    (np.zeros((6, 0)), "without entries"),
+    (np.array([{}] * 6), "cannot be read"),
+    (np.full(6, 2**63, np.uint64), "64-bit"),
+]
+
+
+@pytest.mark.parametrize(("labels", "says"), UNUSABLE, ids=str)
+def test_labels_that_cannot_be_used_are_left_out(tmp_path, labels, says):
+    np.savez(tmp_path / "x.npz", images=NCHW, labels=labels)
+    sources = [tmp_path / "x.npz", [(NCHW, labels)]]
+    if labels.dtype.kind in "fu":
+        torch.save((torch.from_numpy(NCHW), torch.from_numpy(labels)), tmp_path / "x.pt")
+        save_file({"images": torch.from_numpy(NCHW), "labels": torch.from_numpy(labels)}, tmp_path / "x.safetensors")
+        sources += [tmp_path / "x.pt", tmp_path / "x.safetensors"]
+    for source in sources:
+        loaded = load_images(source)
+        np.testing.assert_array_equal(loaded.images, NCHW)
+        assert loaded.labels is None
+        assert loaded.notes[0].startswith("labels are left out: ")
+        assert says in loaded.notes[0] or source is sources[1]
+    for names in (np.arange(6), np.array(["a"]), np.array([None] * 6)):
+        np.savez(tmp_path / "x.npz", images=NCHW, names=names)
+        assert load_images(tmp_path / "x.npz").notes[0].startswith("names are left out: ")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.bool_])
+def test_one_hot_vectors_become_class_numbers_everywhere(tmp_path, dtype):
+    classes = np.array([2, 0, 3, 3, 1, 0])
+    vectors = np.eye(4, dtype=dtype)[classes]
+    np.savez(tmp_path / "x.npz", images=NCHW, labels=vectors)
+    np.savez(tmp_path / "adm.npz", NHWC, vectors)
+    torch.save({"images": torch.from_numpy(NCHW), "labels": torch.from_numpy(vectors)}, tmp_path / "x.pt")
+    save_file({"images": torch.from_numpy(NCHW), "labels": torch.from_numpy(vectors)}, tmp_path / "x.safetensors")
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(NCHW), torch.from_numpy(vectors))
+    for source in (
+        tmp_path / "x.npz", tmp_path / "adm.npz", tmp_path / "x.pt", tmp_path / "x.safetensors", dataset,
+        torch.utils.data.DataLoader(dataset, batch_size=4), ImageSet(NCHW, labels=vectors),
+    ):  # fmt: skip
+        loaded = load_images(source)
+        np.testing.assert_array_equal(loaded.labels, classes)
+        assert loaded.labels.dtype == np.int64
+    for others in (vectors * 0.5, vectors[:, :1] * 2.0, np.ones((6, 4)), vectors.astype(float) - 1):
+        np.savez(tmp_path / "x.npz", images=NCHW, labels=others)
+        np.testing.assert_array_equal(load_images(tmp_path / "x.npz").labels, others.astype(np.float32))
+    for whole in (classes.astype(np.float64), classes.astype(str), classes.astype(bytes), classes[:, None]):
+        np.savez(tmp_path / "x.npz", images=NCHW, labels=whole)
+        np.testing.assert_array_equal(load_images(tmp_path / "x.npz").labels, classes)
+
+
 def test_npz_that_lies(tmp_path, refused):
     path = tmp_path / "x.npz"
-    for labels, says in [
-        (LABELS[:3], "labels of shape (3,)"),
-        (np.full((6, 2), np.nan), "finite"),
-        (np.array(["a"] * 6), "labels"),
-    ]:
-        np.savez(path, images=NCHW, labels=labels)
-        refused(path, says)
     np.savez(path, images=np.array([None]))
     refused(path, "never loaded")
 
@@ -242,8 +290,17 @@ def test_iterables(monkeypatch, refused):
     refused(mixed, "image 6 is uint8 (1, 3, 3), those before are uint8 (3, 5, 7)", "resize=N")
     assert load_images(mixed, resize=4, color="rgb").images.shape == (7, 3, 4, 4)
     refused([], "no images")
-    refused([(NCHW, LABELS), NCHW], "labels")
-    refused([(NCHW, LABELS[:2])], "labels of shape (2,)")
+    for source, says in (
+        ([(NCHW, LABELS), NCHW], "some images have labels and some have none"),
+        ([(NCHW, LABELS[:2])], "labels of shape (2,)"),
+        ([(NCHW, LABELS), (NCHW, np.eye(2)[LABELS % 2])], "labels of different shapes"),
+        ([(image, {"boxes": [[1, 2], [3]]}) for image in NCHW], "the label of image 0 is"),
+        ([(image, [[1, 2], [3]]) for image in NCHW], "neither a number nor a vector"),
+    ):
+        loaded = load_images(source)
+        assert loaded.labels is None
+        assert len(loaded) in (6, 12)
+        assert says in loaded.notes[0]
     refused([(NCHW, LABELS, 1)], "3 parts")
     refused([{"x": NCHW}], "'image'")
     refused([Image.fromarray(NHWC[0]).convert("RGBA").rotate(30)], "item 0", "transparent")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from diffmem.data import ImageSet, decode_pool, load_images
+from diffmem.data.classes import label_dim
 from diffmem.data.containers import natural_key
 from diffmem.errors import InputError
 
@@ -140,17 +141,62 @@ def test_vector_labels_and_null_labels(container):
         (b'{"labels": []}', "no label for 2 of 2 images, the first being 0.png"),
         (b'{"labels": [["0.png", 1]]}', "no label for 1 of 2 images, the first being 1.png"),
         (b'{"labels": [["0.png", 1], ["0.png", 2], ["1.png", 1]]}', "two labels"),
-        (b'{"labels": [["0.png", 1], ["1.png", "dog"]]}', 'the label of 1.png is "dog"'),
+        (b'{"labels": {"0.png": 1}}', "no label for 1 of 2 images, the first being 1.png"),
+        (b'{"labels": [["0.png", 0.5], ["1.png", 1]]}', "the label of 0.png is 0.5"),
+        (b'{"labels": [["0.png", [' + b"9" * 400 + b']], ["1.png", [0]]]}', "too large for any float"),
+        (b'{"labels": [["0.png", ' + b"9" * 5000 + b'], ["1.png", 0]]}', "not JSON"),
+        (b'{"labels": [["0.png", 1], ["1.png", "dog"]]}', "the label of 1.png is 'dog'"),
         (b'{"labels": [["0.png", 1], ["1.png", [1.0]]]}', "the label of 1.png"),
-        (b'{"labels": [["0.png", true], ["1.png", 1]]}', "the label of 0.png is true"),
+        (b'{"labels": [["0.png", true], ["1.png", 1]]}', "the label of 0.png is True"),
         (b'{"labels": [["0.png", 1], ["1.png", 1000000000000000000000]]}', "the label of 1.png"),
         (b'{"labels": [["0.png", [1.0]], ["1.png", [1.0, 2.0]]]}', "has 2 entries"),
         (b'{"labels": [["0.png", [1.0]], ["1.png", [NaN]]]}', "not finite, the first being that of 1.png"),
     ],
 )
-def test_nonsense_in_dataset_json(container, refused, content, says):
-    image = encoded(pixels(1)[0])
-    refused(container({"0.png": image, "1.png": image, "dataset.json": content}), "dataset.json", says)
+def test_labels_of_other_tools_are_left_out_with_a_note(container, content, says):
+    images = pixels(2)
+    files = {"0.png": encoded(images[0]), "1.png": encoded(images[1]), "dataset.json": content}
+    loaded = load_images(container(files))
+    np.testing.assert_array_equal(loaded.images, images)
+    assert loaded.labels is None
+    (note,) = loaded.notes
+    assert note.startswith("labels are left out: ")
+    assert "dataset.json" in note
+    assert says in note
+    assert "\n" not in note
+    with pytest.raises(InputError, match="--cond needs labels, and there are none that can be used") as error:
+        label_dim(loaded, "--cond")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"labels": {"0.png": 3, "1.png": 1}}',
+        b'{"labels": [["0.png", "3"], ["1.png", "1"]], "classes": ["a", "b"]}',
+        b'{"labels": [["0.png", 3.0], ["1.png", 1]]}',
+        b'{"labels": [["0.png", [0, 0.0, 0, 1]], ["1.png", [0, 1.0, 0, 0]]]}',
+    ],
+)
+def test_class_numbers_however_they_are_written(container, content):
+    files = {"0.png": encoded(pixels(1)[0]), "1.png": encoded(pixels(1)[0]), "dataset.json": content}
+    loaded = load_images(container(files))
+    np.testing.assert_array_equal(loaded.labels, [3, 1])
+    assert loaded.labels.dtype == np.int64
+    assert not loaded.notes
+
+
+def test_labels_that_cannot_be_read(container, tmp_path):
+    source = container({"0.png": encoded(pixels(1)[0]), "dataset.json": b'{"labels": [["0.png", 1]]}'})
+    if source.is_dir():
+        (source / "dataset.json").unlink()
+        (source / "dataset.json").mkdir()
+        assert load_images(source).notes == ()
+    else:
+        data = source.read_bytes()
+        at = data.index(b"dataset.json") + len(b"dataset.json") + 4
+        source.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        assert "dataset.json cannot be read" in load_images(source).notes[0]
 
 
 def test_nothing_to_read(container, refused, tmp_path):

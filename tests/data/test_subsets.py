@@ -26,6 +26,7 @@ from diffmem.data import (
     write_edm_zip,
 )
 from diffmem.data import subsets as module
+from diffmem.data.classes import class_indices, label_dim, missing_classes
 from diffmem.errors import InputError
 
 # shared/golden/random_labels.json: the public code's labels for C = 10.
@@ -190,8 +191,8 @@ def test_what_cannot_be_mixed():
 
 def test_labels_that_tell_no_classes():
     images = labelled([0, 1])
-    vectors = ImageSet(images.images, labels=np.eye(2, dtype=np.float32))
-    for bad, words in ((without_labels(images), "has no labels"), (vectors, "are vectors")):
+    vectors = ImageSet(images.images, labels=np.eye(2, dtype=np.float32) / 2)
+    for bad, words in ((without_labels(images), "there are none"), (vectors, "are vectors of length 2")):
         for function in (first_classes, class_balanced):
             with pytest.raises(InputError, match=words):
                 function(bad, 2)
@@ -267,7 +268,36 @@ def test_labels_of_derived_sets():
         found = derive(labelled([0, 1, 2]), labels=labels).images.labels
         assert (found if found is None else found.tolist()) == expected
     for labels in ("", "some", "random", "random:", "random:0", "random:-1", "random:1.5", "none:1", "true:"):
-        with pytest.raises(InputError, match="labels are true, none"):
+        with pytest.raises(InputError, match="labels are true, consecutive, none"):
             derive(labelled([0]), labels=labels)
-    with pytest.raises(InputError, match="--labels none"):
-        derive(without_labels(labelled([0])))
+    with pytest.raises(InputError, match="labels='true' needs labels, and there are none"):
+        derive(without_labels(labelled([0])), labels="true")
+    assert derive(without_labels(labelled([0]))).images.labels is None
+    assert derive(labelled([7, -3, 2**40, 7]), labels="consecutive").images.labels.tolist() == [1, 0, 2, 1]
+
+
+def test_subsets_without_class_numbers():
+    images = labelled([0, 1, 2, 3])
+    for labels in (None, np.full((4, 2), 0.5, np.float32)):
+        derived = derive(ImageSet(images.images, labels=labels), size=3)
+        np.testing.assert_array_equal(derived.images.images, images.images[:3])
+        assert [operation["operation"] for operation in derived.manifest["operations"]] == ["first_images"]
+        assert derived.images.notes == (
+            "array: there are no class numbers to balance; the subset is the first 3 images",
+        )
+        with pytest.raises(InputError, match="holds 4 images: size can be 4 at most"):
+            derive(ImageSet(images.images, labels=labels), size=5)
+    one_hot = ImageSet(images.images, labels=np.eye(2)[[1, 1, 0, 0]])
+    np.testing.assert_array_equal(derive(one_hot, size=2).images.images, images.images[[0, 2]])
+
+
+def test_what_class_numbers_must_be():
+    images = labelled([0, 2, 2])
+    assert label_dim(images, "x") == 3
+    assert missing_classes(images.labels) == "1 of the class numbers 0 to 2 do not occur (the first: 1)"
+    assert missing_classes(np.array([1, 0, 2])) is None
+    for labels, says in (([0, -1, 3], "1 are negative .the first: -1 of #1"), ([0, 10**12, 1], "1000000000000")):
+        with pytest.raises(InputError, match=says):
+            label_dim(labelled(labels), "x")
+        with pytest.raises(InputError, match="labels='consecutive'"):
+            class_indices(labelled(labels), "x")
