@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from diffmem.atomic_io import atomic_file, output_lock
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
+from diffmem.inert.boundary import parsing
+from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
 from diffmem.memorization import wilson_interval
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Regularization, Smoothed, Tikhonov, parse_regularization
 from diffmem.progress import Progress, silent
@@ -255,20 +256,23 @@ class _PointFiles:
 
     def read(self, denoiser: OptimalDenoiser) -> SweepPoint:
         path = self.path(denoiser)
+        numbers = np.zeros(0, np.float32)
+        pictures = np.zeros((0, *self.image_shape), np.uint8)
+        nothing = SweepPoint(
+            denoiser.regularization, np.zeros(0, np.int64), np.zeros(0, bool), numbers, numbers, pictures
+        )
         if not path.exists():
-            numbers = np.zeros(0, np.float32)
-            pictures = np.zeros((0, *self.image_shape), np.uint8)
-            return SweepPoint(
-                denoiser.regularization, np.zeros(0, np.int64), np.zeros(0, bool), numbers, numbers, pictures
-            )
+            return nothing
+        advice = "delete it, and its images are sampled again"
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                if str(stored["key"]) != self._key(denoiser):
-                    raise ValueError("it belongs to another sweep")
-                arrays = {name: stored[name] for name in ("seeds", "memorized", "ratios", "distances", "pictures")}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: damaged ({error}): delete it, and its images are sampled again") from None
-        return SweepPoint(denoiser.regularization, **arrays)
+            stored = load_arrays(path, advice)
+        except NoChecksumError:
+            return nothing
+        with parsing(path, "a point of a sweep", advice):
+            if str(stored["key"]) != self._key(denoiser):
+                raise ValueError("it belongs to another sweep")
+            arrays = {name: stored[name] for name in ("seeds", "memorized", "ratios", "distances", "pictures")}
+            return SweepPoint(denoiser.regularization, **arrays)
 
     def write(self, denoiser: OptimalDenoiser, point: SweepPoint) -> None:
         try:
@@ -277,9 +281,8 @@ class _PointFiles:
             raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from None
         names = ("seeds", "memorized", "ratios", "distances", "pictures")
         with atomic_file(self.path(denoiser)) as partial, partial.open("wb") as stream:
-            np.savez_compressed(
-                stream, key=np.array(self._key(denoiser)), **{name: getattr(point, name) for name in names}
-            )
+            arrays = {name: getattr(point, name) for name in names}
+            save_arrays(stream, {"key": np.array(self._key(denoiser)), **arrays}, compress=True)
 
 
 def strength(variant: Regularization) -> float:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from diffmem.atomic_io import atomic_file, atomic_write, output_path
 from diffmem.errors import InputError
+from diffmem.integrity import load_arrays, read_sealed, save_arrays, sealed
 from diffmem.sampling import Samples
 
 _RUN = "run.json"
+_ADVICE = "begin again with --restart"
 
 
 def work_folder(out: Path) -> Path:
@@ -66,19 +66,20 @@ class KeptBlocks:
     def read(self, index: int, seeds: Sequence[int]) -> Samples | None:
         """Block `index`, or None where it is not there or not whole."""
         try:
-            with open(self._block(index), "rb") as file, np.load(file) as arrays:
-                labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
-                samples = Samples(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["seeds"]), labels)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            arrays = load_arrays(self._block(index), "it is made again")
+        except InputError:
             return None
-        return samples if samples.seeds.tolist() == list(seeds) else None
+        if not {"images", "seeds"} <= set(arrays) or arrays["seeds"].tolist() != list(seeds):
+            return None
+        labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
+        return Samples(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["seeds"]), labels)
 
     def write(self, index: int, samples: Samples) -> None:
         arrays = {"images": samples.images.numpy(), "seeds": samples.seeds.numpy()}
         if samples.labels is not None:
             arrays["labels"] = samples.labels.numpy()
         with atomic_file(self._block(index), durable=False) as partial, open(partial, "xb") as file:
-            np.savez(file, **arrays)
+            save_arrays(file, arrays)
 
     def remove(self) -> None:
         """Removes what was kept, and the folder with it unless there are other things in it."""
@@ -100,14 +101,14 @@ class KeptBlocks:
             if any(self.folder.iterdir()):
                 raise InputError(f"{self.folder}: exists and is no part of a run; choose another output")
             return None
-        try:
-            kept = json.loads(path.read_text())
-            return {"identity": dict(kept["identity"]), "compiled": kept["compiled"]}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: damaged; begin anew with --restart") from None
+        kept = read_sealed(path, _ADVICE)
+        if not isinstance(kept.get("identity"), dict) or kept.get("compiled") not in (None, True, False):
+            raise InputError(f"{path}: damaged: {_ADVICE}")
+        return {"identity": kept["identity"], "compiled": kept["compiled"]}
 
     def _write_run(self, identity: dict[str, Any], compiled: bool | None) -> None:
-        atomic_write(self.folder / _RUN, json.dumps({"identity": identity, "compiled": compiled}, indent=1) + "\n")
+        values = sealed({"identity": identity, "compiled": compiled})
+        atomic_write(self.folder / _RUN, json.dumps(values, indent=1) + "\n")
 
 
 def _short(value: Any) -> str:

@@ -13,8 +13,9 @@ from safetensors.torch import save as serialize
 
 from diffmem.atomic_io import atomic_replacement
 from diffmem.errors import InputError
-from diffmem.inert.boundary import parsing, short
+from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
+from diffmem.integrity import SEAL, check_file, sealed, unsealed
 from diffmem.models.config import DenoiserConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.edm_snapshot import read_edm_snapshot
@@ -34,17 +35,21 @@ def save(denoiser: Denoiser, folder: str | Path) -> Path:
         raise InputError(f"{folder}: exists and is not a checkpoint; choose another name")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
     with atomic_replacement(folder) as partial:
-        (partial / _WEIGHTS).write_bytes(serialize(tensors))
-        (partial / _CONFIG).write_text(json.dumps(denoiser.config.to_json(), indent=1, allow_nan=False) + "\n")
+        content = serialize(tensors)
+        (partial / _WEIGHTS).write_bytes(content)
+        description = {**denoiser.config.to_json(), "files": {_WEIGHTS: hashlib.sha256(content).hexdigest()}}
+        (partial / _CONFIG).write_text(json.dumps(sealed(description), indent=1, allow_nan=False) + "\n")
     return folder
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
     """The denoiser stored at `path`, in evaluation mode on `device`.
 
-    `path` is a checkpoint folder of `save`, or an EDM `network-snapshot-*.pkl` (its EMA weights) or
-    `training-state-*.pt`, of which nothing is executed. Raises InputError, naming the file and the fields that differ,
-    where it is missing, damaged, not of a known architecture, or refused.
+    `path` is a checkpoint folder: of `save`, whose checksums are verified, or one made in another way, which has none
+    (`model.safetensors`, and `config.json` with the parts network and preconditioning). Or it is an EDM
+    `network-snapshot-*.pkl` (its EMA weights) or `training-state-*.pt`, of which nothing is executed. Raises
+    InputError, naming the file and the fields that differ, where it is missing, damaged, not of a known architecture,
+    or refused.
     """
     path = Path(path)
     if not path.exists():
@@ -81,6 +86,11 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name} in it; a checkpoint is a folder with {_CONFIG} and {_WEIGHTS}")
     values = read_json(folder / _CONFIG)
+    if isinstance(values, dict) and SEAL in values:
+        advice = f"make the checkpoint again, or remove {SEAL} and files from {_CONFIG} if you changed it on purpose"
+        values = unsealed(values, folder / _CONFIG, advice)
+        files = values.pop("files", None)
+        check_file(folder / _WEIGHTS, files.get(_WEIGHTS) if isinstance(files, dict) else None, advice)
     try:
         config = DenoiserConfig.from_json(values)
     except InputError as error:
@@ -96,7 +106,7 @@ def _assemble(config: DenoiserConfig, tensors: dict[str, torch.Tensor], source: 
         denoiser = Denoiser(config)
     wanted = denoiser.state_dict()
     differences = [f"{name} is missing" for name in wanted if name not in tensors]
-    differences += [f"{short(name)} is not part of it" for name in tensors if name not in wanted]
+    differences += [f"{name[:100]} is not part of it" for name in tensors if name not in wanted]
     differences += [
         f"{name} is of {tensors[name].dtype}"
         for name in wanted

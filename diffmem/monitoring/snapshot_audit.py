@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from diffmem.atomic_io import atomic_file
-from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings
+from diffmem.inert.boundary import parsing
+from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
 from diffmem.memorization import Question
 from diffmem.models import Denoiser
 from diffmem.sampling import sample_batches
@@ -136,19 +136,22 @@ class AuditFiles:
         path = self.path(images)
         if not path.exists():
             return None
+        advice = "delete it, and its images are sampled again"
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                if str(stored["way"]) != self.way or str(stored["fingerprint"]) != fingerprint:
-                    return None
-                return SnapshotAudit(**{name: stored[name] for name in SnapshotAudit.__dataclass_fields__})
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: damaged ({error}): delete it, and its images are sampled again") from None
+            stored = load_arrays(path, advice)
+        except NoChecksumError:
+            return None
+        with parsing(path, "an audit of a snapshot", advice):
+            if str(stored["way"]) != self.way or str(stored["fingerprint"]) != fingerprint:
+                return None
+            return SnapshotAudit(**{name: stored[name] for name in SnapshotAudit.__dataclass_fields__})
 
     def write(self, images: int, fingerprint: str, audited: SnapshotAudit) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         fields = {name: getattr(audited, name) for name in SnapshotAudit.__dataclass_fields__}
         with atomic_file(self.path(images)) as partial, partial.open("wb") as stream:
-            np.savez_compressed(stream, way=np.array(self.way), fingerprint=np.array(fingerprint), **fields)
+            about = {"way": np.array(self.way), "fingerprint": np.array(fingerprint)}
+            save_arrays(stream, {**about, **fields}, compress=True)
 
 
 def way_of(settings: SampleSettings, training_fingerprint: str, flip: bool, device_type: str) -> dict[str, Any]:

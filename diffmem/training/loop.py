@@ -26,6 +26,7 @@ import diffmem
 from diffmem.atomic_io import atomic_write, output_lock
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
 from diffmem.models import Denoiser
 from diffmem.timing import CompileCost, Timing, compiling_pays, measure
 from diffmem.training.augmentation import augment, augmentation_labels, draw_augmentation
@@ -39,7 +40,7 @@ from diffmem.training.run_folder import CONFIG, STATS
 from diffmem.training.seeds import seed_of
 from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
 from diffmem.training.source import DataSource, read_data
-from diffmem.training.state import latest_state, read_facts, read_tensors, save_state
+from diffmem.training.state import checked_tensor, latest_state, read_facts, read_tensors, save_state
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 
 # CPU: measured on a 32-channel network at 8×8 (122 s idle, 7 %) and, beside other work, on one of 78,000 parameters
@@ -111,7 +112,8 @@ def train(
         snapshots = ranks.agree(lambda: _open_run(out, trainer, keep, resume))
         state = ranks.agree(lambda: latest_state(out) if resume else None)
         if state is not None:
-            trainer.restore(read_facts(state), read_tensors(state))
+            facts = read_facts(state)
+            trainer.restore(facts, read_tensors(state, facts))
         plan = replace(trainer.plan(), snapshot_images=snapshot_images)
         if ranks.rank == 0:
             snapshots.forget_after(trainer.images)
@@ -364,9 +366,20 @@ class Trainer:
 
     def restore(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Continues where `state` was taken."""
-        self.flat.values.data.copy_(tensors["weights"])
-        self.flat_averaged.values.data.copy_(tensors["averaged"])
-        self.order.restore(facts["order"], tensors["order"].numpy())
+        count, size = self.flat.values.numel(), len(self.order.order)
+        if facts["images"] % self.config.batch:
+            raise InputError(f"the training state is after {facts['images']:,} images, no multiple of the batch")
+        weights = checked_tensor(tensors, "weights", (count,), self.flat.values.dtype)
+        averaged = checked_tensor(tensors, "averaged", (count,), self.flat_averaged.values.dtype)
+        order = checked_tensor(tensors, "order", (size,), torch.int64)
+        loss_sums = checked_tensor(tensors, "loss_sums", (2,), torch.float64)
+        for name in tensors:
+            if name.startswith("optimizer.") and name != "optimizer.step":
+                checked_tensor(tensors, name, (count,), self.flat.values.dtype)
+        with parsing("the training state", "an order of this training set"):
+            self.order.restore(facts["order"], order.numpy())
+        self.flat.values.data.copy_(weights)
+        self.flat_averaged.values.data.copy_(averaged)
         state = {
             name.removeprefix("optimizer."): value.to("cpu" if name == "optimizer.step" else self.device)
             for name, value in tensors.items()
@@ -375,7 +388,7 @@ class Trainer:
         if state:
             layout = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**layout, "state": {0: state}})
-        self.loss_sums.copy_(tensors["loss_sums"])
+        self.loss_sums.copy_(loss_sums)
         self.loss_counts = list(facts["loss_counts"])
         self.images = facts["images"]
         # Compiled code rounds differently: what was decided at the start holds for the whole run.

@@ -42,6 +42,11 @@ class DataOrder:
 
     def restore(self, state: dict[str, Any], order: np.ndarray) -> None:
         """Continues where `state()` and `order` were taken."""
-        self.order = np.array(order, dtype=np.int64)
+        order = np.array(order, dtype=np.int64)
+        if len(order) != len(self.order) or not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise ValueError("not an order of the same images")
+        if int(state["position"]) < 0:
+            raise ValueError("a negative position")
+        self.order = order
         self.position = int(state["position"])
         self._random.bit_generator.state = state["random"]

@@ -14,9 +14,13 @@ from typing import Protocol
 
 from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.inert.documents import read_json
+from diffmem.integrity import sealed, unsealed
 from diffmem.models import Denoiser, save
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
+_ADVICE = "restore it, or remove it and sample the snapshots beside it one by one"
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class Snapshots:
         self._write_records()
 
     def _write_records(self) -> None:
-        atomic_write(self.out / RECORDS, json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
+        values = sealed({"snapshots": [asdict(record) for record in self.records]})
+        atomic_write(self.out / RECORDS, json.dumps(values, indent=1) + "\n")
 
 
 def snapshot_folder(out: Path, images: int) -> Path:
@@ -106,7 +111,11 @@ def read_records(out: Path) -> list[SnapshotRecord]:
     path = Path(out) / RECORDS
     if not path.exists():
         return []
-    try:
-        return [SnapshotRecord(**values) for values in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a list of snapshots ({error})") from None
+    values = read_json(path, _ADVICE)
+    if isinstance(values, dict):  # before there were checksums it was a plain list
+        values = unsealed(values, path, _ADVICE).get("snapshots")
+    with parsing(path, "a list of snapshots", _ADVICE):
+        records = [SnapshotRecord(**each) for each in values]
+        if not all(type(record.images) is int and record.images >= 0 for record in records):
+            raise ValueError("a snapshot after no number of images")
+        return records

@@ -64,7 +64,7 @@ def test_damaged_points_are_named(digits, tmp_path):
     sweep(digits, [Tikhonov(0.1)], tmp_path, seeds=range(2), **FAST)
     (path,) = (tmp_path / "points").iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"tikhonov_0\.1-.*damaged.*delete it"):
+    with pytest.raises(InputError, match=r"tikhonov_0\.1-.*not a complete.*delete it"):
         sweep(digits, [Tikhonov(0.1)], tmp_path, seeds=range(2), **FAST)
 
 

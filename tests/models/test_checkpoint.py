@@ -57,9 +57,102 @@ def test_other_folders_are_not_overwritten(denoiser, tmp_path):
         save(denoiser, tmp_path)
 
 
+def by_hand(folder, **changes):
+    """The checkpoint as a person makes it, without checksums, with changes to the network."""
+    values = json.loads((folder / "config.json").read_text())
+    values = {name: values[name] for name in ("network", "preconditioning")}
+    values["network"] |= changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_one_bit_is_noticed(denoiser, tmp_path):
+    folder = save(denoiser, tmp_path / "checkpoint")
+    for name, old, new in (("model.safetensors", None, None), ("config.json", b'"dropout": 0.', b'"dropout": 0.9')):
+        path = folder / name
+        content = path.read_bytes()
+        changed = content.replace(old, new) if old else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+        assert changed != content
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match=f"{name}: damaged .*checksum differs.*"):
+            load(folder)
+        path.write_bytes(content)
+    load(folder)
+    by_hand(folder)
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_blocks", 10**7),
+        ("model_channels", 2**40),
+        ("model_channels", True),
+        ("model_channels", "64"),
+        ("channel_mult", [10**6]),
+        ("channel_mult", [1] * 1000),
+        ("channel_mult", 5),
+        ("channel_mult", [[1]]),
+        ("attn_resolutions", [[[8]]]),
+        ("attn_resolutions", [10**400]),
+        ("resolution", 8.0),
+        ("label_dim", 10**30),
+        ("dropout", "0.1"),
+        ("dropout", None),
+        ("embedding", {}),
+        ("resample_filter", ["1", "1"]),
+        ("resample_filter", [1e308, 1e308]),
+        ("skip_connections", "no"),
+        ("type", []),
+    ],
+)
+def test_absurd_sizes(field, value, denoiser, tmp_path):
+    folder = save(denoiser, tmp_path / "checkpoint")
+    by_hand(folder, **{field: value})
+    with pytest.raises(InputError, match=rf"^[^\n]*config\.json: [^\n]*{field} (is|must)[^\n]*$"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 10**5,
+        '{"network": ' + "9" * 5000 + "}",
+        "null",
+        "\xff",
+        '{"network": null, "preconditioning": {"type": "ve"}}',
+    ],
+)
+def test_configurations_that_are_none(text, denoiser, tmp_path):
+    folder = save(denoiser, tmp_path / "checkpoint")
+    (folder / "config.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(InputError, match=r"^[^\n]*config\.json: [^\n]*$"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "ve", "sigma_min": -1.0},
+        {"type": "ve", "sigma_min": [0.1]},
+        {"type": "ve", "sigma_max": 10**400},
+        {"type": "iddpm", "M": 10**9},
+        {"type": "iddpm", "C_2": -1.0},
+        {"type": "vp", "beta_d": 1e29},
+        {"type": "edm", "sigma_data": None},
+    ],
+)
+def test_absurd_preconditionings(part, denoiser, tmp_path):
+    folder = save(denoiser, tmp_path / "checkpoint")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"network": values["network"], "preconditioning": part}))
+    with pytest.raises(InputError, match=r"^[^\n]*config\.json: [^\n]*$"):
+        load(folder)
+
+
 def test_what_does_not_fit(denoiser, tmp_path):
     folder = save(denoiser, tmp_path / "checkpoint")
     weights, config = folder / "model.safetensors", folder / "config.json"
+    by_hand(folder)
     tensors, text = load_file(weights), config.read_text()
     changed = dict(tensors)
     changed["model.extra"] = torch.zeros(1)
@@ -79,7 +172,7 @@ def test_what_does_not_fit(denoiser, tmp_path):
         load(folder)
     config.write_text(text)
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         load(folder)
     weights.unlink()
     with pytest.raises(InputError, match=r"no model\.safetensors in it"):
