@@ -1,9 +1,9 @@
 // Sharing a convolution's tiles among threads; conv3x3_avx2.cpp does the arithmetic.
 #include <algorithm>
 #include <memory>
-#include <new>
 
 #include "conv3x3/conv3x3.h"
+#include "cpu/aligned.h"
 #include "cpu/features.h"
 #include "cpu/share.h"
 
@@ -13,9 +13,10 @@ namespace {
 
 using cpu::share;
 
-struct Aligned {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
+// Of one thread; shared, so that the worker that holds it can be copied.
+std::shared_ptr<cpu::Aligned<float>> scratch_memory(std::int64_t count) {
+  return std::make_shared<cpu::Aligned<float>>(static_cast<std::size_t>(count));
+}
 
 }  // namespace
 
@@ -34,10 +35,10 @@ void forward(const Shape& shape, const float* x, const float* packed, const floa
   const std::int64_t count = shape.batch * ((shape.height + 3) / 4) * ((shape.width + 3) / 4);
   const std::int64_t blocks = (count + avx2::block_tiles - 1) / avx2::block_tiles;
   share(blocks, threads, [&] {
-    std::shared_ptr<float[]> scratch(new (std::align_val_t{64}) float[avx2::scratch_size(shape)], Aligned{});
+    const auto scratch = scratch_memory(avx2::scratch_size(shape));
     return [&, scratch](std::int64_t block) {
       const std::int64_t first = block * avx2::block_tiles;
-      avx2::tiles(shape, x, packed, bias, first, std::min(count, first + avx2::block_tiles), y, scratch.get());
+      avx2::tiles(shape, x, packed, bias, first, std::min(count, first + avx2::block_tiles), y, scratch->data());
     };
   });
 }
@@ -49,13 +50,13 @@ void weight_sums(const Shape& shape, const float* x, const float* y_gradient, st
   const std::int64_t c_slices = (shape.channels + slice_channels - 1) / slice_channels;
   const std::int64_t o_slices = (shape.outputs + slice_outputs - 1) / slice_outputs;
   share(splits * c_slices * o_slices, threads, [&] {
-    std::shared_ptr<float[]> scratch(new (std::align_val_t{64}) float[avx2::slice_scratch], Aligned{});
+    const auto scratch = scratch_memory(avx2::slice_scratch);
     return [&, scratch](std::int64_t item) {
       const std::int64_t split = item / (c_slices * o_slices);
       const std::int64_t c = item / o_slices % c_slices * slice_channels, o = item % o_slices * slice_outputs;
       avx2::weight_sums(shape, x, y_gradient, tiles * split / splits, tiles * (split + 1) / splits, c,
                         std::min(shape.channels, c + slice_channels), o, std::min(shape.outputs, o + slice_outputs),
-                        sums + split * 36 * shape.channels * shape.outputs, scratch.get());
+                        sums + split * 36 * shape.channels * shape.outputs, scratch->data());
     };
   });
 }

@@ -39,18 +39,14 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/features.h"
+#include "cpu/share.h"
 #include "nearest/kernels.h"
 #include "nearest/nearest.h"
 
@@ -154,54 +150,13 @@ const Kernels& kernels() {
   return portable_kernels();
 }
 
-// Runs task(0) .. task(count - 1) on up to `threads` threads, the caller's among them. Threads live as long as the
-// call, so a process may fork between calls. The first exception is passed on.
+using cpu::Aligned;
+
+// Runs task(0) .. task(count - 1) on up to `threads` threads.
 template <class Task>
 void parallel(std::int64_t count, int threads, const Task& task) {
-  std::atomic<std::int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex failure_lock;
-  const auto worker = [&] {
-    try {
-      for (std::int64_t i = next++; i < count; i = next++) task(i);
-    } catch (...) {
-      next = count;
-      const std::lock_guard<std::mutex> guard(failure_lock);
-      if (!failure) failure = std::current_exception();
-    }
-  };
-  std::vector<std::thread> others;
-  try {
-    for (std::int64_t t = 1; t < std::min<std::int64_t>(threads, count); ++t) others.emplace_back(worker);
-  } catch (const std::system_error&) {  // the system gives no more threads: those there are do the work
-  }
-  worker();
-  for (std::thread& other : others) other.join();
-  if (failure) std::rethrow_exception(failure);
+  cpu::share(count, threads, [&task] { return [&task](std::int64_t i) { task(i); }; });
 }
-
-// Memory for strips and panels: a vector that crosses a cache line costs a second load (10 % of `tile`).
-template <class T>
-class Aligned {
- public:
-  Aligned() = default;
-  explicit Aligned(std::size_t count) { resize(count); }
-  void resize(std::size_t count) {  // contents are lost
-    if (count <= size_) return;
-    data_.reset(static_cast<T*>(::operator new[](count * sizeof(T), kAlignment)));
-    size_ = count;
-  }
-  T* data() { return data_.get(); }
-  T& operator[](std::size_t i) { return data_[i]; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Delete {
-    void operator()(T* p) const { ::operator delete[](p, kAlignment); }
-  };
-  std::unique_ptr<T[], Delete> data_;
-  std::size_t size_ = 0;
-};
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

@@ -18,8 +18,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 
+#include "cpu/aligned.h"
 #include "cpu/features.h"
 #include "cpu/share.h"
 #include "posterior_mean/posterior_mean.h"
@@ -53,14 +53,10 @@ struct ScoreRow {
   float* out;
 };
 
-struct Aligned {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
+// Scratch memory of one thread; shared, so that the worker that holds it can be copied.
 template <class T>
-std::shared_ptr<T> aligned(std::int64_t count) {
-  return {static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), std::align_val_t{64})),
-          Aligned{}};
+std::shared_ptr<cpu::Aligned<T>> aligned(std::int64_t count) {
+  return std::make_shared<cpu::Aligned<T>>(static_cast<std::size_t>(count));
 }
 
 }  // namespace

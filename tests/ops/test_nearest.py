@@ -1,5 +1,9 @@
 """Op `nearest`: every implementation against plain integer arithmetic, on inputs made to break it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -108,3 +112,22 @@ def test_bad_arguments_are_one_clear_line():
     ]:
         with pytest.raises(InputError, match=words):
             call()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_searches_too():
+    """As data loaders' workers are made: threads that the parent shared its loops with are not there."""
+    code = (
+        "import os, signal, torch\n"
+        "from diffmem.ops.nearest import nearest\n"
+        "x = torch.randint(0, 256, (600, 300), dtype=torch.uint8)\n"
+        "torch.set_num_threads(2)\n"
+        "expected = nearest(x[:64], x, 2)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(60)\n"
+        "    found = nearest(x[:64], x, 2)\n"
+        "    os._exit(0 if all(map(torch.equal, found, expected)) else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
