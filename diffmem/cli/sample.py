@@ -82,8 +82,13 @@ class Seeds(click.ParamType):
     "--compile", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
     help="Run the step through torch.compile; auto: where the run is long enough to pay for it.",
 )  # fmt: skip
-@click.option("--fp16", "precision", flag_value="fp16", help="Run the network in float16 …")
-@click.option("--bf16", "precision", flag_value="bf16", help="… or bfloat16.  [default: float32]")
+@click.option(
+    "--precision", type=click.Choice(["ieee", "tf32", "bf16", "fp16"]),
+    help="Of the network's products. ieee: float32, the protocol's; tf32: rounded on a GPU; bf16, fp16: autocast.  "
+    "[default: ieee]",
+)  # fmt: skip
+@click.option("--fp16", "half", flag_value="fp16", help="--precision fp16.")
+@click.option("--bf16", "half", flag_value="bf16", help="--precision bf16.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--audit", "training", type=Source(), metavar="TRAINING", help="Audit against these images as it goes.")
 @click.option("--holdout", type=Source(), help="With --audit: real images the model has not seen.")
@@ -96,7 +101,7 @@ class Seeds(click.ParamType):
 )
 @debug_option
 def sample_command(
-    checkpoint, seeds, out, precision, device, training, holdout, report, restart, as_json, **settings
+    checkpoint, seeds, out, precision, half, device, training, holdout, report, restart, as_json, **settings
 ) -> None:
     """Sample images from CHECKPOINT, a folder with model.safetensors and config.json, or an EDM snapshot (.pkl).
 
@@ -129,8 +134,10 @@ def sample_command(
             raise click.UsageError(f"{name} goes with --audit")
     if restart and out is None:
         raise click.UsageError("--restart goes with --out")
+    if precision is not None and half not in (None, precision):
+        raise click.UsageError(f"--precision {precision} and --{half} exclude each other")
     try:
-        settings = SampleSettings(precision=precision or "float32", **settings)
+        settings = SampleSettings(precision=precision or half or "ieee", **settings)
     except InputError as error:
         raise click.UsageError(str(error)) from None
     torch.set_flush_denormal(True)

@@ -46,12 +46,17 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
               help="Compile the network; auto: where it is large and the run is hours long.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["ieee", "tf32", "bf16"]), default="ieee", show_default=True,
+              help="Of the network's products. ieee: float32, the protocol's; tf32: rounded on a GPU; bf16: autocast, "
+              "weights stay float32.")  # fmt: skip
+@click.option("--cuda-graph", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
+              help="On a GPU, launch a pass's kernels at once; auto: where that is faster.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in OUT.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what it would cost, and stop.")
 @debug_option
 def train_command(
     source, out, size, resize, color, cond, batch_gpu, seed, snapshot_images, keep, grid, audit_every, audit_samples,
-    audit_solver, stop_at, confidence, device, compile_, resume, dry_run, **options,
+    audit_solver, stop_at, confidence, device, compile_, precision, cuda_graph, resume, dry_run, **options,
 ) -> int:  # fmt: skip
     """Train a diffusion model.
 
@@ -112,12 +117,14 @@ def train_command(
             denoiser,
             images_of(items, **parts.length),
             seed=seed,
+            precision=precision,
             **{**parts.training, "ema": EMA(**parts.training["ema"])},
         )
         choices = {
             "device": device,
             "batch_gpu": batch_gpu,
             "compile": {"yes": True, "no": False}.get(compile_, "auto"),
+            "cuda_graph": {"yes": True, "no": False}.get(cuda_graph, "auto"),
         }
         if is_first_rank():
             click.echo(json.dumps(config.to_json(), indent=1))
@@ -188,6 +195,8 @@ def _print_plan(plan: Plan) -> None:
     if plan.resumed_at:
         click.echo(f"continuing after {plan.resumed_at:,} images")
     how = "before compiling, which this run will do" if plan.compiled else "not compiled"
+    how += ", in one CUDA graph" if plan.graphed else ""
+    how += f", in {plan.precision}" if plan.precision != "ieee" else ""
     click.echo(
         f"about {duration_range(*plan.seconds_range)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not "
         "counted"

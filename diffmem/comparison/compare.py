@@ -22,6 +22,7 @@ from diffmem.memorization import wilson_interval
 from diffmem.models import load
 from diffmem.optimum import OptimalDenoiser
 from diffmem.pages import percent
+from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SeededGenerators, sample, to_uint8
 from diffmem.training import RunFolder
@@ -286,6 +287,7 @@ class Comparison:
         return _curve(value, self._resampled_ratio(name))
 
 
+@float32_products("ieee")  # gaps are measured of the network as the protocol samples it
 def compare(
     checkpoint: str | Path | torch.nn.Module,
     training: ImageSource,

@@ -20,9 +20,10 @@ from diffmem.errors import InputError
 from diffmem.generation.kept import KeptBlocks
 from diffmem.generation.running_audit import RunningAudit
 from diffmem.generation.seed_ranges import checked_seeds, format_seeds
-from diffmem.generation.settings import PRECISIONS, SampleSettings
+from diffmem.generation.settings import SampleSettings
 from diffmem.memorization import Audit
 from diffmem.models import fingerprint, load
+from diffmem.precision import AUTOCAST, float32_products
 from diffmem.progress import Progress, silent
 from diffmem.sampling import Samples, is_compilable, is_compiled, sample_batches, worth_compiling
 from diffmem.timing import measure
@@ -129,7 +130,7 @@ def _generate(
     else:
         place = pick_device(device)
         denoiser, source = load(checkpoint, place), str(checkpoint)
-        denoiser.autocast_dtype = PRECISIONS[settings.precision]
+        denoiser.autocast_dtype = AUTOCAST[settings.precision]
         identifier = fingerprint(denoiser)
     network_calls = len(settings.plan(denoiser).stages)
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
@@ -218,7 +219,7 @@ class _Share:
         device = next(self.denoiser.parameters()).device
         size = min(self.settings.batch, self.total)
         x = torch.zeros(size, self.denoiser.channels, *[self.denoiser.resolution] * 2, device=device)
-        with torch.inference_mode(), _memory_errors(size):
+        with torch.inference_mode(), _memory_errors(size), float32_products(self.settings.precision):
             each = measure(lambda: self.denoiser(x, 1.0).sum().item(), budget=1.0)
         return worth_compiling(self.denoiser, each, network_calls * len(self.seeds_of))
 
@@ -255,7 +256,7 @@ class _Share:
             return next(
                 sample_batches(
                     self.denoiser, seeds, solver=settings.solver, labels=settings.class_index, batch=settings.batch,
-                    compile=compiled, **settings.solver_arguments(),
+                    compile=compiled, precision=settings.precision, **settings.solver_arguments(),
                 )
             )  # fmt: skip
 

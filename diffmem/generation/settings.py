@@ -6,15 +6,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from diffmem.errors import InputError
 from diffmem.models import Denoiser
+from diffmem.precision import AUTOCAST
 from diffmem.sampling import FAST_STEPS, HEUN_STEPS, Churn, Plan, dpmpp_plan, heun_plan, unipc_plan
 
 # Default steps, sigma_min and rho.
 SOLVERS = {"heun": (HEUN_STEPS, 0.002, 7.0), "unipc": (FAST_STEPS, 0.02, None), "dpm++": (FAST_STEPS, 0.002, 7.0)}
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = ("auto", "on", "off")
 
 
@@ -28,7 +26,8 @@ class SampleSettings:
     S_churn, S_min, S_max, S_noise: noise added on the way, by "heun" only; S_churn = 0: none.
     class_index: the class of all images; None: drawn per seed, where the network has classes. A class that is given
         replaces the one that the seed draws, so that noise added on the way is the same.
-    batch: images at a time. precision: "float32", or "bf16" or "fp16" inside the network.
+    batch: images at a time. precision: of the network's products, "ieee" (the protocol's float32), "tf32", "bf16" or
+        "fp16", see `diffmem.precision`; "float32" is another name of "ieee".
     compile: "on", "off", or "auto": where the run is long enough to pay for it.
     Raises InputError for values that make no sense.
     """
@@ -44,11 +43,13 @@ class SampleSettings:
     S_noise: float = 1.0
     class_index: int | None = None
     batch: int = 64
-    precision: str = "float32"
+    precision: str = "ieee"
     compile: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("solver", SOLVERS), ("precision", PRECISIONS), ("compile", COMPILE)):
+        if self.precision == "float32":
+            object.__setattr__(self, "precision", "ieee")
+        for name, choices in (("solver", SOLVERS), ("precision", AUTOCAST), ("compile", COMPILE)):
             if (value := getattr(self, name)) not in choices:
                 raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
         if self.solver == "unipc" and self.rho is not None:

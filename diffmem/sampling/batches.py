@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffmem.errors import InputError
+from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
 from diffmem.sampling.seeds import SeededGenerators
 from diffmem.sampling.solvers import dpmpp_sample, heun_sample, is_compilable, is_compiled, unipc_sample
@@ -41,6 +42,7 @@ def sample_batches(
     labels: torch.Tensor | int | None = None,
     batch: int = 64,
     compile: bool | str = "auto",
+    precision: str = "ieee",
     progress: Progress = silent,
     **solver_arguments: Any,
 ) -> Iterator[Samples]:
@@ -52,8 +54,9 @@ def sample_batches(
     draw K themselves, with added noise too.
     `solver` "heun" (18 steps, 35 network calls), "unipc" or "dpm++" (14 steps and calls); solver_arguments go to it,
     see `diffmem.sampling.solvers`. compile: True, False, or "auto": after two batches have shown that the rest
-    takes long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. Raises
-    InputError for labels or classes that do not fit, and for images that are not finite.
+    takes long enough to pay for it. Every batch that is compiled has the same size, the last one filled up. precision:
+    of products of float32, "ieee" or "tf32", see `diffmem.precision`. Raises InputError for labels or classes that do
+    not fit, and for images that are not finite.
     """
     if solver not in SAMPLERS:
         raise InputError(f"solver is {solver!r}, but must be one of {', '.join(SAMPLERS)}")
@@ -86,7 +89,8 @@ def sample_batches(
         arguments = dict(solver_arguments)
         if arguments.get("S_churn"):
             arguments["noise"] = lambda g=generators: g.randn(shape, torch.float64)
-        images = SAMPLERS[solver](denoiser, latents, labels=batch_labels, compiled=compiled, **arguments)
+        with float32_products(precision):
+            images = SAMPLERS[solver](denoiser, latents, labels=batch_labels, compiled=compiled, **arguments)
         _check_finite(images[:size], chosen)
         images = to_uint8(images[:size]).cpu()
         yield Samples(

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffmem.errors import InputError
 from diffmem.models import DenoiserConfig
+from diffmem.precision import TRAINING_PRECISIONS
 from diffmem.training.augmentation import LABELS
 from diffmem.training.ema import EMA
 from diffmem.training.losses import check_tikhonov, check_trainable
@@ -52,6 +53,7 @@ class TrainingConfig:
     xflip           the mirrored images count as images too: the training set is twice as large
     augment         probability of EDM's non-leaking augmentations; the network's augment_dim must be 9; 0: none
     tikhonov        weight of the score's Tikhonov regularization
+    precision       of the network's products: "ieee" (the protocol's), "tf32" or "bf16", see `diffmem.precision`
     """
 
     denoiser: DenoiserConfig
@@ -70,6 +72,7 @@ class TrainingConfig:
     xflip: bool = False
     augment: float = 0.0
     tikhonov: float = 0.0
+    precision: str = "ieee"
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -85,6 +88,8 @@ class TrainingConfig:
             value = getattr(self, name)
             _check(0 <= value <= 1, name, value, "a share in 0 … 1")
         _check(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
+        names = ", ".join(TRAINING_PRECISIONS)
+        _check(self.precision in TRAINING_PRECISIONS, "precision", self.precision, f"one of {names}")
         _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers below 1")
         dim, wanted = self.denoiser.network.augment_dim, LABELS if self.augment else 0
         _check(dim == wanted, "augment_dim", dim, f"{wanted} where augment is {self.augment:g}")

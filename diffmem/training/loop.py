@@ -28,6 +28,7 @@ from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.models import Denoiser
+from diffmem.precision import AUTOCAST, float32_products, measured_convolutions
 from diffmem.timing import CompileCost, Timing, compiling_pays, measure
 from diffmem.training.augmentation import augment, augmentation_labels, draw_augmentation
 from diffmem.training.config import TrainingConfig, differences
@@ -36,6 +37,7 @@ from diffmem.training.losses import Draws, denoising_loss, draw
 from diffmem.training.observers import Observer, Plan, Snapshot, Stats, Verdict, combined
 from diffmem.training.order import DataOrder
 from diffmem.training.parallel import Ranks
+from diffmem.training.passes import GraphedPass, Tensors, capture_cuda, forward_backward
 from diffmem.training.run_folder import CONFIG, STATS
 from diffmem.training.seeds import seed_of
 from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
@@ -50,6 +52,7 @@ _MEASURING = 0.02  # of the run that is measured, in time; at most _LONGEST_MEAS
 _LONGEST_MEASURING = 4.0
 _TICKS = 1000  # lines of statistics per run, about
 _LONGEST_TICK = 200  # steps
+_GRAPH_BELOW = 0.1  # seconds of a pass above which its kernels hide their launches
 _READ_STOP_EVERY = {"cpu": 1, "cuda": 16}  # steps between looks at the other processes' wish to stop
 
 
@@ -79,6 +82,7 @@ def train(
     device: str | torch.device = "auto",
     batch_gpu: int | None = None,
     compile: bool | str = "auto",
+    cuda_graph: bool | str = "auto",
     keep: KeepRule = keep_all,
     state_minutes: float = 10.0,
     resume: bool = False,
@@ -92,11 +96,12 @@ def train(
     at the first step that reaches each multiple (default: only at the end; the last step always makes one). device:
     "cpu", "cuda", or "auto". batch_gpu: images per forward pass of one process, gradients are accumulated (default: the
     process's share of the batch). compile: True, False, or "auto", which compiles where the run is long enough to gain
-    by it. keep: which snapshots stay. state_minutes: a state to resume from is saved so often, and at every snapshot,
-    interruption and end. resume: continue the run in `out` (from its beginning where it has saved no state yet); on a
-    CPU, with the same batch_gpu, number of threads and processes, the weights become those of a run never interrupted,
-    bit by bit. observers: see `Observer`. found_at: how to find `data` again, where they are images in memory: then
-    `diffmem.monitoring` needs not be told.
+    by it. cuda_graph: True, False, or "auto": a GPU replays a graph of the passes where that was measured to be faster
+    (small networks); the arithmetic is the same. keep: which snapshots stay. state_minutes: a state to resume from is
+    saved so often, and at every snapshot, interruption and end. resume: continue the run in `out` (from its beginning
+    where it has saved no state yet); on a CPU, with the same batch_gpu, number of threads and processes, the weights
+    become those of a run never interrupted, bit by bit. observers: see `Observer`. found_at: how to find `data` again,
+    where they are images in memory: then `diffmem.monitoring` needs not be told.
 
     SIGINT and SIGTERM let the step finish and save a state; a second one interrupts at once. Under `torchrun`, with
     torch.distributed initialized, each process computes its slice of every batch, and noise, losses and gradients are
@@ -108,7 +113,8 @@ def train(
         raise InputError(f"snapshot_images is {snapshot_images}, but must be at least 1")
     with _own_random_numbers(), _stop_requests() as stop, contextlib.ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(output_lock(out)))
-        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, found_at)
+        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, found_at, cuda_graph)
+        trainer.enter(stack)
         snapshots = ranks.agree(lambda: _open_run(out, trainer, keep, resume))
         state = ranks.agree(lambda: latest_state(out) if resume else None)
         if state is not None:
@@ -135,11 +141,14 @@ def plan_training(
     device: str | torch.device = "auto",
     batch_gpu: int | None = None,
     compile: bool | str = "auto",
+    cuda_graph: bool | str = "auto",
 ) -> Plan:
     """What `train` with these arguments would do and cost, from a few passes of the network; nothing is written."""
     ranks = Ranks()
-    with _own_random_numbers():
-        return Trainer(config, data, device, batch_gpu, compile, ranks).plan()
+    with _own_random_numbers(), contextlib.ExitStack() as stack:
+        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, cuda_graph=cuda_graph)
+        trainer.enter(stack)
+        return trainer.plan()
 
 
 class _Objective(nn.Module):
@@ -181,12 +190,16 @@ class Trainer:
         compile: bool | str = "auto",
         ranks: Ranks | None = None,
         found_at: DataSource | None = None,
+        cuda_graph: bool | str = "auto",
     ):
         ranks = Ranks() if ranks is None else ranks
-        if compile not in (True, False, "auto"):
-            raise InputError(f"compile is {compile!r}, but must be True, False or 'auto'")
+        for name, value in (("compile", compile), ("cuda_graph", cuda_graph)):
+            if value not in (True, False, "auto"):
+                raise InputError(f"{name} is {value!r}, but must be True, False or 'auto'")
         self.config, self.ranks = config, ranks
         self.device = pick_device(device)
+        if cuda_graph is True and self.device.type != "cuda":
+            raise InputError(f"cuda_graph is True, but the device is {self.device}: leave it at 'auto'")
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.share = config.batch // ranks.size
@@ -207,8 +220,10 @@ class Trainer:
         self.flat = FlatParameters(self.denoiser, gradients=True)
         self.flat_averaged = FlatParameters(self.averaged, gradients=False)
         self.optimizer = make_optimizer(config, self.flat)
+        self.denoiser.autocast_dtype = AUTOCAST[config.precision]
         self.objective = _Objective(self.denoiser, config.tikhonov)
-        self.compile = compile
+        self.compile, self.cuda_graph = compile, cuda_graph
+        self.passes: GraphedPass | None = None
         self.generator = torch.Generator(self.device)
         self.host_generator = torch.Generator()
         self.images = 0
@@ -216,6 +231,11 @@ class Trainer:
         # Summed on the device, read at ticks: nothing waits for it in between. Since the last tick, and snapshot.
         self.loss_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.loss_counts = [0, 0]
+
+    def enter(self, settings: contextlib.ExitStack) -> None:
+        """Sets what holds for the whole process while this run computes: how products and convolutions are formed."""
+        settings.enter_context(float32_products(self.config.precision))
+        settings.enter_context(measured_convolutions(self.device))
 
     @property
     def steps(self) -> int:
@@ -256,15 +276,8 @@ class Trainer:
             part = slice(start, start + self.micro)
             # Dropout draws from torch's own generator.
             torch.manual_seed(seed_of(config.seed, "dropout", self.steps, first + start))
-            losses = self.objective(
-                images[part],
-                level[part],
-                noise[part],
-                None if labels is None else labels[part],
-                None if augment_labels is None else augment_labels[part],
-            )
-            (losses.sum() / config.batch).backward()
-            loss += losses.detach().sum()
+            given = (images, level, noise, labels, augment_labels)
+            loss += self.forward_backward(tuple(None if each is None else each[part] for each in given))
         gradient = self.flat.values.grad
         self.ranks.sum(gradient)
         self.ranks.sum(loss)
@@ -278,6 +291,16 @@ class Trainer:
         self.loss_sums += loss
         self.loss_counts = [count + config.batch for count in self.loss_counts]
         self.images += config.batch
+
+    def forward_backward(self, tensors: Tensors) -> torch.Tensor:
+        """Adds the gradient of a part of the batch (images, level, noise, labels, augment_labels), and returns its
+        summed loss."""
+        if self.cuda_graph is not True:
+            return forward_backward(self.objective, self.config.batch, tensors)
+        if self.passes is None:
+            run = partial(forward_backward, self.objective, self.config.batch)
+            self.passes = GraphedPass(run, self.flat.values.grad, capture_cuda)
+        return self.passes(tensors)
 
     def mean_losses(self) -> tuple[float, float]:
         """Mean loss per pixel since the last tick and since the last snapshot."""
@@ -298,6 +321,9 @@ class Trainer:
         per_step = self.ranks.agree(self._seconds_per_step)
         left = self.total_steps - self.steps
         parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
+        if self.cuda_graph == "auto":
+            pays = partial(self._graph_pays, per_step.median)
+            self.cuda_graph = self.device.type == "cuda" and self.ranks.agree(pays)
         if self.compile == "auto":
             self.compile = compiling_pays(per_step, left, parameters, _COMPILING.get(self.device.type))
         whole = per_step.times(left)
@@ -315,6 +341,8 @@ class Trainer:
             seconds=whole.median,
             seconds_range=(whole.low, whole.high),
             compiled=bool(self.compile),
+            precision=self.config.precision,
+            graphed=bool(self.cuda_graph),
             resident=self.data.resident,
             resumed_at=self.images,
         )
@@ -333,14 +361,32 @@ class Trainer:
         # More images in a pass take less time each, as far as there is room in the processor.
         return found if count == self.micro else found._replace(low=found.low / 2)
 
-    def _pass(self, count: int) -> None:
+    def _graph_pays(self, seconds: float) -> bool:
+        """Whether a graph of the passes is faster than launching each kernel, which takes `seconds` a step."""
+        each = seconds * self.micro / self.share
+        if each > _GRAPH_BELOW:
+            return False
+        self.cuda_graph = True
+        try:
+            return measure(partial(self._pass, self.micro, graphed=True), budget=1.0).median < each
+        except RuntimeError:  # something in it cannot be captured
+            return False
+        finally:
+            self.cuda_graph = "auto"
+            self.passes = None
+            self.flat.values.grad.zero_()
+
+    def _pass(self, count: int, graphed: bool = False) -> None:
         config = self.config
         torch.manual_seed(0)
         images, labels = self.data.batch(self.order.order[torch.arange(count).numpy() % len(self.data)])
         level, noise = draw(config.denoiser.preconditioning, images.shape, self.device)
         nothing_done = torch.zeros(count, config.denoiser.network.augment_dim, device=self.device)
-        losses = self.objective(images, level, noise, labels, nothing_done if config.augment else None)
-        (losses.sum() / config.batch).backward()
+        given = (images, level, noise, labels, nothing_done if config.augment else None)
+        if graphed:
+            self.forward_backward(given)
+        else:
+            forward_backward(self.objective, config.batch, given)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -477,7 +523,8 @@ def _run(
 def _snapshot(trainer: Trainer, out: Path, snapshots: Snapshots, loss: float, observers: Sequence[Observer]) -> Verdict:
     folder = snapshots.write(trainer.averaged, trainer.images)
     snapshot = Snapshot(folder, trainer.images, trainer.epochs, loss, trainer.averaged)
-    verdict = combined([observer.snapshot(snapshot) for observer in observers])
+    with float32_products("ieee"):  # what is sampled and audited is sampled as the protocol says
+        verdict = combined([observer.snapshot(snapshot) for observer in observers])
     snapshots.add(SnapshotRecord(trainer.images, trainer.epochs, loss, verdict.score))
     return verdict
 

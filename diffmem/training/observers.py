@@ -20,7 +20,8 @@ class Plan:
     images and steps: of the whole run; images_left: what is left of it; size: images of the training set, N; epochs: of
     the whole run; parameters: of the network; seconds_per_step: eager, the median of several passes, seconds: all that
     is left, without compiling, and seconds_range: from low to high, as far as the passes differed;
-    compiled: whether it will run through torch.compile; resumed_at: images seen before, 0 for a new run; resident:
+    compiled: whether it will run through torch.compile; graphed: whether its passes are replayed as a CUDA graph;
+    precision: of the network's products; resumed_at: images seen before, 0 for a new run; resident:
     whether the training set lies on the device; snapshot_images: the interval of snapshots, None for one at the end.
     """
 
@@ -40,6 +41,8 @@ class Plan:
     resident: bool
     resumed_at: int = 0
     snapshot_images: int | None = None
+    graphed: bool = False
+    precision: str = "ieee"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from typing import Protocol
 
 import torch
 
+from diffmem.precision import float32_products
+
 BLOCK_PAIRS = 1 << 24  # pairs of query and image at a time
 BLOCK_VALUES = 1 << 26  # values of a block of images
 DENSE_SHARE = 1 / 128  # share of pairs that carry weight from which a block is added densely, if need be in float64
@@ -134,6 +136,7 @@ class Float32Products:
         add_weighted(state, found.values, z)
 
 
+@float32_products("ieee")  # the errors of the logits are those of float32
 def posterior_mean_blocked(
     x: torch.Tensor,
     sigma: torch.Tensor,
