@@ -2,7 +2,8 @@
 
 `train.zip` gets `train.zip.diffmem-<settings>.safetensors` next to it (one per combination of the settings that change
 the pixels). Neither name nor date make it trusted: it holds the SHA-256 of the source's contents (an archive's bytes; a
-folder's file names and bytes) and of its own pixels and labels, and is used only where both are what they should be.
+folder's file names and bytes) and of its own pixels, labels, names and all else that it says, and is used only where
+both are what they should be.
 Anything else is decoded anew and replaces it. Where it cannot be written, the images are returned all the same, with a
 line in `ImageSet.notes` that says so.
 """
@@ -22,6 +23,8 @@ from diffmem.data.decode import BadImage
 from diffmem.data.decode_pool import EncodedImages
 from diffmem.data.image_set import ImageSet, SkippedFile
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.integrity import sealed, unsealed
 from diffmem.progress import Progress
 
 # Part of the settings: raise it when the same source would decode to other pixels.
@@ -88,13 +91,15 @@ def _write(target: Path, key: dict, images: ImageSet) -> None:
         "skipped": [[item.name, item.reason] for item in images.skipped],
     }
     tensors = {"images": images.images} | ({} if images.labels is None else {"labels": images.labels})
-    header: dict = {"__metadata__": {"diffmem": json.dumps(about)}}
+    header: dict = {}
     end = 0
     for name, array in tensors.items():
         dtype = next(code for code, kind in _DTYPES.items() if kind == array.dtype)
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
-    text = json.dumps(header).encode()
+    # Names, order and sizes are covered as the pixels are.
+    about["tensors"] = header
+    text = json.dumps({"__metadata__": {"diffmem": json.dumps(sealed(about))}, **header}).encode()
     text += b" " * (-(len(text) + 8) % 64)
     with atomic_file(target, durable=False) as partial, open(partial, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -106,23 +111,27 @@ def _write(target: Path, key: dict, images: ImageSet) -> None:
 def _read(target: Path, key: dict, source: str) -> ImageSet | None:
     """The packed copy, its images memory-mapped, or None where it is absent, damaged or of something else."""
     try:
-        with open(target, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > target.stat().st_size:
+        with parsing(target, "a packed copy"), open(target, "rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), target.stat().st_size
+            if length > size:
                 return None
             header = json.loads(file.read(length))
-        about = json.loads(header["__metadata__"]["diffmem"])
-        if about["key"] != key:
-            return None
+            about = unsealed(json.loads(header["__metadata__"]["diffmem"]), target, "it is made again")
+            tensors, end = about["tensors"], 8 + length
+            if about["key"] != key or {name: header[name] for name in header if name != "__metadata__"} != tensors:
+                return None
+            if size != end + max(entry["data_offsets"][1] for entry in tensors.values()):
+                return None
 
-        def tensor(name: str) -> np.ndarray:
-            entry = header[name]
-            offset = 8 + length + entry["data_offsets"][0]
-            return np.memmap(target, _DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"]))
+            def tensor(name: str) -> np.ndarray:
+                entry = tensors[name]
+                return np.memmap(
+                    target, _DTYPES[entry["dtype"]], "r", end + entry["data_offsets"][0], tuple(entry["shape"])
+                )
 
-        labels = np.array(tensor("labels")) if "labels" in header else None
-        skipped = tuple(SkippedFile(name, reason) for name, reason in about["skipped"])
-        images = ImageSet(tensor("images"), about["names"], labels, source, skipped, tuple(about["notes"]))
-        return images if images.fingerprint == about["contents"] else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            labels = np.array(tensor("labels")) if "labels" in tensors else None
+            skipped = tuple(SkippedFile(name, reason) for name, reason in about["skipped"])
+            images = ImageSet(tensor("images"), about["names"], labels, source, skipped, tuple(about["notes"]))
+            return images if images.fingerprint == about["contents"] else None
+    except InputError:
         return None

@@ -9,7 +9,6 @@ reports it in `stats`.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ import torch
 
 from diffmem.devices import SETTING
 from diffmem.errors import InputError, MissingExtraError
+from diffmem.inert.boundary import parsing
+from diffmem.integrity import check_file, file_sha256
 from diffmem.ops.nearest import exact_squared_distances, nearest
 from diffmem.progress import Progress, silent
 from diffmem.search import stored
@@ -28,7 +29,7 @@ from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import Images, as_rows, fingerprint, same_images
 
 BLOCK = 4096
-FORMAT = "diffmem-faiss-index-1"
+FORMAT = "diffmem-faiss-index-2"
 FAISS_FILE = "index.faiss"
 
 
@@ -162,8 +163,9 @@ class FaissIndex:
             "fingerprint": self.fingerprint,
         }
         with stored.new_index_folder(Path(folder), description) as beside:
-            np.save(beside / "images.npy", self.rows.numpy())
+            np.save(beside / "images.npy", np.ascontiguousarray(self.rows.numpy()))
             faiss.write_index(on_cpu, str(beside / FAISS_FILE))
+            description["files"] = {FAISS_FILE: file_sha256(beside / FAISS_FILE)}
 
     @staticmethod
     def is_saved_in(folder: str | Path) -> bool:
@@ -178,22 +180,21 @@ class FaissIndex:
         """
         faiss = _faiss()
         folder = Path(folder)
-        try:
-            description = json.loads((folder / stored.DESCRIPTION).read_text())
-            if description["format"] != FORMAT:
-                raise InputError(f"{folder}: an index of another version of diffmem; build it again")
-            rows = as_rows(np.load(folder / "images.npy", mmap_mode="r"))
+        with parsing(folder, "a usable index", "build it again"):
+            description = stored.read_description(folder, FORMAT)
+            images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+            stored.check_array(images, "images", (None, None), images.dtype)
+            rows = _checked_rows(images, "training images")
             if fingerprint(rows) != description["fingerprint"]:
                 raise InputError(f"{folder}: the images do not match their fingerprint (damaged?); build it again")
+            check_file(folder / FAISS_FILE, description["files"][FAISS_FILE], "build the index again")
             index = faiss.read_index(str(folder / FAISS_FILE))
+            if (index.ntotal, index.d) != tuple(rows.shape):
+                raise ValueError(f"FAISS's index holds {index.ntotal} rows of {index.d} values")
             self = cls.__new__(cls)
             self.rows, self.stats, self.factory = rows, None, description["factory"]
-            self.fingerprint = description["fingerprint"]
             self.candidates, probes = description["candidates"], description["nprobe"]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{folder}: no usable index ({_reason(error)}); build it again") from error
+            self.fingerprint = description["fingerprint"]
         self.device = _pick_device(faiss, device)
         self._index = _to_gpus(faiss, index, False) if self.device == "cuda" else index
         self.nprobe = self._set_nprobe(faiss, probes)

@@ -110,6 +110,10 @@ class FilteredRows:
         """Codes of query rows, none of them farther than `largest_norm` from the mean."""
         return _encode(queries, self.basis, self.scale, self.steps, self.levels, True)
 
+    def encode_rows(self, rows: torch.Tensor) -> Code:
+        """Codes of training rows, as `build` makes them."""
+        return _encode(rows, self.basis, self.scale, self.steps, self.levels, False)
+
     def search(self, queries: torch.Tensor, code: Code, k: int, allowance: float = 1.0):
         """Squared distances [Q, k], indices [Q, k] and the core's account of the work; see `search_filtered` there."""
         integer = queries.dtype == torch.uint8

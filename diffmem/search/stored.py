@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from diffmem.atomic_io import atomic_replacement
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.inert.documents import read_json
+from diffmem.integrity import sealed, unsealed
+from diffmem.ops.registry import native_module
 from diffmem.search.basis import ByteBasis, FloatBasis
-from diffmem.search.filtered import FilteredRows
+from diffmem.search.filtered import (
+    COARSE_STEPS,
+    LARGEST_LEVELS,
+    LEVEL_COORDINATES,
+    PANEL,
+    ROW,
+    FilteredRows,
+)
 from diffmem.search.rows import as_rows
 
-FORMAT = "diffmem-index-1"
+FORMAT = "diffmem-index-2"
 DESCRIPTION = "index.json"
 CODE = ("panels", "bias", "fine", "order", "error", "centroids", "centroid_bias", "starts")
 BLOCK = 4096
+SAMPLE = 64  # rows whose code is made again when an index is loaded
 
 
 def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | None) -> None:
@@ -36,7 +50,7 @@ def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | Non
     description["fingerprint"] = _fingerprint(arrays, description)
     with new_index_folder(folder, description) as partial:
         for name, values in arrays.items():
-            np.save(partial / f"{name}.npy", values)
+            np.save(partial / f"{name}.npy", np.ascontiguousarray(values))
 
 
 @contextmanager
@@ -49,33 +63,107 @@ def new_index_folder(folder: Path, description: dict) -> Iterator[Path]:
         raise InputError(f"{folder} exists and is not an index: choose another folder")
     with atomic_replacement(folder) as partial:
         yield partial
-        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        (partial / DESCRIPTION).write_text(json.dumps(sealed(description), indent=1) + "\n")
+
+
+def read_description(folder: Path, version: str) -> dict[str, Any]:
+    """What `new_index_folder` was given; raises InputError where it is missing, damaged or of another version."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise InputError(f"{folder}: no usable index (no {DESCRIPTION} in it); build it again")
+    description = read_json(path, "build the index again")
+    if not isinstance(description, dict) or description.get("format") != version:
+        raise InputError(f"{folder}: an index of another version of diffmem; build it again")
+    return unsealed(description, path, "build the index again")
 
 
 def load(folder: Path) -> tuple[str, torch.Tensor, FilteredRows | None]:
     """Method, rows and code of a saved index, memory-mapped."""
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-        if description.get("format") != FORMAT:
-            raise InputError(f"{folder}: an index of another version of diffmem; build it again")
-        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    with parsing(folder, "a usable index", "build it again"):
+        description = read_description(folder, FORMAT)
+        arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
         expected = description.pop("fingerprint")
         if _fingerprint(arrays, description) != expected:
             raise InputError(f"{folder}: the index does not match its fingerprint (damaged?); build it again")
+        check_array(arrays["images"], "images", (None, None), arrays["images"].dtype)
         rows = as_rows(arrays["images"])
+        if rows.numel() == 0:
+            raise ValueError("it has no images")
         if "scale" not in description:
             return description["method"], rows, None
+        scale, (count, dimension) = float.fromhex(description["scale"]), rows.shape
         fields = {name.removeprefix("basis_"): a for name, a in arrays.items() if name.startswith("basis_")}
-        if "basis_norm" in description:
-            basis = ByteBasis(norm=float.fromhex(description["basis_norm"]), **fields)
-        else:
-            basis = FloatBasis(**{name: np.array(values) for name, values in fields.items()})
         code = {name: arrays[name] for name in CODE}
-        return description["method"], rows, FilteredRows(rows, basis, float.fromhex(description["scale"]), **code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: no usable index ({error}); build it again") from error
+        levels, steps = _check_code(code, count, scale)
+        coordinates = levels * LEVEL_COORDINATES
+        if "basis_norm" in description:
+            check_array(fields["p"], "basis_p", (coordinates, dimension), np.int16)
+            check_array(fields["shift"], "basis_shift", (coordinates,), np.int64)
+            check_array(fields["mean"], "basis_mean", (dimension,), np.uint8)
+            # Products with bytes are added up in 32 bits.
+            if 128 * int(np.abs(fields["p"].astype(np.int64)).sum(axis=1).max()) >= 2**31:
+                raise ValueError("a basis whose products overflow")
+            basis = ByteBasis(norm=float.fromhex(description["basis_norm"]), **fields)
+            if rows.dtype != torch.uint8 or not (math.isfinite(basis.norm) and basis.norm >= 0):
+                raise ValueError("a basis for other images")
+        else:
+            check_array(fields["a"], "basis_a", (coordinates, dimension), np.float64)
+            check_array(fields["mean"], "basis_mean", (dimension,), np.float64)
+            basis = FloatBasis(**{name: np.array(values) for name, values in fields.items()})
+            if rows.dtype == torch.uint8 or not all(np.isfinite(values).all() for values in vars(basis).values()):
+                raise ValueError("a basis for other images")
+        found = FilteredRows(rows, basis, scale, **code)
+        _check_sample(found, steps)
+        return description["method"], rows, found
+
+
+def check_array(values: np.ndarray, name: str, shape: tuple[int | None, ...], dtype: Any) -> None:
+    """Raises ValueError where an array is not as the core expects it: shape (None: any), dtype, row by row in memory.
+
+    A file may hold the same values column by column, which its fingerprint does not tell apart, but a pointer does.
+    """
+    fits = len(values.shape) == len(shape) and all(
+        wanted is None or length == wanted for length, wanted in zip(values.shape, shape, strict=True)
+    )
+    if not fits or values.dtype != dtype or not values.dtype.isnative or not values.flags.c_contiguous:
+        raise ValueError(f"array {name} of shape {values.shape} and dtype {values.dtype} is not as it was written")
+
+
+def _check_code(code: dict[str, np.ndarray], count: int, scale: float) -> tuple[int, int]:
+    """Levels and steps of a code of `count` rows; raises ValueError where an array does not fit the others."""
+    levels, steps, clusters = len(code["fine"]), code["panels"].shape[1], len(code["starts"]) - 1
+    if not (1 <= levels <= LARGEST_LEVELS and 1 <= steps <= COARSE_STEPS and 1 <= clusters <= max(count, 1)):
+        raise ValueError("a code of another shape")
+    panels, cluster_panels = -(-count // PANEL), -(-clusters // PANEL)
+    check_array(code["panels"], "panels", (panels, steps, PANEL, 2), np.int16)
+    check_array(code["bias"], "bias", (panels * PANEL,), np.int32)
+    check_array(code["fine"], "fine", (levels, count, ROW), np.int16)
+    check_array(code["order"], "order", (count,), np.int64)
+    check_array(code["error"], "error", (1 + levels,), np.float32)
+    check_array(code["centroids"], "centroids", (cluster_panels, steps, PANEL, 2), np.int16)
+    check_array(code["centroid_bias"], "centroid_bias", (cluster_panels * PANEL,), np.int32)
+    check_array(code["starts"], "starts", (clusters + 1,), np.int64)
+    order, starts = code["order"], code["starts"]
+    if order.min() < 0 or order.max() >= count or np.bincount(order, minlength=count).max() != 1:
+        raise ValueError("its order is none")
+    if starts[0] != 0 or starts[-1] != count or (np.diff(starts) < 0).any():
+        raise ValueError("its clusters are none")
+    if not (math.isfinite(scale) and scale >= 0 and np.isfinite(code["error"]).all() and (code["error"] >= 0).all()):
+        raise ValueError("its scale or its errors are no numbers")
+    return levels, steps
+
+
+def _check_sample(index: FilteredRows, steps: int) -> None:
+    """Raises ValueError where the codes of some rows are not those that the rows have."""
+    if native_module() is None:
+        return  # without the core the code is not used either
+    places = np.unique(np.linspace(0, len(index.order) - 1, SAMPLE).astype(np.int64))
+    again = index.encode_rows(index.rows[torch.from_numpy(index.order[places])].contiguous())
+    coarse = index.panels[places // PANEL, :, places % PANEL].reshape(len(places), 2 * steps)
+    for stored, made in ((coarse, again.coarse), (index.fine[:, places], again.fine)):
+        # Projections of floats round as the machine does.
+        if np.abs(stored.astype(np.int64) - made).max(initial=0) > 2:
+            raise ValueError("its codes are not those of its images")
 
 
 def _fingerprint(arrays: dict[str, np.ndarray], description: dict) -> str:

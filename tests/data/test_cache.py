@@ -110,6 +110,11 @@ def test_damaged_copy_is_replaced(source, decodings):
     last_pixel = len(whole) - 5 * 8 - 1
     damages = [b"", whole[:4], whole[:100], whole[:-1], b"\xff" * len(whole), whole.replace(b"U8", b"F8")]
     damages.append(whole[:last_pixel] + bytes([whole[last_pixel] ^ 1]) + whole[last_pixel + 1 :])
+    damages.append(whole.replace(b"0.png", b"7.png"))
+    damages.append(whole.replace(b"0.png", b"x.png").replace(b"1.png", b"0.png").replace(b"x.png", b"1.png"))
+    damages.append(whole.replace(b"bad.png", b"dab.png"))
+    damages.append(whole + b"\0")
+    assert whole not in damages
     for damage in damages:
         copy.write_bytes(damage)
         same(load_images(path, skip_bad=True, cache=True), plain)

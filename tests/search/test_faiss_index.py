@@ -71,8 +71,13 @@ def test_saved_and_loaded(patches, tmp_path):
         np.testing.assert_array_equal(found.indices, index.query(patches[900:1100]).indices)
     assert FaissIndex.load(tmp_path / "index").nprobe == 3
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    # Another index, of fewer images: what it proposes would be exact, and what it misses would be missed.
+    FaissIndex(patches[:900], "IVF16,Flat", nprobe=3).save(tmp_path / "other")
+    (tmp_path / "index" / "index.faiss").write_bytes((tmp_path / "other" / "index.faiss").read_bytes())
+    with pytest.raises(InputError, match=r"index\.faiss: damaged"):
+        FaissIndex.load(tmp_path / "index")
     (tmp_path / "index" / "index.faiss").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="no usable index"):
+    with pytest.raises(InputError, match=r"index\.faiss: damaged"):
         FaissIndex.load(tmp_path / "index")
     index.save(tmp_path / "index")  # takes the place of the damaged one
     images = np.load(tmp_path / "index" / "images.npy")

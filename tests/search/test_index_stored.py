@@ -1,6 +1,7 @@
 """An index on disk: the same answers after a round trip, and clear refusals."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -59,3 +60,62 @@ def test_damage_is_noticed(tmp_path):
         TrainingIndex.load(folder)
     with pytest.raises(InputError, match="no usable index"):
         TrainingIndex.load(tmp_path / "nowhere")
+
+
+def resealed(folder, arrays):
+    """The index with other arrays, and the checksums that they should have."""
+    from diffmem.integrity import sealed
+    from diffmem.search.stored import _fingerprint
+
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    description = json.loads((folder / "index.json").read_text())
+    del description["sha256"], description["fingerprint"]
+    everything = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+    description["fingerprint"] = _fingerprint(everything, description)
+    (folder / "index.json").write_text(json.dumps(sealed(description)))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_arrays_are_checked_before_the_core_sees_them(dtype, tmp_path):
+    """Also where every checksum fits: a pointer to fewer values, or to values in another order, must not be passed."""
+    built = tmp_path / "built"
+    TrainingIndex(images(dtype=dtype), method="filtered").save(built)
+    arrays = {path.stem: np.load(path) for path in built.glob("*.npy")}
+    assert {"images", "panels", "fine", "order", "starts"} <= set(arrays)
+    changes = [{name: values[:-1]} for name, values in arrays.items()]
+    changes += [{name: np.asfortranarray(values)} for name, values in arrays.items() if values.ndim > 1]
+    changes += [{name: values.astype(values.dtype.newbyteorder(">"))} for name, values in arrays.items()]
+    changes += [{name: values[..., None]} for name, values in arrays.items()]
+    changes += [{name: values[:0]} for name, values in arrays.items()]
+    changes += [
+        {"images": arrays["images"][::-1]},
+        {"fine": arrays["fine"][:, ::-1]},
+        {"panels": arrays["panels"][::-1]},
+        {"order": arrays["order"][::-1]},
+        {"order": np.zeros_like(arrays["order"])},
+        {"order": arrays["order"] + 1},
+        {"starts": arrays["starts"][::-1]},
+        {"starts": arrays["starts"] * 2},
+        {"error": -arrays["error"] - 1},
+    ]
+    for change in changes:
+        folder = tmp_path / "index"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(built, folder)
+        ((name, values),) = change.items()
+        same = values.dtype == arrays[name].dtype and np.array_equal(values, arrays[name])
+        if same and values.flags.c_contiguous:
+            continue  # bytes have one order, and so has a single column
+        resealed(folder, change)
+        with pytest.raises(InputError, match=r"^[^\n]*build it again$"):
+            pytest.fail(f"{name} was taken: {TrainingIndex.load(folder)}")
+
+
+def test_an_array_stored_column_by_column(tmp_path):
+    """The same values with the same fingerprint, but another order in memory."""
+    folder = tmp_path / "index"
+    TrainingIndex(images(), method="filtered").save(folder)
+    np.save(folder / "basis_p.npy", np.asfortranarray(np.load(folder / "basis_p.npy")))
+    with pytest.raises(InputError, match="basis_p"):
+        TrainingIndex.load(folder)
