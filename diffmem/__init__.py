@@ -1,16 +1,35 @@
 """diffmem: measure, reproduce and study memorization in diffusion models.
 
-The names below are the front door; everything else lives in the rooms `data`, `ops`, `search` and `memorization`.
-They are loaded when first used, so that `import diffmem` costs little beyond `import torch`.
+The names below are the front door; everything else lives in the subpackages, which resolve as attributes
+(`diffmem.search`, `diffmem.models`, …) without an import of their own. All are loaded when first used, so that
+`import diffmem` costs little beyond `import torch`.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffmem import (
+        data,
+        errors,
+        memorization,
+        models,
+        optimum,
+        sampling,
+        search,
+        studies,
+        training,
+    )
+    from diffmem.data import ImageSet, load_images
+    from diffmem.errors import InputError
+    from diffmem.memorization import Audit, audit
+    from diffmem.search import Neighbors, TrainingIndex
 
 __version__ = "0.1.0"
 
-_FRONT_DOOR = {
+_NAMES = {
     "Audit": "diffmem.memorization",
     "ImageSet": "diffmem.data",
     "InputError": "diffmem.errors",
@@ -19,17 +38,48 @@ _FRONT_DOOR = {
     "audit": "diffmem.memorization",
     "load_images": "diffmem.data",
 }
+_SUBPACKAGES = (
+    "data",
+    "errors",
+    "memorization",
+    "models",
+    "optimum",
+    "sampling",
+    "search",
+    "studies",
+    "training",
+)
 
-__all__ = [*_FRONT_DOOR, "__version__"]
+__all__ = [
+    "Audit",
+    "ImageSet",
+    "InputError",
+    "Neighbors",
+    "TrainingIndex",
+    "__version__",
+    "audit",
+    "data",
+    "errors",
+    "load_images",
+    "memorization",
+    "models",
+    "optimum",
+    "sampling",
+    "search",
+    "studies",
+    "training",
+]
 
 
-def __getattr__(name: str):
-    if name in _FRONT_DOOR:
-        value = getattr(importlib.import_module(_FRONT_DOOR[name]), name)
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
         globals()[name] = value
         return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"diffmem.{name}")
     raise AttributeError(f"module 'diffmem' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FRONT_DOOR])
+    return sorted(__all__)

@@ -121,3 +121,20 @@ def test_core_knows_no_python():
             assert "pybind11" not in text, path
             assert "torch/" not in text, path
             assert "Python.h" not in text, path
+
+
+def test_front_door():
+    """What `dir` shows is what is public, all of it is there without further imports, and type checkers see it."""
+    code = (
+        "import diffmem; assert dir(diffmem) == sorted(diffmem.__all__), dir(diffmem);"
+        "print([name for name in diffmem.__all__ if getattr(diffmem, name) is None])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name for node in guarded.body for alias in node.names}
+    import diffmem
+
+    assert seen == set(diffmem.__all__) - {"__version__"}
+    assert (PACKAGE / "py.typed").exists()
