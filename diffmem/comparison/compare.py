@@ -19,7 +19,7 @@ from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
 from diffmem.memorization import wilson_interval
-from diffmem.models import load
+from diffmem.models import as_denoiser, evaluating, load
 from diffmem.optimum import OptimalDenoiser
 from diffmem.pages import percent
 from diffmem.precision import float32_products
@@ -331,7 +331,7 @@ def compare(
         if run.config.xflip:
             trained_on = _with_mirrored(trained_on)
             notes.append("the run counts mirrored images as training images: the optimum does too")
-    elif not isinstance(checkpoint, torch.nn.Module):
+    elif isinstance(checkpoint, (str, Path)):
         notes.append(f"{name} does not say what it was trained on: that it was {trained_on.source} is not checked")
     sigmas = _levels(denoiser, levels)
     seeds = checked_seeds(range(images) if seeds is None else seeds)
@@ -404,7 +404,9 @@ class _Pairs:
             columns: list[tuple[torch.Tensor, ...]] = []
             for sigma in self.levels.tolist():
                 x = y + sigma * noise
-                model, optimum = self.model(x, sigma, labels).double(), self.optimum(x, sigma, labels)
+                with evaluating(self.model):
+                    model = self.model(x, sigma, labels).double()
+                optimum = self.optimum(x, sigma, labels)
                 if not bool(model.isfinite().all()):
                     raise InputError(f"the network's output at σ = {sigma:g} is not finite: a damaged checkpoint?")
                 pairs = [(model, optimum), (model, y), (optimum, y)]
@@ -420,7 +422,8 @@ class _Pairs:
         stacks: list[tuple[torch.Tensor, ...]] = []
         for sigma in self.levels.tolist():
             x = y + sigma * noise
-            stacks.append((x, self.model(x, sigma, labels), self.optimum(x, sigma, labels)))
+            with evaluating(self.model):
+                stacks.append((x, self.model(x, sigma, labels), self.optimum(x, sigma, labels)))
         pictures = [to_uint8(torch.stack(stack, dim=1)).cpu().numpy() for stack in zip(*stacks, strict=True)]
         for row in range(len(images)):
             yield Example(kind, images.name(row), images.images[row], *(each[row] for each in pictures))
@@ -441,8 +444,9 @@ class _Pairs:
 
 def _network(checkpoint: str | Path | torch.nn.Module, device: str) -> tuple[torch.nn.Module, str, RunFolder | None]:
     """The denoiser, its name, and the run that it comes from, where that is known."""
-    if isinstance(checkpoint, torch.nn.Module):
-        return checkpoint, checkpoint.summary(), None
+    if not isinstance(checkpoint, (str, Path)):
+        denoiser = as_denoiser(checkpoint)
+        return denoiser, denoiser.summary(), None
     path = Path(checkpoint)
     run = RunFolder.around(path)
     if run is not None and run.path == path:

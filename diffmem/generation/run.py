@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from diffmem.generation.running_audit import RunningAudit
 from diffmem.generation.seed_ranges import checked_seeds, format_seeds
 from diffmem.generation.settings import SampleSettings
 from diffmem.memorization import Audit
-from diffmem.models import fingerprint, load
+from diffmem.models import Denoiser, as_denoiser, evaluating, fingerprint, load
 from diffmem.precision import AUTOCAST, float32_products
 from diffmem.progress import Progress, silent
 from diffmem.sampling import Samples, is_compilable, is_compiled, sample_batches, worth_compiling
@@ -76,7 +76,7 @@ class Generated:
 
 
 def generate(
-    checkpoint: str | Path | torch.nn.Module,
+    checkpoint: str | Path | torch.nn.Module | Callable[..., torch.Tensor],
     seeds: Sequence[int],
     *,
     out: str | Path | None = None,
@@ -94,9 +94,9 @@ def generate(
     writes and returns; the others return None. With `out`, finished batches are kept in `<out>.partial/` until all is
     written: a run that ended early goes on from there and ends with the same bytes.
 
-    checkpoint: a folder of `diffmem.models.save`, or an EDM snapshot; or a denoiser with the interface of
-        `diffmem.models.Denoiser`, a `fingerprint` of its own and its own device (`diffmem.optimum`). seeds: distinct
-        whole numbers from 0 (0 … 9999 in the protocol).
+    checkpoint: a folder of `diffmem.models.save`, or an EDM snapshot; or a denoiser on its own device: of
+        `diffmem.models` or `diffmem.optimum`, or any module or function that `diffmem.models.as_denoiser` takes without
+        being told more. seeds: distinct whole numbers from 0 (0 … 9999 in the protocol).
     out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a new
         folder (PNG, a sub-folder per 1000 seeds). training: audit against these images, with a running estimate in the
         progress; holdout: see `diffmem.audit`.
@@ -111,7 +111,7 @@ def generate(
 
 
 def _generate(
-    checkpoint: str | Path | torch.nn.Module,
+    checkpoint: str | Path | torch.nn.Module | Callable[..., torch.Tensor],
     seeds: Sequence[int],
     out: str | Path | None,
     settings: SampleSettings,
@@ -122,16 +122,49 @@ def _generate(
     progress: Progress,
 ) -> Generated | None:
     seeds = checked_seeds(seeds)
-    group = dist.is_available() and dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
-    if isinstance(checkpoint, torch.nn.Module):
-        denoiser, source, identifier = checkpoint, checkpoint.summary(), checkpoint.fingerprint
-        place = next(denoiser.parameters()).device
-    else:
+    if isinstance(checkpoint, (str, Path)):
         place = pick_device(device)
         denoiser, source = load(checkpoint, place), str(checkpoint)
-        denoiser.autocast_dtype = AUTOCAST[settings.precision]
-        identifier = fingerprint(denoiser)
+    else:
+        denoiser = as_denoiser(checkpoint)
+        source, place = denoiser.summary(), next(denoiser.parameters()).device
+    identifier = fingerprint(denoiser) if isinstance(denoiser, Denoiser) else denoiser.fingerprint
+    with _precision(denoiser, settings.precision):
+        return _run(
+            denoiser, source, identifier, place, seeds, out, settings, training, holdout, restart, progress
+        )  # fmt: skip
+
+
+@contextmanager
+def _precision(denoiser: torch.nn.Module, precision: str) -> Iterator[None]:
+    """The network in that precision for as long as this lasts."""
+    if not hasattr(denoiser, "autocast_dtype"):
+        if AUTOCAST[precision] is not None:
+            raise InputError(f"precision is {precision!r}, but this denoiser is no network")
+        yield
+        return
+    before, denoiser.autocast_dtype = denoiser.autocast_dtype, AUTOCAST[precision] or denoiser.autocast_dtype
+    try:
+        yield
+    finally:
+        denoiser.autocast_dtype = before
+
+
+def _run(
+    denoiser: torch.nn.Module,
+    source: str,
+    identifier: str,
+    place: torch.device,
+    seeds: list[int],
+    out: str | Path | None,
+    settings: SampleSettings,
+    training: ImageSource | None,
+    holdout: ImageSource | None,
+    restart: bool,
+    progress: Progress,
+) -> Generated | None:
+    group = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     network_calls = len(settings.plan(denoiser).stages)
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     out = None if out is None else Path(out)
@@ -219,7 +252,8 @@ class _Share:
         device = next(self.denoiser.parameters()).device
         size = min(self.settings.batch, self.total)
         x = torch.zeros(size, self.denoiser.channels, *[self.denoiser.resolution] * 2, device=device)
-        with torch.inference_mode(), _memory_errors(size), float32_products(self.settings.precision):
+        products = float32_products(self.settings.precision)
+        with torch.inference_mode(), evaluating(self.denoiser), _memory_errors(size), products:
             each = measure(lambda: self.denoiser(x, 1.0).sum().item(), budget=1.0)
         return worth_compiling(self.denoiser, each, network_calls * len(self.seeds_of))
 

@@ -7,6 +7,7 @@ from diffmem.models.config import PRESETS, ADMConfig, DenoiserConfig, UNetConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.networks import ADM, UNet
 from diffmem.models.preconditioning import EDM, IDDPM, VE, VP
+from diffmem.models.wrapped import as_denoiser, evaluating, is_denoiser
 
 __all__ = [
     "ADM",
@@ -20,8 +21,11 @@ __all__ = [
     "DenoiserConfig",
     "UNet",
     "UNetConfig",
+    "as_denoiser",
+    "evaluating",
     "fingerprint",
     "import_edm",
+    "is_denoiser",
     "load",
     "preset",
     "save",

@@ -77,7 +77,7 @@ def fingerprint(denoiser: Denoiser) -> str:
     digest = hashlib.sha256(json.dumps(denoiser.config.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(denoiser.state_dict().items()):
         digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffmem.errors import InputError
+from diffmem.models import as_denoiser, evaluating
 from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
 from diffmem.sampling.seeds import SeededGenerators
@@ -48,6 +49,9 @@ def sample_batches(
 ) -> Iterator[Samples]:
     """Yields the images of `seeds`, in order, `batch` at a time.
 
+    denoiser: of `diffmem.models` or `diffmem.optimum`, or a module that denoises (see `diffmem.models.as_denoiser`); it
+    is sampled in evaluation mode.
+
     An image depends on its seed only: its generator, on the denoiser's device, draws the latent, then, where the
     denoiser has labels, a class index, then the noise of the steps. `labels`, one class for all images or one entry per
     seed, replaces the class index after it was drawn: the images of class K are those that the seeds give when they
@@ -64,6 +68,8 @@ def sample_batches(
         raise InputError(f"batch is {batch}, but must be at least 1")
     if compile not in (True, False, "auto"):
         raise InputError(f"compile is {compile!r}, but must be True, False or 'auto'")
+    if isinstance(denoiser, torch.nn.Module) or not hasattr(denoiser, "label_dim"):
+        denoiser = as_denoiser(denoiser)
     seeds = [int(seed) for seed in seeds]
     given = _checked_labels(denoiser, labels, len(seeds))
     device = next(denoiser.parameters()).device
@@ -89,7 +95,7 @@ def sample_batches(
         arguments = dict(solver_arguments)
         if arguments.get("S_churn"):
             arguments["noise"] = lambda g=generators: g.randn(shape, torch.float64)
-        with float32_products(precision):
+        with float32_products(precision), evaluating(denoiser):
             images = SAMPLERS[solver](denoiser, latents, labels=batch_labels, compiled=compiled, **arguments)
         _check_finite(images[:size], chosen)
         images = to_uint8(images[:size]).cpu()

@@ -1,0 +1,276 @@
+"""Denoisers of one's own: `as_denoiser` gives any module or function that denoises the interface of `Denoiser`.
+
+The protocol is that of EDM's networks: `model(x, sigma, class_labels=None)` returns the denoised images.
+
+    x             (B, C, H, W) noisy images, noise of deviation sigma added to images in [-1, 1], in the model's dtype
+    sigma         one noise level, a 0-d tensor; or (B,), one per image, where the model needs that
+    class_labels  (B, label_dim) one-hot, in the model's dtype; or (B,) int64 class indices, where the model needs that;
+                  not passed where the model is unconditional
+    returns       (B, C, H, W)
+
+A module in half precision is given half-precision images at all noise levels, which costs accuracy where noise is high:
+a float32 module sampled with `SampleSettings(precision="bf16")` or "fp16" keeps it.
+
+What the model says of itself is read from its attributes, under our names or EDM's: `resolution` or `img_resolution`,
+`channels` or `img_channels`, `label_dim`, `sigma_min`, `sigma_max`, `round_sigma`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import math
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from diffmem.errors import InputError
+from diffmem.models.denoiser import Denoiser
+
+_NAMES = {
+    "channels": ("channels", "img_channels"),
+    "resolution": ("resolution", "img_resolution"),
+    "label_dim": ("label_dim",),
+    "sigma_min": ("sigma_min",),
+    "sigma_max": ("sigma_max",),
+}
+_INTERFACE = ("channels", "resolution", "label_dim", "summary", "fingerprint")
+_LABEL_NAMES = ("class_labels", "labels")
+
+
+def as_denoiser(
+    model: nn.Module | Callable[..., torch.Tensor],
+    *,
+    channels: int | None = None,
+    resolution: int | None = None,
+    label_dim: int | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    sigma_per_image: bool | None = None,
+    class_indices: bool | None = None,
+    device: torch.device | str | None = None,
+    fingerprint: str | None = None,
+) -> nn.Module:
+    """A denoiser that samplers, audits and comparisons take, around a model that denoises; see this module's protocol.
+
+    What is a denoiser of diffmem's already is returned as it is. Others are called once, on noise, to see that they do
+    what the protocol says. Modules inside DataParallel, DistributedDataParallel and torch.compile are recognized; a
+    module in training mode is sampled in evaluation mode and left as it was.
+
+    Args:
+        model: the module, or a function.
+        channels, resolution, label_dim: of the images and classes, where the model does not say so itself (label_dim:
+            0, unconditional).
+        sigma_min, sigma_max: the noise levels that the model knows (where it says nothing: all).
+        sigma_per_image: whether sigma is passed as (B,). None: where a 0-d tensor fails.
+        class_indices: whether class_labels are passed as indices. None: where one-hot vectors fail.
+        device: of a function; a module's is where its parameters are.
+        fingerprint: what stands for the model, so that an interrupted run can continue. None: the SHA-256 of a module's
+            class and state; a function counts as a new one each time.
+
+    Returns:
+        A module with the interface of `Denoiser`.
+
+    Raises:
+        InputError: the sizes are not known, or the model does not do what the protocol says.
+
+    Example:
+        >>> net = as_denoiser(lambda x, sigma: x / (1 + sigma**2), channels=1, resolution=8)
+        >>> net(torch.ones(2, 1, 8, 8), 1.0).unique().tolist()
+        [0.5]
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    if is_denoiser(model):
+        return model
+    given = {
+        "channels": channels, "resolution": resolution, "label_dim": label_dim, "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
+    }  # fmt: skip
+    wrapped = WrappedDenoiser(model, given, device, fingerprint)
+    wrapped._find_call(sigma_per_image, class_indices)
+    return wrapped
+
+
+def is_denoiser(model: Any) -> bool:
+    """Whether `model` has the interface of `Denoiser` itself."""
+    return isinstance(model, Denoiser) or (
+        isinstance(model, nn.Module) and all(hasattr(model, name) for name in _INTERFACE)
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """A module in evaluation mode for as long as this lasts; each of its parts is then in the mode it was in."""
+    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+class WrappedDenoiser(nn.Module):
+    """A model with the interface of `Denoiser`; made by `as_denoiser`.
+
+    `channels`, `resolution`, `label_dim`, `sigma_min`, `sigma_max`: of the model. `autocast_dtype`: as of `Denoiser`.
+    """
+
+    compilable = False  # its owner knows whether torch.compile takes it
+
+    def __init__(
+        self, model: Any, given: dict[str, Any], device: torch.device | str | None, fingerprint: str | None
+    ) -> None:
+        super().__init__()
+        if not callable(model):
+            raise InputError(f"{type(model).__name__}: not a module or function that denoises")
+        self.model = model
+        plain = getattr(self.model, "_orig_mod", self.model)  # what torch.compile was given
+        self.plain_name = type(plain).__name__ if isinstance(plain, nn.Module) else _name_of(plain)
+        self.autocast_dtype: torch.dtype | None = None
+        self._fingerprint = fingerprint
+        for name, value in given.items():
+            setattr(self, name, _attribute(plain, name, value))
+        for name in ("channels", "resolution"):
+            value = getattr(self, name)
+            if value is None:
+                raise InputError(
+                    f"{self.plain_name}: does not say its {name}: give it an attribute `{name}`, or call "
+                    "diffmem.models.as_denoiser(model, channels=…, resolution=…)"
+                )
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{self.plain_name}: {name} is {value!r}, but must be a whole number of at least 1")
+        self.label_dim = self.label_dim or 0
+        self.sigma_min = 0.0 if self.sigma_min is None else float(self.sigma_min)
+        self.sigma_max = math.inf if self.sigma_max is None else float(self.sigma_max)
+        self._round_sigma = getattr(plain, "round_sigma", None)
+        tensors = (*plain.parameters(), *plain.buffers()) if isinstance(plain, nn.Module) else ()
+        place = next((t.device for t in tensors), device or "cpu")
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        # So that samplers find the device.
+        self.anchor = nn.Parameter(torch.zeros(0, device=place), requires_grad=False)
+        self._labels_name = _labels_name(plain)
+        self._sigma_per_image = self._class_indices = False
+
+    def summary(self) -> str:
+        """One line for a person: the model's class, image size, parameters, classes."""
+        size = f"{self.channels}x{self.resolution}x{self.resolution}"
+        classes = f"label_dim {self.label_dim}" if self.label_dim else "unconditional"
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.plain_name}, images {size}, {parameters:,} parameters, {classes}"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's class, sizes and state, or what was given in its place."""
+        if self._fingerprint is None and not isinstance(self.model, nn.Module):
+            self._fingerprint = f"function {secrets.token_hex(16)}"  # what it computes cannot be told
+        if self._fingerprint is not None:
+            return self._fingerprint
+        plain = getattr(self.model, "_orig_mod", self.model)
+        kind = (type(plain).__module__, type(plain).__qualname__, self.channels, self.resolution, self.label_dim)
+        digest = hashlib.sha256(repr((*kind, self.sigma_min, self.sigma_max)).encode())
+        for name, tensor in sorted(plain.state_dict().items()):
+            digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def round_sigma(self, sigma: float) -> float:
+        """The noise level that the model really sees for `sigma`, by its own `round_sigma` where it has one."""
+        if self._round_sigma is None:
+            return sigma
+        return float(self._round_sigma(torch.tensor(sigma, dtype=torch.float64, device=self.anchor.device)))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor | float, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The denoised images (B, C, H, W) float32, as `Denoiser.forward` (float64 of a float64 model)."""
+        sigma = torch.as_tensor(sigma, device=x.device).to(self.dtype)
+        if self._sigma_per_image:
+            sigma = sigma.reshape(-1).expand(len(x))
+        elif sigma.numel() > 1:
+            sigma = sigma.reshape(-1, 1, 1, 1)
+        else:
+            sigma = sigma.reshape(())
+        arguments: dict[str, torch.Tensor] = {}
+        extra: tuple[torch.Tensor, ...] = ()
+        if self.label_dim:
+            given = self._labels(labels, x)
+            extra, arguments = ((given,), {}) if self._labels_name is None else ((), {self._labels_name: given})
+        context = contextlib.nullcontext()
+        if self.autocast_dtype is not None:
+            context = torch.autocast(x.device.type, self.autocast_dtype)
+        with context:
+            output = self.model(x.to(self.dtype), sigma, *extra, **arguments)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it returns a {type(output).__name__}, not a tensor")
+        return output.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+    def _labels(self, labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        """Class indices or one-hot vectors, as the model takes them."""
+        if labels is None:
+            labels = torch.zeros(len(x), self.label_dim, dtype=self.dtype, device=x.device)
+        if self._class_indices:
+            return labels.argmax(dim=1) if labels.is_floating_point() else labels
+        if not labels.is_floating_point():
+            labels = nn.functional.one_hot(labels, self.label_dim)
+        return labels.to(self.dtype)
+
+    def _find_call(self, sigma_per_image: bool | None, class_indices: bool | None) -> None:
+        """Calls the model once on noise, in the ways that are left open, and keeps the first that works."""
+        count, place = 2, self.anchor.device
+        x = torch.randn(
+            count, self.channels, self.resolution, self.resolution, generator=torch.Generator().manual_seed(0)
+        ).to(place)
+        sigma = min(max(1.0, self.sigma_min), self.sigma_max)
+        labels = torch.zeros(count, dtype=torch.int64, device=place) if self.label_dim else None
+        failure: Exception | None = None
+        per_image = (False, True) if sigma_per_image is None else (sigma_per_image,)
+        indices = (False, True) if class_indices is None and self.label_dim else (bool(class_indices),)
+        for self._sigma_per_image in per_image:
+            for self._class_indices in indices:
+                try:
+                    with torch.no_grad(), evaluating(self):
+                        self._check_output(self(x, sigma, labels), x)
+                    return
+                except InputError:
+                    raise
+                except Exception as error:  # whatever a model of someone else's may raise
+                    failure = failure or error
+        size = f"{self.channels}x{self.resolution}x{self.resolution}"
+        message = " ".join(str(failure).split())[:200]
+        raise InputError(
+            f"{self.plain_name}: cannot be called as model(x, sigma{', class_labels' if self.label_dim else ''}) on "
+            f"images {size} ({type(failure).__name__}: {message}); see diffmem.models.as_denoiser"
+        ) from failure
+
+    def _check_output(self, output: Any, x: torch.Tensor) -> None:
+        if output.shape != x.shape:
+            raise InputError(
+                f"{self.plain_name}: returns {tuple(output.shape)} for noisy images {tuple(x.shape)}, but must return "
+                "the denoised images"
+            )
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _attribute(model: Any, name: str, given: Any) -> Any:
+    """What was given, else what the model says under one of the names, None where it says nothing."""
+    if given is not None:
+        return given
+    value = next((getattr(model, each) for each in _NAMES[name] if hasattr(model, each)), None)
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _labels_name(model: Any) -> str | None:
+    """Under which name the model takes labels; None: by position."""
+    try:
+        parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((name for name in _LABEL_NAMES if name in parameters), None)
