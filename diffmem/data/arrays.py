@@ -1,18 +1,19 @@
 """Arrays of images: numpy arrays and torch tensors, `.npy`, `.npz`, `.pt` and `.safetensors` files.
 
-Files are read without executing anything (`allow_pickle=False`, `weights_only=True`). An `.npy` file stays mapped to
-memory; where its axes are NHWC, the images are a view with its axes permuted.
+Files are read without executing anything (see `diffmem.inert`), and no size is believed that the file does not have. An
+`.npy` file stays mapped to memory; where its axes are NHWC, the images are a view with its axes permuted.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import sys
 import warnings
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,10 @@ from diffmem.data.containers import open_zip
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.storage import allocate
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing, short
 
 _CHANNELS = (1, 3, 4)
+_LONGEST_HEADER = 10_000  # bytes of an .npy file's header, as numpy allows
 _BESIDE_IMAGES = ("labels", "names", "seeds")
 
 
@@ -41,12 +44,29 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def to_numpy(value: Any) -> np.ndarray:
-    """A tensor (from any device; bfloat16 as float32) or array-like as a numpy array, without a copy where possible."""
-    if is_tensor(value):
-        value = value.detach().cpu()
-        return (value.float() if value.dtype.is_floating_point and value.element_size() == 2 else value).numpy()
-    return np.asanyarray(value)
+def to_numpy(value: Any, where: str = "tensor") -> np.ndarray:
+    """A tensor (from any device; bfloat16 as float32) or array-like as a numpy array, without a copy where possible.
+
+    Raises `InputError`, naming `where`, for tensors that are not plain arrays of numbers.
+    """
+    if not is_tensor(value):
+        return np.asanyarray(value)
+    import torch
+
+    value = value.detach()
+    if value.device.type == "meta":
+        raise InputError(f"{where}: a tensor on the device meta, which holds no values")
+    if value.layout != torch.strided or value.is_nested:
+        raise InputError(f"{where}: a sparse or nested tensor: make it dense first (.to_dense())")
+    if value.is_quantized:
+        raise InputError(f"{where}: a quantized tensor: convert it first (.dequantize())")
+    value = value.cpu().resolve_conj().resolve_neg()
+    if value.dtype == torch.bfloat16:
+        value = value.float()
+    try:
+        return value.numpy()
+    except (TypeError, RuntimeError):
+        raise InputError(f"{where}: {value.dtype} is no dtype of numpy's: convert it first (.float())") from None
 
 
 def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | None = None) -> np.ndarray:
@@ -110,34 +130,76 @@ def check_finite(images: np.ndarray, where: str) -> None:
 
 def read_npy(path: Path, layout: str | None) -> Arrays:
     """The images in an `.npy` file, memory-mapped."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole .npy array of numbers: {_one_line(error)}") from None
-    return Arrays(as_nchw(array, layout, str(path)))
+    with parsing(path, "a complete .npy array of numbers"):
+        with open(path, "rb") as file:
+            shape, fortran, dtype = _npy_header(file)
+            start = file.tell()
+        size, there = _bytes_of(shape, dtype), path.stat().st_size - start
+        if size > there:
+            raise ValueError(f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, {there:,} are there")
+        if size == 0:
+            array = np.empty(shape, dtype)
+        else:
+            array = np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")
+        return Arrays(as_nchw(array, layout, str(path)))
+
+
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of an `.npy` file; raises ValueError and others where there is no plain header.
+
+    The header is read here, since numpy reads as many bytes as a file claims; parsing it is numpy's.
+    """
+    magic = stream.read(8)
+    if magic[:6] != b"\x93NUMPY" or len(magic) < 8 or magic[6] not in (1, 2, 3):
+        raise ValueError("it does not begin as an .npy file does")
+    width = 2 if magic[6] == 1 else 4
+    length = int.from_bytes(stream.read(width), "little")
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"a header of {length:,} bytes")
+    header = stream.read(length)
+    if len(header) != length:
+        raise ValueError("cut short in its header")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about headers that Python 2 wrote: what matters ends in an error
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(length.to_bytes(2, "little") + header))
+    if dtype.hasobject:
+        raise ValueError("it holds pickled Python objects, which are never loaded")
+    if not all(type(length) is int and 0 <= length < 2**62 for length in shape):
+        raise ValueError(f"shape {short(shape)}")
+    return shape, fortran, dtype
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _dtype_name(dtype: np.dtype) -> str:
+    return dtype.str if dtype.names is None else "records"
 
 
 def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
     """The images in an `.npz` file: `images` (NCHW) with `labels` and `names`, or ADM's `arr_0` (NHWC) with `arr_1`."""
-    with open_zip(path) as archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        chosen = _pick(names, key, path)
+    with parsing(path, "a complete .npz file"):
+        with open_zip(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            chosen = _pick(names, key, path)
 
-        def member(name: str) -> np.ndarray | None:
-            return _npz_member(archive, name, path) if name in names else None
+            def member(name: str) -> np.ndarray | None:
+                return _npz_member(archive, name, path) if name in names else None
 
-        assume = {"images": "NCHW", "arr_0": "NHWC"}.get(chosen)
-        images = as_nchw(member(chosen), layout, f"{path}: {chosen}", assume=assume)
-        labels, notes = or_note(lambda: _labels_of(member("arr_1" if chosen == "arr_0" else "labels"), images, path))
-        try:
-            written_names = member("names")
-        except InputError as problem:
-            written_names, notes = None, (*notes, f"names are left out: {problem}")
-    if written_names is not None and (written_names.dtype.kind != "U" or written_names.shape != (len(images),)):
-        form = f"{written_names.dtype} {written_names.shape}"
-        notes = (*notes, f"names are left out: {path}: they must be {len(images):,} strings, not {form}")
-        written_names = None
-    return Arrays(images, labels, None if written_names is None else written_names.tolist(), notes)
+            assume = {"images": "NCHW", "arr_0": "NHWC"}.get(chosen)
+            images = as_nchw(member(chosen), layout, f"{path}: {chosen}", assume=assume)
+            beside = "arr_1" if chosen == "arr_0" else "labels"
+            labels, notes = or_note(lambda: _labels_of(member(beside), images, path))
+            try:
+                written_names = member("names")
+            except InputError as problem:
+                written_names, notes = None, (*notes, f"names are left out: {problem}")
+        if written_names is not None and (written_names.dtype.kind != "U" or written_names.shape != (len(images),)):
+            form = f"{written_names.dtype} {written_names.shape}"
+            notes = (*notes, f"names are left out: {path}: they must be {len(images):,} strings, not {form}")
+            written_names = None
+        return Arrays(images, labels, None if written_names is None else written_names.tolist(), notes)
 
 
 def _labels_of(labels: np.ndarray | None, images: np.ndarray, path: Path) -> np.ndarray | None:
@@ -146,22 +208,14 @@ def _labels_of(labels: np.ndarray | None, images: np.ndarray, path: Path) -> np.
 
 def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     """One array, unpacked straight to where it will lie; its header is not believed before the sizes agree."""
-    try:
+    with parsing(f"{path}: {name}", "an array that can be read"):
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as stream:
-            version = np.lib.format.read_magic(stream)
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            elif version == (2, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-            else:
-                raise ValueError(f"npy version {version} holds no plain numbers")
-            if dtype.hasobject:
-                raise ValueError("it holds pickled Python objects, which are never loaded")
-            size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            if entry.file_size - stream.tell() != size:
+            shape, fortran, dtype = _npy_header(stream)
+            size, there = _bytes_of(shape, dtype), entry.file_size - stream.tell()
+            if there != size:
                 raise ValueError(
-                    f"shape {shape} of {dtype} needs {size:,} bytes, {entry.file_size - stream.tell():,} are there"
+                    f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, {there:,} are there"
                 )
             array = allocate(shape[::-1] if fortran else shape, dtype)
             if size:
@@ -169,62 +223,60 @@ def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 done = 0
                 while done < size and (got := stream.readinto(view[done : done + 2**24])):
                     done += got
+                if done != size:
+                    raise ValueError("it is shorter than it declares")
             if stream.read(1):  # also makes zipfile compare the checksum
                 raise ValueError("it is longer than it declares")
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: array {name} cannot be read: {_one_line(error)}") from None
-    return array.T if fortran else array
+        return array.T if fortran else array
 
 
 def read_pt(path: Path, key: str | None, layout: str | None) -> Arrays:
     """The images in a file that `torch.save` wrote: a tensor, a dict of tensors, or a pair (images, labels)."""
-    import pickle
+    from diffmem.inert.pickles import Damaged, input_error
+    from diffmem.inert.torch_files import TensorRecord, read_torch_file
 
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickle protocols: what matters ends in an error
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path}: damaged, or holds pickled Python objects, which are never loaded: save a tensor, or a dict of"
-            " tensors 'images' and 'labels'"
-        ) from None
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not a whole torch file: {_one_line(error)}") from None
-    if isinstance(content, (tuple, list)) and len(content) == 2:
-        content = dict(zip(("images", "labels"), content, strict=True))
-    elif is_tensor(content):
-        content = {"images": content}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a tensor or a dict of tensors")
-    return _from_tensors({name: value for name, value in content.items() if is_tensor(value)}, key, layout, path)
+    advice = "save a tensor, or a dict of tensors 'images' and 'labels'"
+    content = read_torch_file(path, "torch file", advice)
+    with parsing(path, "a complete torch file", advice):
+        if isinstance(content, (tuple, list)) and len(content) == 2:
+            content = dict(zip(("images", "labels"), content, strict=True))
+        elif isinstance(content, TensorRecord):
+            content = {"images": content}
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise InputError(f"{path}: holds a {kind}, not a tensor or a dict of tensors: {advice}")
+        records = {str(name): value for name, value in content.items() if isinstance(value, TensorRecord)}
+        wanted = {_pick(list(records), key, path), "labels"} & set(records)
+        try:
+            tensors = {name: records[name].to_tensor() for name in wanted}
+        except Damaged as error:
+            raise input_error(path, error, "torch file", advice) from None
+        return _from_tensors(tensors, key, layout, path)
 
 
 def read_safetensors(path: Path, key: str | None, layout: str | None) -> Arrays:
     """The images in a `.safetensors` file: its tensor `images`, the only one, or the one named `key`."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with parsing(path, "a complete safetensors file"):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             wanted = {_pick(names, key, path), "labels"} & set(names)
             tensors = {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file: {_one_line(error)}") from None
-    return _from_tensors(tensors, key, layout, path)
+        return _from_tensors(tensors, key, layout, path)
 
 
 def _from_tensors(tensors: dict[str, Any], key: str | None, layout: str | None, path: Path) -> Arrays:
     chosen = _pick(list(tensors), key, path)
-    images = as_nchw(
-        to_numpy(tensors[chosen]), layout, f"{path}: {chosen}", assume="NCHW" if chosen == "images" else None
-    )
+    array = to_numpy(tensors[chosen], f"{path}: {chosen}")
+    array.flags.writeable = False  # it may lie in the file
+    images = as_nchw(array, layout, f"{path}: {chosen}", assume="NCHW" if chosen == "images" else None)
     given = tensors.get("labels") if chosen != "labels" else None
-    labels, notes = or_note(lambda: _labels_of(None if given is None else to_numpy(given), images, path))
+
+    def read_labels() -> np.ndarray | None:
+        return None if given is None else _labels_of(to_numpy(given, f"{path}: labels"), images, path)
+
+    labels, notes = or_note(read_labels)
     return Arrays(images, labels, notes=notes)
 
 
@@ -236,11 +288,11 @@ def _pick(names: Sequence[str], key: str | None, path: Path) -> str:
         candidates = [name for name in ("images", "arr_0") if name in names][:1]
         candidates = candidates or [name for name in names if name not in _BESIDE_IMAGES]
     if len(candidates) != 1:
-        problem = "no array" if not names else f"pick the array of images with key=…: {', '.join(map(str, names))}"
+        problem = "no array" if not names else f"pick the array of images with key=…: {_listed(names)}"
         raise InputError(f"{path}: {problem}" + ("" if key is None else f" (there is no {key!r})"))
     return candidates[0]
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:199] + "…"
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(name[:80] for name in names[:20]) + more

@@ -497,11 +497,13 @@ _KNOWN = {
 }
 
 
-def input_error(path: object, error: Refused | Damaged) -> InputError:
-    """The one line for people."""
+def input_error(
+    path: object, error: Refused | Damaged, kind: str = "snapshot", advice: str = "download or export it again"
+) -> InputError:
+    """The one line for people: `kind` is what the file should be, `advice` the way out."""
     if isinstance(error, Refused):
         return InputError(
-            f"{path}: refused, because it holds {error}; a snapshot may hold tensors and plain containers only, "
-            "and nothing of it was executed"
+            f"{path}: refused, because it holds {error}; a {kind} may hold tensors and plain containers only, "
+            f"and nothing of it was executed: {advice}"
         )
-    return InputError(f"{path}: not a complete snapshot ({error}); download or export it again")
+    return InputError(f"{path}: not a complete {kind} ({error}): {advice}")

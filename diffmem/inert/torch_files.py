@@ -49,6 +49,14 @@ _STORAGE_TYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+# Dtypes without a storage type of their own: their tensors view untyped storages.
+_DTYPES = {
+    f"torch.{name}": getattr(torch, name)
+    for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)  # by torch's version
 }
 
 
@@ -69,10 +77,11 @@ class TensorRecord:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    viewed_as: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.storage.dtype
+        return self.storage.dtype if self.viewed_as is None else self.viewed_as
 
     @property
     def size(self) -> int:
@@ -81,11 +90,12 @@ class TensorRecord:
 
     def to_tensor(self) -> torch.Tensor:
         """The tensor, a read-only view of the file; raises Damaged where the window leaves the storage."""
-        storage = self.storage
+        storage, size = self.storage, self.dtype.itemsize
+        count = storage.count * storage.dtype.itemsize // size
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         empty = 0 in self.shape
-        if not empty and (last >= storage.count or math.prod(self.shape) > storage.count):
-            raise Damaged(f"a tensor of shape {short(self.shape)} that does not fit its {storage.count} elements")
+        if not empty and (last >= count or math.prod(self.shape) > count):
+            raise Damaged(f"a tensor of shape {short(self.shape)} that does not fit its {count} elements")
         if storage.data is None or len(storage.data) != storage.count * storage.dtype.itemsize:
             raise Damaged("a tensor whose data is missing or cut short")
         if len(self.shape) > _MOST_AXES:
@@ -93,25 +103,25 @@ class TensorRecord:
         if empty:
             if math.prod(max(n, 1) for n in self.shape) >= 2**62:
                 raise Damaged(f"a tensor of shape {short(self.shape)}")
-            return torch.empty(self.shape, dtype=storage.dtype)
+            return torch.empty(self.shape, dtype=self.dtype)
         with warnings.catch_warnings():  # nobody writes to what comes out of a file
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             flat = torch.frombuffer(storage.data, dtype=torch.uint8)
-        start, stop = self.offset * storage.dtype.itemsize, (last + 1) * storage.dtype.itemsize
-        window = flat[start:stop]
-        if window.data_ptr() % storage.dtype.itemsize:  # entries of an archive start anywhere
+        window = flat[self.offset * size : (last + 1) * size]
+        if window.data_ptr() % size:  # entries of an archive start anywhere
             window = window.clone()
-        return window.view(storage.dtype).as_strided(self.shape, self.strides)
+        return window.view(self.dtype).as_strided(self.shape, self.strides)
 
 
-def read_torch_file(path: str | Path) -> Any:
+def read_torch_file(path: str | Path, kind: str = "snapshot", advice: str = "download or export it again") -> Any:
     """The value stored in a `.pkl` or `.pt` file, tensors as TensorRecord, objects as Record; nothing in it is
     executed.
 
-    Raises InputError, one line that names the file and what was refused or how it is damaged.
+    `kind` is what the file should be and `advice` the way out, for messages. Raises InputError, one line that names the
+    file and what was refused or how it is damaged.
     """
     path = Path(path)
-    with parsing(path, "a complete snapshot", "download or export it again"):
+    with parsing(path, f"a complete {kind}", advice):
         with path.open("rb") as file:
             size = path.stat().st_size
             if size == 0:
@@ -120,7 +130,7 @@ def read_torch_file(path: str | Path) -> Any:
         try:
             return _read_stream(memoryview(data), Budget(size), nested=False)
         except (Refused, Damaged) as error:
-            raise input_error(path, error) from None
+            raise input_error(path, error, kind, advice) from None
 
 
 def _read_stream(data: memoryview, budget: Budget, nested: bool) -> Any:
@@ -219,6 +229,13 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
             raise Damaged("a tensor without a storage, or of an odd shape")
         return TensorRecord(storage, offset, shape, strides)
 
+    def viewed(storage: Any, offset: Any, shape: Any, strides: Any, gradient: Any, hooks: Any, kind: Any, *_: Any):
+        if not isinstance(kind, Name) or kind.name not in _DTYPES:
+            raise Refused(f"a tensor of dtype {kind.name if isinstance(kind, Name) else short(kind)}")
+        record = tensor(storage, offset, shape, strides)
+        record.viewed_as = _DTYPES[kind.name]
+        return record
+
     def parameter(data: Any, *_: Any) -> TensorRecord:
         if not isinstance(data, TensorRecord):
             raise Damaged("a parameter that is no tensor")
@@ -251,6 +268,7 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
     easy_dict = names["collections", "OrderedDict"].build
     for module, attribute, build in (
         ("torch._utils", "_rebuild_tensor_v2", tensor),
+        ("torch._utils", "_rebuild_tensor_v3", viewed),
         ("torch._utils", "_rebuild_parameter", parameter),
         ("torch.storage", "_load_from_bytes", nested_stream),
         ("torch", "Size", size),
@@ -260,6 +278,8 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
         ("torch.nn.modules.container", "ModuleDict", lambda: Record("ModuleDict")),
     ):
         names[module, attribute] = Name(f"{module}.{attribute}", build)
+    for kind in _DTYPES:
+        names["torch", kind.removeprefix("torch.")] = Name(kind)
     for kind in _STORAGE_TYPES:
         for module in ("torch", "torch.storage"):
             names[module, kind] = Name(kind)

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -108,9 +109,9 @@ def test_damaged_and_foreign_npy(tmp_path, refused):
     whole = path.read_bytes()
     for end in (0, 5, 60, len(whole) - 1):
         path.write_bytes(whole[:end])
-        refused(path, "x.npy: not a whole .npy")
+        refused(path, "x.npy: not a complete .npy")
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
-    refused(path, "x.npy: not a whole .npy")
+    refused(path, "x.npy: not a complete .npy")
     np.save(path, np.zeros(3, [("a", "u1")]))
     refused(path, "images must be uint8")
 
@@ -145,7 +146,7 @@ UNUSABLE = [
     (np.linspace(0, 1, 6), "whole numbers"),
     (np.array([0, 1, 2, 3, 4, np.inf]), "whole numbers"),
     (np.zeros((6, 0)), "without entries"),
-    (np.array([{}] * 6), "cannot be read"),
+    (np.array([{}] * 6), "never loaded"),
     (np.full(6, 2**63, np.uint64), "64-bit"),
 ]
 
@@ -207,11 +208,11 @@ def test_npz_that_lies(tmp_path, refused):
 
     np.testing.assert_array_equal(load_images(with_header((6, 3, 5, 7))).images, NCHW)
     refused(with_header((10**6, 3, 1000, 1000)), "needs 3,000,000,000,000 bytes")
-    refused(with_header((5, 3, 5, 7)), "images cannot be read")
+    refused(with_header((5, 3, 5, 7)), "images: not an array that can be read")
     damaged = bytearray(with_header((6, 3, 5, 7)).read_bytes())
     damaged[200] ^= 0xFF
     path.write_bytes(damaged)
-    refused(path, "images cannot be read")
+    refused(path, "images: not an array that can be read")
     path.write_bytes(damaged[:300])
     refused(path, "zip archive")
 
@@ -248,9 +249,9 @@ class Malicious:
 def test_torch_file_executes_nothing(tmp_path, refused):
     touched = tmp_path / "touched"
     torch.save({"images": Malicious(touched)}, tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", "never loaded")
+    refused(tmp_path / "x.pt", "io.open", "nothing of it was executed", "save a tensor")
     (tmp_path / "y.pt").write_bytes(pickle.dumps(Malicious(touched)))
-    refused(tmp_path / "y.pt", "never loaded")
+    refused(tmp_path / "y.pt", "io.open", "nothing of it was executed")
     assert not touched.exists()
 
 
@@ -262,7 +263,7 @@ def test_safetensors(tmp_path, refused):
     save_file({"x": torch.from_numpy(NHWC)}, path)
     np.testing.assert_array_equal(load_images(path).images, NCHW)
     path.write_bytes(path.read_bytes()[:-1])
-    refused(path, "not a whole safetensors file")
+    refused(path, "not a complete safetensors file")
 
 
 def test_torch_datasets_and_loaders(refused):
@@ -318,3 +319,96 @@ def test_full_temporary_disk(monkeypatch, refused):
     monkeypatch.setattr("diffmem.data.storage.memory_bytes", lambda: 100)
     monkeypatch.setattr("os.posix_fallocate", no_space)
     refused(NCHW, "TMPDIR", "No space left", resize=9)
+
+
+def header(descr="|u1", shape="(6, 3, 5, 7)", fortran="False", version=1, length=None):
+    """The start of an `.npy` file that says whatever it likes."""
+    text = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
+    size = len(text) if length is None else length
+    return b"\x93NUMPY" + bytes([version, 0]) + size.to_bytes(2 if version == 1 else 4, "little") + text
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"\x93NUMPY\x01",
+        b"\x93NUMPY\x09\x00\x10\x00",
+        header(version=2),
+        header(version=3),
+        header(length=60_000),
+        header(version=2, length=2**32 - 1),
+        header(version=3, length=2**31),
+        header(shape="(" * 3000 + ")" * 3000),
+        header(shape="(" + "9" * 400 + ",)"),
+        header(shape="(" + "9" * 5000 + ",)"),
+        header(shape="(-6, 3, 5, 7)"),
+        header(shape="(-6, -3, 5, 7)"),
+        header(shape="(6.0, 3, 5, 7)"),
+        header(shape="(True, 3, 5, 7)"),
+        header(shape="(4611686018427387904, 4, 5, 7)"),
+        header(shape="(0, 4611686018427387904, 3, 3)"),
+        header(shape="()"),
+        header(shape="5"),
+        header(shape=str((1,) * 70)),
+        header(shape="(6, 3, 5, 8)"),
+        header(fortran="2"),
+        header("|O"),
+        header("|V2000000000"),
+        header("<U500000000"),
+        header("|V0"),
+        header([("a", "|u1")]),
+        header([("a", "|O")]),
+        header([("a", "|u1", (2**40,))]),
+        header("no dtype"),
+        header("|u1")[:-5],
+        header("<M8[ns]"),
+        header("__import__('os')"),
+    ],
+    ids=lambda start: repr(start[6:60]),
+)
+def test_npy_headers(start, tmp_path, refused):
+    content = start + NCHW.tobytes()
+    if start in (header(version=2), header(version=3)):
+        (tmp_path / "x.npy").write_bytes(content)
+        np.testing.assert_array_equal(load_images(tmp_path / "x.npy").images, NCHW)
+        return
+    (tmp_path / "x.npy").write_bytes(content)
+    refused(tmp_path / "x.npy", "x.npy: ")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", content)
+    refused(tmp_path / "x.npz", "x.npz: ")
+
+
+def test_tensors_of_other_kinds(tmp_path, refused):
+    images = torch.from_numpy(NCHW).float() / 255
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are on their way out
+        quantized = torch.quantize_per_tensor(images, 1 / 255, 0, torch.quint8)
+    other = {
+        "sparse": images.to_sparse(),
+        "float8": images.to(torch.float8_e4m3fn),
+        "meta": images.to("meta"),
+        "complex": images.to(torch.complex64),
+        "uint16": torch.from_numpy(NCHW).to(torch.uint16),
+        "quantized": quantized,
+        "scalar": torch.tensor(1.0),
+    }
+    for name, tensor in other.items():
+        refused(tensor)
+        path = tmp_path / f"{name}.pt"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.save({"images": tensor}, path)
+        refused(path, f"{name}.pt")
+        if name in ("float8", "complex", "uint16", "scalar"):
+            save_file({"images": tensor}, tmp_path / f"{name}.safetensors")
+            refused(tmp_path / f"{name}.safetensors", f"{name}.safetensors")
+    view = torch.from_numpy(NCHW).repeat(3, 1, 1, 1)[6:12].transpose(2, 3)
+    torch.save({"images": view}, tmp_path / "view.pt")
+    loaded = load_images(tmp_path / "view.pt")
+    np.testing.assert_array_equal(loaded.images, NCHW.transpose(0, 1, 3, 2))
+    torch.save({"images": torch.from_numpy(NCHW)}, tmp_path / "mapped.pt")
+    with pytest.raises(ValueError, match="read-only"):
+        load_images(tmp_path / "mapped.pt").images[0] = 0
