@@ -17,7 +17,7 @@ from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.emm import emm_command
 from diffmem.cli.info import info_command
 from diffmem.cli.optimum import optimum_command
-from diffmem.cli.options import debug_option, debugging
+from diffmem.cli.options import debug_option, debugging, with_options
 from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.cli.study import study_command
 from diffmem.cli.train import train_command
@@ -85,7 +85,7 @@ def _run(args: list[str] | None) -> int:
         error.show()
         return FAILURE
     except (InputError, MissingExtraError) as error:
-        return _fail(str(error), FAILURE)
+        return _fail(with_options(str(error)), FAILURE)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error of ours. Keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

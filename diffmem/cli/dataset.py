@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from diffmem.cli.options import Source, debug_option
+from diffmem.cli.options import Source, ValueRange, center_crop_option, debug_option
 from diffmem.errors import InputError
 
 
@@ -47,7 +47,12 @@ class Labels(click.ParamType):
 @click.option(
     "--resolution", "--resize", type=click.IntRange(min=1), metavar="R", help="Bring all images to R x R, antialiased."
 )
+@center_crop_option
 @click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
+@click.option(
+    "--value-range", type=ValueRange(one_set=True), metavar="LOW,HIGH",
+    help="SOURCE holds floats, and these are black and white: -1,1 or 0,1. They become gray levels.",
+)  # fmt: skip
 @click.option("--mix", type=Source(), metavar="OTHER", help="Replace images of one class by the same class of OTHER.")
 @click.option("--share", type=click.FloatRange(0, 1), help="With --mix: the share of the class to replace.")
 @click.option("--class", "class_index", type=int, help="With --mix: the class, as its number in the labels.")
@@ -61,7 +66,22 @@ class Labels(click.ParamType):
 )
 @debug_option
 def dataset_command(
-    source, out, size, classes, labels, label_seed, resolution, color, mix, share, class_index, seed, limit, as_json
+    source,
+    out,
+    size,
+    classes,
+    labels,
+    label_seed,
+    resolution,
+    center_crop,
+    color,
+    value_range,
+    mix,
+    share,
+    class_index,
+    seed,
+    limit,
+    as_json,
 ) -> None:
     """Make the training set OUT from SOURCE.
 
@@ -94,6 +114,8 @@ def dataset_command(
             limit=limit,
             color=color,
             resolution=resolution,
+            center_crop=center_crop,
+            value_range=value_range,
             classes=classes,
             size=size,
             mix=None if mix is None else Mix(mix, share, class_index),

@@ -12,7 +12,7 @@ import click
 
 from diffmem.cli.audit import Source, print_verdict
 from diffmem.cli.distributed import is_first_rank, process_group
-from diffmem.cli.options import debug_option
+from diffmem.cli.options import ValueRange, debug_option
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,6 +93,10 @@ class Seeds(click.ParamType):
 @click.option("--audit", "training", type=Source(), metavar="TRAINING", help="Audit against these images as it goes.")
 @click.option("--holdout", type=Source(), help="With --audit: real images the model has not seen.")
 @click.option(
+    "--value-range", type=ValueRange(one_set=True), metavar="LOW,HIGH",
+    help="With --audit: where those images are floats, the values of black and white: -1,1 or 0,1.",
+)  # fmt: skip
+@click.option(
     "--report", type=click.Path(path_type=Path), help="With --audit: write report.html and its tables into this folder."
 )
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
@@ -101,7 +105,19 @@ class Seeds(click.ParamType):
 )
 @debug_option
 def sample_command(
-    checkpoint, seeds, out, precision, half, device, training, holdout, report, restart, as_json, **settings
+    checkpoint,
+    seeds,
+    out,
+    precision,
+    half,
+    device,
+    training,
+    holdout,
+    value_range,
+    report,
+    restart,
+    as_json,
+    **settings,
 ) -> None:
     """Sample images from CHECKPOINT, a folder with model.safetensors and config.json, or an EDM snapshot (.pkl).
 
@@ -124,12 +140,13 @@ def sample_command(
     import torch
 
     from diffmem.atomic_io import check_output_folder
+    from diffmem.data import load_images
     from diffmem.generation import SampleSettings, generate
     from diffmem.progress import progress_bars
 
     if out is None and training is None:
         raise click.UsageError("nothing to do: give --out, --audit, or both")
-    for name, value in (("--holdout", holdout), ("--report", report)):
+    for name, value in (("--holdout", holdout), ("--value-range", value_range), ("--report", report)):
         if value is not None and training is None:
             raise click.UsageError(f"{name} goes with --audit")
     if restart and out is None:
@@ -144,6 +161,11 @@ def sample_command(
     if report is not None and is_first_rank():
         check_output_folder(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
+        if value_range is not None:
+            training, holdout = (
+                None if source is None else load_images(source, value_range=value_range, progress=progress)
+                for source in (training, holdout)
+            )
         result = generate(
             checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, device=device,
             restart=restart, progress=progress,

@@ -19,6 +19,10 @@ def adapt(images: np.ndarray, options: PixelOptions, where: str, progress: Progr
     Grey is Pillow's integer ITU-R 601 luma for uint8 and 0.299 R + 0.587 G + 0.114 B for floats. Sizes change by
     Lanczos resampling with antialiasing, for floats in float32. Raises `InputError` for colours that cannot be had.
     """
+    if options.center_crop and images.shape[2] != images.shape[3]:
+        side = min(images.shape[2:])
+        top, left = ((length - side) // 2 for length in images.shape[2:])
+        images = images[:, :, top : top + side, left : left + side]
     count, channels, height, width = images.shape
     wanted = {None: channels, "grey": 1, "rgb": 3}[options.color]
     if channels != wanted and channels not in (1, 3):

@@ -69,11 +69,13 @@ Outcome = Decoded | str
 class PixelOptions:
     """What is done to every image on its way in: `color` None, "grey" or "rgb"; `size` None or (height, width).
 
+    center_crop: cut out the central square first.
     mode: the Pillow mode "L" or "RGB" that the source itself prescribes for its images, before anything else.
     """
 
     color: str | None = None
     size: tuple[int, int] | None = None
+    center_crop: bool = False
     mode: str | None = None
 
 
@@ -172,6 +174,10 @@ def convert(image: Image.Image, options: PixelOptions) -> Image.Image:
         image = image.convert("L")
     elif options.color == "rgb" and image.mode == "L":
         image = image.convert("RGB")
+    if options.center_crop and image.width != image.height:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
     if options.size is not None:
         height, width = options.size
         if image.size != (width, height):

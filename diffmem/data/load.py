@@ -31,6 +31,7 @@ from diffmem.data.decode_pool import EncodedImages, decode_all
 from diffmem.data.image_set import ImageSet
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.streams import is_map_dataset, read_stream
+from diffmem.data.value_range import as_bytes, check_value_range
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 
@@ -39,15 +40,18 @@ def load_images(
     source: Any,
     *,
     resize: int | tuple[int, int] | None = None,
+    center_crop: bool = False,
     color: str | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
     cache: bool = False,
     key: str | None = None,
     layout: str | None = None,
+    value_range: tuple[float, float] | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """The images of `source` as an `ImageSet`: uint8 [N, C, H, W] (float32 or float64 where the source holds floats).
+    """The images of `source` as an `ImageSet`: uint8 [N, C, H, W] (float32 or float64 where the source holds floats and
+    no `value_range` is given).
 
     source: a folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a single
         image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`,
@@ -56,6 +60,8 @@ def load_images(
         `ImageSet`. Labels and file names are kept. What counts as a file's pixels: see `diffmem.data.decode`; images
         are turned as their EXIF orientation says, which a note counts, and none loses bits.
     resize: N for N×N, or (height, width): Lanczos resampling with antialiasing, not keeping the aspect ratio.
+    center_crop: cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
+        square; with `resize` the square is then resized.
     color: "grey" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for grey images); None changes nothing.
     limit: only the first so many (files, where the source is made of files).
     skip_bad: pass over files that cannot be used; they are listed in `ImageSet.skipped`.
@@ -64,12 +70,14 @@ def load_images(
     key: which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, or "train"
         (default), "test" or "all" of CIFAR-10's archive.
     layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
+    value_range: the values of black and white where the source holds floats, such as (-1, 1), (0, 1) or (0, 255): they
+        are rounded to gray levels. Values a little beyond are clipped. Sources of uint8 are not changed.
     progress: called as `progress(stage, done, total)`.
 
     Raises `InputError` (one line: what, where, what to do) and `MissingExtraError`. Arrays of more than a quarter of
     the machine's memory lie in a memory-mapped temporary file. The images must not be written to.
     """
-    options = PixelOptions(color, _size(resize))
+    options = PixelOptions(color, _size(resize), center_crop)
     if color not in (None, "grey", "rgb"):
         raise InputError(f"color must be 'grey', 'rgb' or None, got {color!r}")
     if layout not in (None, "NCHW", "NHWC"):
@@ -77,10 +85,15 @@ def load_images(
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
     report = progress or silent
+    value_range = None if value_range is None else check_value_range(value_range)
+
+    def finish(images: ImageSet) -> ImageSet:
+        return _finish(images, options, limit, value_range, report)
+
     if isinstance(source, ImageSet):
-        return _finish(_with_checked_labels(source), options, limit, report)
+        return finish(_with_checked_labels(source))
     if isinstance(source, str) and source.startswith(builtin.PREFIX):
-        return _finish(_image_set(builtin.read_builtin(source, limit), source), options, limit, report)
+        return finish(_image_set(builtin.read_builtin(source, limit), source))
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         encoded = _encoded(path, key)
@@ -92,17 +105,17 @@ def load_images(
             if not cache:
                 return decode()
             settings = {"color": color, "size": options.size, "limit": limit, "skip_bad": skip_bad, "key": key}
+            if center_crop:
+                settings["center_crop"] = True
             return load_cached(path, encoded, settings, decode, report)
-        return _finish(_image_set(_array_file(path, key, layout, report), str(path)), options, limit, report)
+        return finish(_image_set(_array_file(path, key, layout, report), str(path)))
     if isinstance(source, np.ndarray) or is_tensor(source):
         where = "array" if isinstance(source, np.ndarray) else "tensor"
-        return _finish(
-            _image_set(Arrays(as_nchw(to_numpy(source), layout, where, assume="NCHW")), where), options, limit, report
-        )
+        return finish(_image_set(Arrays(as_nchw(to_numpy(source), layout, where, assume="NCHW")), where))
     if is_map_dataset(source) or isinstance(source, Iterable):
         where = type(source).__name__
         arrays = read_stream(source, options, layout, limit, where, report)
-        return _finish(_image_set(arrays, where), options, limit, report)
+        return finish(_image_set(arrays, where))
     raise InputError(
         f"cannot read images from a {type(source).__name__}: give a path, an array, a tensor or an iterable"
     )
@@ -170,13 +183,21 @@ def _with_checked_labels(images: ImageSet) -> ImageSet:
     return replace(images, labels=labels, notes=(*images.notes, *notes))
 
 
-def _finish(images: ImageSet, options: PixelOptions, limit: int | None, progress: Progress) -> ImageSet:
+def _finish(
+    images: ImageSet,
+    options: PixelOptions,
+    limit: int | None,
+    value_range: tuple[float, float] | None,
+    progress: Progress,
+) -> ImageSet:
     """Images from arrays: shortened, checked and brought to the wanted form."""
     if limit is not None and limit < len(images):
         images = images.select(slice(limit))
     if images.images.size == 0:
         raise InputError(f"{images.source}: no images in it (shape {images.images.shape})")
     check_finite(images.images, images.source)
+    if value_range is not None and images.images.dtype != np.uint8:
+        images = replace(images, images=as_bytes(images.images, value_range, images.source, progress))
     adapted = adapt(images.images, options, images.source, progress)
     return images if adapted is images.images else replace(images, images=adapted)
 

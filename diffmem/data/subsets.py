@@ -221,6 +221,8 @@ def derive(
     limit: int | None = None,
     color: str | None = None,
     resolution: int | None = None,
+    center_crop: bool = False,
+    value_range: tuple[float, float] | None = None,
     classes: int | None = None,
     size: int | None = None,
     mix: Mix | None = None,
@@ -238,13 +240,18 @@ def derive(
 
     labels: None: those of the source, where it has some; "true": those of the source, which must have some;
         "consecutive": those of the source, its classes numbered 0 … C − 1; "none"; "random:C"; "unique".
+    center_crop, value_range: as for `load_images`.
     label_seed: of random labels.
     seed: of `class_balanced` and `mixed`; None takes first images.
 
     Raises `InputError` as the functions do, and for other `labels`.
     """
     kind, label_classes = parse_labels(labels) if labels is not None else (None, None)
-    options = {"color": color, "resize": resolution}
+    options: dict[str, Any] = {"color": color, "resize": resolution}
+    if center_crop:
+        options["center_crop"] = True
+    if value_range is not None:
+        options["value_range"] = value_range
     images = load_images(source, limit=limit, **options, progress=progress)
     if kind == "true" and images.labels is None:
         class_indices(images, "labels='true'")

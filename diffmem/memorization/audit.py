@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,8 +14,12 @@ import torch
 
 import diffmem
 from diffmem.data import ImageSet, load_images
+from diffmem.data.grid import grid_of, looks_tiled
+from diffmem.data.grid import split_grid as cut_sheets
+from diffmem.data.value_range import extremes
 from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
+from diffmem.memorization.plausibility import Appearance, check_scale, scale_recipe, suspicions
 from diffmem.memorization.statistics import wilson_interval
 from diffmem.pages import percent
 from diffmem.progress import Progress, silent
@@ -218,6 +223,8 @@ def audit(
     flip: bool = False,
     device: str = "auto",
     index: SearchIndex | None = None,
+    split_grid: bool = False,
+    value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
     progress: Progress | None = None,
 ) -> Audit:
     """Which generated images are copies of training images, by the nearest / second-nearest rule.
@@ -236,6 +243,10 @@ def audit(
     device: "cpu", "cuda", or "auto".
     index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`); default a new
         `TrainingIndex`. Anything but FAISS is exact. An index of other images, or of another order, is refused.
+    split_grid: the generated images are sheets of images in a grid, to be cut into images of the training images' size.
+    value_range: the values of black and white in sets of floats, such as (-1, 1) or (0, 1), which become gray levels
+        (see `load_images`); or one for each, {"generated": (-1, 1), "training": (0, 1)}. Without it floats are compared
+        as they are, and refused where they look to be on different scales.
     progress: a callback (`diffmem.progress`), or None.
     Raises InputError (a ValueError) for empty sets, sets that do not fit together, values that are not finite,
     fewer than two distinct training images, and a holdout set without an image that is not in the training set.
@@ -244,9 +255,20 @@ def audit(
     if duplicates not in ("collapse", "keep"):
         raise InputError(f'duplicates must be "collapse" or "keep", got {duplicates!r}')
     progress = progress or silent
-    training = load_images(training, progress=progress)
-    generated = load_images(generated, progress=progress)
-    unseen = None if holdout is None else load_images(holdout, progress=progress)
+    ranges = _ranges(value_range)
+    training = load_images(training, value_range=ranges.get("training"), progress=progress)
+    generated = load_images(generated, value_range=ranges.get("generated"), progress=progress)
+    unseen = None if holdout is None else load_images(holdout, value_range=ranges.get("holdout"), progress=progress)
+    if split_grid:
+        generated = cut_sheets(generated, training.image_shape[1:])
+    if any(each is not None and each.images.dtype == np.float64 for each in (training, generated, unseen)):
+        # Each float32 value is a float64 value.
+        training, generated, unseen = (
+            replace(each, images=each.images.astype(np.float64))
+            if each is not None and each.images.dtype == np.float32
+            else each
+            for each in (training, generated, unseen)
+        )
     _check_sets(generated, training, "generated")
     if unseen is not None:
         _check_sets(unseen, training, "holdout")
@@ -272,25 +294,41 @@ def audit(
         "training": _describe(training),
     }
 
-    def judge(images: ImageSet, raw: Neighbors, **others: Any) -> Audit:
+    about_training = Appearance.of(training.images)
+
+    def judge(images: ImageSet, raw: Neighbors, what: str, **others: Any) -> Audit:
+        raw_memorized = ratio_rule(raw.squared_distances, exact_threshold)
+        check_scale(images, training, what, copies=float(raw_memorized.mean()))
         chosen = search.outside_duplicates(images.images, raw) if duplicates == "collapse" else raw
         return Audit(
             memorized=ratio_rule(chosen.squared_distances, exact_threshold),
-            raw_memorized=ratio_rule(raw.squared_distances, exact_threshold),
+            raw_memorized=raw_memorized,
             neighbors=chosen,
             raw_neighbors=raw,
             duplicate_groups=groups,
             generated=images,
             training=training,
             settings={**settings, "generated": _describe(images)},
+            warnings=suspicions(images, training, about_training),
             **others,
         )
 
     holdout_audit = None
     if unseen is not None:
         kept, raw, left_out = _without_seen(unseen, search.nearest(unseen.images), training)
-        holdout_audit = judge(kept, raw, left_out=left_out)
-    return judge(generated, search.nearest(generated.images), holdout=holdout_audit)
+        holdout_audit = judge(kept, raw, "holdout", left_out=left_out)
+    return judge(generated, search.nearest(generated.images), "generated", holdout=holdout_audit)
+
+
+def _ranges(value_range: Any) -> dict[str, Any]:
+    """value_range by set."""
+    sets = ("generated", "training", "holdout")
+    if not isinstance(value_range, Mapping):
+        return dict.fromkeys(sets, value_range)
+    if unknown := set(value_range) - set(sets):
+        raise InputError(f"value_range: {', '.join(map(str, unknown))} is none of the sets {', '.join(sets)}")
+    # Without one of its own, the holdout set is taken to be made like the training set.
+    return {"holdout": value_range.get("training"), **value_range}
 
 
 def _without_seen(
@@ -317,9 +355,12 @@ def _check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
         if len(image_set) == 0:
             raise InputError(f"the {name} set ({image_set.source}) is empty")
     if images.images.dtype != training.images.dtype:
+        floats = training if images.images.dtype == np.uint8 else images
+        low, high = extremes(floats.images)
         raise InputError(
             f"{what} images ({images.source}) are {images.images.dtype}, training images ({training.source}) are "
-            f"{training.images.dtype}: convert one of them so that both mean the same grey levels"
+            f"{training.images.dtype}: bring the floats, {low:.4g} to {high:.4g}, to gray levels with "
+            f"{scale_recipe(floats)}"
         )
     ours, theirs = images.image_shape, training.image_shape
     if ours[0] != theirs[0]:
@@ -327,13 +368,30 @@ def _check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
         our_kind, their_kind = (kinds.get(shape[0], f"{shape[0]}-channel") for shape in (ours, theirs))
         raise InputError(
             f"{what} images ({images.source}) are {our_kind}, training images ({training.source}) are {their_kind}: "
-            "convert with --color grey or --color rgb"
+            "bring both to color='grey' or color='rgb'"
         )
     if ours != theirs:
         raise InputError(
             f"{what} images ({images.source}) are {ours[1]}x{ours[2]}, training images ({training.source}) are "
-            f"{theirs[1]}x{theirs[2]}: bring them to one size with --resize {theirs[1]}"
+            f"{theirs[1]}x{theirs[2]}: {_size_advice(images, training, what)}"
         )
+
+
+def _size_advice(images: ImageSet, training: ImageSet, what: str) -> str:
+    """How to bring both to one size: the smaller one, since enlarged images have lost what the others still hold."""
+    ours, theirs = images.image_shape[1:], training.image_shape[1:]
+    smaller = min(ours, theirs, key=lambda size: (size[0] * size[1], size))
+    advice = f"bring both to the smaller size with resize={min(smaller)}"
+    if ours[0] * theirs[1] != ours[1] * theirs[0]:
+        advice += ", and center_crop=True where the training images were prepared by cutting out their central square"
+    grid = grid_of(images, theirs) if what == "generated" else None
+    if grid is not None:
+        seen = "They look like" if looks_tiled(images, grid, theirs) else "Where they are"
+        advice += (
+            f". {seen} sheets of {grid.rows}x{grid.columns} images in a grid"
+            f"{': cut them apart' if seen == 'They look like' else ', cut them apart'} with split_grid=True instead"
+        )
+    return advice
 
 
 def _describe(images: ImageSet) -> dict[str, Any]:

@@ -76,6 +76,37 @@ def test_gate(folder):
     assert run("audit", *sets, "--fail-above", low - 1e-6).returncode == 1
 
 
+def test_floats_are_told_what_to_do_and_a_black_set_does_not_pass(folder, tmp_path):
+    digits = diffmem.load_images("builtin:digits").images
+    np.save(tmp_path / "signed.npy", digits[:30].astype(np.float32) / 127.5 - 1)
+    np.save(tmp_path / "unit.npy", digits[:600].astype(np.float32) / 255)
+    refused = run("audit", tmp_path / "signed.npy", folder / "training.zip")
+    assert refused.returncode == 1
+    assert "--value-range -1, 1" in refused.stderr.replace(",", ", ").replace("  ", " ")
+    mixed = run("audit", tmp_path / "signed.npy", tmp_path / "unit.npy")
+    assert mixed.returncode == 1
+    options = ["--value-range", "generated=-1,1", "--value-range", "training=0,1"]
+    assert " ".join(options) in mixed.stderr
+    assert "30 of 30" in run("audit", tmp_path / "signed.npy", tmp_path / "unit.npy", *options).stdout
+    np.save(tmp_path / "black.npy", np.zeros_like(digits[:200]))
+    gate = run("audit", tmp_path / "black.npy", folder / "training.zip", "--fail-above", "0.1", "--json")
+    assert gate.returncode not in (0, 1, 2)
+    assert json.loads(gate.stdout)["warnings"]
+    assert "of a single color" in gate.stderr
+    assert "gate undecided" in gate.stderr
+
+
+def test_sheets_are_cut(folder, tmp_path):
+    digits = diffmem.load_images("builtin:digits").images[:16, 0]
+    sheet = digits.reshape(4, 4, 8, 8).swapaxes(1, 2).reshape(1, 1, 32, 32)
+    write_folder(ImageSet(sheet), tmp_path / "sheets")
+    refused = run("audit", tmp_path / "sheets", folder / "training.zip")
+    assert "--resize 8" in refused.stderr
+    assert "sheets of 4x4 images" in refused.stderr
+    result = run("audit", tmp_path / "sheets", folder / "training.zip", "--split-grid")
+    assert "16 of 16" in result.stdout, result.stderr
+
+
 def test_options_reach_the_audit(folder):
     result = run(
         "audit", "builtin:digits", folder / "training.zip", "--limit", 50, "--flip", "--threshold", "1/2",
