@@ -22,7 +22,6 @@ OPTIONAL = {
     "faiss-cpu": ("faiss", "approximate search"),
     "faiss-gpu": ("gpu", "approximate search on GPUs too, in the place of faiss-cpu"),
     "triton": ("triton", "fused GPU kernels"),
-    "scikit-learn": ("demo", "built-in digits and photographs"),
     "datasets": ("datasets", "Hugging Face data sets on disk"),
     "ray": ("ray", "studies on many machines"),
 }

@@ -10,7 +10,7 @@ import click
 
 from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
 from diffmem.cli.options import debug_option
-from diffmem.cli.training_options import POSITIVE, SHARE, training_options, training_parts
+from diffmem.cli.training_options import POSITIVE, SHARE, describe_preset, training_options, training_parts
 
 if TYPE_CHECKING:
     from diffmem.studies import EMM
@@ -75,20 +75,22 @@ def emm_command(
 
     \b
     Examples:
-      diffmem emm --data builtin:digits --images 64000 --num-channels 16 --channel-mult 1,1 --num-blocks 1 \\
-          --precond edm --dropout 0 --batch 64 --lr 3e-3 --warmup-epochs 20 --ema-target 0.99 \\
-          --sizes 10:200 --samples 500 --snapshots 3 --solver unipc --out emm-digits
+      diffmem emm --data builtin:digits --images 64000 --sizes 10:200 --samples 500 --snapshots 3 --solver unipc \\
+          --out emm-digits
       diffmem emm --data cifar10.zip --duration 2000 --sizes 100:20000 --workers 8 --device cuda --out emm
     """
     from contextlib import closing
 
     import torch
 
+    from diffmem.data import load_images
     from diffmem.progress import progress_bars
     from diffmem.studies import DataRecipe, Setting, find_emm
 
     torch.set_flush_denormal(True)
-    parts = training_parts(**options)
+    resolution = resize or load_images(source, limit=1).image_shape[1]
+    parts = training_parts(resolution, **options)
+    click.echo(describe_preset(parts.preset, resolution), err=True)
     setting = Setting(
         DataRecipe(source, color=color, resolution=resize, labels="true" if cond else "none"),
         parts.length,

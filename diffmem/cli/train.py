@@ -11,7 +11,7 @@ import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option
-from diffmem.cli.training_options import POSITIVE, training_options, training_parts
+from diffmem.cli.training_options import POSITIVE, describe_preset, training_options, training_parts
 from diffmem.timing import TimeLeft, duration_range
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffmem.training import DataSource, Observer, Plan, Run, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
+_LONG = 12 * 3600.0  # seconds
 _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
@@ -60,15 +61,16 @@ def train_command(
 ) -> int:  # fmt: skip
     """Train a diffusion model.
 
-    The defaults are the reference protocol of Gu et al. (arXiv 2310.02664) for CIFAR-10. OUT receives config.json,
+    The defaults are the reference protocol of Gu et al. (arXiv 2310.02664) for CIFAR-10; images of at most 24x24 get a
+    network that a CPU trains (--preset protocol: the paper's). OUT receives config.json,
     stats.jsonl, snapshots/ (checkpoints of the averaged weights), grids/ and state/, from which --resume continues
     exactly. Ctrl-C finishes the step and saves.
 
     \b
     Examples:
       diffmem train --data cifar10.zip --size 1000 --duration 2000 --snapshot-images 2000000 --out run
-      diffmem train --data builtin:digits --epochs 500 --num-channels 32 --num-blocks 1 --batch 128 --out run
-      diffmem train --data builtin:digits --size 100 --epochs 5000 --audit-every 50000 --stop-at 0.9 --out run
+      diffmem train --data builtin:digits --epochs 40 --out run
+      diffmem train --data builtin:digits --size 20 --epochs 4000 --audit-every 16000 --stop-at 0.8 --out run
       torchrun --nproc-per-node 8 -m diffmem train --data cifar10.zip --epochs 4000 --out run
     """
     import torch
@@ -104,7 +106,7 @@ def train_command(
         if cond and is_first_rank() and data.labels.ndim == 1 and (gaps := missing_classes(data.labels)):
             click.echo(f"note: {source}: {gaps}; the model has inputs for them all the same", err=True)
         xflip = options["xflip"]
-        parts = training_parts(**options)
+        parts = training_parts(data.image_shape[1], **options)
         denoiser = denoiser_config(
             data.image_shape[1],
             data.image_shape[0],
@@ -128,6 +130,7 @@ def train_command(
         }
         if is_first_rank():
             click.echo(json.dumps(config.to_json(), indent=1))
+            click.echo(describe_preset(parts.preset, data.image_shape[1]))
             click.echo(f"EMA weights: {config.ema.describe(items)}")
         if dry_run:
             plan = plan_training(config, data, **choices)
@@ -201,6 +204,8 @@ def _print_plan(plan: Plan) -> None:
         f"about {duration_range(*plan.seconds_range)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not "
         "counted"
     )
+    if plan.seconds > _LONG and plan.device == "cpu":
+        click.echo("that is long for a CPU: smaller images (--resize 16) get a network of a fiftieth of the cost")
 
 
 def _print_ending(run: Run, config: TrainingConfig) -> None:

@@ -45,10 +45,16 @@ _OPTIONS = [
         "--augment", type=SHARE, default=0.0, show_default=True, help="Probability of EDM's non-leaking augmentations."
     ),
     # The network.
-    click.option("--preset", help="A network and preconditioning by name; the options below change parts of it."),
-    click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", show_default=True),
     click.option(
-        "--precond", type=click.Choice(["vp", "ve", "edm"]), help="[default: vp, ve, edm of the architectures]"
+        "--preset",
+        help="A network and its training by name: protocol, small_16, small_8, or one of diffmem.models.PRESETS; other "
+        "options change parts of it. [default: by the images' size; protocol above 24x24, and with --arch]",
+    ),
+    click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), help="[default: ddpmpp]"),
+    click.option(
+        "--precond",
+        type=click.Choice(["vp", "ve", "edm"]),
+        help="[default: vp, ve, edm of the architectures; edm of the small presets]",
     ),
     click.option("--num-channels", "--cbase", "model_channels", type=POSITIVE, help="Width: channels at multiplier 1."),
     click.option("--channel-mult", "--cres", type=Numbers(), help="Width multipliers per resolution."),
@@ -65,24 +71,24 @@ _OPTIONS = [
     click.option("--images", type=POSITIVE, help="Length of training in images seen."),
     click.option("--epochs", type=NUMBER, help="Length of training in epochs."),
     click.option("--duration", type=NUMBER, help="Length of training in the paper's unit, 20 epochs."),
-    click.option("--batch", type=POSITIVE, default=512, show_default=True, help="Images per step, over all processes."),
+    click.option(
+        "--batch", type=POSITIVE, help="Images per step, over all processes. [default: 512; small presets 64]"
+    ),
     click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", show_default=True),
-    click.option("--lr", type=NUMBER, default=2e-4, show_default=True, help="Learning rate."),
-    click.option("--warmup-epochs", type=NUMBER, default=200.0, show_default=True, help="Of a linear warm-up."),
+    click.option("--lr", type=NUMBER, help="Learning rate. [default: 2e-4; small_16 1e-3, small_8 3e-3]"),
+    click.option("--warmup-epochs", type=NUMBER, help="Of a linear warm-up. [default: 200; small presets 20]"),
     click.option("--weight-decay", type=NUMBER, default=0.0, show_default=True),
     click.option("--momentum", type=NUMBER, default=0.0, show_default=True, help="Of sgd."),
     click.option(
         "--ema-rule",
         type=click.Choice(["by-size", "compensated", "constant", "target"]),
-        help="How the averaged weights follow. [default: compensated, or target with --ema-target]",
+        help="How the averaged weights follow. [default: compensated; target with --ema-target and small presets]",
     ),
     click.option("--ema-target", type=SHARE, help="The decay at which the rule target ends."),
     click.option(
         "--ema-halflife",
         type=POSITIVE,
-        default=500_000,
-        show_default=True,
-        help="Half-life of the averaged weights in images.",
+        help="Half-life of the averaged weights in images. [default: 500000]",
     ),
     click.option(
         "--ema-protocol",
@@ -104,32 +110,42 @@ def training_options(command: Callable) -> Callable:
 
 
 class TrainingParts(NamedTuple):
-    """What the options amount to: arguments of `diffmem.training.denoiser_config` (but those that follow from the
-    images), fields of `TrainingConfig` (`ema` as those of `EMA`), and of `images_of`."""
+    """What the options amount to: the preset's name, arguments of `diffmem.training.denoiser_config` (but those that
+    follow from the images), fields of `TrainingConfig` (`ema` as those of `EMA`), and of `images_of`."""
 
+    preset: str
     network: dict[str, Any]
     training: dict[str, Any]
     length: dict[str, float]
 
 
 def training_parts(
-    *, window, augment, xflip, preset, arch, precond, skips, images, epochs, duration, batch, optimizer, lr,
-    warmup_epochs, weight_decay, momentum, ema_rule, ema_target, ema_halflife, ema_protocol, tikhonov,
+    resolution: int, *, window, augment, xflip, preset, arch, precond, skips, images, epochs, duration, batch,
+    optimizer, lr, warmup_epochs, weight_decay, momentum, ema_rule, ema_target, ema_halflife, ema_protocol, tikhonov,
     **network,
 ) -> TrainingParts:  # fmt: skip
-    """The parts of a training run that options, by name, ask for."""
-    chosen = {"arch": arch, "precond": precond, "preset_name": preset, **network}
+    """The parts of a training run on images of that size that options, by name, ask for; None is not asked for."""
+    from diffmem.training import fitting_preset, training_preset
+
+    preset = preset or ("protocol" if arch is not None else fitting_preset(resolution))
+    base = training_preset(preset)
+    chosen = {"arch": arch, "precond": precond, **network}
     if skips is not None:
         chosen["skips"] = [name for name in skips.split(",") if name not in ("", "none")]
-    rule = ema_rule or ("compensated" if ema_target is None else "target")
-    training = {
-        "batch": batch,
+    ema = {"rule": "compensated", "halflife_images": 500_000, "target": None}
+    if (ema_rule, ema_target, ema_halflife, ema_protocol) == (None, None, None, "paper"):
+        ema |= base.training.get("ema", {})
+    else:
+        rule = ema_rule or ("compensated" if ema_target is None else "target")
+        ema |= {"rule": rule, "target": ema_target}
+        ema["halflife_images"] = ema_halflife or ema["halflife_images"]
+    training = {"batch": 512, "lr": 2e-4, "warmup_epochs": 200.0, **base.training, "ema": ema}
+    asked = {"batch": batch, "lr": lr, "warmup_epochs": warmup_epochs}
+    training |= {name: value for name, value in asked.items() if value is not None}
+    training |= {
         "optimizer": optimizer,
-        "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
-        "warmup_epochs": warmup_epochs,
-        "ema": {"rule": rule, "halflife_images": ema_halflife, "target": ema_target},
         "window": window,
         "xflip": xflip,
         "augment": augment,
@@ -139,7 +155,16 @@ def training_parts(
         training["ema"]["protocol"] = ema_protocol
     length = {"images": images, "epochs": epochs, "duration": duration}
     return TrainingParts(
-        {name: value for name, value in chosen.items() if value is not None},
+        preset,
+        base.network | {name: value for name, value in chosen.items() if value is not None},
         training,
         {name: value for name, value in length.items() if value is not None},
     )
+
+
+def describe_preset(name: str, resolution: int) -> str:
+    """One line: which preset was chosen, and how to choose another."""
+    from diffmem.training import training_preset
+
+    other = "" if name == "protocol" else "; --preset protocol is the paper's"
+    return f"preset {name} for {resolution}x{resolution}: {training_preset(name).description}{other}"

@@ -8,6 +8,7 @@ from diffmem.training.factors import denoiser_config
 from diffmem.training.loop import DivergedError, Run, plan_training, train
 from diffmem.training.losses import denoising_loss
 from diffmem.training.observers import Grids, Observer, Plan, Snapshot, Stats, TensorBoard, Verdict
+from diffmem.training.presets import TrainingPreset, fitting_preset, training_preset
 from diffmem.training.run_folder import RunFolder
 from diffmem.training.snapshots import KeepLast, SnapshotRecord, keep_all, read_records, snapshot_folder
 from diffmem.training.source import DataSource, read_data
@@ -27,10 +28,12 @@ __all__ = [
     "Stats",
     "TensorBoard",
     "TrainingConfig",
+    "TrainingPreset",
     "Verdict",
     "denoiser_config",
     "denoising_loss",
     "differences",
+    "fitting_preset",
     "images_of",
     "keep_all",
     "plan_training",
@@ -38,4 +41,5 @@ __all__ = [
     "read_records",
     "snapshot_folder",
     "train",
+    "training_preset",
 ]
