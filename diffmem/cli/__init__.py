@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import traceback
+from typing import Any
 
 import click
 
@@ -17,7 +18,7 @@ from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.emm import emm_command
 from diffmem.cli.info import info_command
 from diffmem.cli.optimum import optimum_command
-from diffmem.cli.options import debug_option, debugging, with_options
+from diffmem.cli.options import debug_option, debugging, in_options, running_command
 from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.cli.study import study_command
 from diffmem.cli.train import train_command
@@ -27,7 +28,18 @@ from diffmem.errors import InputError, MissingExtraError
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Says errors of the library in the words of the command line."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            error.args = (in_options(str(error), running_command(context)),)
+            raise
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(diffmem.__version__, prog_name="diffmem")
 @debug_option
 def cli() -> None:
@@ -85,7 +97,7 @@ def _run(args: list[str] | None) -> int:
         error.show()
         return FAILURE
     except (InputError, MissingExtraError) as error:
-        return _fail(with_options(str(error)), FAILURE)
+        return _fail(str(error), FAILURE)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error of ours. Keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

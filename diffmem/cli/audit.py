@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
-from diffmem.cli.options import Source, ValueRange, center_crop_option, debug_option, ranges_by_set, with_options
+from diffmem.cli.options import (
+    Source,
+    ValueRange,
+    center_crop_option,
+    debug_option,
+    in_own_options,
+    ranges_by_set,
+    reading,
+    reading_options,
+    say_notes,
+)
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,14 +60,13 @@ class Threshold(click.ParamType):
     "--split-grid", is_flag=True,
     help="GENERATED are sheets of images in a grid: cut them into images of the training images' size.",
 )  # fmt: skip
-@click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
 @click.option(
     "--value-range", type=ValueRange(), multiple=True, metavar="LOW,HIGH",
     help="Sets of floats: the values of black and white, such as -1,1 or 0,1; they become gray levels. For one set "
     "alone: generated=-1,1, training=0,1 or holdout=0,1.",
 )  # fmt: skip
+@reading_options("generated", "training", "holdout")
 @click.option("--limit", type=click.IntRange(min=1), help="Audit only the first N generated images.")
-@click.option("--skip-bad", is_flag=True, help="Pass over files that cannot be read; they are counted and named.")
 @click.option(
     "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
 )
@@ -75,7 +84,7 @@ class Threshold(click.ParamType):
 @debug_option
 def audit_command(
     generated, training, holdout, threshold, duplicates, duplicate_radius, flip,
-    resize, center_crop, split_grid, color, value_range, limit, skip_bad, cache, device, out, as_json, fail_above,
+    resize, center_crop, split_grid, value_range, limit, cache, device, out, as_json, fail_above, **options,
 ) -> int:  # fmt: skip
     """Which of the GENERATED images are copies of TRAINING images?
 
@@ -107,22 +116,21 @@ def audit_command(
     with process_group() as distributed, progress_bars(is_first_rank()) as progress:
         ranges = ranges_by_set(value_range)
 
-        def load(source: str, which: str, first: int | None = None):
-            options = {"color": color, "skip_bad": skip_bad, "cache": cache, "value_range": ranges.get(which)}
-            options |= {"resize": resize, "center_crop": center_crop}
-            images = load_images(source, limit=first, progress=progress, **options)
-            for note in images.notes if is_first_rank() else ():
-                click.echo(f"note: {note}", err=True)
+        def load(name: str, source: str, first: int | None = None):
+            given = {**reading(name, **options), "value_range": ranges.get(name)}
+            given |= {"resize": resize, "center_crop": center_crop, "cache": cache}
+            images = load_images(source, limit=first, progress=progress, **given)
+            say_notes([images], is_first_rank())
             return images
 
-        generated, training = load(generated, "generated", limit), load(training, "training")
+        generated, training = load("generated", generated, limit), load("training", training)
         result = audit(
             generated,
             training,
             threshold=threshold,
             duplicates=duplicates,
             duplicate_radius=duplicate_radius,
-            holdout=None if holdout is None else load(holdout, "holdout"),
+            holdout=None if holdout is None else load("holdout", holdout),
             split_grid=split_grid,
             flip=flip,
             device=device,
@@ -137,7 +145,7 @@ def audit_command(
     if as_json:
         click.echo(json.dumps(result.to_dict()))
         for warning in result.warnings:
-            click.echo(f"warning: {with_options(warning)}", err=True)
+            click.echo(f"warning: {in_own_options(warning)}", err=True)
     else:
         print_verdict(result)
         if report is not None:
@@ -155,7 +163,7 @@ def print_verdict(result: Audit) -> None:
 
     click.echo(f"{result.verdict()}.")
     for warning in result.warnings:
-        click.echo(f"  warning: {with_options(warning)}")
+        click.echo(f"  warning: {in_own_options(warning)}")
     left_in = f"{result.raw_count:,} ({percent(result.raw_ratio)})"
     published = f"{result.published_count:,} ({percent(result.published_ratio)})"
     click.echo(f"  duplicates left in: {left_in}; as the paper's code counts, where 0/0 is no copy: {published}")
@@ -167,7 +175,7 @@ def print_verdict(result: Audit) -> None:
             first = f"{left_out[0].name} is {left_out[0].training_name}"
             click.echo(f"  left out of the holdout set, since they are training images: {len(left_out):,} ({first})")
         for warning in result.holdout.warnings:
-            click.echo(f"  warning about the holdout set: {with_options(warning)}")
+            click.echo(f"  warning about the holdout set: {in_own_options(warning)}")
     click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} grey levels rms")
     if result.duplicates:
         click.echo(f"  duplicates in the training set: {len(result.duplicates):,} groups")

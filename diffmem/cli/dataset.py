@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from diffmem.cli.options import Source, ValueRange, center_crop_option, debug_option
+from diffmem.cli.options import (
+    Source,
+    ValueRange,
+    center_crop_option,
+    debug_option,
+    reading,
+    reading_options,
+    say_notes,
+)
 from diffmem.errors import InputError
 
 
@@ -48,11 +56,11 @@ class Labels(click.ParamType):
     "--resolution", "--resize", type=click.IntRange(min=1), metavar="R", help="Bring all images to R x R, antialiased."
 )
 @center_crop_option
-@click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
 @click.option(
     "--value-range", type=ValueRange(one_set=True), metavar="LOW,HIGH",
     help="SOURCE holds floats, and these are black and white: -1,1 or 0,1. They become gray levels.",
 )  # fmt: skip
+@reading_options()
 @click.option("--mix", type=Source(), metavar="OTHER", help="Replace images of one class by the same class of OTHER.")
 @click.option("--share", type=click.FloatRange(0, 1), help="With --mix: the share of the class to replace.")
 @click.option("--class", "class_index", type=int, help="With --mix: the class, as its number in the labels.")
@@ -66,23 +74,9 @@ class Labels(click.ParamType):
 )
 @debug_option
 def dataset_command(
-    source,
-    out,
-    size,
-    classes,
-    labels,
-    label_seed,
-    resolution,
-    center_crop,
-    color,
-    value_range,
-    mix,
-    share,
-    class_index,
-    seed,
-    limit,
-    as_json,
-) -> None:
+    source, out, size, classes, labels, label_seed, resolution, center_crop, value_range, mix, share, class_index, seed,
+    limit, as_json, **options,
+) -> None:  # fmt: skip
     """Make the training set OUT from SOURCE.
 
     SOURCE is whatever `diffmem audit` reads. OUT is a .zip (EDM's layout), an .npz or, without a suffix, a new folder
@@ -112,10 +106,10 @@ def dataset_command(
         derived = derive(
             source,
             limit=limit,
-            color=color,
             resolution=resolution,
             center_crop=center_crop,
             value_range=value_range,
+            **reading(**options),
             classes=classes,
             size=size,
             mix=None if mix is None else Mix(mix, share, class_index),
@@ -125,8 +119,7 @@ def dataset_command(
             progress=progress,
         )
         derived.write(out, progress)
-    for note in derived.images.notes:
-        click.echo(f"note: {note}", err=True)
+    say_notes([derived.images])
     if as_json:
         click.echo(json.dumps({"path": str(out), **derived.manifest}))
     else:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from diffmem.cli.comparison import print_comparison, print_sweep
 from diffmem.cli.distributed import is_first_rank, process_group, ranks
-from diffmem.cli.options import Source, debug_option
+from diffmem.cli.options import Source, debug_option, reading, reading_options, say_notes
 from diffmem.cli.sample import Seeds, print_result, says_what_is_kept
 from diffmem.cli.training_options import POSITIVE
 from diffmem.errors import InputError
@@ -67,7 +67,7 @@ _NOT_WITH = {
 )  # fmt: skip
 @click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images of SOURCE, as many of each class.")
 @click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased.")
-@click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB.")
+@reading_options("source", "holdout")
 @click.option("--cond", is_flag=True, help="The class-conditional optimum, by the labels of SOURCE.")
 @click.option(
     "--seeds",
@@ -121,8 +121,9 @@ _NOT_WITH = {
 @debug_option
 @click.pass_context
 def optimum_command(
-    context, source, checkpoint, variants, size, resize, color, cond, seeds, out, solver, steps, regularization, subset,
-    tolerance, class_index, batch, device, audit, holdout, images, levels, report, restart, as_json,
+    context, source, checkpoint, variants, size, resize, color, alpha, key, layout, skip_bad, cond, seeds, out, solver,
+    steps, regularization, subset, tolerance, class_index, batch, device, audit, holdout, images, levels, report,
+    restart, as_json,
 ) -> None:  # fmt: skip
     """Sample from the theoretical optimum of the training set SOURCE: the denoiser that training tends to, in closed
     form. What it makes are copies, unless it is regularized.
@@ -159,15 +160,17 @@ def optimum_command(
     if report is not None and is_first_rank():
         check_output_folder(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
-        training = DataSource(source, size, resize, color).load(progress)
-        for note in training.notes if is_first_rank() else ():
-            click.echo(f"note: {note}", err=True)
+        given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
+        training = DataSource(source, size, resize, **reading("source", **given)).load(progress)
+        say_notes([training], is_first_rank())
+        if holdout is not None:
+            holdout = DataSource(holdout, None, resize, **reading("holdout", **given)).load(progress)
+            say_notes([holdout], is_first_rank())
         if cond:
             _check_classes(training, class_index)
         if use == "--compare":
-            unseen = None if holdout is None else DataSource(holdout, None, resize, color).load(progress)
             result = compare(
-                checkpoint, training, holdout=unseen, images=images, seeds=seeds, levels=levels, settings=settings,
+                checkpoint, training, holdout=holdout, images=images, seeds=seeds, levels=levels, settings=settings,
                 tolerance=tolerance, device=device, progress=progress,
             )  # fmt: skip
             tell = print_comparison

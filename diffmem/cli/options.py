@@ -1,17 +1,106 @@
-"""Options and kinds of arguments that several commands share."""
+"""Options and kinds of arguments that several commands share, and the names of options in messages.
+
+The library's messages name its parameters ("pass resize=16"). `in_options` puts the flag of the command that runs in
+their place ("pass --resize 16"), or, where this command has none, that of `diffmem dataset`, which brings any set into
+the form that is asked for. So a message cannot name an option that the command lacks.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffmem.errors import InputError
 
+if TYPE_CHECKING:
+    from diffmem.data import ImageSet
+
 SETS = ("generated", "training", "holdout")
 
 _debug = False
+_COMMAND = "diffmem.command"
+
+# The parameters that messages of the library name, and what the commands' own parameters for them are called.
+NAMED_PARAMETERS = {
+    "alpha": ("alpha",),
+    "center_crop": ("center_crop",),
+    "color": ("color",),
+    "data": ("data",),
+    "duplicate_radius": ("duplicate_radius",),
+    "key": ("key",),
+    "labels": ("labels",),
+    "layout": ("layout",),
+    "limit": ("limit",),
+    "resize": ("resize", "resolution"),
+    "restart": ("restart",),
+    "resume": ("resume",),
+    "size": ("size",),
+    "skip_bad": ("skip_bad",),
+    "split_grid": ("split_grid",),
+    "snapshot_images": ("snapshot_images",),
+    "value_range": ("value_range",),
+}
+_NAMED = re.compile(rf"\b({'|'.join(NAMED_PARAMETERS)})=('[^']*'|\"[^\"]*\"|…|\([^()]*\)|\{{[^{{}}]*\}}|[\w.]*)")
+
+
+def in_options(message: str, command: click.Command | None) -> str:
+    """`message` with the flags of `command` in place of the library's parameters."""
+    elsewhere = False
+
+    def flag(match: re.Match) -> str:
+        nonlocal elsewhere
+        name, value = match[1], match[2].strip("'\"")
+        own = _flag(command, name)
+        if own is None:
+            from diffmem.cli.dataset import dataset_command
+
+            own = _flag(dataset_command, name)
+            if own is None:
+                return match[0]
+            elsewhere = True
+        option, metavar = own
+        if metavar is None:
+            return option
+        by_set = re.findall(r"'(\w+)': \(([^()]*)\)", value)  # {'generated': (0, 1)}
+        values = [f"{which}={pair}" for which, pair in by_set] or [metavar if value == "…" else value.strip("()")]
+        return " ".join(f"{option} {each.replace(', ', ',')}".rstrip() for each in values)
+
+    text = _NAMED.sub(flag, message)
+    if elsewhere:
+        text += " (an option of `diffmem dataset`: use the set that it writes)"
+    return text
+
+
+def _flag(command: click.Command | None, name: str) -> tuple[str, str | None] | None:
+    """The option of `command` for the library's parameter `name`, and the word for its value where it takes one."""
+    for parameter in () if command is None else command.params:
+        if isinstance(parameter, click.Option) and parameter.name in NAMED_PARAMETERS[name]:
+            option = next((text for text in parameter.opts if text == f"--{name}"), parameter.opts[0])
+            metavar = (parameter.metavar or parameter.type.name).split("|")[0].upper()
+            return option, None if parameter.is_flag else metavar
+    return None
+
+
+def running_command(context: click.Context) -> click.Command | None:
+    """The command that runs, or ran last, in `context` or below it."""
+    return context.meta.get(_COMMAND)
+
+
+def in_own_options(message: str) -> str:
+    """`message` with the flags of the command that runs."""
+    context = click.get_current_context(silent=True)
+    return in_options(message, None if context is None else running_command(context))
+
+
+def say_notes(sets: Iterable[ImageSet | None], first_rank: bool = True) -> None:
+    """Prints the notes of image sets, each once, on standard error."""
+    for note in dict.fromkeys(note for images in sets if images is not None for note in images.notes):
+        if first_rank:
+            click.echo(f"note: {in_own_options(note)}", err=True)
 
 
 def debugging() -> bool:
@@ -22,6 +111,7 @@ def debugging() -> bool:
 def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     global _debug
     _debug = value or _debug
+    context.meta[_COMMAND] = context.command  # the innermost one parses last
 
 
 debug_option = click.option(
@@ -76,18 +166,80 @@ def ranges_by_set(given: tuple[tuple[str | None, tuple[float, float]], ...]) -> 
     return {which: pair for which, pair in by_set.items() if pair is not None}
 
 
-def with_options(message: str) -> str:
-    """A library's message with the names of options in place of parameters: `resize=32` becomes `--resize 32`."""
+class Color(click.Choice):
+    """gray or rgb; "grey" is understood too."""
 
-    def by_set(match: re.Match) -> str:
-        pairs = re.findall(r"'(\w+)': \(([^()]*)\)", match[1])
-        return " ".join(f"--value-range {which}={pair.replace(' ', '')}" for which, pair in pairs)
+    def __init__(self) -> None:
+        super().__init__(["gray", "rgb"])
 
-    message = re.sub(r"\bvalue_range=\{([^{}]*)\}", by_set, message)
-    message = re.sub(r"\bvalue_range=\(([^()]*)\)", lambda m: f"--value-range {m[1].replace(' ', '')}", message)
-    message = re.sub(r"\b(center_crop|split_grid)=True", lambda m: f"--{m[1].replace('_', '-')}", message)
-    return re.sub(
-        r"\b(value_range|resize|color|duplicate_radius)=('?)([\w.]*)\2",
-        lambda m: f"--{m[1].replace('_', '-')} {m[3]}".rstrip(),
-        message,
-    )
+    def convert(self, value, parameter, context) -> str:
+        return super().convert("gray" if value == "grey" else value, parameter, context)
+
+
+class PerSource(click.ParamType):
+    """A value for all sources of a command, or SOURCE=VALUE for one of them: (source or None, value)."""
+
+    def __init__(self, sources: tuple[str, ...], choices: tuple[str, ...] = ()):
+        self.sources, self.choices = sources, choices
+        self.name = "|".join(choices) or "name"
+
+    def convert(self, value, parameter, context) -> tuple[str | None, str]:
+        if isinstance(value, tuple):
+            return value
+        source, equals, rest = value.partition("=")
+        if not (equals and source in self.sources):
+            source, rest = None, value
+        if self.choices and rest.lower() not in self.choices:
+            self.fail(f"{rest!r} is not one of {', '.join(self.choices)}", parameter, context)
+        return source, rest
+
+
+def reading_options(*sources: str, color: bool = True) -> Callable[[Callable], Callable]:
+    """Gives a command the options that say how images are read; see `reading` for what they amount to.
+
+    sources: what the sources are called, where there are several: --key and --layout can then differ between them.
+    color: False where the command has --color already.
+    """
+    each = f" For one of several sources: {sources[0]}=…; may be repeated." if sources else ""
+    options = [
+        click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
+        click.option(
+            "--alpha", type=click.Choice(["drop", "white", "black"]),
+            help="Transparent images: drop the alpha channel, or put them on white or black.",
+        ),
+        click.option(
+            "--key", type=PerSource(sources), multiple=True, metavar="NAME",
+            help="Which array of an .npz, .pt or .safetensors file holds the images, which split of a saved data set, "
+            "or train, test or all of CIFAR-10's archive." + each,
+        ),
+        click.option(
+            "--layout", type=PerSource(sources, ("nchw", "nhwc")), multiple=True, metavar="nchw|nhwc",
+            help="The order of an array's axes, where its shape leaves that open." + each,
+        ),
+        click.option("--skip-bad", is_flag=True, help="Skip files that cannot be read; they are counted and named."),
+    ]  # fmt: skip
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options if color else options[1:]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def reading(source: str | None = None, *, color, alpha, key, layout, skip_bad, **_: Any) -> dict[str, Any]:
+    """Arguments of `diffmem.load_images` from the options of `reading_options`, for the source of that name."""
+    layout = _value(layout, source)
+    return {
+        "color": color,
+        "alpha": alpha,
+        "key": _value(key, source),
+        "layout": None if layout is None else layout.upper(),
+        "skip_bad": skip_bad,
+    }
+
+
+def _value(given: tuple[tuple[str | None, str], ...], source: str | None) -> str | None:
+    """What was given for `source`, or else for all sources; the last of several."""
+    for_all = [value for name, value in given if name is None]
+    return ([value for name, value in given if name == source and name is not None] or for_all or [None])[-1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
-from diffmem.cli.options import debug_option
+from diffmem.cli.options import debug_option, reading, reading_options, say_notes
 from diffmem.cli.training_options import POSITIVE, describe_preset, training_options, training_parts
 from diffmem.timing import TimeLeft, duration_range
 
@@ -28,6 +28,7 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Needed, but for --dry-run.")
 @click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images, as many of each class.")
 @training_options
+@reading_options(color=False)
 @click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass of a process. [default: all of its share]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 # The run.
@@ -56,8 +57,9 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what it would cost, and stop.")
 @debug_option
 def train_command(
-    source, out, size, resize, color, cond, batch_gpu, seed, snapshot_images, keep, grid, audit_every, audit_samples,
-    audit_solver, stop_at, confidence, device, compile_, precision, cuda_graph, resume, dry_run, **options,
+    source, out, size, resize, color, alpha, key, layout, skip_bad, cond, batch_gpu, seed, snapshot_images, keep,
+    grid, audit_every, audit_samples, audit_solver, stop_at, confidence, device, compile_, precision, cuda_graph,
+    resume, dry_run, **options,
 ) -> int:  # fmt: skip
     """Train a diffusion model.
 
@@ -100,7 +102,9 @@ def train_command(
         raise click.UsageError("--stop-at goes with --audit-every")
     torch.set_flush_denormal(True)
     with process_group():
-        found_at = DataSource(source, size, resize, color)
+        found_at = DataSource(
+            source, size, resize, **reading(color=color, alpha=alpha, key=key, layout=layout, skip_bad=skip_bad)
+        )
         data = _load(found_at)
         label_dim = label_dim_of(data, "--cond") if cond else 0
         if cond and is_first_rank() and data.labels.ndim == 1 and (gaps := missing_classes(data.labels)):
@@ -182,8 +186,7 @@ def _load(data: DataSource) -> ImageSet:
 
     with progress_bars(is_first_rank()) as progress:
         images = data.load(progress)
-    for note in images.notes if is_first_rank() else ():
-        click.echo(f"note: {note}", err=True)
+    say_notes([images], is_first_rank())
     return images
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from diffmem.cli.audit import Source
+from diffmem.cli.options import Color, Source
 
 
 class Numbers(click.ParamType):
@@ -31,7 +31,7 @@ _OPTIONS = [
     click.option("--data", "source", type=Source(), required=True, help="The training images; see `diffmem audit`."),
     # The training set.
     click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased."),
-    click.option("--color", type=click.Choice(["grey", "rgb"]), help="Convert all images to grey or to RGB."),
+    click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
     click.option("--cond", is_flag=True, help="Train a class-conditional model on the labels of the data."),
     click.option("--xflip", is_flag=True, help="Mirrored images count as images too."),
     click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffmem.cli.audit import Source
-from diffmem.cli.options import debug_option
+from diffmem.cli.options import debug_option, reading, reading_options
 from diffmem.cli.sample import Seeds
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--data", type=Source(), help="The training set, where the run does not know where it lies.")
 @click.option("--size", type=click.IntRange(min=1), metavar="N", help="With --data: as for diffmem train.")
 @click.option("--resize", type=click.IntRange(min=1), metavar="R", help="With --data: as for diffmem train.")
-@click.option("--color", type=click.Choice(["grey", "rgb"]), help="With --data: as for diffmem train.")
+@reading_options()
 @click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
               help="heun: the protocol's 35 network calls; unipc: 14.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on standard output, nothing else.")
 @debug_option
 def trajectory_command(
-    run, seeds, every, order, at_least, confidence, data, size, resize, color, solver, batch, device, out, as_json
-) -> None:
+    run, seeds, every, order, at_least, confidence, data, size, resize, color, alpha, key, layout, skip_bad, solver,
+    batch, device, out, as_json,
+) -> None:  # fmt: skip
     """How the share of copies grew: R_mem of the snapshots of RUN, a folder of diffmem train.
 
     Writes trajectory.html (plot, first copies, table), .csv, .json and .svg. What was audited before, here or by
@@ -65,13 +66,14 @@ def trajectory_command(
     from diffmem.progress import progress_bars
     from diffmem.training import DataSource
 
-    if data is None and (size or resize or color):
-        raise click.UsageError("--size, --resize and --color go with --data")
+    given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
+    if data is None and (size or resize or any(given.values())):
+        raise click.UsageError("--size, --resize, --color, --alpha, --key, --layout and --skip-bad go with --data")
     torch.set_flush_denormal(True)
     with progress_bars() as progress:
         result = trajectory(
             run,
-            data=None if data is None else DataSource(data, size, resize, color),
+            data=None if data is None else DataSource(data, size, resize, **reading(**given)),
             seeds=seeds,
             every=every,
             order=order,

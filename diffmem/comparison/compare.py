@@ -473,9 +473,10 @@ def _check_images(denoiser: torch.nn.Module, images: ImageSet, what: str) -> Non
     wanted = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     if images.image_shape != wanted:
         theirs, ours = ("x".join(map(str, shape)) for shape in (images.image_shape, wanted))
+        color = "gray" if denoiser.channels == 1 else "rgb"
         raise InputError(
             f"{images.source}: {what} images are {theirs}, but the network takes {ours}: bring them to that form as "
-            "for its training (--resize, --color)"
+            f"for its training, with resize={denoiser.resolution} and color='{color}'"
         )
     if images.images.dtype != np.uint8:
         raise InputError(f"{images.source}: {what} images are {images.images.dtype}, but must be uint8")

@@ -1,4 +1,4 @@
-"""Colour and size of images that are arrays already, by the same rules as for decoded files."""
+"""Color and size of images that are arrays already, by the same rules as for decoded files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ _BLOCK_BYTES = 2**24
 
 
 def adapt(images: np.ndarray, options: PixelOptions, where: str, progress: Progress) -> np.ndarray:
-    """`images` [N, C, H, W] in the wanted colour and size, of the same dtype; the same array where nothing changes.
+    """`images` [N, C, H, W] in the wanted color and size, of the same dtype; the same array where nothing changes.
 
     Grey is Pillow's integer ITU-R 601 luma for uint8 and 0.299 R + 0.587 G + 0.114 B for floats. Sizes change by
-    Lanczos resampling with antialiasing, for floats in float32. Raises `InputError` for colours that cannot be had.
+    Lanczos resampling with antialiasing, for floats in float32. A fourth channel is alpha where `options` name a color
+    or what becomes of alpha, and a channel like the others else. Raises `InputError` for colors that cannot be had.
     """
+    if images.shape[1] == 4 and (options.color is not None or options.alpha is not None):
+        images = _without_alpha(images, options.alpha, where)
     if options.center_crop and images.shape[2] != images.shape[3]:
         side = min(images.shape[2:])
         top, left = ((length - side) // 2 for length in images.shape[2:])
@@ -46,6 +49,24 @@ def adapt(images: np.ndarray, options: PixelOptions, where: str, progress: Progr
                     out[start + row, 1:] = out[start + row, 0]
         progress("converting images", min(start + rows, count), count)
     return out
+
+
+def _without_alpha(images: np.ndarray, alpha: str | None, where: str) -> np.ndarray:
+    """The colors of RGBA images, on the background `alpha`; floats reach to 1, or to 255 where one is higher."""
+    colors, opacity = images[:, :3], images[:, 3:]
+    full = 255 if images.dtype == np.uint8 or images.max() > 1 else 1
+    if alpha == "drop" or bool((opacity == full).all()):
+        return colors
+    if alpha is None:
+        raise InputError(
+            f"{where}: images of 4 channels with transparent pixels: choose a background with alpha='white' or"
+            " alpha='black', or alpha='drop'"
+        )
+    if images.min() < 0:
+        raise InputError(f"{where}: images with negative levels have no background of {alpha}: take alpha='drop'")
+    share = opacity / np.float64(full)
+    mixed = colors * share + (full if alpha == "white" else 0) * (1 - share)
+    return (np.floor(mixed + 0.5) if images.dtype == np.uint8 else mixed).astype(images.dtype)
 
 
 def _luma(block: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ The rules, in one place, for every source of encoded images:
 
 - grey (L, and 1-bit as 0/255) has one channel; RGB and palette images have three; CMYK, YCbCr and HSV become RGB;
 - an alpha channel (or a palette with transparency) is dropped where every pixel is opaque and refused where one is
-  not: pixels under transparency mean nothing until somebody chooses a background;
+  not: pixels under transparency mean nothing until somebody chooses a background (`PixelOptions.alpha`);
 - deeper pixels than eight bits, by the file's own header (see `depth`), are refused, since Pillow would drop bits
   silently; but for 16-bit grey that eight bits hold exactly (every level a multiple of 257, which becomes level / 257);
 - an animation, or a file of several pages, is refused, since no frame is more right than the others (a photograph with
@@ -70,12 +70,15 @@ class PixelOptions:
     """What is done to every image on its way in: `color` None, "grey" or "rgb"; `size` None or (height, width).
 
     center_crop: cut out the central square first.
+    alpha: what becomes of images with transparent pixels: None: they are refused; "drop": their colors are taken as
+        they are stored; "white", "black": they are put on that background.
     mode: the Pillow mode "L" or "RGB" that the source itself prescribes for its images, before anything else.
     """
 
     color: str | None = None
     size: tuple[int, int] | None = None
     center_crop: bool = False
+    alpha: str | None = None
     mode: str | None = None
 
 
@@ -119,7 +122,7 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
             image = _sixteen_bit_grey(image)
         if options.mode is not None and image.mode != options.mode:
             image = image.convert(options.mode)
-        return convert(as_grey_or_rgb(image), options), turned
+        return convert(as_grey_or_rgb(image, options.alpha), options), turned
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -151,12 +154,13 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
     return image, turned
 
 
-def as_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """`image` as mode "L" or "RGB", without losing anything; raises `BadImage` where that cannot be."""
+def as_grey_or_rgb(image: Image.Image, alpha: str | None = None) -> Image.Image:
+    """`image` as mode "L" or "RGB", without losing anything but what `alpha` says; raises `BadImage` where that cannot
+    be."""
     image.load()
     mode = image.mode
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or (mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
-        return _opaque(image)
+        return _opaque(image, alpha)
     if mode in ("L", "RGB"):
         return image
     if mode == "1":
@@ -210,14 +214,20 @@ def decode_into(out: np.ndarray, encoded: Sequence[bytes], options: PixelOptions
     return outcomes
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image, alpha: str | None) -> Image.Image:
     grey = image.mode in ("1", "L", "LA", "La")
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
     elif image.mode not in ("LA", "RGBA"):
         image = image.convert("LA" if grey else "RGBA")
     if image.getchannel("A").getextrema()[0] < 255:
-        raise BadImage("has transparent pixels: put it on a background first (or drop its alpha channel)")
+        if alpha is None:
+            raise BadImage(
+                "has transparent pixels: choose a background with alpha='white' or alpha='black', or alpha='drop'"
+            )
+        if alpha != "drop":
+            background = Image.new(image.mode, image.size, alpha)
+            image = Image.composite(image, background, image.getchannel("A"))
     return image.convert("L" if grey else "RGB")
 
 

@@ -110,7 +110,7 @@ class _Tally:
         if not self.skip_bad:
             raise InputError(
                 f"{self.source.description}: {self.source.names[index]} {reason}"
-                " — repair or remove it, or pass skip_bad=True (--skip-bad) to go on without such files"
+                " — repair or remove it, or pass skip_bad=True to go on without such files"
             )
         self.bad[index] = reason
 
@@ -145,9 +145,9 @@ def _mixed(shapes: dict[tuple[int, int, int], list[int]], names: Sequence[str]) 
     seen = f"among the first {sum(map(len, shapes.values())):,} images read"
     if len(by_size) > 1:
         sizes = listing(by_size, lambda size: f"{size[1]}×{size[0]}")
-        return f"images of mixed sizes, {seen} {sizes}: pass resize=N (--resize N) to bring them to one size"
-    colors = listing(by_channels, lambda channels: "grey" if channels == 1 else "colour")
-    return f"grey and colour images are mixed, {seen} {colors}: pass color='rgb' or color='grey' to make them alike"
+        return f"images of mixed sizes, {seen} {sizes}: pass resize=N to bring them to one size"
+    colors = listing(by_channels, lambda channels: "gray" if channels == 1 else "color")
+    return f"gray and color images are mixed, {seen} {colors}: pass color='rgb' or color='gray' to make them alike"
 
 
 def _first_good(

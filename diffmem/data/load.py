@@ -42,6 +42,7 @@ def load_images(
     resize: int | tuple[int, int] | None = None,
     center_crop: bool = False,
     color: str | None = None,
+    alpha: str | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
     cache: bool = False,
@@ -62,7 +63,9 @@ def load_images(
     resize: N for N×N, or (height, width): Lanczos resampling with antialiasing, not keeping the aspect ratio.
     center_crop: cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
         square; with `resize` the square is then resized.
-    color: "grey" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for grey images); None changes nothing.
+    color: "gray" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for gray images); None changes nothing.
+    alpha: what becomes of transparent pixels: "drop" takes their colors as stored, "white" and "black" put them on that
+        background; None refuses files with such pixels, and leaves arrays of four channels as they are.
     limit: only the first so many (files, where the source is made of files).
     skip_bad: pass over files that cannot be used; they are listed in `ImageSet.skipped`.
     cache: keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
@@ -77,9 +80,12 @@ def load_images(
     Raises `InputError` (one line: what, where, what to do) and `MissingExtraError`. Arrays of more than a quarter of
     the machine's memory lie in a memory-mapped temporary file. The images must not be written to.
     """
-    options = PixelOptions(color, _size(resize), center_crop)
+    color = "grey" if color == "gray" else color
+    options = PixelOptions(color, _size(resize), center_crop, alpha)
     if color not in (None, "grey", "rgb"):
-        raise InputError(f"color must be 'grey', 'rgb' or None, got {color!r}")
+        raise InputError(f"color must be 'gray', 'rgb' or None, not {color!r}")
+    if alpha not in (None, "drop", "white", "black"):
+        raise InputError(f"alpha must be 'drop', 'white', 'black' or None, not {alpha!r}")
     if layout not in (None, "NCHW", "NHWC"):
         raise InputError(f"layout must be 'NCHW', 'NHWC' or None, got {layout!r}")
     if limit is not None and limit < 1:
@@ -107,6 +113,7 @@ def load_images(
             settings = {"color": color, "size": options.size, "limit": limit, "skip_bad": skip_bad, "key": key}
             if center_crop:
                 settings["center_crop"] = True
+            settings |= {} if alpha is None else {"alpha": alpha}
             return load_cached(path, encoded, settings, decode, report)
         return finish(_image_set(_array_file(path, key, layout, report), str(path)))
     if isinstance(source, np.ndarray) or is_tensor(source):

@@ -50,7 +50,7 @@ def read_stream(
                 form, expected = f"{block.dtype} {block.shape[1:]}", f"{first.dtype} {first.shape[1:]}"
                 raise InputError(
                     f"{where}: image {done} is {form}, those before are {expected}: bring them to one form"
-                    " (resize=N, color='rgb' or 'grey')"
+                    " with resize=N, color='rgb' or color='gray'"
                 )
             images.append(block)
             if isinstance(block_labels, InputError):
@@ -135,7 +135,7 @@ def _from_pillow(image: Image.Image, options: PixelOptions, place: str) -> np.nd
             if (data := _unread_file(image)) is not None:
                 pixels = np.asarray(decode_image(data, options)[0])
             else:
-                pixels = np.asarray(convert(as_grey_or_rgb(image), options))
+                pixels = np.asarray(convert(as_grey_or_rgb(image, options.alpha), options))
     except (BadImage, OSError) as bad:
         raise InputError(f"{place}: the image {bad}") from None
     return pixels.reshape(1, *pixels.shape[:2], -1).transpose(0, 3, 1, 2)

@@ -154,8 +154,8 @@ def mixed(images: ImageSet, other: ImageSet, share: float, class_index: int, see
             f"{each.images.dtype} {'×'.join(map(str, each.image_shape))} ({each.source})" for each in (images, other)
         )
         raise InputError(
-            f"images of {this} and of {that} cannot be mixed: bring both to one size and colour"
-            f" (--resolution {images.image_shape[-1]}, --color)"
+            f"images of {this} and of {that} cannot be mixed: bring both to one size and color with"
+            f" resize={images.image_shape[-1]} and color='rgb' or color='gray'"
         )
     order, other_order = _order(len(images), seed), _order(len(other), seed)
     rows = order[class_indices(images, "telling classes apart", any_number=True)[order] == class_index]
@@ -223,6 +223,10 @@ def derive(
     resolution: int | None = None,
     center_crop: bool = False,
     value_range: tuple[float, float] | None = None,
+    alpha: str | None = None,
+    key: str | None = None,
+    layout: str | None = None,
+    skip_bad: bool = False,
     classes: int | None = None,
     size: int | None = None,
     mix: Mix | None = None,
@@ -238,6 +242,7 @@ def derive(
     `class_balanced` to `size` (`first_images` where the labels are no class numbers), `mixed`, and the labels. A
     mixture's other set is read in the same color and size.
 
+    alpha, key, layout, skip_bad: as for `load_images`; key and layout are the source's, the others also the mixture's.
     labels: None: those of the source, where it has some; "true": those of the source, which must have some;
         "consecutive": those of the source, its classes numbered 0 … C − 1; "none"; "random:C"; "unique".
     center_crop, value_range: as for `load_images`.
@@ -247,15 +252,15 @@ def derive(
     Raises `InputError` as the functions do, and for other `labels`.
     """
     kind, label_classes = parse_labels(labels) if labels is not None else (None, None)
-    options: dict[str, Any] = {"color": color, "resize": resolution}
-    if center_crop:
-        options["center_crop"] = True
-    if value_range is not None:
-        options["value_range"] = value_range
-    images = load_images(source, limit=limit, **options, progress=progress)
+    options: dict[str, Any] = {"color": "grey" if color == "gray" else color, "resize": resolution}
+    # Only where they are given, so that manifests of sets made without them stay as they are.
+    given = {"center_crop": center_crop, "value_range": value_range, "alpha": alpha, "skip_bad": skip_bad}
+    options |= {name: value for name, value in given.items() if value}
+    own = {**options, **{name: value for name, value in (("key", key), ("layout", layout)) if value is not None}}
+    images = load_images(source, limit=limit, **own, progress=progress)
     if kind == "true" and images.labels is None:
         class_indices(images, "labels='true'")
-    manifest = {"source": {**_description(images), "name": _base_name(images), "options": {"limit": limit, **options}}}
+    manifest = {"source": {**_description(images), "name": _base_name(images), "options": {"limit": limit, **own}}}
     operations: list[dict[str, Any]] = []
 
     def apply(function: Callable[..., ImageSet], **arguments: Any) -> None:

@@ -16,7 +16,7 @@ from diffmem.integrity import load_arrays, read_sealed, save_arrays, sealed
 from diffmem.sampling import Samples
 
 _RUN = "run.json"
-_ADVICE = "begin again with --restart"
+_ADVICE = "begin again with restart=True"
 
 
 def work_folder(out: Path) -> Path:
@@ -55,7 +55,7 @@ class KeptBlocks:
             )
             raise InputError(
                 f"{self.folder} holds part of another run: {differences}; finish that one with its own settings, or "
-                "begin anew with --restart"
+                "begin again with restart=True"
             )
         return kept["compiled"]
 

@@ -368,7 +368,7 @@ def _check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
         our_kind, their_kind = (kinds.get(shape[0], f"{shape[0]}-channel") for shape in (ours, theirs))
         raise InputError(
             f"{what} images ({images.source}) are {our_kind}, training images ({training.source}) are {their_kind}: "
-            "bring both to color='grey' or color='rgb'"
+            "bring both to color='gray' or color='rgb'"
         )
     if ours != theirs:
         raise InputError(

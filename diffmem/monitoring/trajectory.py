@@ -182,7 +182,9 @@ def trajectory(
     folder = RunFolder.open(run)
     there = folder.snapshots()
     if not there:
-        raise InputError(f"{folder.path}: holds no snapshot; the run makes one at its end, or see --snapshot-images")
+        raise InputError(
+            f"{folder.path}: holds no snapshot; the run makes one at its end, with snapshot_images=… before"
+        )
     records = _thinned(there, every)
     training = folder.training_images(data, progress)
     place = pick_device(device)

@@ -548,7 +548,7 @@ def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snap
     description = describe(trainer.config, trainer.data, trainer.source)
     path, state = out / CONFIG, latest_state(out)
     if not resume and (path.exists() or state is not None):
-        raise InputError(f"{out}: holds a run already: continue it with --resume, or choose another folder")
+        raise InputError(f"{out}: holds a run already: continue it with resume=True, or choose another folder")
     if state is not None:
         _check_same_run(out, description, read_facts(state))
     elif path.exists():

@@ -76,7 +76,7 @@ class RunFolder:
         """
         if data is None:
             if self.data.get("found_at") is None:
-                raise InputError(f"{self.path}: does not know where its training set lies: say it (--data)")
+                raise InputError(f"{self.path}: does not know where its training set lies: say it with data=…")
             data = DataSource(**self.data["found_at"])
         images, _ = read_data(data, progress)
         if images.fingerprint != self.data["fingerprint"]:

@@ -17,13 +17,18 @@ class DataSource:
     """A training set by name: read from `path`, brought to `resize`×`resize` pixels and to `color` ("grey", "rgb"), and
     cut down to the class-balanced subset of `size` images (the first `size` where there are no class numbers).
 
-    `path`: whatever `diffmem.load_images` reads from a name; a file's becomes absolute.
+    `path`: whatever `diffmem.load_images` reads from a name; a file's becomes absolute. `alpha`, `key`, `layout`,
+    `skip_bad`: as for `load_images`.
     """
 
     path: str
     size: int | None = None
     resize: int | None = None
     color: str | None = None
+    alpha: str | None = None
+    key: str | None = None
+    layout: str | None = None
+    skip_bad: bool = False
 
     def __post_init__(self):
         path = str(self.path)
@@ -33,7 +38,8 @@ class DataSource:
 
     def load(self, progress: Progress = silent) -> ImageSet:
         """The images. Raises InputError where they cannot be read, or are fewer than `size`."""
-        images = load_images(self.path, resize=self.resize, color=self.color, progress=progress)
+        options = {name: value for name, value in self.to_json().items() if name not in ("path", "size")}
+        images = load_images(self.path, **options, progress=progress)
         return images if self.size is None else subset(images, self.size)
 
     def to_json(self) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def test_corrupt_file_is_named_or_skipped(container, refused):
     files["4.png"] = files["4.png"][:40] + bytes([files["4.png"][40] ^ 255]) + files["4.png"][41:]
     files["dataset.json"] = json.dumps({"labels": [[f"{index}.png", index] for index in range(5)]}).encode()
     source = container(files)
-    refused(source, "1.png", "--skip-bad")
+    refused(source, "1.png", "skip_bad=True")
     loaded = load_images(source, skip_bad=True)
     assert loaded.names == ["0.png", "2.png"]
     np.testing.assert_array_equal(loaded.images, images[[0, 2]])
@@ -241,11 +241,11 @@ def test_first_file_bad_and_all_files_bad(container, refused):
 def test_mixed_sizes_and_channels(container, refused):
     small, large = encoded(pixels(1)[0]), encoded(pixels(1, size=9)[0])
     source = container({"0.png": small, "1.png": large, "2.png": small})
-    refused(source, "mixed sizes", "2 of 6×6 (0.png)", "1 of 9×9 (1.png)", "--resize", skip_bad=True)
+    refused(source, "mixed sizes", "2 of 6×6 (0.png)", "1 of 9×9 (1.png)", "resize=N", skip_bad=True)
     assert load_images(source, resize=4).image_shape == (3, 4, 4)
     grey = encoded(pixels(1, channels=1)[0])
     source = container({"0.png": grey, "1.png": small, "2.png": small})
-    refused(source, "grey and colour", "2 of colour (1.png)", "1 of grey (0.png)", "color='rgb'")
+    refused(source, "gray and color", "2 of color (1.png)", "1 of gray (0.png)", "color='rgb'")
     assert load_images(source, color="rgb").image_shape == (3, 6, 6)
     assert load_images(source, color="grey").image_shape == (1, 6, 6)
 

@@ -185,7 +185,7 @@ def test_what_cannot_be_mixed():
         mixed(images, other, 1, 0)
     with pytest.raises(InputError, match=r"class 1 are needed, there are 0: without labels"):
         mixed(images, other, 1, 1)
-    with pytest.raises(InputError, match=r"1×2×2 .* 1×3×3 .*--resolution 2"):
+    with pytest.raises(InputError, match=r"1×2×2 .* 1×3×3 .*resize=2"):
         mixed(images, at_resolution(other, 3), 0.5, 0)
 
 

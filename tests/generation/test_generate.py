@@ -150,7 +150,7 @@ def test_work_folder_with_other_things_in_it(checkpoint, tmp_path):
     with pytest.raises(InputError, match="no part of a run"):
         generate(checkpoint, [0], out=tmp_path / "out.npz", settings=QUICK)
     (folder / "run.json").write_text("{")
-    with pytest.raises(InputError, match="begin again with --restart"):
+    with pytest.raises(InputError, match="begin again with restart=True"):
         generate(checkpoint, [0], out=tmp_path / "out.npz", settings=QUICK)
     with pytest.raises(InputError, match="no part of a run"):
         generate(checkpoint, [0], out=tmp_path / "out.npz", settings=QUICK, restart=True)

@@ -210,7 +210,7 @@ small = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 3, 2, 2)
         (small, small[:1], {}, "two distinct training images"),
         (small, np.repeat(small[:1], 5, 0), {}, "5 image.s., 1 distinct"),
         (small, small, {"duplicate_radius": 300}, "smaller duplicate radius"),
-        (small[:, :1], small, {}, "color='grey'"),
+        (small[:, :1], small, {}, "color='gray'"),
         (small[..., :1], small, {}, "resize=1"),
         (np.repeat(small, 3, 3), np.repeat(small, 2, 3), {}, "resize=2"),
         (small.astype(np.float32), small, {}, r"float32.*uint8.*value_range=\(0, 255\)"),
