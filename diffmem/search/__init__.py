@@ -2,7 +2,7 @@
 
 from diffmem.search.distinct import DistinctNeighbors, SearchIndex
 from diffmem.search.duplicates import DuplicateGroups, check_index, find_duplicates
-from diffmem.search.faiss_index import FaissIndex, FaissStats
+from diffmem.search.faiss_index import FaissIndex, FaissStats, faiss_factory
 from diffmem.search.index import QueryStats, TrainingIndex
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.sharded import ShardedIndex
@@ -18,5 +18,6 @@ __all__ = [
     "ShardedIndex",
     "TrainingIndex",
     "check_index",
+    "faiss_factory",
     "find_duplicates",
 ]

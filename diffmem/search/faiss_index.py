@@ -53,6 +53,24 @@ class FaissStats:
     seconds: float
 
 
+def faiss_factory(text: str, count: int) -> str:
+    """FAISS's factory string for a name that people use, for `count` training images.
+
+    "flat": every vector, exact up to float32. "ivf": inverted lists, about 4 √count of them, as FAISS's guidelines
+    advise; "ivf1024": that many. "hnsw": a graph with 32 links per vector. Anything else is a factory string already.
+    """
+    name = text.strip()
+    kind, number = name.lower()[:3], name[3:]
+    if name.lower() == "flat":
+        return "Flat"
+    if name.lower() == "hnsw":
+        return "HNSW32,Flat"
+    if kind == "ivf" and (not number or number.isdigit()):
+        # FAISS wants 39 training vectors for each list.
+        return f"IVF{int(number) if number else max(1, min(round(4 * count**0.5), count // 39))},Flat"
+    return name
+
+
 class FaissIndex:
     """A FAISS index of the training images whose answers are re-ranked exactly.
 
