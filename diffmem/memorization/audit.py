@@ -27,15 +27,20 @@ from diffmem.search import (
     DistinctNeighbors,
     DuplicateGroups,
     FaissIndex,
+    FaissStats,
     Neighbors,
     SearchIndex,
     TrainingIndex,
     check_index,
+    faiss_factory,
     find_duplicates,
 )
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
+
+
+LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ def audit(
     holdout: ImageSource | None = None,
     flip: bool = False,
     device: str = "auto",
-    index: SearchIndex | None = None,
+    index: SearchIndex | str | None = None,
     split_grid: bool = False,
     value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
     progress: Progress | None = None,
@@ -241,8 +246,10 @@ def audit(
         identical images.
     flip: compare mirrored generated images too (for models trained with horizontal flips).
     device: "cpu", "cuda", or "auto".
-    index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`); default a new
-        `TrainingIndex`. Anything but FAISS is exact. An index of other images, or of another order, is refused.
+    index: an index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`), or a name:
+        "exact", the default, a new `TrainingIndex`; "flat", "ivf", "ivf1024", "hnsw" or a factory string of FAISS, a
+        new `FaissIndex`, which may miss neighbors: how many is measured on a sample and is in `settings["search"]`.
+        An index of other images, or of another order, is refused.
     split_grid: the generated images are sheets of images in a grid, to be cut into images of the training images' size.
     value_range: the values of black and white in sets of floats, such as (-1, 1) or (0, 1), which become gray levels
         (see `load_images`); or one for each, {"generated": (-1, 1), "training": (0, 1)}. Without it floats are compared
@@ -273,8 +280,10 @@ def audit(
     if unseen is not None:
         _check_sets(unseen, training, "holdout")
 
-    if index is None:
+    if index is None or index == "exact":
         index = TrainingIndex(training, device=device)
+    elif isinstance(index, str):
+        index = FaissIndex(training, faiss_factory(index, len(training)), device=device, progress=progress)
     else:
         check_index(index, training)
     exact = None if duplicate_radius == 0 or isinstance(index, FaissIndex) else index
@@ -299,6 +308,7 @@ def audit(
     def judge(images: ImageSet, raw: Neighbors, what: str, **others: Any) -> Audit:
         raw_memorized = ratio_rule(raw.squared_distances, exact_threshold)
         check_scale(images, training, what, copies=float(raw_memorized.mean()))
+        found = _describe_search(index, search.recall)
         chosen = search.outside_duplicates(images.images, raw) if duplicates == "collapse" else raw
         return Audit(
             memorized=ratio_rule(chosen.squared_distances, exact_threshold),
@@ -308,8 +318,8 @@ def audit(
             duplicate_groups=groups,
             generated=images,
             training=training,
-            settings={**settings, "generated": _describe(images)},
-            warnings=suspicions(images, training, about_training),
+            settings={**settings, "generated": _describe(images), "search": found},
+            warnings=(*suspicions(images, training, about_training), *_missed(found)),
             **others,
         )
 
@@ -392,6 +402,31 @@ def _size_advice(images: ImageSet, training: ImageSet, what: str) -> str:
             f"{': cut them apart' if seen == 'They look like' else ', cut them apart'} with split_grid=True instead"
         )
     return advice
+
+
+def _describe_search(index: SearchIndex, recall: tuple[FaissStats, ...]) -> dict[str, Any]:
+    """How the neighbors were found, and what share of them where some may have been missed."""
+    if not isinstance(index, FaissIndex):
+        return {"method": "exact"}
+    return {
+        "method": "faiss",
+        "index": index.factory,
+        "recall_nearest": min(stats.recall_nearest for stats in recall),
+        "recall_second": min(stats.recall_second for stats in recall),
+        "recall_sample": min(stats.sample for stats in recall),
+    }
+
+
+def _missed(search: dict[str, Any]) -> tuple[str, ...]:
+    """The warning where so many neighbors were missed that the verdict hangs on it."""
+    if search["method"] == "exact" or min(search["recall_nearest"], search["recall_second"]) >= LEAST_RECALL:
+        return ()
+    return (
+        f"FAISS ({search['index']}) found {percent(search['recall_nearest'])} of the nearest and "
+        f"{percent(search['recall_second'])} of the second nearest training images ({search['recall_sample']:,} "
+        "images searched exactly): a missed nearest image hides a copy, a missed second one makes a false alarm; "
+        "search exactly, or with an index that looks farther",
+    )
 
 
 def _describe(images: ImageSet) -> dict[str, Any]:

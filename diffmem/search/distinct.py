@@ -12,7 +12,7 @@ from diffmem.errors import InputError
 from diffmem.ops.nearest import exact_squared_distances, pairs_within
 from diffmem.progress import Progress, silent
 from diffmem.search.duplicates import DuplicateGroups, squared_radius
-from diffmem.search.faiss_index import FaissIndex
+from diffmem.search.faiss_index import FaissIndex, FaissStats
 from diffmem.search.index import TrainingIndex
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import as_rows, mirror
@@ -30,6 +30,9 @@ class DistinctNeighbors:
     groups: the training set's duplicates, found with the same radius and flip.
     radius: root mean square difference per value within which two training images are duplicates.
     flip: a training image counts at the smaller of its distances to the image and to the mirrored image.
+
+    recall: of the last call of `nearest`, if the index may miss neighbors: what it measured of itself, for each
+    orientation.
     """
 
     def __init__(
@@ -43,11 +46,13 @@ class DistinctNeighbors:
         progress: Progress = silent,
     ):
         self.index, self.training, self.groups, self.flip, self.progress = index, training, groups, flip, progress
+        self.recall: tuple[FaissStats, ...] = ()
         self.radius, self._rows = radius, as_rows(training)
         self._limit = squared_radius(radius, self._rows.shape[1], self._rows.dtype == torch.uint8)
 
     def nearest(self, images: np.ndarray, k: int = 2) -> Neighbors:
         """The k nearest training images, duplicates left in."""
+        self.recall = ()
         return self._nearest(self.index, images, k)
 
     def outside_duplicates(self, images: np.ndarray, nearest: Neighbors) -> Neighbors:
@@ -110,13 +115,19 @@ class DistinctNeighbors:
         return np.flatnonzero(~near)
 
     def _nearest(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
-        straight = index.query(images, k, progress=self.progress)
+        straight = self._query(index, images, k)
         if not self.flip:
             return straight
         # The k nearest by the smaller distance are among the k nearest of the two orientations: an image of that answer
         # has fewer than k images before it in its own orientation's order, as each of those comes before it in the
         # joint order too.
-        return _merge_orientations(straight, index.query(mirror(images), k, progress=self.progress))
+        return _merge_orientations(straight, self._query(index, mirror(images), k))
+
+    def _query(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
+        found = index.query(images, k, progress=self.progress)
+        if isinstance(index, FaissIndex) and index.stats is not None:
+            self.recall = (*self.recall, index.stats)
+        return found
 
 
 def _copy(neighbors: Neighbors) -> Neighbors:

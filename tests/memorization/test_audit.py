@@ -231,3 +231,23 @@ small = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 3, 2, 2)
 def test_bad_input_is_a_value_error_that_says_what_to_do(generated, training, options, words):
     with pytest.raises(ValueError, match=words):
         diffmem.audit(generated, training, **options)
+
+
+def test_faiss_by_name_reports_its_recall(tmp_path):
+    pytest.importorskip("faiss", reason="FAISS is optional: pip install 'diffmem[faiss]'")
+    training = diffmem.load_images("builtin:patches?n=1500", resize=8)
+    copies = training.images[:80]
+    exact = diffmem.audit(copies, training, index="exact")
+    assert exact.settings["search"] == {"method": "exact"}
+    flat = diffmem.audit(copies, training, index="flat", flip=True)
+    assert flat.count == exact.count == 80
+    assert not flat.warnings
+    search = flat.settings["search"]
+    assert (search["index"], search["recall_nearest"], search["recall_second"]) == ("Flat", 1.0, 1.0)
+    assert "it found 100 % of the nearest" in flat.save(tmp_path).read_text()
+    poor = diffmem.audit(copies, training, index="PCA2,IVF64,PQ2x2")
+    assert poor.settings["search"]["recall_second"] < 0.95
+    assert any("of the second nearest training images" in warning for warning in poor.warnings)
+    assert not poor.reliable
+    with pytest.raises(InputError, match="FAISS cannot build"):
+        diffmem.audit(copies, training, index="IVF1000000,Flat")

@@ -5,7 +5,7 @@ import pytest
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.search import FaissIndex, TrainingIndex
+from diffmem.search import FaissIndex, TrainingIndex, faiss_factory
 
 faiss = pytest.importorskip("faiss", reason="FAISS is optional: pip install 'diffmem[faiss]'")
 
@@ -117,3 +117,10 @@ def test_bad_arguments(patches, monkeypatch):
     ]:
         with pytest.raises(InputError, match=words):
             call()
+
+
+def test_names_that_people_use():
+    names = {"flat": "Flat", "IVF": "IVF894,Flat", "ivf1024": "IVF1024,Flat", "hnsw": "HNSW32,Flat"}
+    for name, factory in (names | {"PCA64,IVF256,PQ16": "PCA64,IVF256,PQ16"}).items():
+        assert faiss_factory(name, 50_000) == factory
+    assert faiss_factory("ivf", 30) == "IVF1,Flat"
