@@ -1,12 +1,16 @@
 // The Python face of the compiled core: diffmem._C. The only file that includes pybind11.
 //
-// Arrays come in as addresses (integers) with sizes and strides; the Python side checks them and owns the memory.
+// Arrays come in as addresses (integers) with sizes and strides; the Python side checks them and owns the memory. What
+// can be told from the numbers alone is checked here: ValueError, before anything is read.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "conv3x3/conv3x3.h"
 #include "cpu/features.h"
@@ -21,6 +25,28 @@ namespace py = pybind11;
 
 namespace {
 
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+// Every size at least 1, and no product of them beyond what an address can reach.
+template <class Sizes>
+void require_sizes(const Sizes& sizes, const char* what) {
+  double product = 8;
+  for (const std::int64_t size : sizes) {
+    require(size >= 1, what);
+    product *= static_cast<double>(size);
+  }
+  require(product < 9e18, what);
+}
+
+void require_threads(int threads) { require(threads >= 1, "threads must be at least 1"); }
+
+template <class... Address>
+void require_addresses(Address... addresses) {
+  require(((addresses != 0) && ...), "an address is null");
+}
+
 // diffmem::conv3x3: Winograd convolution (conv3x3.h says what each array holds).
 void bind_conv3x3(py::module_& m) {
   namespace conv3x3 = diffmem::conv3x3;
@@ -28,11 +54,30 @@ void bind_conv3x3(py::module_& m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
   m.def("conv3x3_available", &conv3x3::available, "Whether this processor and build have the Winograd convolution.");
-  m.def("conv3x3_packed_size", &conv3x3::packed_size, py::arg("channels"), py::arg("outputs"));
+  static const auto check = [](std::int64_t channels, std::int64_t outputs) {
+    require_sizes(std::array<std::int64_t, 2>{channels, outputs}, "conv3x3: channels and outputs must be at least 1");
+    require(channels % 8 == 0 && outputs % 16 == 0, "conv3x3: channels in multiples of 8 and outputs of 16 are needed");
+    require(conv3x3::available(), "conv3x3: this processor or build has no AVX2");
+  };
+  static const auto check_shape = [](const std::array<std::int64_t, 5>& shape, int threads) {
+    require_sizes(shape, "conv3x3: shape must hold sizes of at least 1");
+    check(shape[3], shape[4]);
+    require_threads(threads);
+  };
+  m.def(
+      "conv3x3_packed_size",
+      [](std::int64_t channels, std::int64_t outputs) {
+        check(channels, outputs);
+        return conv3x3::packed_size(channels, outputs);
+      },
+      py::arg("channels"), py::arg("outputs"));
   m.def(
       "conv3x3_pack",
       [](Address weight, std::array<std::int64_t, 4> strides, std::int64_t channels, std::int64_t outputs,
          Address packed, int threads) {
+        check(channels, outputs);
+        require_threads(threads);
+        require_addresses(weight, packed);
         conv3x3::pack(reinterpret_cast<const float*>(weight), strides.data(), channels, outputs,
                       reinterpret_cast<float*>(packed), threads);
       },
@@ -41,6 +86,8 @@ void bind_conv3x3(py::module_& m) {
   m.def(
       "conv3x3_forward",
       [](std::array<std::int64_t, 5> shape, Address x, Address packed, Address bias, Address y, int threads) {
+        check_shape(shape, threads);
+        require_addresses(x, packed, y);
         conv3x3::forward({shape[0], shape[1], shape[2], shape[3], shape[4]}, reinterpret_cast<const float*>(x),
                          reinterpret_cast<const float*>(packed), reinterpret_cast<const float*>(bias),
                          reinterpret_cast<float*>(y), threads);
@@ -51,6 +98,9 @@ void bind_conv3x3(py::module_& m) {
       "conv3x3_weight_sums",
       [](std::array<std::int64_t, 5> shape, Address x, Address y_gradient, std::int64_t splits, Address sums,
          int threads) {
+        check_shape(shape, threads);
+        require(splits >= 1, "conv3x3: splits must be at least 1");
+        require_addresses(x, y_gradient, sums);
         conv3x3::weight_sums({shape[0], shape[1], shape[2], shape[3], shape[4]}, reinterpret_cast<const float*>(x),
                              reinterpret_cast<const float*>(y_gradient), splits, reinterpret_cast<float*>(sums),
                              threads);
@@ -85,11 +135,25 @@ void bind_group_norm_silu(py::module_& m) {
                           silu};
   };
 
+  static const auto check = [](const std::array<std::int64_t, 4>& shape, const Addresses& from, int threads) {
+    require_sizes(shape, "group_norm_silu: shape must hold sizes of at least 1");
+    const std::int64_t channels = shape[2], groups = shape[3];
+    require(
+        channels % groups == 0 && channels % 8 == 0 && std::lcm(channels / groups, std::int64_t{8}) <= op::avx2::widest,
+        "group_norm_silu: channels must be a multiple of the groups and of 8, in blocks of at most 1024");
+    require((from[2] == 0) == (from[3] == 0), "group_norm_silu: scale and shift go together");
+    require(op::available(), "group_norm_silu: this processor or build has no AVX2");
+    require_threads(threads);
+    require_addresses(from[0], from[1]);
+  };
+
   m.def("group_norm_silu_available", &op::available, "Whether this processor and build have it.");
   m.def(
       "group_norm_silu_forward",
       [](std::array<std::int64_t, 4> shape, Addresses from, Strides strides, float eps, bool silu, Address x, Address y,
          Address mean, Address rstd, int threads) {
+        check(shape, from, threads);
+        require_addresses(x, y, mean, rstd);
         op::forward({shape[0], shape[1], shape[2], shape[3]}, parameters(from, strides, eps, silu), at<const float>(x),
                     at<float>(y), at<double>(mean), at<float>(rstd), threads);
       },
@@ -99,6 +163,8 @@ void bind_group_norm_silu(py::module_& m) {
       "group_norm_silu_backward",
       [](std::array<std::int64_t, 4> shape, Addresses from, Strides strides, bool silu, Address dy, Address x,
          Address mean, Address rstd, Address dx, Address sums, int threads) {
+        check(shape, from, threads);
+        require_addresses(dy, x, mean, rstd, dx, sums);
         op::backward({shape[0], shape[1], shape[2], shape[3]}, parameters(from, strides, 0.0f, silu),
                      at<const float>(dy), at<const float>(x), at<const double>(mean), at<const float>(rstd),
                      at<float>(dx), at<float>(sums), threads);
@@ -120,6 +186,8 @@ void bind_nearest(py::module_& m) {
       .value("f64", nearest::Type::f64);
   py::class_<nearest::Rows>(m, "NearestRows")
       .def(py::init([](Address data, std::int64_t count, std::int64_t stride, std::int64_t d, nearest::Type type) {
+             require(count >= 0 && stride >= 0 && d >= 1, "nearest: rows need count >= 0, stride >= 0 and d >= 1");
+             require(count == 0 || data != 0, "an address is null");
              return nearest::Rows{at<const void>(data), count, stride, d, type};
            }),
            py::arg("data"), py::arg("count"), py::arg("stride"), py::arg("d"), py::arg("type"));
@@ -170,12 +238,37 @@ void bind_nearest(py::module_& m) {
       .def_readonly("scan_seconds", &nearest::Work::scan_seconds)
       .def_readonly("gave_up", &nearest::Work::gave_up);
 
-  m.def("nearest_encode_bytes", &nearest::encode_bytes, unlocked, py::arg("rows"), py::arg("basis"), py::arg("queries"),
-        py::arg("code"), py::arg("threads"), "Codes of uint8 rows.");
+  static const auto check_search = [](const nearest::Rows& rows, const nearest::Rows& queries, int k, Address distances,
+                                      Address indices, int threads) {
+    require(rows.d == queries.d && rows.type == queries.type, "nearest: rows and queries must have one d and one type");
+    require(k >= 1 && k <= rows.count, "nearest: k must be from 1 to the number of rows");
+    require_threads(threads);
+    if (queries.count > 0) require_addresses(distances, indices);
+  };
+  static const auto check_code = [](const nearest::CodeShape& shape) {
+    require(shape.steps >= 1 && shape.levels >= 0, "nearest: a code has steps >= 1 and levels >= 0");
+  };
+
+  m.def(
+      "nearest_encode_bytes",
+      [](const nearest::Rows& rows, const nearest::Basis& basis, bool queries, const nearest::Code& code, int threads) {
+        require(rows.type == nearest::Type::u8, "nearest: rows must be uint8");
+        check_code(basis.shape);
+        require_threads(threads);
+        require_addresses(basis.p, basis.shift, basis.mean);
+        if (rows.count > 0) require_addresses(code.coarse, code.sq, code.error);
+        nearest::encode_bytes(rows, basis, queries, code, threads);
+      },
+      unlocked, py::arg("rows"), py::arg("basis"), py::arg("queries"), py::arg("code"), py::arg("threads"),
+      "Codes of uint8 rows.");
   m.def(
       "nearest_encode_coordinates",
       [](Address coordinates, Address squared_norms, std::int64_t count, int steps, int levels, double scale,
          bool queries, const nearest::Code& code, int threads) {
+        require(count >= 0, "nearest: count must be at least 0");
+        check_code({steps, levels});
+        require_threads(threads);
+        if (count > 0) require_addresses(squared_norms, code.coarse, code.sq, code.error);
         nearest::encode_coordinates(at<const double>(coordinates), at<const double>(squared_norms), count,
                                     {steps, levels}, scale, queries, code, threads);
       },
@@ -186,6 +279,10 @@ void bind_nearest(py::module_& m) {
       "nearest_search_filtered",
       [](const nearest::Index& index, const nearest::Rows& queries, const nearest::Code& code, int k, double allowance,
          Address distances, Address indices, int threads) {
+        check_search(index.rows, queries, k, distances, indices, threads);
+        check_code(index.shape);
+        require_addresses(index.panels, index.bias, index.order, index.error);
+        require(index.clusters >= 0, "nearest: clusters must be at least 0");
         const nearest::Answer answer{at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)};
         return nearest::search_filtered(index, queries, code, k, allowance, answer, threads);
       },
@@ -195,6 +292,7 @@ void bind_nearest(py::module_& m) {
       "nearest_search_dense",
       [](const nearest::Rows& rows, const nearest::Rows& queries, int k, Address distances, Address indices,
          int threads) {
+        check_search(rows, queries, k, distances, indices, threads);
         const nearest::Answer answer{at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)};
         nearest::search_dense(rows, queries, k, answer, threads);
       },
@@ -211,12 +309,16 @@ void bind_posterior_mean(py::module_& m) {
 
   py::class_<pm::Term>(m, "PosteriorTerm")
       .def(py::init([](Address rows, int64_t stride, int64_t k, Address panel, Address shift, Address scale) {
+             require(stride >= 0 && k >= 1 && k <= pm::kLargestSum, "posterior_mean: k must be from 1 to 65536");
+             require_addresses(rows, panel, shift, scale);
              return pm::Term{at<const uint8_t>(rows), stride, k, at<const std::int8_t>(panel), at<const int32_t>(shift),
                              at<const float>(scale)};
            }),
            py::arg("rows"), py::arg("stride"), py::arg("k"), py::arg("panel"), py::arg("shift"), py::arg("scale"));
   py::class_<pm::ByteRows>(m, "PosteriorRows")
       .def(py::init([](Address data, int64_t stride, int64_t d, Address centre) {
+             require(stride >= 0 && d >= 1, "posterior_mean: rows need stride >= 0 and d >= 1");
+             require_addresses(data, centre);
              return pm::ByteRows{at<const uint8_t>(data), stride, d, at<const uint8_t>(centre)};
            }),
            py::arg("data"), py::arg("stride"), py::arg("d"), py::arg("centre"));
@@ -231,12 +333,22 @@ void bind_posterior_mean(py::module_& m) {
           },
           py::arg("starts"), py::arg("images"));
 
+  // Scores [n][columns].
+  static const auto check = [](int64_t n, int64_t columns, int threads) {
+    require_sizes(std::array<int64_t, 2>{n, columns}, "posterior_mean: n and columns must be at least 1");
+    require(columns % pm::kLanes == 0, "posterior_mean: columns must be a multiple of 16");
+    require(pm::available(), "posterior_mean: this processor or build has no AVX2");
+    require_threads(threads);
+  };
+
   m.attr("posterior_largest_sum") = pm::kLargestSum;
   m.def("posterior_available", &pm::available, "Whether this processor and build have the 8-bit products.");
   m.def(
       "posterior_scores",
       [](const std::vector<pm::Term>& terms, int64_t n, int64_t columns, Address half_norms, Address weight, bool add,
          Address out, int threads) {
+        check(n, columns, threads);
+        require_addresses(half_norms, weight, out);
         pm::scores(terms, n, columns, at<const float>(half_norms), at<const float>(weight), add, at<float>(out),
                    threads);
       },
@@ -245,6 +357,8 @@ void bind_posterior_mean(py::module_& m) {
   m.def(
       "posterior_column_top",
       [](Address scores, int64_t n, int64_t columns, Address top, Address where, int threads) {
+        check(n, columns, threads);
+        require_addresses(scores, top, where);
         pm::column_top(at<const float>(scores), n, columns, at<float>(top), at<int64_t>(where), threads);
       },
       unlocked, py::arg("scores"), py::arg("n"), py::arg("columns"), py::arg("top"), py::arg("where"),
@@ -252,6 +366,8 @@ void bind_posterior_mean(py::module_& m) {
   m.def(
       "posterior_column_mass",
       [](Address scores, int64_t n, int64_t columns, Address top, Address mass, int threads) {
+        check(n, columns, threads);
+        require_addresses(scores, top, mass);
         pm::column_mass(at<const float>(scores), n, columns, at<const float>(top), at<double>(mass), threads);
       },
       unlocked, py::arg("scores"), py::arg("n"), py::arg("columns"), py::arg("top"), py::arg("mass"),
@@ -260,6 +376,8 @@ void bind_posterior_mean(py::module_& m) {
       "posterior_select",
       [](Address scores, int64_t n, int64_t columns, Address threshold, Address reach, Address slack, int64_t limit,
          int threads) {
+        check(n, columns, threads);
+        require_addresses(scores, threshold, reach, slack);
         return pm::select(at<const float>(scores), n, columns, at<const float>(threshold), at<const float>(reach),
                           at<const float>(slack), limit, threads);
       },
@@ -269,6 +387,9 @@ void bind_posterior_mean(py::module_& m) {
       "posterior_pair_logits",
       [](const pm::ByteRows& rows, Address queries, Address half_norms, Address weight, Address starts, Address images,
          int64_t columns, Address out, int threads) {
+        require(columns >= 0, "posterior_mean: columns must be at least 0");
+        require_threads(threads);
+        require_addresses(queries, half_norms, weight, starts);
         pm::pair_logits(rows, at<const double>(queries), at<const double>(half_norms), at<const double>(weight),
                         at<const int64_t>(starts), at<const int32_t>(images), columns, at<double>(out), threads);
       },
@@ -278,6 +399,9 @@ void bind_posterior_mean(py::module_& m) {
       "posterior_pair_sums",
       [](const pm::ByteRows& rows, Address weights, Address starts, Address images, int64_t columns, Address out,
          int threads) {
+        require(columns >= 0, "posterior_mean: columns must be at least 0");
+        require_threads(threads);
+        require_addresses(starts, out);
         pm::pair_sums(rows, at<const double>(weights), at<const int64_t>(starts), at<const int32_t>(images), columns,
                       at<double>(out), threads);
       },
@@ -287,6 +411,9 @@ void bind_posterior_mean(py::module_& m) {
       "posterior_round_weights",
       [](Address scores, int64_t n, int64_t columns, Address limit, Address chosen, int64_t count, Address high,
          Address low, Address sum, Address high_sum, int threads) {
+        check(n, columns, threads);
+        require(count >= 0 && count <= columns, "posterior_mean: count must be from 0 to columns");
+        require_addresses(scores, limit, chosen, high, sum, high_sum);
         pm::round_weights(at<const float>(scores), n, columns, at<const float>(limit), at<const int32_t>(chosen), count,
                           at<uint8_t>(high), at<uint8_t>(low), at<int64_t>(sum), at<int64_t>(high_sum), threads);
       },
@@ -295,6 +422,10 @@ void bind_posterior_mean(py::module_& m) {
   m.def(
       "posterior_weighted_sums",
       [](Address rows, int64_t stride, int64_t k, int64_t n, Address weights, int64_t count, Address out, int threads) {
+        require(stride >= 0 && k >= 1 && n >= 1 && n <= pm::kLargestSum && count >= 0,
+                "posterior_mean: k and n must be at least 1, n at most 65536, count and stride at least 0");
+        require_threads(threads);
+        require_addresses(rows, weights, out);
         pm::weighted_sums(at<const uint8_t>(rows), stride, k, n, at<const uint8_t>(weights), count, at<int32_t>(out),
                           threads);
       },

@@ -96,6 +96,13 @@ def native_kernel_unavailable(device_type: str, kernel: str, instructions: str) 
     return reason
 
 
+def available_core(op: str, unavailable: str | None):
+    """The compiled core, for an operator that needs it; unavailable: why it cannot be had for that, or None."""
+    if unavailable is not None:
+        raise InputError(f"{op}: implementation 'native' cannot be used here: {unavailable}")
+    return native_module()
+
+
 @cache
 def native_module():
     """The compiled core, or None where it was not built or DIFFMEM_NATIVE=off forbids it."""

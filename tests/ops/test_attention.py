@@ -57,5 +57,5 @@ def test_gradients_and_empty_batches(impl):
 
 
 def test_bad_arguments():
-    with pytest.raises(InputError, match="num_heads=5"):
+    with pytest.raises(InputError, match="num_heads = 5"):
         attention(torch.zeros(1, 12, 2, 2), 5)

@@ -105,8 +105,8 @@ def test_bad_arguments_are_one_clear_line():
     images = torch.zeros(4, 10, dtype=torch.uint8)
     for call, words in [
         (lambda: nearest(images, images, 5), "k must be between 1 and the number of training images, 4"),
-        (lambda: nearest(images, images.float(), 1), "must both be uint8"),
-        (lambda: nearest(images[:, :3], images, 1), r"\(4, 3\) and \(4, 10\)"),
+        (lambda: nearest(images, images.float(), 1), "training must be uint8"),
+        (lambda: nearest(images[:, :3], images, 1), r"training must be \[N, 3\], got \(4, 10\)"),
         (lambda: nearest(torch.full((1, 3), float("nan")), torch.zeros(2, 3), 1), "NaN"),
         (lambda: nearest(images, images, 1, impl="magic"), "choose from"),
     ]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.attention import composite, reference
+from diffmem.ops.attention import arguments, composite, reference
 from diffmem.ops.registry import Implementation, Op, always, register
 from diffmem.ops.triton_ops import triton_unavailable
 
@@ -41,10 +41,7 @@ def attention(qkv: torch.Tensor, num_heads: int, impl: str | None = None) -> tor
     the first use of a shape, see `diffmem.ops.attention.preference`. Raises InputError where 3C does not split so, or
     where a forced one cannot take qkv.
     """
-    if qkv.ndim != 4 or num_heads < 1 or qkv.shape[1] % (3 * num_heads):
-        raise InputError(
-            f"attention: qkv {tuple(qkv.shape)} must be (B, 3C, H, W) with C a multiple of num_heads={num_heads}"
-        )
+    arguments.check(qkv, num_heads)
     chosen = _choose(qkv.device.type, impl)
     if chosen != "triton":
         return _FUNCTIONS[chosen](qkv, num_heads)

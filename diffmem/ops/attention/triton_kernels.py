@@ -36,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 
+from diffmem.ops.attention import arguments
 from diffmem.ops.attention.tiles import MOST_TOKENS, WIDEST_HEAD, precision_of, tile
 from diffmem.ops.triton_ops import launch
 
@@ -269,8 +270,14 @@ def _launch(kernel, name: str, qkv: torch.Tensor, num_heads: int, tensors: tuple
     )  # fmt: skip
 
 
+def _check(qkv: torch.Tensor, num_heads: int) -> None:
+    arguments.check(qkv, num_heads)
+    arguments.check_kernel(unfit(qkv, num_heads))
+
+
 def launch_forward(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The attended map (B, C, H, W), and log2 of each row's sum of powers (B, num_heads, H·W) float32."""
+    _check(qkv, num_heads)
     qkv = _dense(qkv)
     batch, packed, height, width = qkv.shape
     out = _empty(qkv, packed // 3)
@@ -286,6 +293,7 @@ attention_forward = torch.library.custom_op("diffmem::attention_triton", launch_
 
 @attention_forward.register_fake
 def _(qkv, num_heads):
+    _check(qkv, num_heads)
     batch, packed, height, width = qkv.shape
     return _empty(qkv, packed // 3), qkv.new_empty((batch, num_heads, height * width), dtype=torch.float32)
 
@@ -294,13 +302,16 @@ def launch_backward(
     dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
     """The gradient of qkv, in its layout."""
+    _check(qkv, num_heads)
+    arguments.check_saved(dout, qkv, out, lse, num_heads)
     qkv = _dense(qkv)
     batch, packed, height, width = qkv.shape
     dqkv = _empty(qkv, packed)
     if not dqkv.numel():
         return dqkv
     last = _is_last(qkv)
-    dout = dout.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    layout = torch.channels_last if last else torch.contiguous_format
+    dout, out, lse = dout.contiguous(memory_format=layout), out.contiguous(memory_format=layout), lse.contiguous()
     delta = torch.empty_like(lse)
     tokens, channels, head_channels = height * width, packed // 3, packed // (3 * num_heads)
     blocks = -(-tokens // DELTA_TOKENS)
@@ -322,6 +333,8 @@ attention_backward = torch.library.custom_op("diffmem::attention_triton_backward
 
 @attention_backward.register_fake
 def _(dout, qkv, out, lse, num_heads):
+    _check(qkv, num_heads)
+    arguments.check_saved(dout, qkv, out, lse, num_heads)
     return _empty(qkv, qkv.shape[1])
 
 

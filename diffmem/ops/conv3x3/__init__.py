@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from diffmem.errors import InputError
 from diffmem.ops.conv3x3 import native, reference
+from diffmem.ops.conv3x3.arguments import check
 from diffmem.ops.registry import Implementation, Op, always, register
 
 OP = register(
@@ -37,12 +38,10 @@ def conv3x3(
 
     x (B, C, H, W), zero outside of the image; weight (O, C, 3, 3); bias (O,) or None. On CPUs with AVX2, large enough
     float32 problems run by Winograd's minimal filtering, within twice the rounding error of the direct sum. `impl`
-    forces one. Raises InputError where the shapes do not fit, or a forced one cannot take them.
+    forces one. Raises InputError where shapes, dtypes or devices do not fit, or a forced one cannot take them;
+    TypeError for what is no tensor.
     """
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise InputError(
-            f"conv3x3: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; it must be (O, C, 3, 3)"
-        )
+    check(x, weight, bias)
     chosen = _choose(x.device.type, impl)
     if chosen == "native":
         if native.fits(x, weight.shape[0]):

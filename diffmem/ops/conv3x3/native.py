@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from diffmem.ops.registry import native_kernel_unavailable, native_module
+from diffmem.ops.conv3x3.arguments import check_weight_gradient, check_winograd
+from diffmem.ops.registry import available_core, native_kernel_unavailable
 
 # Below this many 4×4 tiles the transformed weights cost more than they save.
 _LEAST_TILES = 64
@@ -41,11 +42,14 @@ def conv3x3_winograd(
 
     `transposed`: with weight (C, O, 3, 3), flipped, which is the gradient of that convolution.
     """
-    core = native_module()
+    check_winograd(x, weight, bias, transposed)
+    core = available_core("conv3x3", unavailable("cpu"))
     batch, channels, height, width = x.shape
     outputs = weight.shape[1 if transposed else 0]
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
     packed = torch.empty(core.conv3x3_packed_size(channels, outputs))
     address, strides = weight.data_ptr(), list(weight.stride())
     if transposed:
@@ -68,6 +72,7 @@ def conv3x3_winograd(
 
 @conv3x3_winograd.register_fake
 def _(x, weight, bias, transposed):
+    check_winograd(x, weight, bias, transposed)
     batch, _, height, width = x.shape
     outputs = weight.shape[1 if transposed else 0]
     return torch.empty_like(x.new_empty((batch, outputs, height, width)), memory_format=torch.channels_last)
@@ -76,15 +81,19 @@ def _(x, weight, bias, transposed):
 @torch.library.custom_op("diffmem::conv3x3_weight_gradient", mutates_args=(), device_types="cpu")
 def conv3x3_weight_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """(O, C, 3, 3): the gradient of the weights, from x (B, C, H, W) and the gradient (B, O, H, W) of the result."""
+    check_weight_gradient(x, gradient)
     batch, channels, height, width = x.shape
     outputs = gradient.shape[1]
+    if x.numel() == 0:
+        return torch.zeros(outputs, channels, 3, 3)
+    core = available_core("conv3x3", unavailable("cpu"))
     x = x.contiguous(memory_format=torch.channels_last)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     threads = torch.get_num_threads()
     # Channels and outputs are shared among the threads in slices of 64 and 128; where those are too few, tiles are too.
     splits = -(-threads // (-(-channels // 64) * -(-outputs // 128)))
     sums = torch.zeros(splits, 36, channels * outputs)
-    native_module().conv3x3_weight_sums(
+    core.conv3x3_weight_sums(
         [batch, height, width, channels, outputs], x.data_ptr(), gradient.data_ptr(), splits, sums.data_ptr(), threads
     )
     points = torch.tensor(_WEIGHT_TRANSFORM, dtype=torch.float64)
@@ -95,6 +104,7 @@ def conv3x3_weight_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Te
 
 @conv3x3_weight_gradient.register_fake
 def _(x, gradient):
+    check_weight_gradient(x, gradient)
     return x.new_empty((gradient.shape[1], x.shape[1], 3, 3))
 
 

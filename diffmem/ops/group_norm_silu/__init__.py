@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.group_norm_silu import composite, native, reference
+from diffmem.ops.group_norm_silu import arguments, composite, native, reference
 from diffmem.ops.registry import Implementation, Op, always, register
 from diffmem.ops.triton_ops import triton_unavailable
 
@@ -51,21 +51,9 @@ def group_norm_silu(
 
     x (B, C, …) floating; num_groups divides C; weight, bias (C,); scale and shift both (B or 1, C), or both None;
     silu=False stops before the SiLU; added (B or 1, C) or None. `impl` forces an implementation. Raises InputError
-    where the shapes do not fit, or a forced one cannot take them.
+    where shapes, dtypes, devices or numbers do not fit, or a forced one cannot take them, TypeError for other kinds.
     """
-    if x.ndim < 2 or x.shape[1] % num_groups:
-        raise InputError(f"group_norm_silu: x {tuple(x.shape)} does not split into {num_groups} groups of channels")
-    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
-        raise InputError(
-            f"group_norm_silu: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},)"
-        )
-    if (scale is None) != (shift is None):
-        raise InputError("group_norm_silu: scale and shift go together; give both or neither")
-    for name, values in (("scale", scale), ("shift", shift), ("added", added)):
-        if values is not None and tuple(values.shape) not in (tuple(x.shape[:2]), (1, x.shape[1])):
-            raise InputError(
-                f"group_norm_silu: {name} {tuple(values.shape)} must be {tuple(x.shape[:2])} or (1, {x.shape[1]})"
-            )
+    arguments.check(x, num_groups, weight, bias, eps, scale, shift, added)
     function = _FUNCTIONS.get(chosen := _choose(x.device.type, impl))
     if function is None:
         fast = native if chosen == "native" else _triton_kernels()

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from diffmem.ops.registry import native_kernel_unavailable, native_module
+from diffmem.ops.group_norm_silu import arguments
+from diffmem.ops.registry import available_core, native_kernel_unavailable
 
 _WIDEST = 1024  # channels that the core takes at once: whole groups and multiples of 8
 
@@ -17,12 +18,19 @@ def unavailable(device_type: str) -> str | None:
 
 
 def unfit(x: torch.Tensor, num_groups: int) -> str | None:
-    """Why the compiled normalization cannot take x, or None."""
-    channels = x.shape[1]
-    if x.dtype != torch.float32:
-        return f"{x.dtype} is not float32"
+    """Why the compiled normalization cannot take x, or is not to, or None."""
     if x.ndim != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return "x is not channels_last"
+    return _unfit(x, num_groups)
+
+
+def _unfit(x: torch.Tensor, num_groups: int) -> str | None:
+    """Why the compiled normalization cannot take x, in whichever layout, or None."""
+    if x.dtype != torch.float32:
+        return f"{x.dtype} is not float32"
+    if x.ndim != 4:
+        return f"it has {x.ndim} axes, not 4"
+    channels = x.shape[1]
     if channels % 8 or math.lcm(channels // num_groups, 8) > _WIDEST:
         return f"{channels} channels in {num_groups} groups are not multiples of 8 in blocks of at most {_WIDEST}"
     return None
@@ -41,12 +49,16 @@ def group_norm_silu_forward(
     added: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The result, and the mean (float64) and 1/√(variance + eps) of each image's groups, (B, num_groups)."""
+    _check(x, num_groups, weight, bias, eps, scale, shift, added)
+    core = available_core("group_norm_silu", unavailable("cpu"))
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x)
     mean = torch.empty((x.shape[0], num_groups), dtype=torch.float64)
     rstd = torch.empty((x.shape[0], num_groups))
+    if x.numel() == 0:
+        return y, mean.zero_(), rstd.zero_()
     shape, kept, addresses, strides = _arguments(x, num_groups, weight, bias, scale, shift, added)
-    native_module().group_norm_silu_forward(
+    core.group_norm_silu_forward(
         shape, addresses, strides, eps, silu, x.data_ptr(), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -56,6 +68,7 @@ def group_norm_silu_forward(
 
 @group_norm_silu_forward.register_fake
 def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
+    _check(x, num_groups, weight, bias, eps, scale, shift, added)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float64)
     return (
         torch.empty_like(x, memory_format=torch.channels_last),
@@ -79,12 +92,17 @@ def group_norm_silu_backward(
     added: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx, and sums (3, B, C): Σ g, Σ g·x̂ and Σ dx over each channel's pixels, g the gradient before SiLU."""
+    _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
+    core = available_core("group_norm_silu", unavailable("cpu"))
     x = x.contiguous(memory_format=torch.channels_last)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     dy = dy.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(x)
     sums = torch.empty((3, *x.shape[:2]))
+    if x.numel() == 0:
+        return dx, sums.zero_()
     shape, kept, addresses, strides = _arguments(x, num_groups, weight, bias, scale, shift, added)
-    native_module().group_norm_silu_backward(
+    core.group_norm_silu_backward(
         shape, addresses, strides, silu, dy.data_ptr(), x.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(),
         sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -94,7 +112,19 @@ def group_norm_silu_backward(
 
 @group_norm_silu_backward.register_fake
 def _(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
+    _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
     return torch.empty_like(x, memory_format=torch.channels_last), x.new_empty((3, *x.shape[:2]))
+
+
+def _check(x, num_groups, weight, bias, eps, scale, shift, added):
+    arguments.check(x, num_groups, weight, bias, eps, scale, shift, added)
+    # The layout is made what it must be.
+    arguments.check_kernel(_unfit(x, num_groups))
+
+
+def _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added):
+    _check(x, num_groups, weight, bias, 0.0, scale, shift, added)
+    arguments.check_saved(dy, x, mean, rstd, (x.shape[0], num_groups), torch.float64)
 
 
 def _arguments(x, num_groups, weight, bias, scale, shift, added):

@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from diffmem.ops.group_norm_silu import arguments
 from diffmem.ops.group_norm_silu.tiles import WHOLE, WHOLE_BACKWARD, WIDEST_GROUP, Tile, tile
 from diffmem.ops.triton_ops import launch
 
@@ -501,6 +502,16 @@ def _rows(values: torch.Tensor | None, stand_in: torch.Tensor) -> tuple[torch.Te
     return values, _row_stride(values)
 
 
+def _check(x, num_groups, weight, bias, eps, scale, shift, added) -> None:
+    arguments.check(x, num_groups, weight, bias, eps, scale, shift, added)
+    arguments.check_kernel(unfit(x, num_groups))
+
+
+def _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added) -> None:
+    _check(x, num_groups, weight, bias, 0.0, scale, shift, added)
+    arguments.check_saved(dy, x, mean, rstd, (2, x.shape[0], num_groups), torch.float32)
+
+
 def launch_forward(
     x: torch.Tensor,
     num_groups: int,
@@ -514,6 +525,7 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The result, and the statistics of each image's groups, float32: the mean as the sum of two numbers (2, B,
     num_groups), since one is not enough where it is far from zero, and 1/√(variance + eps) (B, num_groups)."""
+    _check(x, num_groups, weight, bias, eps, scale, shift, added)
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
     y = _empty_like(x)
     mean = torch.empty((2, x.shape[0], num_groups), dtype=torch.float32, device=x.device)
@@ -551,6 +563,7 @@ group_norm_silu_forward = torch.library.custom_op("diffmem::group_norm_silu_trit
 
 @group_norm_silu_forward.register_fake
 def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
+    _check(x, num_groups, weight, bias, eps, scale, shift, added)
     mean = x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
     return _empty_like(x), mean, torch.empty_like(mean[0])
 
@@ -569,6 +582,8 @@ def launch_backward(
     added: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight, bias, scale, shift and added; those of absent ones have no elements."""
+    _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     gradients = _empty_gradients(x, weight, bias, scale, shift, added)
     if x.numel() == 0:
         return tuple(gradient.zero_() for gradient in gradients)
@@ -626,6 +641,7 @@ group_norm_silu_backward = torch.library.custom_op(
 
 @group_norm_silu_backward.register_fake
 def _(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
+    _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
     return _empty_gradients(x, weight, bias, scale, shift, added)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
+from diffmem.ops.arguments import check_shape, check_tensor, check_whole
 from diffmem.ops.nearest.blocked import exact_squared_distances, nearest_blocked, pairs_within
 from diffmem.ops.nearest.cuda import kernel_unavailable
 from diffmem.ops.nearest.native import native_rows, native_serves, nearest_native
@@ -31,6 +32,7 @@ NEAREST = register(
         ),
     )
 )
+DTYPES = (torch.uint8, torch.float32, torch.float64)
 _FUNCTIONS = {"native": nearest_native, "torch": nearest_blocked, "reference": nearest_reference}
 
 
@@ -49,16 +51,7 @@ def nearest(
     Returns squared distances [Q, k], int64 for uint8 rows and float64 for floats, and indices int64 [Q, k].
     Raises InputError for shapes and dtypes that do not fit, k out of range, or values that are not finite.
     """
-    if queries.ndim != 2 or training.ndim != 2 or queries.shape[1] != training.shape[1]:
-        raise InputError(
-            f"queries and training must be [Q, d] and [N, d], got {tuple(queries.shape)} and {tuple(training.shape)}"
-        )
-    if queries.dtype != training.dtype or queries.dtype not in (torch.uint8, torch.float32, torch.float64):
-        raise InputError(
-            f"queries and training must both be uint8, float32 or float64, got {queries.dtype} and {training.dtype}"
-        )
-    if not 1 <= k <= len(training):
-        raise InputError(f"k must be between 1 and the number of training images, {len(training)}; got {k}")
+    _check(queries, training, k)
     chosen = NEAREST.choose(queries.device.type, impl)
     if chosen == "native" and (why_not := native_serves(queries, training, k)) is not None:
         if impl == "native":
@@ -67,14 +60,34 @@ def nearest(
     return torch.ops.diffmem.nearest(queries, training, k, chosen)
 
 
+def _check(queries: torch.Tensor, training: torch.Tensor, k: int) -> None:
+    check_tensor("nearest", "queries", queries, DTYPES)
+    check_tensor("nearest", "training", training, (queries.dtype,))
+    check_whole("nearest", "k", k, 1)
+    check_shape("nearest", "queries", queries, (None, None), "[Q, d]")
+    check_shape("nearest", "training", training, (None, queries.shape[1]), f"[N, {queries.shape[1]}]")
+    if queries.shape[1] < 1:
+        raise InputError(f"nearest: queries must be [Q, d] with at least one value each, got {tuple(queries.shape)}")
+    if k > len(training):
+        raise InputError(f"nearest: k must be between 1 and the number of training images, {len(training)}; got {k}")
+
+
 @torch.library.custom_op("diffmem::nearest", mutates_args=())
 def _nearest(queries: torch.Tensor, training: torch.Tensor, k: int, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(queries, training, k)
+    impl = NEAREST.choose(queries.device.type, impl)
     if len(queries) == 0:
         return _nearest_fake(queries, training, k, impl)
+    if impl == "native" and (why_not := native_serves(queries, training, k)) is not None:
+        raise InputError(f"nearest: implementation 'native' cannot take these arguments: {why_not}")
+    for name, rows in (("queries", queries), ("training", training)):
+        if impl != "native" and rows.is_floating_point() and not bool(rows.isfinite().all()):
+            raise InputError(f"nearest: {name} must be finite, but hold NaN or infinity")
     return _FUNCTIONS[impl](queries, training, k)
 
 
 @_nearest.register_fake
 def _nearest_fake(queries, training, k, impl):
+    _check(queries, training, k)
     squared = torch.int64 if queries.dtype == torch.uint8 else torch.float64
     return queries.new_empty(len(queries), k, dtype=squared), queries.new_empty(len(queries), k, dtype=torch.int64)

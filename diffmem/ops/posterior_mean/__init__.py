@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffmem.errors import InputError
+from diffmem.ops.arguments import check_tensor
+from diffmem.ops.posterior_mean.arguments import REAL, check_queries, check_rows, check_values
 from diffmem.ops.posterior_mean.resident import Request
 from diffmem.ops.posterior_mean.rows import OP, PosteriorMean, PosteriorRows
 
@@ -30,11 +31,9 @@ def posterior_mean(
         about the spread of the rows or more. impl: forces an implementation.
     Raises InputError where shapes do not fit, the training set is empty or a noise level is not positive.
     """
-    if x.ndim != 2 or training.ndim != 2 or x.shape[1] != training.shape[1]:
-        raise InputError(
-            f"posterior_mean: x {list(x.shape)} and training {list(training.shape)} must be [B, d] and [N, d]"
-        )
-    if sigma.shape != (len(x),) or not bool(((sigma > 0) & sigma.isfinite()).all()):
-        raise InputError(f"sigma: one positive noise level for each of {len(x)} queries is needed")
+    check_rows(training)
+    check_tensor("posterior_mean", "x", x, REAL)
+    check_queries(x, sigma, tolerance, training.shape[1], x.device)
+    check_values(x, sigma)
     centre = torch.full((x.shape[1],), 128.0 if training.dtype == torch.uint8 else 0.0)
     return PosteriorRows(training, centre, x.device, impl=impl).mean(x, sigma, tolerance)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 
 from diffmem.errors import InputError
+from diffmem.ops.arguments import check_shape, check_tensor
 from diffmem.ops.posterior_mean import native, tensor_cores
+from diffmem.ops.posterior_mean.arguments import REAL, check_images, check_queries, check_rows, check_values
 from diffmem.ops.posterior_mean.blocked import SMALL, Float32Products, posterior_mean_blocked
 from diffmem.ops.posterior_mean.reference import posterior_mean_reference
 from diffmem.ops.posterior_mean.resident import Request, ResidentRows, fits
@@ -87,8 +89,13 @@ class PosteriorRows:
         resident: bool | None = None,
         progress: Progress = silent,
     ):
-        if rows.ndim != 2 or len(rows) == 0:
-            raise InputError(f"training rows must be [N, d], N > 0, got {list(rows.shape)}")
+        check_rows(rows)
+        check_tensor("posterior_mean", "centre", centre, REAL)
+        check_shape("posterior_mean", "centre", centre, (rows.shape[1],), f"[{rows.shape[1]}]")
+        if order is not None:
+            check_images(order, len(rows))
+        if rows.is_floating_point() and rows.device.type == "cpu" and not bool(rows.isfinite().all()):
+            raise InputError("posterior_mean: training must be finite, but holds NaN or infinity")
         if rows.dtype == torch.uint8 and not bool((centre == centre.round()).all()):
             raise InputError("centre: the center of uint8 rows must be one of whole numbers")
         self.rows, self.order, self.centre, self.device = rows, order, centre.double(), device
@@ -112,6 +119,11 @@ class PosteriorRows:
             kernels = self.products is not Float32Products
             products = {"products": self.products} if kernels else {}
             self.resident = ResidentRows(rows, self.centre, device, order, **products)
+
+    @property
+    def count(self) -> int:
+        """N, or the number of rows that `order` lists."""
+        return len(self.rows) if self.order is None else len(self.order)
 
     @property
     def dimension(self) -> int:
@@ -148,10 +160,13 @@ class PosteriorRows:
 
         tolerance: the relative error aimed at, see `posterior_mean`.
         """
-        images = (0, len(self.rows)) if images is None else images
+        images = (0, self.count) if images is None else images
+        check_queries(x, sigma, tolerance, self.dimension, self.device)
+        check_images(images, self.count)
         if self.resident is not None:
             means, _ = self.resident.means([Request(x, sigma, images)], tolerance)
             return PosteriorMean(*means[0])
+        check_values(x, sigma)
         if isinstance(images, torch.Tensor):
             chosen = ListedRows(self.rows, images if self.order is None else self.order[images])
         else:
