@@ -23,6 +23,7 @@ OPTIONAL = {
     "faiss-gpu": ("gpu", "approximate search on GPUs too, in the place of faiss-cpu"),
     "triton": ("triton", "fused GPU kernels"),
     "datasets": ("datasets", "Hugging Face data sets on disk"),
+    "pandas": ("pandas", "audits as data frames"),
     "ray": ("ray", "studies on many machines"),
 }
 

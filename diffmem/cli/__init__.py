@@ -21,9 +21,11 @@ from diffmem.cli.optimum import optimum_command
 from diffmem.cli.options import debug_option, debugging, in_options, running_command
 from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.cli.study import study_command
+from diffmem.cli.terminal import output, signals
 from diffmem.cli.train import train_command
 from diffmem.cli.trajectory import trajectory_command
 from diffmem.errors import InputError, MissingExtraError
+from diffmem.text import printable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -72,23 +74,28 @@ for command in (
 def main(args: list[str] | None = None) -> None:
     """Entry point: runs a command and turns every error into one line and an exit status.
 
-    0 success, 1 failure (or a gate that closed), 2 wrong usage, 130 interrupted.
+    0 success, 1 failure, 2 wrong usage, 3 a gate closed, 4 a gate is undecided, 130 interrupted, 143 ended by SIGTERM
+    (129 by SIGHUP; `diffmem train`, which then finishes its step and saves, gives 130).
     """
-    status = _run(args)
-    if status == INTERRUPTED:
+    with output(), signals() as ending:
+        status = _run(args)
+        if status == INTERRUPTED and ending.number is not None:
+            status = 128 + ending.number
+    if status >= 128:
         # CPython ends a process by SIGINT, whatever its exit status, when an interrupt once passed through an exec()
         # (as those of dataclasses during an import). So it is ended here, after what is owed at exit is done.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(status)
     sys.exit(status)
 
 
 def _run(args: list[str] | None) -> int:
     try:
-        return cli.main(args=args, prog_name="diffmem", standalone_mode=False) or 0
-    except click.Abort:
+        status = cli.main(args=args, prog_name="diffmem", standalone_mode=False) or 0
+        _flush()
+        return status
+    except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted; nothing half-written is left", INTERRUPTED)
     except click.UsageError as error:
         error.show()
@@ -98,10 +105,6 @@ def _run(args: list[str] | None) -> int:
         return FAILURE
     except (InputError, MissingExtraError) as error:
         return _fail(str(error), FAILURE)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error of ours. Keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", FAILURE)
@@ -111,9 +114,15 @@ def _run(args: list[str] | None) -> int:
         return _fail(f"unexpected {type(error).__name__}: {error} (run again with --debug to see where)", FAILURE)
 
 
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed (>&-)
+            stream.flush()
+
+
 def _fail(message: str, status: int) -> int:
     if debugging():
         traceback.print_exc()
     if is_first_rank():
-        click.echo(f"diffmem: {' '.join(message.split())}", err=True)
+        click.echo(f"diffmem: {printable(' '.join(message.split()))}", err=True)
     return status

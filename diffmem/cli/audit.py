@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import (
+    CommandWithJson,
     Source,
     ValueRange,
     center_crop_option,
     debug_option,
+    gate_options,
     in_own_options,
+    json_option,
+    limits_of,
     ranges_by_set,
     reading,
     reading_options,
+    reserve_report,
     say_notes,
+    tell_gate,
 )
 from diffmem.errors import InputError
+from diffmem.text import printable
 
 if TYPE_CHECKING:
-    from diffmem.memorization import Audit
+    from diffmem.generation import Generated
+    from diffmem.memorization import Audit, Gate
 
 
 class Threshold(click.ParamType):
@@ -39,7 +47,7 @@ class Threshold(click.ParamType):
             self.fail(str(error), parameter, context)
 
 
-@click.command("audit")
+@click.command("audit", cls=CommandWithJson)
 @click.argument("generated", type=Source())
 @click.argument("training", type=Source())
 @click.option("--holdout", type=Source(), help="Real images the model has not seen: gives the rule's false-alarm rate.")
@@ -74,17 +82,13 @@ class Threshold(click.ParamType):
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Write report.html, samples.csv and report.json into this folder."
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output and nothing else there."
-)
-@click.option(
-    "--fail-above", type=click.FloatRange(0, 1), metavar="SHARE",
-    help="End with status 1 when the interval's lower end lies above this share.",
-)  # fmt: skip
+@json_option
+@gate_options
 @debug_option
 def audit_command(
     generated, training, holdout, threshold, duplicates, duplicate_radius, flip,
-    resize, center_crop, split_grid, value_range, limit, cache, device, out, as_json, fail_above, **options,
+    resize, center_crop, split_grid, value_range, limit, cache, device, out, as_json,
+    fail_above, require_below, max_copies, **options,
 ) -> int:  # fmt: skip
     """Which of the GENERATED images are copies of TRAINING images?
 
@@ -93,16 +97,18 @@ def audit_command(
     Pictures are turned as their EXIF orientation says, in every format; a note counts them. Pictures deeper
     than 8 bits per channel are refused, but for 16-bit grey that 8 bits hold exactly.
 
+    A gate ends the command with status 0 (passed), 3 (closed) or 4 (undecided, also where the audit carries
+    warnings); 1 and 2 stay errors.
+
     \b
     Examples:
       diffmem audit samples/ cifar10-train.zip --holdout cifar10-test.zip --out report
       diffmem audit samples.npz training.zip --json | jq .ratio
-      diffmem audit samples.zip training.zip --fail-above 0.01    a gate for a pipeline
+      diffmem audit samples.zip training.zip --require-below 0.01    a gate for a pipeline
       torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
     """
     import torch
 
-    from diffmem.atomic_io import check_output_folder
     from diffmem.data import load_images
     from diffmem.memorization import audit
     from diffmem.progress import progress_bars
@@ -111,8 +117,8 @@ def audit_command(
     if split_grid and (resize or center_crop):
         raise click.UsageError("--split-grid cuts at the training images' size: leave --resize and --center-crop out")
     torch.set_flush_denormal(True)
-    if out is not None and is_first_rank():
-        check_output_folder(out)
+    limits = limits_of(fail_above, require_below, max_copies)
+    reserve_report(out)
     with process_group() as distributed, progress_bars(is_first_rank()) as progress:
         ranges = ranges_by_set(value_range)
 
@@ -139,22 +145,29 @@ def audit_command(
         )
     if not is_first_rank():
         return 0
-    report = None if out is None else result.save(out)
-    closed = fail_above is not None and result.interval[0] > fail_above
-    undecided = fail_above is not None and not closed and not result.reliable
+    gate = result.gate(**limits) if limits else None
+    tell_audit(result, out, as_json, gate)
+    return tell_gate(gate)
+
+
+def tell_audit(result: Audit, out: Path | None, as_json: str | None, gate: Gate | None) -> None:
+    """Prints the verdict, or JSON, and saves the report where one is wanted: after that, lest a full disk hide both."""
     if as_json:
-        click.echo(json.dumps(result.to_dict()))
+        decided = {} if gate is None else {"gate": gate.to_dict()}
+        click.echo(json.dumps({**as_json_asks(result, as_json), **decided}))
         for warning in result.warnings:
-            click.echo(f"warning: {in_own_options(warning)}", err=True)
+            click.echo(f"warning: {printable(in_own_options(warning))}", err=True)
     else:
         print_verdict(result)
-        if report is not None:
-            click.echo(f"report: {report}")
-    if closed:
-        click.echo(f"gate closed: the interval's lower end {result.interval[0]:.4f} lies above {fail_above}", err=True)
-    if undecided:
-        click.echo("gate undecided: the audit carries warnings, see above", err=True)
-    return 4 if undecided else int(closed)
+    if out is not None:
+        page = result.save(out)
+        if not as_json:
+            click.echo(f"report: {page}")
+
+
+def as_json_asks(result: Audit | Generated, kind: str) -> dict[str, Any]:
+    """All that is known, or a summary."""
+    return result.to_dict() if kind == "full" else result.summary()
 
 
 def print_verdict(result: Audit) -> None:
@@ -173,7 +186,9 @@ def print_verdict(result: Audit) -> None:
         click.echo(f"  false alarms on unseen real images: {alarms}, interval {percent(low)} to {percent(high)})")
         if left_out := result.holdout.left_out:
             first = f"{left_out[0].name} is {left_out[0].training_name}"
-            click.echo(f"  left out of the holdout set, since they are training images: {len(left_out):,} ({first})")
+            click.echo(
+                f"  left out of the holdout set, since they are training images: {len(left_out):,} ({printable(first)})"
+            )
         for warning in result.holdout.warnings:
             click.echo(f"  warning about the holdout set: {in_own_options(warning)}")
     click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} grey levels rms")
@@ -182,7 +197,7 @@ def print_verdict(result: Audit) -> None:
     for which in ("generated", "training"):
         if skipped := result.settings[which]["skipped"]:
             first = f"{skipped[0]['name']}: {skipped[0]['reason']}"
-            click.echo(f"  {which} files passed over: {len(skipped):,} (the first: {first})")
+            click.echo(f"  {which} files passed over: {len(skipped):,} (the first: {printable(first)})")
     if result.sources:
-        most = ", ".join(f"{source.name} ({source.count})" for source in result.sources[:3])
+        most = ", ".join(f"{printable(source.name)} ({source.count})" for source in result.sources[:3])
         click.echo(f"  copied most often: {most}")

@@ -16,6 +16,7 @@ from diffmem.cli.options import (
     debug_option,
     reading,
     reading_options,
+    reserve_output,
     say_notes,
 )
 from diffmem.errors import InputError
@@ -102,6 +103,7 @@ def dataset_command(
     from diffmem.progress import progress_bars
 
     check_writable(out)
+    reserve_output(out)
     with progress_bars() as progress:
         derived = derive(
             source,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
-from diffmem.cli.options import debug_option
+from diffmem.cli.options import debug_option, reserve_report
 from diffmem.cli.training_options import POSITIVE, SHARE, describe_preset, training_options, training_parts
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def emm_command(
     from diffmem.studies import DataRecipe, Setting, find_emm
 
     torch.set_flush_denormal(True)
+    reserve_report(out)
     resolution = resize or load_images(source, limit=1).image_shape[1]
     parts = training_parts(resolution, **options)
     click.echo(describe_preset(parts.preset, resolution), err=True)

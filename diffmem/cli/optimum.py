@@ -11,7 +11,18 @@ from click.core import ParameterSource
 
 from diffmem.cli.comparison import print_comparison, print_sweep
 from diffmem.cli.distributed import is_first_rank, process_group, ranks
-from diffmem.cli.options import Source, debug_option, reading, reading_options, say_notes
+from diffmem.cli.options import (
+    CommandWithJson,
+    Source,
+    debug_option,
+    gate_options,
+    json_option,
+    limits_of,
+    reading,
+    reading_options,
+    reserve_report,
+    say_notes,
+)
 from diffmem.cli.sample import Seeds, print_result, says_what_is_kept
 from diffmem.cli.training_options import POSITIVE
 from diffmem.errors import InputError
@@ -46,15 +57,17 @@ class Variants(click.ParamType):
             self.fail(str(error), parameter, context)
 
 
+_GATE = ("fail_above", "require_below", "max_copies")
+
 # What each of the command's three uses has no use for, by parameter.
 _NOT_WITH = {
-    "--compare": ("variants", "out", "cond", "regularization", "subset", "class_index", "audit", "restart"),
-    "--sweep": ("out", "regularization", "subset", "audit", "holdout", "restart", "images", "levels"),
+    "--compare": ("variants", "out", "cond", "regularization", "subset", "class_index", "audit", "restart", *_GATE),
+    "--sweep": ("out", "regularization", "subset", "audit", "holdout", "restart", "images", "levels", *_GATE),
     "sampling": ("images", "levels"),
 }
 
 
-@click.command("optimum")
+@click.command("optimum", cls=CommandWithJson)
 @click.argument("source", type=Source())
 @click.option(
     "--compare", "checkpoint", type=click.Path(exists=True, path_type=Path), metavar="CHECKPOINT",
@@ -115,16 +128,15 @@ _NOT_WITH = {
     help="A folder for the report of --audit, --compare or --sweep; a sweep keeps what is finished there and goes on.",
 )  # fmt: skip
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a summary as JSON on standard output and nothing else there."
-)
+@json_option
+@gate_options
 @debug_option
 @click.pass_context
 def optimum_command(
     context, source, checkpoint, variants, size, resize, color, alpha, key, layout, skip_bad, cond, seeds, out, solver,
     steps, regularization, subset, tolerance, class_index, batch, device, audit, holdout, images, levels, report,
-    restart, as_json,
-) -> None:  # fmt: skip
+    restart, as_json, fail_above, require_below, max_copies,
+) -> int:  # fmt: skip
     """Sample from the theoretical optimum of the training set SOURCE: the denoiser that training tends to, in closed
     form. What it makes are copies, unless it is regularized.
 
@@ -146,7 +158,6 @@ def optimum_command(
     """
     import torch
 
-    from diffmem.atomic_io import check_output_folder
     from diffmem.comparison import compare, sweep
     from diffmem.generation import SampleSettings, generate
     from diffmem.optimum import OptimalDenoiser
@@ -157,8 +168,7 @@ def optimum_command(
     _check_use(context, use)
     settings = SampleSettings(solver=solver, steps=steps, class_index=class_index, batch=batch, compile="off")
     torch.set_flush_denormal(True)
-    if report is not None and is_first_rank():
-        check_output_folder(report)
+    reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
         given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
         training = DataSource(source, size, resize, **reading("source", **given)).load(progress)
@@ -190,8 +200,9 @@ def optimum_command(
                 denoiser, seeds or DEFAULT_SEEDS, out=out, settings=settings, training=training if audit else None,
                 holdout=holdout, restart=restart, progress=progress,
             )  # fmt: skip
-            tell = partial(print_result, headline=denoiser.summary())
-    tell(result, report, as_json)
+            limits = limits_of(fail_above, require_below, max_copies)
+            tell = partial(print_result, headline=denoiser.summary(), limits=limits)
+    return tell(result, report, as_json) or 0
 
 
 def _check_classes(training: ImageSet, class_index: int | None) -> None:
@@ -222,7 +233,7 @@ def _check_use(context: click.Context, use: str) -> None:
     if use == "sampling":
         if "out" not in given and "audit" not in given:
             raise click.UsageError("nothing to do: give --out, --audit, --compare or --sweep")
-        for name in ("holdout", "report"):
+        for name in ("holdout", "report", *_GATE):
             if name in given and "audit" not in given:
                 raise click.UsageError(f"{given[name]} goes with --audit")
         if "restart" in given and "out" not in given:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffmem.cli.distributed import is_first_rank
 from diffmem.errors import InputError
+from diffmem.text import printable
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
+    from diffmem.memorization import Gate
 
 SETS = ("generated", "training", "holdout")
 
@@ -100,7 +103,7 @@ def say_notes(sets: Iterable[ImageSet | None], first_rank: bool = True) -> None:
     """Prints the notes of image sets, each once, on standard error."""
     for note in dict.fromkeys(note for images in sets if images is not None for note in images.notes):
         if first_rank:
-            click.echo(f"note: {in_own_options(note)}", err=True)
+            click.echo(f"note: {printable(in_own_options(note))}", err=True)
 
 
 def debugging() -> bool:
@@ -117,6 +120,109 @@ def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) 
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_set_debug, is_eager=True, help="Show tracebacks of errors."
 )
+
+
+class CommandWithJson(click.Command):
+    """A command whose --json may be followed by "full" or by nothing: `--json`, `--json full`, `--json=full`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        waiting = list(args)
+        while waiting:
+            word = waiting.pop(0)
+            if word == "--":
+                joined += [word, *waiting]
+                break
+            if word == "--json":
+                asked = waiting.pop(0) if waiting and waiting[0] in JSON_KINDS else JSON_KINDS[0]
+                word = f"--json={asked}"
+            joined.append(word)
+        return super().parse_args(ctx, joined)
+
+
+JSON_KINDS = ("summary", "full")
+
+json_option = click.option(
+    "--json", "as_json", type=click.Choice(JSON_KINDS), metavar="[full]",
+    help="Print a summary as JSON on standard output and nothing else there; full: with what is said of each image.",
+)  # fmt: skip
+
+
+class Share(click.FloatRange):
+    """A number from 0 to 1."""
+
+    name = "share"
+
+    def __init__(self):
+        super().__init__(0, 1)
+
+    def convert(self, value, parameter, context) -> float:
+        share = super().convert(value, parameter, context)
+        if share != share:
+            self.fail(f"{value} is no share", parameter, context)
+        return share
+
+
+_GATE_OPTIONS = [
+    click.option(
+        "--fail-above", type=Share(), metavar="SHARE",
+        help="A gate: closed (status 3) where the interval's lower end lies above SHARE, else passed (0), also where "
+        "too few images show anything.",
+    ),
+    click.option(
+        "--require-below", type=Share(), metavar="SHARE",
+        help="A gate: passed where the interval's upper end lies below SHARE, closed (3) where the lower end does not, "
+        "undecided (4) between.",
+    ),
+    click.option(
+        "--max-copies", type=click.IntRange(min=0), metavar="N",
+        help="A gate: closed (3) where more than N images are copies.",
+    ),
+]  # fmt: skip
+
+
+def gate_options(command: Callable) -> Callable:
+    """Gives a command --fail-above, --require-below and --max-copies; see `limits_of` and `tell_gate`."""
+    for option in reversed(_GATE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def limits_of(fail_above: float | None, require_below: float | None, max_copies: int | None) -> dict[str, Any]:
+    """The limits that were given, as `Audit.gate` takes them; empty where there is no gate."""
+    given = {"fail_above": fail_above, "require_below": require_below, "max_copies": max_copies}
+    return {name: limit for name, limit in given.items() if limit is not None}
+
+
+def flag_of(name: str) -> str:
+    """The command line's name of a parameter."""
+    return f"--{name.replace('_', '-')}"
+
+
+def tell_gate(gate: Gate | None) -> int:
+    """Says on standard error what a gate decided unless it passed, and returns the exit status."""
+    if gate is None:
+        return 0
+    if not gate.passed:
+        click.echo(printable(in_own_options(str(gate))), err=True)
+    return gate.status
+
+
+def reserve_output(path: Path) -> None:
+    """Locks an output, for the first rank, until the command ends."""
+    from diffmem.atomic_io import output_lock
+
+    if is_first_rank():
+        click.get_current_context().with_resource(output_lock(path))
+
+
+def reserve_report(folder: Path | None) -> None:
+    """Locks the folder of a report, if there is to be one, and sees that it can be written to before long work."""
+    from diffmem.atomic_io import check_output_folder
+
+    if folder is not None and is_first_rank():
+        check_output_folder(folder)
+        reserve_output(folder)
 
 
 class Source(click.ParamType):

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffmem.cli.audit import Source, print_verdict
+from diffmem.cli.audit import Source, as_json_asks, print_verdict
 from diffmem.cli.distributed import is_first_rank, process_group
-from diffmem.cli.options import ValueRange, debug_option
+from diffmem.cli.options import (
+    CommandWithJson,
+    ValueRange,
+    debug_option,
+    flag_of,
+    gate_options,
+    json_option,
+    limits_of,
+    reserve_output,
+    reserve_report,
+    tell_gate,
+)
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +43,7 @@ class Seeds(click.ParamType):
             self.fail(str(error), parameter, context)
 
 
-@click.command("sample")
+@click.command("sample", cls=CommandWithJson)
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.option("--seeds", type=Seeds(), default="0-9999", show_default=True, help="Which images: 0-9999 or 0,3,5-7.")
 @click.option(
@@ -100,25 +112,13 @@ class Seeds(click.ParamType):
     "--report", type=click.Path(path_type=Path), help="With --audit: write report.html and its tables into this folder."
 )
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a summary as JSON on standard output and nothing else there."
-)
+@json_option
+@gate_options
 @debug_option
 def sample_command(
-    checkpoint,
-    seeds,
-    out,
-    precision,
-    half,
-    device,
-    training,
-    holdout,
-    value_range,
-    report,
-    restart,
-    as_json,
-    **settings,
-) -> None:
+    checkpoint, seeds, out, precision, half, device, training, holdout, value_range, report, restart, as_json,
+    fail_above, require_below, max_copies, **settings,
+) -> int:  # fmt: skip
     """Sample images from CHECKPOINT, a folder with model.safetensors and config.json, or an EDM snapshot (.pkl).
 
     The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
@@ -139,14 +139,16 @@ def sample_command(
     """
     import torch
 
-    from diffmem.atomic_io import check_output_folder
     from diffmem.data import load_images
     from diffmem.generation import SampleSettings, generate
     from diffmem.progress import progress_bars
 
     if out is None and training is None:
         raise click.UsageError("nothing to do: give --out, --audit, or both")
-    for name, value in (("--holdout", holdout), ("--value-range", value_range), ("--report", report)):
+    limits = limits_of(fail_above, require_below, max_copies)
+    with_audit = [("--holdout", holdout), ("--value-range", value_range), ("--report", report)]
+    with_audit += [(flag_of(name), limit) for name, limit in limits.items()]
+    for name, value in with_audit:
         if value is not None and training is None:
             raise click.UsageError(f"{name} goes with --audit")
     if restart and out is None:
@@ -158,8 +160,7 @@ def sample_command(
     except InputError as error:
         raise click.UsageError(str(error)) from None
     torch.set_flush_denormal(True)
-    if report is not None and is_first_rank():
-        check_output_folder(report)
+    reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
         if value_range is not None:
             training, holdout = (
@@ -170,7 +171,7 @@ def sample_command(
             checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, device=device,
             restart=restart, progress=progress,
         )  # fmt: skip
-    print_result(result, report, as_json)
+    return print_result(result, report, as_json, limits=limits)
 
 
 @contextmanager
@@ -186,20 +187,30 @@ def says_what_is_kept(out: Path | None) -> Iterator[None]:
         raise
 
 
-def print_result(result: Generated | None, report: Path | None, as_json: bool, headline: str = "") -> None:
-    """Saves the audit's report where one is wanted, and prints JSON, or a headline and the summary; on the first rank,
-    the others have no result."""
+def print_result(
+    result: Generated | None,
+    report: Path | None,
+    as_json: str | None,
+    headline: str = "",
+    limits: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
+    """Prints JSON, or a headline and the summary, and saves the audit's report where one is wanted; on the first rank,
+    the others have no result. Returns the exit status, which tells what the gate of these limits decided."""
     if result is None:
-        return
-    page = None if report is None else result.audit.save(report)
+        return 0
+    gate = result.audit.gate(**limits) if limits else None
     if as_json:
-        click.echo(json.dumps(result.to_dict(), allow_nan=False))
-        return
-    if headline:
-        click.echo(headline)
-    print_summary(result)
-    if page is not None:
-        click.echo(f"report: {page}")
+        decided = {} if gate is None else {"gate": gate.to_dict()}
+        click.echo(json.dumps({**as_json_asks(result, as_json), **decided}, allow_nan=False))
+    else:
+        if headline:
+            click.echo(headline)
+        print_summary(result)
+    if report is not None:
+        page = result.audit.save(report)
+        if not as_json:
+            click.echo(f"report: {page}")
+    return tell_gate(gate)
 
 
 def print_summary(result: Generated) -> None:
@@ -226,5 +237,6 @@ def import_edm_command(snapshot: Path, out: Path) -> None:
     """
     from diffmem.models import import_edm, load
 
+    reserve_output(out)
     folder = import_edm(snapshot, out)
     click.echo(f"{folder}: {load(folder).summary()}")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from diffmem.cli.audit import Source
-from diffmem.cli.options import debug_option, reading, reading_options
+from diffmem.cli.options import (
+    debug_option,
+    gate_options,
+    limits_of,
+    reading,
+    reading_options,
+    reserve_report,
+    tell_gate,
+)
 from diffmem.cli.sample import Seeds
 
 if TYPE_CHECKING:
@@ -42,15 +50,17 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the page.  [default: RUN/trajectory]")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on standard output, nothing else.")
+@gate_options
 @debug_option
 def trajectory_command(
     run, seeds, every, order, at_least, confidence, data, size, resize, color, alpha, key, layout, skip_bad, solver,
-    batch, device, out, as_json,
-) -> None:  # fmt: skip
+    batch, device, out, as_json, fail_above, require_below, max_copies,
+) -> int:  # fmt: skip
     """How the share of copies grew: R_mem of the snapshots of RUN, a folder of diffmem train.
 
     Writes trajectory.html (plot, first copies, table), .csv, .json and .svg. What was audited before, here or by
     train's --audit-every, is not again: the same command goes on after an interrupt, and more seeds cost only those.
+    A gate judges the interval of the highest R_mem, and --max-copies each snapshot.
 
     \b
     Examples:
@@ -61,15 +71,18 @@ def trajectory_command(
     import torch
 
     from diffmem.generation import SampleSettings
-    from diffmem.memorization import Question
+    from diffmem.memorization import Question, decide_gate
     from diffmem.monitoring import trajectory
     from diffmem.progress import progress_bars
-    from diffmem.training import DataSource
+    from diffmem.training import DataSource, RunFolder
 
     given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
     if data is None and (size or resize or any(given.values())):
         raise click.UsageError("--size, --resize, --color, --alpha, --key, --layout and --skip-bad go with --data")
     torch.set_flush_denormal(True)
+    limits = limits_of(fail_above, require_below, max_copies)
+    RunFolder.open(run)  # raises where there is none, before a folder is made in it
+    reserve_report(run / "trajectory" if out is None else out)
     with progress_bars() as progress:
         result = trajectory(
             run,
@@ -82,12 +95,18 @@ def trajectory_command(
             device=device,
             progress=progress,
         )
-    page = result.save(out)
+    gate = None
+    if limits:
+        gate = decide_gate(max(point.count for point in result.points), result.interval, **limits)
     if as_json:
-        click.echo(json.dumps(result.to_dict(), allow_nan=False))
-        return
-    print_trajectory(result)
-    click.echo(f"report: {page}")
+        decided = {} if gate is None else {"gate": gate.to_dict()}
+        click.echo(json.dumps({**result.to_dict(), **decided}, allow_nan=False))
+    else:
+        print_trajectory(result)
+    page = result.save(out)
+    if not as_json:
+        click.echo(f"report: {page}")
+    return tell_gate(gate)
 
 
 def print_trajectory(result: Trajectory) -> None:

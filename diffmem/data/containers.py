@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from diffmem.data.decode import MAX_FILE_BYTES, BadImage, image_suffixes
-from diffmem.data.labels import DATASET_JSON, as_labels, or_note, parse_dataset_json, printable
+from diffmem.data.labels import DATASET_JSON, as_labels, or_note, parse_dataset_json
 from diffmem.errors import InputError, MissingExtraError
+from diffmem.text import printable
 
 # Where macOS, network drives and Windows keep thumbnails, forks and deleted files, in lower case.
 SYSTEM_FOLDERS = frozenset(

@@ -17,19 +17,12 @@ import numpy as np
 
 from diffmem.errors import InputError
 from diffmem.inert.boundary import short
+from diffmem.text import printable
 
 DATASET_JSON = "dataset.json"
 # How the note on labels that were not usable begins.
 LEFT_OUT = "labels are left out: "
 _WHOLE = re.compile("-?[0-9]{1,18}")
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def printable(name: str) -> str:
-    """A file's `name` fit for one line of a report: control characters and bytes that are no text are escaped."""
-    if name.isprintable():
-        return name
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
 def or_note(read: Callable[[], np.ndarray | None]) -> tuple[np.ndarray | None, tuple[str, ...]]:

@@ -60,7 +60,14 @@ class Generated:
         return self.new / self.seconds if self.new else None
 
     def to_dict(self) -> dict[str, Any]:
-        """A summary in plain JSON types, without the images."""
+        """What was made and found, in plain JSON types, without the images."""
+        return self._described(None if self.audit is None else self.audit.to_dict())
+
+    def summary(self) -> dict[str, Any]:
+        """`to_dict` without what the audit says of each image."""
+        return self._described(None if self.audit is None else self.audit.summary())
+
+    def _described(self, audit: dict[str, Any] | None) -> dict[str, Any]:
         return {
             "seeds": format_seeds(self.samples.seeds.tolist()),
             "images": len(self.samples.seeds),
@@ -71,7 +78,7 @@ class Generated:
             "settings": self.settings.to_dict(),
             "checkpoint": {"path": self.checkpoint, "fingerprint": self.fingerprint},
             "out": None if self.out is None else str(self.out),
-            "audit": None if self.audit is None else self.audit.to_dict(),
+            "audit": audit,
         }
 
 

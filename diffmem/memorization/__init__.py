@@ -2,6 +2,7 @@
 
 from diffmem.memorization.audit import Audit, CopiedImage, SeenImage, audit
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
+from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.statistics import (
     Question,
     anytime_interval,
@@ -13,10 +14,12 @@ from diffmem.memorization.statistics import (
 __all__ = [
     "Audit",
     "CopiedImage",
+    "Gate",
     "Question",
     "SeenImage",
     "anytime_interval",
     "audit",
+    "decide_gate",
     "exact_interval",
     "highest_interval",
     "parse_threshold",

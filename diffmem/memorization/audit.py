@@ -19,6 +19,7 @@ from diffmem.data.grid import split_grid as cut_sheets
 from diffmem.data.value_range import extremes
 from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
+from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.plausibility import Appearance, check_scale, scale_recipe, suspicions
 from diffmem.memorization.statistics import wilson_interval
 from diffmem.pages import percent
@@ -37,7 +38,12 @@ from diffmem.search import (
 )
 
 if TYPE_CHECKING:
+    import pandas
+
     from diffmem.data import ImageSource
+
+_PER_IMAGE = ("memorized", "raw_memorized", "published_memorized", "neighbors")
+_SHOWN = 10  # entries of a list in a summary
 
 
 LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
@@ -196,10 +202,50 @@ class Audit:
             },
         }
 
+    def summary(self) -> dict[str, Any]:
+        """`to_dict` without what is said of each image; of long lists the first entries, and how many there are."""
+        summary = {name: value for name, value in self.to_dict().items() if name not in _PER_IMAGE}
+        holdout = None if self.holdout is None else self.holdout.summary()
+        duplicates = {"groups": len(self.duplicates), "images": sum(map(len, self.duplicates))}
+        return _shortened({**summary, "holdout": holdout, "duplicates": duplicates})
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per generated image, with the columns of `samples.csv`.
+
+        Returns:
+            The table; names are as the images have them, not escaped as in the file.
+
+        Raises:
+            MissingExtraError: The package pandas is not installed.
+        """
+        from diffmem.memorization.report import frame
+
+        return frame(self)
+
+    def gate(
+        self, *, fail_above: float | None = None, require_below: float | None = None, max_copies: int | None = None
+    ) -> Gate:
+        """Whether these images pass the limits given; see `diffmem.memorization.decide_gate`.
+
+        Example:
+            >>> gate = result.gate(require_below=0.01)  # doctest: +SKIP
+            >>> assert gate.passed, gate  # doctest: +SKIP
+        """
+        limits = {"fail_above": fail_above, "require_below": require_below, "max_copies": max_copies}
+        return decide_gate(self.count, self.interval, **limits, warnings=self.warnings)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the verdict and the surest copies."""
+        from diffmem.memorization.report import render_summary
+
+        return render_summary(self)
+
     def save(self, folder: str | Path) -> Path:
         """Write `report.html`, `samples.csv` and `report.json` into `folder` and return the path of the report.
 
-        Each file is written beside its final name and renamed when whole. Raises InputError where that cannot be done.
+        The three appear together, when all are written. In `samples.csv` names that spreadsheets would take for
+        formulas begin with an apostrophe, and invisible characters are escaped. Raises InputError where that cannot be
+        done.
         """
         from diffmem.memorization.report import write_report
 
@@ -427,6 +473,19 @@ def _missed(search: dict[str, Any]) -> tuple[str, ...]:
         "images searched exactly): a missed nearest image hides a copy, a missed second one makes a false alarm; "
         "search exactly, or with an index that looks farther",
     )
+
+
+def _shortened(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain JSON types with lists of at most `_SHOWN` entries; how many a longer one has is added under `…_total`."""
+    short: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            short[name] = _shortened(value)
+        elif isinstance(value, list) and len(value) > _SHOWN:
+            short |= {name: value[:_SHOWN], f"{name}_total": len(value)}
+        else:
+            short[name] = value
+    return short
 
 
 def _describe(images: ImageSet) -> dict[str, Any]:

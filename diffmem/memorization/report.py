@@ -12,15 +12,19 @@ import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.data import ImageSet
+from diffmem.errors import MissingExtraError
 from diffmem.memorization.criteria import parse_threshold
 from diffmem.pages import template, write_texts
 from diffmem.pictures import data_url, plot, svg
 from diffmem.text import write_table
 
 if TYPE_CHECKING:
+    import pandas
+
     from diffmem.memorization.audit import Audit
 
 GALLERY_ROWS = 120  # triples shown, surest copies first
+SUMMARY_ROWS = 4  # triples shown in a notebook
 BORDER_ROWS = 12  # triples shown on each side of the threshold
 PICTURE_BUDGET = 3_600_000  # bytes of embedded pictures, so that the page stays below 5 MB whatever the images are
 
@@ -72,6 +76,41 @@ def rows(audit: Audit) -> Iterator[list[Any]]:
         if training.labels is not None and training.labels.ndim == 1:
             fields += training.labels[neighbors.indices[row]].tolist()
         yield fields
+
+
+def frame(audit: Audit) -> pandas.DataFrame:
+    """The table of `samples.csv` as a data frame."""
+    try:
+        import pandas
+    except ImportError:
+        raise MissingExtraError("pandas", "pandas", "a data frame") from None
+    neighbors, training = audit.neighbors, audit.training
+    table: dict[str, Any] = {
+        "index": np.arange(audit.total),
+        "name": [audit.generated.name(row) for row in range(audit.total)],
+        "memorized": audit.memorized,
+        "raw_memorized": audit.raw_memorized,
+        "published_memorized": audit.published_memorized,
+        "d1_over_d2": audit.distance_ratios,
+    }
+    for column, which in enumerate(("nearest", "second")):
+        indices = neighbors.indices[:, column]
+        table |= {f"{which}_index": indices, f"{which}_name": [training.name(int(index)) for index in indices]}
+        table |= {f"{which}_distance": neighbors.distances[:, column], f"{which}_rms": neighbors.rms[:, column]}
+        table[f"{which}_squared_distance"] = neighbors.squared_distances[:, column]
+        if neighbors.mirrored is not None:
+            table[f"{which}_mirrored"] = neighbors.mirrored[:, column]
+        if training.labels is not None and training.labels.ndim == 1:
+            table[f"{which}_label"] = training.labels[indices]
+    return pandas.DataFrame(table)[columns(audit)]
+
+
+def render_summary(audit: Audit) -> str:
+    """The verdict and the surest copies as a fragment of a page."""
+    pictures = _Pictures(audit)
+    order = np.argsort(audit.distance_ratios, kind="stable")
+    triples = _triples(audit, [int(row) for row in order[:SUMMARY_ROWS]], pictures)
+    return template("diffmem.memorization", "summary.html.j2").render(audit=audit, triples=triples)
 
 
 @dataclass(frozen=True)

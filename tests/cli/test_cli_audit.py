@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,14 +35,23 @@ def folder(tmp_path_factory) -> Path:
     mixture = ImageSet(np.concatenate([copies, digits.images[600:610]]))
     write_edm_zip(mixture, folder / "copies.zip")
     write_edm_zip(digits.select(slice(700, 900)), folder / "unseen.zip")
+    with zipfile.ZipFile(folder / "copies.zip") as archive:
+        (folder / "one.png").write_bytes(archive.read(archive.namelist()[0]))
     return folder
 
 
 def test_json_is_the_python_result_and_nothing_else(folder):
-    result = run("audit", folder / "copies.zip", folder / "training.zip", "--holdout", folder / "unseen.zip", "--json")
-    assert result.returncode == 0, result.stderr
+    sets = (folder / "copies.zip", folder / "training.zip", "--holdout", folder / "unseen.zip")
     from_python = diffmem.audit(folder / "copies.zip", folder / "training.zip", holdout=folder / "unseen.zip")
-    assert json.loads(result.stdout) == json.loads(json.dumps(from_python.to_dict()))
+    for arguments, expected in (
+        ((*sets, "--json", "full"), from_python.to_dict()),
+        (("--json=full", *sets), from_python.to_dict()),
+        ((*sets, "--json"), from_python.summary()),
+        (("--json", *sets), from_python.summary()),  # what follows is no value of --json
+    ):
+        result = run("audit", *arguments)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout) == json.loads(json.dumps(expected))
     assert json.loads(result.stdout)["count"] >= 30
 
 
@@ -65,15 +75,18 @@ def test_verdict_and_report(folder, tmp_path):
     assert "data:image/png;base64," in page
 
 
-def test_gate(folder):
+def test_gate(folder, tmp_path):
     sets = (folder / "copies.zip", folder / "training.zip")
-    closed = run("audit", *sets, "--fail-above", "0.3")
-    assert closed.returncode == 1
-    assert "gate closed" in closed.stderr
-    assert "Traceback" not in closed.stderr
-    low = json.loads(run("audit", *sets, "--json").stdout)["interval"][0]
-    assert run("audit", *sets, "--fail-above", low + 1e-6).returncode == 0
-    assert run("audit", *sets, "--fail-above", low - 1e-6).returncode == 1
+    closed = run("audit", *sets, "--fail-above", "0.3", "--json", "--out", tmp_path / "report")
+    assert closed.returncode == 3
+    assert closed.stderr.startswith("gate closed: the 95 % interval")
+    assert json.loads(closed.stdout)["gate"]["state"] == "closed"
+    assert (tmp_path / "report" / "report.html").exists()
+    undecided = run("audit", *sets, "--require-below", "0.8", "--max-copies", 40)
+    assert undecided.returncode == 4
+    assert "audit more images" in undecided.stderr
+    passed = run("audit", *sets, "--fail-above", "0.8", "--require-below", "0.999", "--max-copies", 40)
+    assert (passed.returncode, passed.stderr) == (0, "")
 
 
 def test_floats_are_told_what_to_do_and_a_black_set_does_not_pass(folder, tmp_path):
@@ -127,6 +140,7 @@ def test_options_reach_the_audit(folder):
         (["audit", "missing.zip", "builtin:digits"], 2, "missing.zip does not exist"),
         (["audit", "builtin:digits", "builtin:digits", "--threshold", "many"], 2, "not a number"),
         (["audit", "builtin:digits", "builtin:digits", "--fail-above", "2"], 2, "0<=x<=1"),
+        (["audit", "builtin:digits", "builtin:digits", "--require-below", "nan"], 2, "no share"),
         (["audit", "builtin:digits", "builtin:patches"], 1, "--color"),
         (["audit", "builtin:digits", "builtin:digits", "--device", "abacus"], 1, "device 'abacus' is unknown"),
         (["audit", "builtin:digits", "builtin:digits", "--device", "cuda:99"], 1, "device 'cuda:99' is not here"),
@@ -181,8 +195,9 @@ def test_output_folder_that_cannot_be_written(folder, tmp_path):
     assert time.monotonic() - started < 60  # found out before the work, not after it
 
 
-def test_interrupt_leaves_nothing_half_written(folder, tmp_path):
-    """Ctrl-C in the middle of a large audit."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_leaves_nothing_half_written(tmp_path, number, status):
+    """Ctrl-C, or a service manager, in the middle of a large audit."""
     random = np.random.default_rng(0)
     np.save(tmp_path / "noise.npy", random.integers(0, 256, (40_000, 3, 32, 32), dtype=np.uint8))
     out = tmp_path / "report"
@@ -192,18 +207,62 @@ def test_interrupt_leaves_nothing_half_written(folder, tmp_path):
         time.sleep(0.05)
     time.sleep(1.0)
     assert process.poll() is None, process.communicate()
-    process.send_signal(signal.SIGINT)
+    second = run("audit", "builtin:digits", "builtin:digits", "--limit", 5, "--out", out)
+    assert second.returncode == 1
+    assert f"process {process.pid}" in second.stderr
+    process.send_signal(number)
     _stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
     assert list(out.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["noise.npy", "report"]
 
 
-def test_reader_that_goes_away(folder):
-    command = f"{' '.join(DIFFMEM)} audit {folder}/copies.zip {folder}/training.zip --json | head -c 10"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
-    assert result.stderr == ""
+def test_reader_that_goes_away(folder, tmp_path):
+    """The work goes on, and its status stays."""
+    for gate, status in (("", 0), ("--max-copies 3", 3)):
+        out = tmp_path / f"report{status}"
+        command = f"{' '.join(DIFFMEM)} audit {folder}/copies.zip {folder}/training.zip --out {out} {gate} | true"
+        command = f"set -o pipefail; {command}"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
+        assert result.returncode == status
+        assert "Traceback" not in result.stderr
+        assert "BrokenPipe" not in result.stderr
+        assert (out / "report.html").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_output_that_is_full(folder):
+    with open("/dev/full", "w") as full:
+        command = [*DIFFMEM, "audit", "--json", folder / "copies.zip", folder / "training.zip"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr == "diffmem: No space left on device\n"
+
+
+def test_names_that_are_no_text(folder, tmp_path):
+    """Bytes that are no UTF-8, control characters and those that reorder text, in files, folders and outputs."""
+    odd = os.fsdecode(b"caf\xe9")
+    samples = tmp_path / odd / "exe\u202egnp"
+    samples.mkdir(parents=True)
+    for name in (f"{odd}.png", "two\nlines\x1b[31m.png", "=cmd.png"):
+        shutil.copy(folder / "one.png", samples / name)
+    (samples / f"cut{odd}.png").write_bytes(b"\x89PNG")
+    out = tmp_path / odd / "report"
+    result = run("audit", samples, folder / "training.zip", "--skip-bad", "--out", out, errors="strict")
+    assert result.returncode == 0, result.stderr
+    assert "cutcaf\\xe9.png" in result.stdout
+    for stream in (result.stdout, result.stderr):
+        assert not set(stream) & set("\x1b\u202e")
+    assert "\\u202e" in (out / "report.html").read_text(encoding="utf-8")
+    assert json.loads((out / "report.json").read_text())["settings"]["generated"]["source"] == str(samples)
+    with open(out / "samples.csv", newline="", encoding="utf-8") as file:
+        names = [row["name"] for row in csv.DictReader(file)]
+    assert sorted(names) == ["'=cmd.png", "caf\\xe9.png", "two\\nlines\\x1b[31m.png"]
+    failed = run("audit", samples, folder / "training.zip", errors="strict")
+    assert failed.returncode == 1
+    assert len(failed.stderr.splitlines()) == 1
 
 
 def test_folder_of_seeds(folder, tmp_path):

@@ -68,7 +68,7 @@ def test_audit_under_torchrun_just_works(tmp_path):
     write_edm_zip(digits.select(slice(0, 301)), tmp_path / "training.zip")
     write_edm_zip(digits.select(slice(280, 340)), tmp_path / "generated.zip")
     arguments = ["-m", "diffmem", "audit", tmp_path / "generated.zip", tmp_path / "training.zip"]
-    options = ["--flip", "--duplicate-radius", "3", "--json", "--out", tmp_path / "report"]
+    options = ["--flip", "--duplicate-radius", "3", "--json", "full", "--out", tmp_path / "report"]
     result = torchrun(2, *arguments, *options)
     assert result.returncode == 0, result.stderr[-3000:]
     one = diffmem.audit(tmp_path / "generated.zip", tmp_path / "training.zip", flip=True, duplicate_radius=3)

@@ -1,0 +1,87 @@
+"""Signals and output of commands."""
+
+import io
+import os
+import signal
+import threading
+
+import pytest
+
+from diffmem.cli.terminal import Output, TerminatedError, output, signals
+
+
+def stream(encoding="utf-8"):
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+
+
+def test_output_shows_what_would_hide_and_what_the_encoding_lacks():
+    under = stream("ascii")
+    out = Output(under)
+    out.write("σ exe\u202egnp\x1b[31m \udcff\nnext\tline\r")
+    out.flush()
+    assert under.buffer.getvalue() == b"\\u03c3 exe\\u202egnp\\x1b[31m \\xff\nnext\tline\\r"
+    out.detach()
+
+
+def test_colors_reach_terminals(monkeypatch):
+    under = stream()
+    out = Output(under)
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    out.write("\x1b[1;31mError\x1b[0m \x1b[2J\x1b]0;title\x07")
+    out.flush()
+    assert under.buffer.getvalue() == b"\x1b[1;31mError\x1b[0m \\x1b[2J\\x1b]0;title\\x07"
+    out.detach()
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as under:
+        out = Output(under)
+        for _ in range(3):
+            out.write("x" * 10_000)
+            out.flush()
+        out.detach()
+
+
+def test_the_streams_come_back(capsys):
+    with output():
+        print("a\x1bb")
+    print("c")
+    assert capsys.readouterr().out == "a\\x1bb\nc\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_interrupts_once(number):
+    before = signal.getsignal(number)
+    with signals() as ending:
+        with pytest.raises(TerminatedError):
+            signal.raise_signal(number)
+        signal.raise_signal(number)  # from another sender, while the first is obeyed
+        assert ending.number == number
+        ending.asked -= 10
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_leave_signals_alone():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask():
+        with signals():
+            assert signal.getsignal(signal.SIGTERM) is before
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
