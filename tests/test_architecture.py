@@ -20,6 +20,7 @@ EVERYBODY = {
     "pictures",
     "precision",
     "progress",
+    "recognize",
     "text",
     "timing",
 }

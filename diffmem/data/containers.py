@@ -18,9 +18,10 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -40,6 +41,15 @@ SYSTEM_FOLDERS = frozenset(
         "$recycle.bin",
         "lost+found",
         "system volume information",
+    }
+)
+
+# Pictures and films that are not read, so that nobody thinks they were.
+UNREAD_PICTURES = frozenset(
+    {
+        *(".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".eps", ".ai", ".pdf", ".dcm", ".nii"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw"),
+        *(".mp4", ".mov", ".avi", ".webm", ".mkv"),
     }
 )
 
@@ -90,6 +100,30 @@ def is_image_name(name: str) -> bool:
     return bool(stem) and f"{dot}{suffix.lower()}" in image_suffixes() and not is_skipped(name)
 
 
+def contents(names: Sequence[str]) -> str:
+    """What lies there instead of images: how many files of which endings, in how many folders."""
+    if not names:
+        return "it holds no files that are not hidden"
+    folders = {with_slashes(name).rpartition("/")[0] for name in names} - {""}
+    inside = f" in {len(folders):,} folder{'s' if len(folders) > 1 else ''}" if folders else ""
+    return f"it holds {len(names):,} file{'s' if len(names) > 1 else ''}{inside}: {_endings(names)}"
+
+
+def _endings(names: Sequence[str]) -> str:
+    counts = Counter(PurePosixPath(with_slashes(name)).suffix.lower() or "without ending" for name in names)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{printable(suffix)} ×{count:,}" for suffix, count in ordered[:6]]
+    return ", ".join(shown) + (f" and {len(counts) - 6} other endings" if len(counts) > 6 else "")
+
+
+def _unread_note(path: Path, others: Sequence[str]) -> tuple[str, ...]:
+    """A note on pictures and films of kinds that are not read, which would else be missed without a word."""
+    unread = [name for name in others if PurePosixPath(with_slashes(name)).suffix.lower() in UNREAD_PICTURES]
+    if not unread:
+        return ()
+    return (f"{path}: {len(unread):,} files of kinds that are not read were skipped ({_endings(unread)})",)
+
+
 class Folder:
     """The image files in a folder and its subfolders (links are followed), or a single image file."""
 
@@ -98,13 +132,17 @@ class Folder:
         self._root = path if path.is_dir() else path.parent
         found = [path.name]
         if path.is_dir():
-            found = sorted(_walk(self._root, "", set()), key=lambda name: natural_key(with_slashes(name)))
+            files = list(_walk(self._root, "", set()))
+            found = [name for name in files if is_image_name(name)]
+            found.sort(key=lambda name: natural_key(with_slashes(name)))
+            others = [name for name in files if not is_image_name(name)]
         if not found:
-            raise InputError(f"{path}: no images in this folder or its subfolders")
+            raise InputError(f"{path}: no images in this folder or its subfolders; {contents(others)}")
         self._files = found
         self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
         self.labels, self.notes = or_note(self._read_labels) if path.is_dir() else (None, ())
+        self.notes += _unread_note(path, others) if path.is_dir() else ()
 
     def _read_labels(self) -> np.ndarray | None:
         path = self._root / DATASET_JSON
@@ -145,7 +183,7 @@ def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[st
                 if entry.is_dir():
                     if not _is_skipped_folder(entry.name):
                         yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", above | {identity})
-                elif is_image_name(prefix + entry.name):
+                elif not is_skipped(entry.name):
                     yield prefix + entry.name
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
@@ -158,20 +196,24 @@ class ZipArchive:
         self.description = str(path)
         self._zip = open_zip(path)
         entries: dict[str, zipfile.ZipInfo] = {}
+        others: list[str] = []
         for entry in self._zip.infolist():
             name = with_slashes(entry.filename)
             if not is_image_name(name) and name != DATASET_JSON:
+                if not is_skipped(name) and not name.endswith("/"):
+                    others.append(name)
                 continue
             if name in entries:
                 raise InputError(f"{path}: two entries are named {printable(name)}: pack the archive again")
             entries[name] = entry
         found = sorted((name for name in entries if name != DATASET_JSON), key=natural_key)
         if not found:
-            raise InputError(f"{path}: no images in this archive")
+            raise InputError(f"{path}: no images in this archive; {contents(others)}")
         self._entries = [entries[name] for name in found]
         self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
         self.labels, self.notes = or_note(lambda: self._read_labels(entries.get(DATASET_JSON)))
+        self.notes += _unread_note(path, others)
 
     def _read_labels(self, entry: zipfile.ZipInfo | None) -> np.ndarray | None:
         if entry is None:

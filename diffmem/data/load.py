@@ -34,6 +34,7 @@ from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.value_range import as_bytes, check_value_range
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
+from diffmem.recognize import network_kind
 
 
 def load_images(
@@ -102,6 +103,11 @@ def load_images(
         return finish(_image_set(builtin.read_builtin(source, limit), source))
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
+        if (kind := network_kind(path)) is not None:
+            raise InputError(
+                f"{path}: is {kind}, not a set of images: sample it, and give the images (`diffmem sample` samples"
+                " networks of diffmem and snapshots of EDM)"
+            )
         encoded = _encoded(path, key)
         if encoded is not None:
 

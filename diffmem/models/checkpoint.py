@@ -19,6 +19,7 @@ from diffmem.integrity import SEAL, check_file, sealed, unsealed
 from diffmem.models.config import DenoiserConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.edm_snapshot import read_edm_snapshot
+from diffmem.recognize import network_kind
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -59,6 +60,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
         config, tensors = _read_checkpoint(path)
     else:
         source = path
+        kind = network_kind(path)
+        if kind is not None and "EDM" not in kind and path.suffix.lower() not in (".pkl", ".pt"):
+            raise InputError(
+                f"{path}: is {kind}, which is not read: give a checkpoint folder of diffmem or a snapshot of EDM"
+            )
         config, tensors = read_edm_snapshot(path)
     return _assemble(config, tensors, source).to(device).eval()
 
@@ -84,6 +90,11 @@ def fingerprint(denoiser: Denoiser) -> str:
 def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tensor]]:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
+            if (kind := network_kind(folder)) is not None:
+                raise InputError(
+                    f"{folder}: is {kind}, which is not one network: give a folder with {_CONFIG} and {_WEIGHTS}"
+                    " as diffmem writes it (a run's snapshots/…), or an EDM network-snapshot-*.pkl"
+                )
             raise InputError(f"{folder}: no {name} in it; a checkpoint is a folder with {_CONFIG} and {_WEIGHTS}")
     values = read_json(folder / _CONFIG)
     if isinstance(values, dict) and SEAL in values:
@@ -94,6 +105,8 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
     try:
         config = DenoiserConfig.from_json(values)
     except InputError as error:
+        if (kind := network_kind(folder)) not in (None, "a checkpoint of diffmem"):
+            raise InputError(f"{folder}: is {kind}, whose networks are not read: give one of diffmem or EDM") from None
         raise InputError(f"{folder / _CONFIG}: {error}") from None
     with parsing(folder / _WEIGHTS, "a complete safetensors file"):
         return config, load_file(folder / _WEIGHTS)

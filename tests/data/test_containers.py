@@ -200,7 +200,14 @@ def test_labels_that_cannot_be_read(container, tmp_path):
 
 
 def test_nothing_to_read(container, refused, tmp_path):
-    refused(container({"notes.txt": b""}), "no images in this")
+    files = {"notes.txt": b"", "a/x.HEIC": b"", "a/y.heic": b"", "b/data": b"", ".hidden/z.txt": b"", "__MACOSX/w": b""}
+    says = "it holds 4 files in 2 folders: .heic ×2, .txt ×1, without ending ×1"
+    refused(container(files), "no images in this", says)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "it holds no files that are not hidden")
+    files["0.png"] = encoded(pixels(1)[0])
+    (note,) = load_images(container(files)).notes
+    assert note.endswith("2 files of kinds that are not read were skipped (.heic ×2)")
     refused(tmp_path / "absent", "no such file or folder")
     (tmp_path / "x.mat").write_bytes(b"")
     refused(tmp_path / "x.mat", ".safetensors")
