@@ -20,6 +20,7 @@ from diffmem.data.value_range import extremes
 from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
 from diffmem.memorization.gate import Gate, decide_gate
+from diffmem.memorization.hidden import NEIGHBORS, hidden_copies
 from diffmem.memorization.plausibility import Appearance, check_scale, scale_recipe, suspicions
 from diffmem.memorization.statistics import wilson_interval
 from diffmem.pages import percent
@@ -349,15 +350,23 @@ def audit(
         "training": _describe(training),
     }
 
+    # More than the rule's two: copies of images that the training set holds in several versions show there.
+    looked_at = min(NEIGHBORS, len(training)) if duplicates == "collapse" else 2
     about_training = Appearance.of(training.images)
 
-    def judge(images: ImageSet, raw: Neighbors, what: str, **others: Any) -> Audit:
+    def judge(images: ImageSet, nearest: Neighbors, what: str, **others: Any) -> Audit:
+        raw = nearest.first(2)
         raw_memorized = ratio_rule(raw.squared_distances, exact_threshold)
         check_scale(images, training, what, copies=float(raw_memorized.mean()))
         found = _describe_search(index, search.recall)
-        chosen = search.outside_duplicates(images.images, raw) if duplicates == "collapse" else raw
+        chosen, warnings = raw, (*suspicions(images, training, about_training), *_missed(found))
+        if duplicates == "collapse":
+            chosen = search.outside_duplicates(images.images, raw)
+        memorized = ratio_rule(chosen.squared_distances, exact_threshold)
+        if duplicates == "collapse":
+            warnings += hidden_copies(search, nearest, memorized, exact_threshold)
         return Audit(
-            memorized=ratio_rule(chosen.squared_distances, exact_threshold),
+            memorized=memorized,
             raw_memorized=raw_memorized,
             neighbors=chosen,
             raw_neighbors=raw,
@@ -365,15 +374,15 @@ def audit(
             generated=images,
             training=training,
             settings={**settings, "generated": _describe(images), "search": found},
-            warnings=(*suspicions(images, training, about_training), *_missed(found)),
+            warnings=warnings,
             **others,
         )
 
     holdout_audit = None
     if unseen is not None:
-        kept, raw, left_out = _without_seen(unseen, search.nearest(unseen.images), training)
-        holdout_audit = judge(kept, raw, "holdout", left_out=left_out)
-    return judge(generated, search.nearest(generated.images), "generated", holdout=holdout_audit)
+        kept, nearest, left_out = _without_seen(unseen, search.nearest(unseen.images, looked_at), training)
+        holdout_audit = judge(kept, nearest, "holdout", left_out=left_out)
+    return judge(generated, search.nearest(generated.images, looked_at), "generated", holdout=holdout_audit)
 
 
 def _ranges(value_range: Any) -> dict[str, Any]:

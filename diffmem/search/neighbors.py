@@ -38,6 +38,11 @@ class Neighbors:
         first, second = self.squared_distances[:, :2].astype(np.float64).T
         return np.sqrt(np.divide(first, second, out=np.zeros_like(first), where=first > 0))
 
+    def first(self, k: int) -> Neighbors:
+        """The k nearest alone."""
+        mirrored = None if self.mirrored is None else self.mirrored[:, :k]
+        return Neighbors(self.indices[:, :k], self.squared_distances[:, :k], self.dimension, mirrored)
+
     def select(self, rows: np.ndarray) -> Neighbors:
         """The answers to the queries of `rows`."""
         mirrored = None if self.mirrored is None else self.mirrored[rows]
