@@ -29,6 +29,7 @@ from diffmem.errors import InputError
 
 if TYPE_CHECKING:
     from diffmem.generation import Generated
+    from diffmem.training import RunFolder
 
 
 class Seeds(click.ParamType):
@@ -109,6 +110,10 @@ class Seeds(click.ParamType):
     help="With --audit: where those images are floats, the values of black and white: -1,1 or 0,1.",
 )  # fmt: skip
 @click.option(
+    "--flip/--no-flip", default=None,
+    help="With --audit: look for mirrored copies too.  [default: where CHECKPOINT is of a run with --xflip]",
+)  # fmt: skip
+@click.option(
     "--report", type=click.Path(path_type=Path), help="With --audit: write report.html and its tables into this folder."
 )
 @click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
@@ -116,10 +121,11 @@ class Seeds(click.ParamType):
 @gate_options
 @debug_option
 def sample_command(
-    checkpoint, seeds, out, precision, half, device, training, holdout, value_range, report, restart, as_json,
-    fail_above, require_below, max_copies, **settings,
+    checkpoint, seeds, out, precision, half, device, training, holdout, flip, value_range, report, restart,
+    as_json, fail_above, require_below, max_copies, **settings,
 ) -> int:  # fmt: skip
-    """Sample images from CHECKPOINT, a folder with model.safetensors and config.json, or an EDM snapshot (.pkl).
+    """Sample images from CHECKPOINT: a folder with model.safetensors and config.json, an EDM snapshot (.pkl), or a run
+    of `diffmem train`, for its newest snapshot.
 
     The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
     OUT.partial until the whole is written: the same command, given again after an interrupt, goes on from there.
@@ -146,7 +152,7 @@ def sample_command(
     if out is None and training is None:
         raise click.UsageError("nothing to do: give --out, --audit, or both")
     limits = limits_of(fail_above, require_below, max_copies)
-    with_audit = [("--holdout", holdout), ("--value-range", value_range), ("--report", report)]
+    with_audit = [("--holdout", holdout), ("--flip", flip), ("--value-range", value_range), ("--report", report)]
     with_audit += [(flag_of(name), limit) for name, limit in limits.items()]
     for name, value in with_audit:
         if value is not None and training is None:
@@ -160,6 +166,9 @@ def sample_command(
     except InputError as error:
         raise click.UsageError(str(error)) from None
     torch.set_flush_denormal(True)
+    checkpoint, run = checkpoint_of(checkpoint)
+    if flip is None and training is not None and run is not None:
+        flip = run.config.xflip
     reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
         if value_range is not None:
@@ -168,10 +177,26 @@ def sample_command(
                 for source in (training, holdout)
             )
         result = generate(
-            checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, device=device,
-            restart=restart, progress=progress,
+            checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, flip=bool(flip),
+            device=device, restart=restart, progress=progress,
         )  # fmt: skip
     return print_result(result, report, as_json, limits=limits)
+
+
+def checkpoint_of(path: Path) -> tuple[Path, RunFolder | None]:
+    """The checkpoint that `path` stands for, the newest of a run being said on standard error, and the run that it
+    belongs to, where there is one."""
+    from diffmem.training import RunFolder
+
+    if not path.is_dir():
+        return path, None
+    if not RunFolder.is_one(path):
+        return path, RunFolder.around(path)
+    run = RunFolder.open(path)
+    newest = run.newest()
+    if is_first_rank():
+        click.echo(f"{path}: a run; its newest snapshot is {newest}", err=True)
+    return newest, run
 
 
 @contextmanager

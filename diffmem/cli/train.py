@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import debug_option, reading, reading_options, say_notes
-from diffmem.cli.training_options import POSITIVE, describe_preset, training_options, training_parts
+from diffmem.cli.training_options import POSITIVE, describe_preset, resumable_training_options, training_parts
+from diffmem.errors import InputError
 from diffmem.timing import TimeLeft, duration_range
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
     from diffmem.monitoring import Point
-    from diffmem.training import DataSource, Observer, Plan, Run, Snapshot, Stats, TrainingConfig
+    from diffmem.training import DataSource, Observer, Plan, Run, RunFolder, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
 _LONG = 12 * 3600.0  # seconds
+COMMAND = "command.json"  # in the run's folder: the options of the command that began it
 _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 @click.command("train")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Needed, but for --dry-run.")
 @click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images, as many of each class.")
-@training_options
+@resumable_training_options
 @reading_options(color=False)
 @click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass of a process. [default: all of its share]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -53,79 +57,133 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
               "weights stay float32.")  # fmt: skip
 @click.option("--cuda-graph", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
               help="On a GPU, launch a pass's kernels at once; auto: where that is faster.")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Continue the run in OUT.")
+@click.option("--resume", is_flag=True, help="Continue the run in OUT, with its own settings; needs no other option.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what it would cost, and stop.")
 @debug_option
-def train_command(
-    source, out, size, resize, color, alpha, key, layout, skip_bad, cond, batch_gpu, seed, snapshot_images, keep,
-    grid, audit_every, audit_samples, audit_solver, stop_at, confidence, device, compile_, precision, cuda_graph,
-    resume, dry_run, **options,
-) -> int:  # fmt: skip
+@click.pass_context
+def train_command(context: click.Context, out: Path | None, resume: bool, dry_run: bool, **options: Any) -> int:
     """Train a diffusion model.
 
     The defaults are the reference protocol of Gu et al. (arXiv 2310.02664) for CIFAR-10; images of at most 24x24 get a
     network that a CPU trains (--preset protocol: the paper's). OUT receives config.json,
     stats.jsonl, snapshots/ (checkpoints of the averaged weights), grids/ and state/, from which --resume continues
-    exactly. Ctrl-C finishes the step and saves.
+    exactly: `diffmem train --resume --out OUT` knows the rest from the run. Options that are given then must be the
+    run's, but for its length and for what does not decide the weights (snapshots, audits, device). Ctrl-C finishes the
+    step and saves.
 
     \b
     Examples:
       diffmem train --data cifar10.zip --size 1000 --duration 2000 --snapshot-images 2000000 --out run
       diffmem train --data builtin:digits --epochs 40 --out run
       diffmem train --data builtin:digits --size 20 --epochs 4000 --audit-every 16000 --stop-at 0.8 --out run
+      diffmem train --resume --out run
       torchrun --nproc-per-node 8 -m diffmem train --data cifar10.zip --epochs 4000 --out run
     """
+    run = None
+    if resume and out is not None:
+        given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        options, run = resumed(out, options, given)
+    return _train(run, out, resume, dry_run, options, **options)
+
+
+# What a continuation may change: the length, where the same images come from, and what does not decide the weights.
+_LENGTH = {"images", "epochs", "duration"}
+_DATA = {"source", "size", "resize", "color", "alpha", "key", "layout", "skip_bad"}
+_WATCHING = {
+    "batch_gpu", "snapshot_images", "keep", "grid", "audit_every", "audit_samples", "audit_solver", "stop_at",
+    "confidence", "device", "compile_", "cuda_graph",
+}  # fmt: skip
+
+
+def resumed(out: Path, options: dict[str, Any], given: set[str]) -> tuple[dict[str, Any], RunFolder | None]:
+    """The options of a command that continues the run in `out`, those of the command that began it where they are not
+    `given`, and the run itself where nothing is given that says what to train: then its own configuration counts."""
+    from diffmem.integrity import read_sealed
+    from diffmem.training.run_folder import CONFIG, RunFolder
+
+    if not (out / CONFIG).is_file():
+        if options["source"] is None:
+            raise InputError(f"{out}: there is no run to continue ({CONFIG} is missing): give --data to begin one")
+        return options, None
+    path = out / COMMAND
+    recorded = read_sealed(path, "remove it, and give the run's options again") if path.is_file() else {}
+    if given & _LENGTH:
+        recorded = {name: value for name, value in recorded.items() if name not in _LENGTH}
+    kept = {name: value for name, value in recorded.items() if name in options and name not in given}
+    merged = {**options, **{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}}
+    direct = not given - _LENGTH - _DATA - _WATCHING
+    if not direct and merged["source"] is None:
+        raise InputError(f"{out}: says nothing of the command that began the run: give --data, or no other option")
+    if direct and not given & _LENGTH:
+        merged |= {name: options[name] for name in _LENGTH}
+    if direct and not given & _DATA:
+        merged |= {name: options[name] for name in _DATA}  # the run knows
+    return merged, RunFolder.open(out) if direct else None
+
+
+def _data_of_run(run: RunFolder, source: str | None, changes: dict[str, Any]) -> tuple[ImageSet, DataSource | None]:
+    """The run's training set, from where it was or, where anything is given, from there."""
+    from diffmem.progress import progress_bars
+    from diffmem.training import DataSource
+
+    found_at = run.data.get("found_at")
+    found_at = None if found_at is None else DataSource(**found_at)
+    changes = {name: value for name, value in changes.items() if value not in (None, False)}
+    if source is not None:
+        changes["path"] = source
+    if changes:
+        if found_at is None and source is None:
+            raise InputError(f"{run.path}: does not know where its training set lies: say it (--data)")
+        found_at = DataSource(**changes) if found_at is None else replace(found_at, **changes)
+    with progress_bars(is_first_rank()) as progress:
+        return run.training_images(found_at, progress), found_at
+
+
+def _train(
+    of_run, out, resume, dry_run, recorded, source, size, resize, color, alpha, key, layout, skip_bad, cond, batch_gpu,
+    seed, snapshot_images, keep, grid, audit_every, audit_samples, audit_solver, stop_at, confidence, device, compile_,
+    precision, cuda_graph, **options,
+) -> int:  # fmt: skip
+    """The command, with its options known."""
     import torch
 
-    from diffmem.data.classes import label_dim as label_dim_of
-    from diffmem.data.classes import missing_classes
     from diffmem.generation import SampleSettings
     from diffmem.memorization import Question
     from diffmem.monitoring import AuditEvery
     from diffmem.training import (
-        EMA,
         DataSource,
         Grids,
         KeepLast,
         TensorBoard,
-        TrainingConfig,
-        denoiser_config,
         images_of,
         keep_all,
         plan_training,
         train,
     )
 
+    if source is None and of_run is None:
+        raise click.UsageError("Missing option '--data'.")
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out' (or --dry-run).")
     if stop_at is not None and audit_every is None:
         raise click.UsageError("--stop-at goes with --audit-every")
     torch.set_flush_denormal(True)
     with process_group():
-        found_at = DataSource(
-            source, size, resize, **reading(color=color, alpha=alpha, key=key, layout=layout, skip_bad=skip_bad)
-        )
-        data = _load(found_at)
-        label_dim = label_dim_of(data, "--cond") if cond else 0
-        if cond and is_first_rank() and data.labels.ndim == 1 and (gaps := missing_classes(data.labels)):
-            click.echo(f"note: {source}: {gaps}; the model has inputs for them all the same", err=True)
-        xflip = options["xflip"]
-        parts = training_parts(data.image_shape[1], **options)
-        denoiser = denoiser_config(
-            data.image_shape[1],
-            data.image_shape[0],
-            label_dim=label_dim,
-            augment_dim=9 if parts.training["augment"] else 0,
-            **parts.network,
-        )
-        items = len(data) * (2 if xflip else 1)
-        config = TrainingConfig(
-            denoiser,
-            images_of(items, **parts.length),
-            seed=seed,
-            precision=precision,
-            **{**parts.training, "ema": EMA(**parts.training["ema"])},
-        )
+        read_as = reading(color=color, alpha=alpha, key=key, layout=layout, skip_bad=skip_bad)
+        preset_line = None
+        if of_run is not None:
+            data, found_at = _data_of_run(of_run, source, {"size": size, "resize": resize, **read_as})
+            config = of_run.config
+            xflip = config.xflip
+            items = len(data) * (2 if xflip else 1)
+            length = {"images": options["images"], "epochs": options["epochs"], "duration": options["duration"]}
+            if any(value is not None for value in length.values()):
+                config = replace(config, images=images_of(items, **length))
+        else:
+            found_at = DataSource(source, size, resize, **read_as)
+            data = _load(found_at)
+            config, items, preset_line = _configuration(data, source, cond, seed, precision, options)
+            xflip = config.xflip
         choices = {
             "device": device,
             "batch_gpu": batch_gpu,
@@ -134,7 +192,8 @@ def train_command(
         }
         if is_first_rank():
             click.echo(json.dumps(config.to_json(), indent=1))
-            click.echo(describe_preset(parts.preset, data.image_shape[1]))
+            if preset_line is not None:
+                click.echo(preset_line)
             click.echo(f"EMA weights: {config.ema.describe(items)}")
         if dry_run:
             plan = plan_training(config, data, **choices)
@@ -143,6 +202,8 @@ def train_command(
             return 0
         display = _display()
         observers = [display]
+        if of_run is None:
+            observers.append(_remember(out, {**recorded, "source": found_at.path}))
         if audit_every is not None:
             # Without a snapshot there is nothing to audit.
             snapshot_images = min(snapshot_images or audit_every, audit_every)
@@ -178,6 +239,45 @@ def train_command(
     if is_first_rank():
         _print_ending(run, config)
     return INTERRUPTED if run.ending == "interrupted" else 0
+
+
+def _configuration(
+    data: ImageSet, source: str, cond: bool, seed: int, precision: str, options: dict[str, Any]
+) -> tuple[TrainingConfig, int, str]:
+    """What the options ask for on these images: (configuration, images per epoch, a line about the preset)."""
+    from diffmem.data.classes import label_dim as label_dim_of
+    from diffmem.data.classes import missing_classes
+    from diffmem.training import EMA, TrainingConfig, denoiser_config, images_of
+
+    label_dim = label_dim_of(data, "--cond") if cond else 0
+    if cond and is_first_rank() and data.labels.ndim == 1 and (gaps := missing_classes(data.labels)):
+        click.echo(f"note: {source}: {gaps}; the model has inputs for them all the same", err=True)
+    parts = training_parts(data.image_shape[1], **options)
+    denoiser = denoiser_config(
+        data.image_shape[1],
+        data.image_shape[0],
+        label_dim=label_dim,
+        augment_dim=9 if parts.training["augment"] else 0,
+        **parts.network,
+    )
+    items = len(data) * (2 if options["xflip"] else 1)
+    ema = EMA(**parts.training["ema"])
+    length = images_of(items, **parts.length)
+    config = TrainingConfig(denoiser, length, seed=seed, precision=precision, **{**parts.training, "ema": ema})
+    return config, items, describe_preset(parts.preset, data.image_shape[1])
+
+
+def _remember(out: Path, options: dict[str, Any]) -> Observer:
+    """An observer that writes down the options of the command, for those that continue the run."""
+    from diffmem.atomic_io import atomic_write
+    from diffmem.integrity import sealed
+    from diffmem.training import Observer
+
+    class Remember(Observer):
+        def started(self, plan: Plan) -> None:
+            atomic_write(out / COMMAND, json.dumps(sealed(options), indent=1) + "\n")
+
+    return Remember()
 
 
 def _load(data: DataSource) -> ImageSet:
@@ -219,8 +319,8 @@ def _print_ending(run: Run, config: TrainingConfig) -> None:
         click.echo(f"stopped after {run.images:,} images: {run.reason}; {made}")
     else:
         click.echo(
-            f"diffmem: interrupted after {run.images:,} of {config.images:,} images; saved. Go on with the same "
-            "command and --resume",
+            f"diffmem: interrupted after {run.images:,} of {config.images:,} images; saved. Go on with: "
+            f"diffmem train --resume --out {run.out}",
             err=True,
         )
 

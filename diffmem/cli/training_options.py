@@ -27,8 +27,8 @@ class Numbers(click.ParamType):
 POSITIVE = click.IntRange(min=1)
 NUMBER, SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
 
+_DATA = {"type": Source(), "help": "The training images; see `diffmem audit`."}
 _OPTIONS = [
-    click.option("--data", "source", type=Source(), required=True, help="The training images; see `diffmem audit`."),
     # The training set.
     click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased."),
     click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
@@ -106,7 +106,14 @@ def training_options(command: Callable) -> Callable:
     """Gives a command all of them; see `training_parts` for what they amount to."""
     for option in reversed(_OPTIONS):
         command = option(command)
-    return command
+    return click.option("--data", "source", required=True, **_DATA)(command)
+
+
+def resumable_training_options(command: Callable) -> Callable:
+    """The same, for a command that may know the training images from a run."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return click.option("--data", "source", **_DATA)(command)
 
 
 class TrainingParts(NamedTuple):

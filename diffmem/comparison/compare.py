@@ -450,10 +450,7 @@ def _network(checkpoint: str | Path | torch.nn.Module, device: str) -> tuple[tor
     path = Path(checkpoint)
     run = RunFolder.around(path)
     if run is not None and run.path == path:
-        snapshots = run.snapshots()
-        if not snapshots:
-            raise InputError(f"{path}: this run has no snapshot yet")
-        path = run.checkpoint(snapshots[-1])
+        path = run.newest()
     return load(path, pick_device(device)), str(path), run
 
 

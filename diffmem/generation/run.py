@@ -90,6 +90,7 @@ def generate(
     settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
     training: ImageSource | None = None,
     holdout: ImageSource | None = None,
+    flip: bool = False,
     device: str = "auto",
     restart: bool = False,
     progress: Progress = silent,
@@ -106,7 +107,7 @@ def generate(
         being told more. seeds: distinct whole numbers from 0 (0 … 9999 in the protocol).
     out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a new
         folder (PNG, a sub-folder per 1000 seeds). training: audit against these images, with a running estimate in the
-        progress; holdout: see `diffmem.audit`.
+        progress; holdout, flip: see `diffmem.audit`.
     device: "cpu", "cuda", or "auto". restart: forget what an earlier run has kept.
     Raises InputError for what does not fit together, before anything is sampled; for a work folder of another run,
     naming the settings that differ; and for images that are not finite.
@@ -114,7 +115,7 @@ def generate(
     with ExitStack() as stack:
         if out is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             stack.enter_context(output_lock(out))
-        return _generate(checkpoint, seeds, out, settings, training, holdout, device, restart, progress)
+        return _generate(checkpoint, seeds, out, settings, training, holdout, flip, device, restart, progress)
 
 
 def _generate(
@@ -124,6 +125,7 @@ def _generate(
     settings: SampleSettings,
     training: ImageSource | None,
     holdout: ImageSource | None,
+    flip: bool,
     device: str,
     restart: bool,
     progress: Progress,
@@ -138,7 +140,8 @@ def _generate(
     identifier = fingerprint(denoiser) if isinstance(denoiser, Denoiser) else denoiser.fingerprint
     with _precision(denoiser, settings.precision):
         return _run(
-            denoiser, source, identifier, place, seeds, out, settings, training, holdout, restart, progress
+            denoiser, source, identifier, place, seeds, out, settings, training, holdout, flip, restart,
+            progress,
         )  # fmt: skip
 
 
@@ -167,6 +170,7 @@ def _run(
     settings: SampleSettings,
     training: ImageSource | None,
     holdout: ImageSource | None,
+    flip: bool,
     restart: bool,
     progress: Progress,
 ) -> Generated | None:
@@ -179,7 +183,7 @@ def _run(
         _check_output(out, denoiser.channels)
     auditor = None
     if training is not None and rank == 0:
-        auditor = RunningAudit(training, holdout, image_shape, place, progress)
+        auditor = RunningAudit(training, holdout, image_shape, place, progress, flip)
 
     share = _Share(denoiser, seeds, settings, rank, ranks, None if out is None else KeptBlocks(out))
     identity = {

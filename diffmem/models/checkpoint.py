@@ -90,6 +90,8 @@ def fingerprint(denoiser: Denoiser) -> str:
 def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tensor]]:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
+            if snapshots := sorted(path for path in (folder / "snapshots").glob("*") if path.name.isdigit()):
+                raise InputError(f"{folder}: a run; its checkpoints are its snapshots, the newest {snapshots[-1]}")
             if (kind := network_kind(folder)) is not None:
                 raise InputError(
                     f"{folder}: is {kind}, which is not one network: give a folder with {_CONFIG} and {_WEIGHTS}"

@@ -40,6 +40,11 @@ class RunFolder:
             raise InputError(f"{path / CONFIG}: not the description of a run ({error})") from None
 
     @staticmethod
+    def is_one(path: str | Path) -> bool:
+        """Whether `path` is the folder of a run."""
+        return (Path(path) / RECORDS).is_file() or ((Path(path) / "state").is_dir() and (Path(path) / CONFIG).is_file())
+
+    @staticmethod
     def around(path: Path) -> RunFolder | None:
         """The run whose folder `path` is, or among whose snapshots it lies; None where there is none."""
         for folder in (path, path.absolute().parent.parent):
@@ -54,6 +59,15 @@ class RunFolder:
     def snapshots(self) -> list[SnapshotRecord]:
         """The snapshots that are still there, oldest first."""
         return [record for record in read_records(self.path) if record.kept and self.checkpoint(record).is_dir()]
+
+    def newest(self) -> Path:
+        """The checkpoint folder of the newest snapshot; raises InputError where there is none yet."""
+        there = self.snapshots()
+        if not there:
+            raise InputError(
+                f"{self.path}: this run has no snapshot yet; it makes one at its end, or see --snapshot-images"
+            )
+        return self.checkpoint(there[-1])
 
     def checkpoint(self, record: SnapshotRecord) -> Path:
         return snapshot_folder(self.path, record.images)

@@ -11,6 +11,7 @@ import pytest
 
 from diffmem.cli import main
 from diffmem.models import load
+from diffmem.training import read_records
 
 DIFFMEM = [sys.executable, "-m", "diffmem"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -49,7 +50,7 @@ def test_interrupted_and_continued(run, tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "and --resume" in stderr
+    assert f"diffmem train --resume --out {out}" in stderr
     assert "Traceback" not in stderr
     assert '"model_channels": 8' in stdout
     assert "s per step" in stdout
@@ -61,9 +62,52 @@ def test_interrupted_and_continued(run, tmp_path):
     assert status == 0, stderr
     assert "continuing after" in stdout
     assert "finished" in stdout
-    snapshots = json.loads((out / "snapshots.json").read_text())
-    denoiser = load(out / "snapshots" / f"{snapshots[-1]['images']:09d}")
+    denoiser = load(out / "snapshots" / f"{read_records(out)[-1].images:09d}")
     assert (denoiser.channels, denoiser.resolution) == (1, 8)
+
+
+def test_a_run_is_continued_without_other_options_and_sampled(run, tmp_path, capfd):
+    out = tmp_path / "run"
+    chosen = ("--size", 20, "--xflip", "--lr", 0.003, "--compile", "no", "--snapshot-images", 64, "--grid", 0)
+    assert run(*TINY, *chosen, "--epochs", 4, "--out", out)[0] == 0
+    before = json.loads((out / "config.json").read_text())["config"]
+    status, stdout, stderr = run("--resume", "--out", out, "--epochs", 8)
+    assert status == 0, stderr
+    assert "continuing after 160 images" in stdout
+    after = json.loads((out / "config.json").read_text())["config"]
+    assert after == {**before, "images": 320}
+    kept = [snapshot.images for snapshot in read_records(out)]
+    assert kept == [64, 128, 160, 192, 256, 320]  # at the interval of the first command
+    # What differs is named; where the command is not known any more, the run's own configuration is enough.
+    for conflict, words in ((("--lr", 0.001), "lr (0.003 there, 0.001 here)"), (("--size", 10), "not the 20 images")):
+        status, _, stderr = run("--resume", "--out", out, *conflict)
+        assert status == 1
+        assert words in " ".join(stderr.split())
+    (out / "command.json").unlink()
+    assert run("--resume", "--out", out, "--images", 352)[0] == 0
+    assert "there is no run to continue" in run("--resume", "--out", tmp_path / "none")[2]
+    assert run("--out", tmp_path / "none")[0] == 2
+
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                "sample",
+                str(out),
+                "--seeds",
+                "0-3",
+                "--solver",
+                "unipc",
+                "--steps",
+                "3",
+                "--audit",
+                "builtin:digits",
+                "--json",
+            ]
+        )
+    stdout, stderr = capfd.readouterr()
+    assert end.value.code == 0, stderr
+    assert f"its newest snapshot is {out / 'snapshots' / '000000352'}" in stderr
+    assert json.loads(stdout)["audit"]["settings"]["flip"] is True  # as the run counts mirrored images
 
 
 def test_dry_run_takes_every_factor(run, tmp_path):
