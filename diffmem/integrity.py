@@ -64,6 +64,16 @@ def read_sealed(path: Path, advice: str) -> dict[str, Any]:
     return unsealed(read_json(path, advice), path, advice)
 
 
+def read_checked(path: Path, advice: str) -> Any:
+    """The JSON document in `path`, what `sealed` was given where it is sealed; one without a checksum as it is.
+
+    For descriptions that people may write or correct, and that older versions wrote. Raises InputError where it cannot
+    be read, and where it is sealed and was changed.
+    """
+    values = read_json(path, advice)
+    return unsealed(values, path, advice) if isinstance(values, dict) and SEAL in values else values
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

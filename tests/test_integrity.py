@@ -91,3 +91,66 @@ def test_the_checksum_sees_shape_dtype_name_and_order():
     ]
     assert len({arrays_sha256(arrays) for arrays in [{"x": values}, *others]}) == 1 + len(others)
     assert arrays_sha256({"x": np.asfortranarray(values.reshape(2, 3))}) == arrays_sha256({"x": values.reshape(2, 3)})
+
+
+SNAPSHOT = {"images": 8, "epochs": 1.0, "loss": 0.5, "score": None, "kept": True}
+DAMAGES = [
+    b"",
+    b"null",
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b'{"config": ' + b"9" * 5000 + b"}",
+    b'{"sha256": "0"}',
+    b"[1, null]",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: repr(damage[:20]))
+def test_damaged_documents_are_one_line(damage, tmp_path):
+    from diffmem.studies.folder import read_studies
+    from diffmem.studies.measure import read_result
+    from diffmem.studies.study import load_study
+    from diffmem.training.run_folder import RunFolder
+    from diffmem.training.snapshots import read_records
+
+    (tmp_path / "studies").mkdir()
+    for name, read in (
+        ("config.json", lambda: RunFolder.open(tmp_path)),
+        ("snapshots.json", lambda: read_records(tmp_path)),
+        ("result.json", lambda: read_result(tmp_path)),
+        ("study.json", lambda: load_study(tmp_path / "study.json")),
+        ("studies/width.json", lambda: read_studies(tmp_path)),
+    ):
+        (tmp_path / name).write_bytes(damage)
+        with pytest.raises(InputError) as caught:
+            pytest.fail(f"{name}: {read()}")
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_lists_of_snapshots(tmp_path):
+    from diffmem.training.snapshots import SnapshotRecord, read_records
+
+    path = tmp_path / "snapshots.json"
+    for values in ([SNAPSHOT], sealed({"snapshots": [SNAPSHOT]})):  # of an older version, and of this one
+        path.write_text(json.dumps(values))
+        assert read_records(tmp_path) == [SnapshotRecord(**SNAPSHOT)]
+    path.write_text(path.read_text().replace("0.5", "0.4"))
+    with pytest.raises(InputError, match="checksum differs"):
+        read_records(tmp_path)
+    path.write_text(json.dumps([{**SNAPSHOT, "images": "../../elsewhere"}]))
+    with pytest.raises(InputError, match="not a list of snapshots"):
+        read_records(tmp_path)
+
+
+def test_a_damaged_ledger(tmp_path):
+    from diffmem.studies.ledger import FILE, Ledger
+
+    ledger = Ledger(tmp_path)
+    content = (tmp_path / FILE).read_bytes()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / FILE).write_bytes(content[:100] + b"\xff" * (len(content) - 100))
+    for use in (ledger.entries, lambda: ledger.claim(["a"]), lambda: ledger.retry(["a"])):
+        with pytest.raises(InputError, match="cannot be used as a ledger"):
+            use()

@@ -14,7 +14,7 @@ def parsing(where: object, wanted: str, advice: str = "") -> Iterator[None]:
     """Turns any exception of the block into an InputError: "{where}: not {wanted} (…): {advice}".
 
     A parser of a damaged or forged file may fail in any way, so that no list of exceptions is complete. An InputError
-    passes unchanged; KeyboardInterrupt and the like are no failures of a parser and pass, too.
+    gets the file's name where it lacks it; KeyboardInterrupt and the like are no failures of a parser and pass.
 
     Args:
         where: The file, and what of it.
@@ -24,8 +24,10 @@ def parsing(where: object, wanted: str, advice: str = "") -> Iterator[None]:
     way_out = f": {advice}" if advice else ""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if str(where) in str(error):
+            raise
+        raise InputError(f"{where}: {error}") from error
     except MemoryError as error:
         raise InputError(f"{where}: does not fit the memory of this machine{way_out}") from error
     except OSError as error:

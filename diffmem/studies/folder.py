@@ -12,6 +12,8 @@ from pathlib import Path
 
 from diffmem.atomic_io import atomic_write, output_lock
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.inert.documents import read_json
 from diffmem.progress import Progress, silent
 from diffmem.studies.executors import Executor
 from diffmem.studies.findings import Findings, findings, spread_of
@@ -65,7 +67,8 @@ def read_studies(root: str | Path, names: Sequence[str] = ()) -> list[Study]:
         if not path.is_file():
             there = ", ".join(sorted(each.stem for each in (root / STUDIES).glob("*.json"))) or "none"
             raise InputError(f"{root}: study {path.stem} was not run there; those that were: {there}")
-        found.append(Study.from_json(json.loads(path.read_text())))
+        with parsing(path, "the description of a study"):
+            found.append(Study.from_json(read_json(path)))
     return found
 
 

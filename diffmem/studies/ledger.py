@@ -150,7 +150,7 @@ class Ledger:
 
     def entries(self) -> dict[str, Entry]:
         """All lines, by key."""
-        with closing(self._connect()) as connection:
+        with self._readable(), closing(self._connect()) as connection:
             names = list(Entry.__dataclass_fields__)
             rows = connection.execute(f"SELECT {', '.join(names)} FROM units")
             return {row["key"]: Entry(**row) for row in rows}
@@ -187,9 +187,19 @@ class Ledger:
         return connection
 
     @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise InputError(
+                f"{self.path}: cannot be used as a ledger ({error}): if it is damaged, remove it: results of finished"
+                " units lie in their folders and are found again"
+            ) from error
+
+    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Writers wait for each other from the start, not in the middle."""
-        with closing(self._connect()) as connection:
+        with self._readable(), closing(self._connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection

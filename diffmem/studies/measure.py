@@ -23,7 +23,8 @@ import torch
 from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
-from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import Question, audit, highest_interval
 from diffmem.memorization.audit import software_versions
 from diffmem.models import load
@@ -123,12 +124,11 @@ def read_result(folder: Path) -> Result | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text())
+    advice = "remove its folder to run it again"
+    values = read_checked(path, advice)
+    with parsing(path, "the result of a unit", advice):
         del values["r_mem"], values["interval"]
         return Result(**{**values, "snapshots": tuple(SnapshotResult(**each) for each in values["snapshots"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not the result of a unit ({error}); remove its folder to run it again") from None
 
 
 def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
@@ -213,7 +213,7 @@ class _Audits(AuditEvery):
     def started(self, plan: Plan) -> None:
         super().started(plan)
         path = self.folder / AUDITS
-        known = [SnapshotResult(**each) for each in json.loads(path.read_text())] if path.exists() else []
+        known = _read_audits(path) if path.exists() else []
         self.audits = [audited for audited in known if audited.images <= plan.resumed_at]
         # What was spent on steps that are now done again is spent.
         self.training_seconds, self.sampling_seconds = (
@@ -244,7 +244,7 @@ class _Audits(AuditEvery):
                 answer=point.answer,
             )
         )
-        _write_json(self.folder / AUDITS, [asdict(each) for each in self.audits])
+        _write_json(self.folder / AUDITS, {"audits": [asdict(each) for each in self.audits]})
 
     def result(self, images: int, epochs: float, censored: bool) -> Result:
         last, best = self.audits[-1], max(self.audits, key=lambda audited: audited.ratio)
@@ -285,13 +285,17 @@ def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device
     if (mirrored := judged.neighbors.mirrored) is not None:
         nearest = np.where(mirrored[:, 0, None, None, None], nearest[..., ::-1], nearest)
     with atomic_file(folder / GALLERY) as partial, partial.open("wb") as stream:
-        np.savez_compressed(
-            stream,
-            generated=images,
-            nearest=nearest,
-            memorized=judged.memorized,
-        )
+        arrays = {"generated": images, "nearest": nearest, "memorized": judged.memorized}
+        save_arrays(stream, arrays, compress=True)
 
 
-def _write_json(path: Path, values: Any) -> None:
-    atomic_write(path, json.dumps(values, indent=1) + "\n")
+def _read_audits(path: Path) -> list[SnapshotResult]:
+    advice = f"remove the folder {path.parent} to run its unit again"
+    values = read_checked(path, advice)
+    with parsing(path, "the audits of a unit", advice):
+        values = values["audits"] if isinstance(values, dict) else values  # without checksums it was a plain list
+        return [SnapshotResult(**each) for each in values]
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(sealed(values), indent=1) + "\n")

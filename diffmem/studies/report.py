@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
+from diffmem.integrity import NoChecksumError, load_arrays
 from diffmem.pages import template, write_texts
 from diffmem.pictures import data_url, grid, plot, svg
 from diffmem.studies.findings import Findings
@@ -237,8 +238,11 @@ def _gallery(found: Findings, root: Path) -> list[tuple[str, str, int, int]]:
         path = root / UNITS / cell.results[0].key / GALLERY
         if not path.exists():
             continue
-        with np.load(path) as stored:
-            generated, nearest, memorized = (stored[name][:SHOWN] for name in ("generated", "nearest", "memorized"))
+        try:
+            stored = load_arrays(path, "remove it, and the report is made without its pictures")
+        except NoChecksumError:
+            continue
+        generated, nearest, memorized = (stored[name][:SHOWN] for name in ("generated", "nearest", "memorized"))
         # A frame of grey keeps neighbours apart.
         framed = np.pad(np.concatenate([generated, nearest]), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=190)
         picture = np.asarray(grid(framed, scale=1, columns=len(generated)))

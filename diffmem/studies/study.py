@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.inert.documents import read_json
 from diffmem.studies.unit import Setting, Unit
 
 
@@ -144,12 +146,9 @@ def load_study(path: str | Path) -> Study:
         if found is None:
             raise InputError(f"{path}: leaves nothing in a variable named study")
     else:
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error})") from None
-    study = found if isinstance(found, Study) else Study.from_json(found)
-    return study
+        found = read_json(path)
+    with parsing(path, "the description of a study"):
+        return found if isinstance(found, Study) else Study.from_json(found)
 
 
 def at_sizes(study: Study, sizes: Sequence[int] | None, repetitions: int | None, threads: int | None = None) -> Study:

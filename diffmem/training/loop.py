@@ -27,6 +27,7 @@ from diffmem.atomic_io import atomic_write, output_lock
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
+from diffmem.integrity import read_checked, sealed
 from diffmem.models import Denoiser
 from diffmem.precision import AUTOCAST, float32_products, measured_convolutions
 from diffmem.timing import CompileCost, Timing, compiling_pays, measure
@@ -38,7 +39,7 @@ from diffmem.training.observers import Observer, Plan, Snapshot, Stats, Verdict,
 from diffmem.training.order import DataOrder
 from diffmem.training.parallel import Ranks
 from diffmem.training.passes import GraphedPass, Tensors, capture_cuda, forward_backward
-from diffmem.training.run_folder import CONFIG, STATS
+from diffmem.training.run_folder import ADVICE, CONFIG, STATS
 from diffmem.training.seeds import seed_of
 from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
 from diffmem.training.source import DataSource, read_data
@@ -552,17 +553,13 @@ def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snap
     if state is not None:
         _check_same_run(out, description, read_facts(state))
     elif path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not the description of a run ({error})") from None
-        _check_same_run(out, description, there)
+        _check_same_run(out, description, read_checked(path, ADVICE))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot write there ({error.strerror})") from None
     versions = {"diffmem": diffmem.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    atomic_write(path, json.dumps({**description, "versions": versions}, indent=1) + "\n")
+    atomic_write(path, json.dumps(sealed({**description, "versions": versions}), indent=1) + "\n")
     return Snapshots(out, keep)
 
 
@@ -590,8 +587,8 @@ def _truncate_stats(path: Path, images: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)["images"] <= images:
                 kept.append(line + "\n")
     atomic_write(path, "".join(kept))

@@ -9,6 +9,8 @@ from typing import Any
 
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.integrity import read_checked
 from diffmem.progress import Progress, silent
 from diffmem.training.config import TrainingConfig
 from diffmem.training.observers import Stats
@@ -16,6 +18,7 @@ from diffmem.training.snapshots import RECORDS, SnapshotRecord, read_records, sn
 from diffmem.training.source import DataSource, read_data
 
 CONFIG, STATS = "config.json", "stats.jsonl"
+ADVICE = "restore it, or remove its line sha256 if you changed it on purpose"
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ class RunFolder:
     def open(path: str | Path) -> RunFolder:
         """Raises InputError where no run lies there."""
         path = Path(path)
-        try:
-            description = json.loads((path / CONFIG).read_text())
-            return RunFolder(path, TrainingConfig.from_json(description["config"]), dict(description["data"]))
-        except OSError as error:
-            raise InputError(f"{path}: no run of diffmem train lies there ({CONFIG}: {error.strerror})") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path / CONFIG}: not the description of a run ({error})") from None
+        if not (path / CONFIG).is_file():
+            raise InputError(f"{path}: no run of diffmem train lies there (there is no file {CONFIG})")
+        description = read_checked(path / CONFIG, ADVICE)
+        with parsing(path / CONFIG, "the description of a run"):
+            try:
+                return RunFolder(path, TrainingConfig.from_json(description["config"]), dict(description["data"]))
+            except InputError as error:
+                raise InputError(f"{path / CONFIG}: not the description of a run ({error})") from None
 
     @staticmethod
     def is_one(path: str | Path) -> bool:
@@ -76,10 +80,10 @@ class RunFolder:
         """The lines of `stats.jsonl`; a line that was cut off by a crash is left out."""
         lines = []
         path = self.path / STATS
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             try:
                 lines.append(Stats(**json.loads(line)))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
         return lines
 

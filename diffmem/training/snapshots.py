@@ -15,8 +15,7 @@ from typing import Protocol
 from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
-from diffmem.inert.documents import read_json
-from diffmem.integrity import sealed, unsealed
+from diffmem.integrity import read_checked, sealed
 from diffmem.models import Denoiser, save
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
@@ -111,9 +110,8 @@ def read_records(out: Path) -> list[SnapshotRecord]:
     path = Path(out) / RECORDS
     if not path.exists():
         return []
-    values = read_json(path, _ADVICE)
-    if isinstance(values, dict):  # before there were checksums it was a plain list
-        values = unsealed(values, path, _ADVICE).get("snapshots")
+    values = read_checked(path, _ADVICE)
+    values = values.get("snapshots") if isinstance(values, dict) else values  # without checksums it was a plain list
     with parsing(path, "a list of snapshots", _ADVICE):
         records = [SnapshotRecord(**each) for each in values]
         if not all(type(record.images) is int and record.images >= 0 for record in records):
