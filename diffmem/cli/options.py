@@ -279,7 +279,8 @@ class Color(click.Choice):
         super().__init__(["gray", "rgb"])
 
     def convert(self, value, parameter, context) -> str:
-        return super().convert("gray" if value == "grey" else value, parameter, context)
+        chosen = super().convert("gray" if value == "grey" else value, parameter, context)
+        return "grey" if chosen == "gray" else chosen  # as runs and studies have recorded it
 
 
 class PerSource(click.ParamType):
