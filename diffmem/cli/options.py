@@ -52,30 +52,25 @@ _NAMED = re.compile(rf"\b({'|'.join(NAMED_PARAMETERS)})=('[^']*'|\"[^\"]*\"|…|
 
 def in_options(message: str, command: click.Command | None) -> str:
     """`message` with the flags of `command` in place of the library's parameters."""
-    elsewhere = False
 
     def flag(match: re.Match) -> str:
-        nonlocal elsewhere
         name, value = match[1], match[2].strip("'\"")
-        own = _flag(command, name)
+        own, of = _flag(command, name), ""
         if own is None:
             from diffmem.cli.dataset import dataset_command
 
             own = _flag(dataset_command, name)
             if own is None:
                 return match[0]
-            elsewhere = True
+            of = " of `diffmem dataset`"
         option, metavar = own
         if metavar is None:
-            return option
+            return option + of
         by_set = re.findall(r"'(\w+)': \(([^()]*)\)", value)  # {'generated': (0, 1)}
         values = [f"{which}={pair}" for which, pair in by_set] or [metavar if value == "…" else value.strip("()")]
-        return " ".join(f"{option} {each.replace(', ', ',')}".rstrip() for each in values)
+        return " ".join(f"{option} {each.replace(', ', ',')}".rstrip() for each in values) + of
 
-    text = _NAMED.sub(flag, message)
-    if elsewhere:
-        text += " (an option of `diffmem dataset`: use the set that it writes)"
-    return text
+    return _NAMED.sub(flag, message)
 
 
 def _flag(command: click.Command | None, name: str) -> tuple[str, str | None] | None:

@@ -69,7 +69,7 @@ class RunFolder:
         there = self.snapshots()
         if not there:
             raise InputError(
-                f"{self.path}: this run has no snapshot yet; it makes one at its end, or see --snapshot-images"
+                f"{self.path}: this run has no snapshot yet; it makes one at its end, with snapshot_images=… before"
             )
         return self.checkpoint(there[-1])
 

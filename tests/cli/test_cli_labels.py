@@ -77,7 +77,7 @@ def test_labels_that_the_conditional_optimum_cannot_use(tmp_path, with_labels, l
         assert says in " ".join(str(result.exception).split())
     assert not (tmp_path / "x.npz").exists()
     if labels is not None and labels.ndim == 1:
-        assert "labels='consecutive'" in str(result.exception)
+        assert "--labels consecutive of `diffmem dataset`" in str(result.exception)
         assert invoke("dataset", source, tmp_path / "fixed.zip", "--labels", "consecutive").exit_code == 0
         np.testing.assert_array_equal(load_images(tmp_path / "fixed.zip").labels, DIGITS.labels)
     gaps = says.startswith("54 of")  # a network has inputs for them all the same
