@@ -86,6 +86,7 @@ def emm_command(
     from diffmem.data import load_images
     from diffmem.progress import progress_bars
     from diffmem.studies import DataRecipe, Setting, find_emm
+    from diffmem.studies.report import write_emm
 
     torch.set_flush_denormal(True)
     reserve_report(out)
@@ -105,7 +106,8 @@ def emm_command(
     with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
         found = find_emm(
             setting, out, sizes=sizes, zeta=zeta, precision=precision, repetitions=repetitions, runs=max_runs,
-            executor=executor, tell=tell_outcome, progress=progress,
+            executor=executor, tell=tell_outcome, watch=lambda emm: write_emm(emm, out, running=True),
+            progress=progress,
         )  # fmt: skip
     page = found.save(out)
     if as_json:

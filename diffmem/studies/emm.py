@@ -105,6 +105,7 @@ def find_emm(
     runs: int = 40,
     executor: Executor | None = None,
     tell: Callable[[Outcome], None] = lambda outcome: None,
+    watch: Callable[[EMM], None] = lambda emm: None,
     progress: Progress = silent,
 ) -> EMM:
     """EMM_ζ of a setting, with an interval; the runs are kept in `out`, from which a search that ended early goes on.
@@ -117,10 +118,11 @@ def find_emm(
     sizes: the smallest and the largest N to try; None: from 2 images of each class to all there are. precision: half of
     the 95 % interval as a share of EMM at which to stop. repetitions: runs per size at most, runs: in all at most.
     executor: see `diffmem.studies.executors`; with several slots, up to six runs are made at once. tell: called with
-    every run that ends. Raises InputError where nothing can be found out, because no run succeeds.
+    every run that ends; watch: with what is known so far, at the start and after every round of runs. Raises InputError
+    where nothing can be found out, because no run succeeds.
     """
     with output_lock(out):
-        return _find_emm(setting, out, sizes, zeta, precision, repetitions, runs, executor, tell, progress)
+        return _find_emm(setting, out, sizes, zeta, precision, repetitions, runs, executor, tell, watch, progress)
 
 
 def _find_emm(
@@ -133,6 +135,7 @@ def _find_emm(
     runs: int,
     executor: Executor | None,
     tell: Callable[[Outcome], None],
+    watch: Callable[[EMM], None],
     progress: Progress,
 ) -> EMM:
     executor = InProcess() if executor is None else executor
@@ -158,7 +161,10 @@ def _find_emm(
         if not results and len(failures) >= min(3, runs):
             raise InputError(f"the first runs all failed, the last one with: {failures[-1][1]}")
         progress("searching EMM", len(results) + len(failures), runs)
+        watch(EMM(setting, search, tuple(results), tuple(failures)))
         return seen
+
+    watch(EMM(setting, search, ()))
 
     carry_out(search, measure, min(executor.slots, _AT_ONCE))
     return EMM(setting, search, tuple(results), tuple(failures))

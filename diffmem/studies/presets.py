@@ -49,8 +49,8 @@ _SIZES = {"digits": (20, 30, 40, 50, 70, 100), "cifar10": (1000, 2000, 3000, 400
 _AROUND = {"digits": (30, 50), "cifar10": (1000, 2000)}  # where R_mem of the base is neither 0 nor 1
 _REPETITIONS = {"digits": 2, "cifar10": 1}
 _DIGITS_NOTE = (
-    "Digits scale: scikit-learn's 8×8 digits, a DDPM++ network of 16 channels with EDM's preconditioning, 1000 steps of"
-    " 64 images for every N (the paper: a fixed number of epochs), unipc with 14 network calls."
+    "Digits scale: scikit-learn's digits, a small network, and runs of the same length in images for every N (the"
+    " paper: a fixed number of epochs); what each is made of stands under its settings."
 )
 
 

@@ -65,13 +65,14 @@ def write_studies(found: Sequence[Findings], root: Path, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def write_emm(emm: EMM, folder: Path) -> Path:
-    """Writes `emm.json`, `runs.csv`, `emm.svg` and `report.html` into `folder` and returns the page's path."""
+def write_emm(emm: EMM, folder: Path, running: bool = False) -> Path:
+    """Writes `emm.json`, `runs.csv`, `emm.svg` and `report.html` into `folder` and returns the page's path. running:
+    the search has not ended; the page says so and reloads itself."""
     check_output_folder(folder)
     drawing = draw_emm(emm)
     columns = (*(name for name in RUN_COLUMNS if name not in ("study", "variant")), "decided", "censored")
     rows = [{**_row(result), "decided": result.decided, "censored": result.censored} for result in emm.results]
-    page = template("diffmem.studies", "emm.html.j2").render(emm=emm, plot=drawing, columns=columns, rows=rows)
+    page = template("diffmem.studies", "emm.html.j2").render(emm=emm, plot=drawing, running=running)
     summary = json.dumps(emm.to_dict(), indent=1) + "\n"
     texts = {"emm.json": summary, "runs.csv": _table(columns, rows), "emm.svg": drawing, "report.html": page}
     with atomic_set(folder) as stage:
@@ -100,7 +101,10 @@ def draw_emm(emm: EMM) -> str:
                 )  # fmt: skip
         axes.axvspan(low, high, color="#a3261c", alpha=0.15, linewidth=0, label="EMM, 95 % interval")
         axes.axvline(emm.size, color="#a3261c", linewidth=1.2)
-        axes.axhline(1 - emm.search.zeta, color="#555", linestyle="--", linewidth=0.8)
+        level = f"{1 - emm.search.zeta:.3g}"
+        axes.axhline(
+            1 - emm.search.zeta, color="#555", linestyle="--", linewidth=0.8, label=f"R_mem {float(level):.0%}, at EMM"
+        )
         axes.set_xscale("log")
         _plain_ticks(axes, sizes[[0, -1]])
         axes.set_ylim(-0.03, 1.05)
@@ -137,9 +141,9 @@ def _curves(axes: Axes, found: Findings) -> None:
             size, (low, high) = found.emm[variant.name]
             axes.plot([low, high], [-0.02 - 0.025 * position] * 2, color=color, linewidth=1.5, clip_on=False)
             axes.plot([size], [-0.02 - 0.025 * position], "|", color=color, markersize=7, clip_on=False)
-    axes.axhline(0.9, color="#555", linestyle="--", linewidth=0.8)
+    axes.axhline(0.9, color="#555", linestyle="--", linewidth=0.8, label="90 %, R_mem at EMM")
     axes.set_xscale("log")
-    _plain_ticks(axes, found.sizes)
+    _plain_ticks(axes, found.sizes, found.sizes if len(found.sizes) <= 8 else None)
     axes.set_xlabel("training images N (bars below: EMM, 95 %)")
     _finish(axes)
 
@@ -196,13 +200,15 @@ def _finish(axes: Axes) -> None:
     axes.legend(fontsize=8)
 
 
-def _plain_ticks(axes: Axes, sizes: Sequence[float]) -> None:
-    """Sizes as people write them, not as powers of ten."""
+def _plain_ticks(axes: Axes, sizes: Sequence[float], ticks: Sequence[float] | None = None) -> None:
+    """Sizes as people write them, not as powers of ten, at `ticks` or at round numbers."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     low, high = min(sizes), max(sizes)
     steps = [digit * 10**power for power in range(0, 8) for digit in (1, 2, 3, 5, 7)]
-    axes.xaxis.set_major_locator(FixedLocator([step for step in steps if low * 0.95 <= step <= high * 1.05]))
+    if ticks is None:
+        ticks = [step for step in steps if low * 0.95 <= step <= high * 1.05]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
