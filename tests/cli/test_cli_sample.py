@@ -154,7 +154,9 @@ def test_audit_as_it_goes(run, checkpoint, noise, tmp_path):
     with np.load(tmp_path / "training.npz") as file:
         np.savez(tmp_path / "training.npz", images=np.concatenate([np.load(noise), file["images"][::2]]))
     arguments = ["sample", checkpoint, "--seeds", "0-9", "--audit", tmp_path / "training.npz"]
-    status, out, err = run(*arguments, "--json", "full", "--holdout", noise, "--report", tmp_path / "report")
+    np.save(tmp_path / "unseen.npy", 255 - np.load(noise))
+    unseen = ("--holdout", tmp_path / "unseen.npy")
+    status, out, err = run(*arguments, "--json", "full", *unseen, "--report", tmp_path / "report")
     assert (status, err) == (0, "")
     summary = json.loads(out)
     assert summary["audit"]["memorized"] == [True, False] * 5
