@@ -9,7 +9,7 @@ EXTRAS ?= demo,faiss,triton,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format setup clean
+.PHONY: demo test bench gpu lint format setup clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
@@ -27,6 +27,12 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# On a machine with a GPU, with the Python that is there: builds, checks and measures all GPU code in BUDGET seconds.
+OUT ?= build/gpu
+BUDGET ?= 480
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --budget $(BUDGET) $(if $(INTERPRET),--interpret)
 
 lint: setup
 	$(BIN)/ruff check .

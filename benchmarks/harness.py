@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def machine_slug() -> str:
 def environment() -> dict[str, str]:
     """Machine, thread count, versions, commit and date: the same columns in every row."""
     versions = []
-    for package in ("torch", "numpy", "faiss-cpu", "triton"):
+    for package in ("torch", "numpy", "faiss-cpu", "faiss-gpu", "triton"):
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -169,6 +170,7 @@ def environment() -> dict[str, str]:
     }
 
 
+@cache
 def commit() -> str:
     """The checkout's commit, with a + where the tree differs from it."""
     try:

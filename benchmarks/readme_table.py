@@ -12,11 +12,11 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results: python -m benchmarks.readme_table -->", "<!-- end of results -->"
 
 
-def table() -> str:
+def table(results: Path = RESULTS) -> str:
     """Markdown: a row per workload and baseline, and below it where the numbers come from."""
     lines = ["| work | diffmem | baseline | | ratio |", "| --- | --- | --- | --- | --- |"]
     origins: dict[str, None] = {}
-    for path in sorted(RESULTS.glob("*.csv")):
+    for path in sorted(results.glob("*.csv")):
         if path.stem.endswith(".quick"):
             continue
         rows = [row for row in read_table(path) if row.get("seconds") and row.get("contender")]
@@ -25,6 +25,8 @@ def table() -> str:
             by_workload.setdefault(row["workload"], []).append(row)
         for workload, (ours, *baselines) in by_workload.items():
             if workload.startswith(("cost against N", "optimum, one call")):  # in the chart, and in the table only
+                continue
+            if ours.get("stage") == "operations":  # of a GPU: the table of results has them
                 continue
             for baseline in baselines:
                 ratio = float(baseline["seconds"]) / float(ours["seconds"])

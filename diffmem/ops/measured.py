@@ -2,7 +2,7 @@
 
 A `Remembered` choice is kept in memory and in one file for all processes of this user,
 `$DIFFMEM_CACHE/choices.json` (by default in ~/.cache/diffmem). Where that cannot be read or written, every process
-measures for itself. Delete the file to have everything measured anew; `python -m benchmarks.gpu` fills it.
+measures for itself. Delete the file to have everything measured again.
 """
 
 from __future__ import annotations
