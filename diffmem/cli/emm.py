@@ -13,7 +13,7 @@ from diffmem.cli.options import debug_option, reserve_report
 from diffmem.cli.training_options import POSITIVE, SHARE, describe_preset, training_options, training_parts
 
 if TYPE_CHECKING:
-    from diffmem.studies import EMM
+    from diffmem.studies import EMM, Setting
 
 
 class SizeRange(click.ParamType):
@@ -58,13 +58,14 @@ class Percentage(click.ParamType):
 @click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
 @click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
               help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
+@click.option("-n", "--dry-run", is_flag=True, help="Print what the search would try and cost at most, and stop.")
 @threads_option
 @executor_options
 @click.option("--json", "as_json", is_flag=True, help="Print emm.json instead of the summary.")
 @debug_option
 def emm_command(
     source, resize, color, cond, out, zeta, sizes, precision, repetitions, max_runs, snapshots, samples, solver,
-    threads, workers, ray, gpus_per_run, device, as_json, **options,
+    dry_run, threads, workers, ray, gpus_per_run, device, as_json, **options,
 ) -> None:  # fmt: skip
     """Find the Effective Model Memorization: the largest number of training images that a model still memorizes.
 
@@ -89,7 +90,8 @@ def emm_command(
     from diffmem.studies.report import write_emm
 
     torch.set_flush_denormal(True)
-    reserve_report(out)
+    if not dry_run:
+        reserve_report(out)
     resolution = resize or load_images(source, limit=1).image_shape[1]
     parts = training_parts(resolution, **options)
     click.echo(describe_preset(parts.preset, resolution), err=True)
@@ -103,6 +105,9 @@ def emm_command(
         sampling={"solver": solver},
         threads=threads,
     )
+    if dry_run:
+        _print_plan(setting, sizes, repetitions, max_runs, device)
+        return
     with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
         found = find_emm(
             setting, out, sizes=sizes, zeta=zeta, precision=precision, repetitions=repetitions, runs=max_runs,
@@ -114,6 +119,20 @@ def emm_command(
         click.echo(json.dumps(found.to_dict()))
     else:
         _print(found, page)
+
+
+def _print_plan(setting: Setting, sizes: tuple[int, int] | None, repetitions: int, runs: int, device: str) -> None:
+    """Sizes, number of runs, and what one costs at the ends of the sizes, measured on a few passes here."""
+    from diffmem.studies import Unit
+    from diffmem.studies.schedule import costs
+    from diffmem.timing import duration
+
+    classes, largest = setting.data.limits()
+    low, high = sizes or (2 * classes, largest)
+    each = [cost.left for cost in costs([Unit(setting, size) for size in (low, min(high, largest))], None, device)]
+    click.echo(f"sizes from {low:,} to {high:,}, up to {repetitions} runs per size and {runs} in all")
+    click.echo(f"one run in full: about {duration(each[0])} at N = {low:,}, {duration(each[1])} at N = {high:,}")
+    click.echo(f"all runs: {duration(runs * max(each))} of one device at most; runs that are decided end earlier")
 
 
 def _print(found: EMM, page: Path) -> None:
