@@ -279,6 +279,7 @@ def test_torch_functions(on_the_stand_in):
     np.testing.assert_array_equal(np.stack([each.numpy() for each in found]), expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize(("queries", "n", "d", "k"), [(300, 5000, 768, 2), (1, 4097, 61, 64), (129, 300, 66052, 5)])
 def test_on_a_gpu(queries, n, d, k):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import click
 import pytest
 import torch
+from triton_interpreter import why_not
 
 from benchmarks import bench_kernels, readme_table
 from benchmarks.gpu import build, runner
@@ -29,7 +30,7 @@ from diffmem.ops import registry
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="no triton here: pip install 'diffmem[triton]'")
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_dry_run_covers_every_stage_kernel_and_baseline(tmp_path):
     """The command itself; it leaves results in its folder and nothing elsewhere."""
     home = tmp_path / "home"

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triton_interpreter import why_not
 
 from benchmarks import bench_kernels
 from benchmarks.triton_resources import (
@@ -45,6 +46,7 @@ compiles = pytest.mark.skipif(
 SUBJECTS = {subject.op: subject for subject in bench_kernels.SUBJECTS}
 
 
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_values_and_gradients_by_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
