@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffmem.cli.distributed import is_first_rank, process_group
+from diffmem.cli.distributed import is_first_rank, process_group, ranks
 from diffmem.cli.options import (
     CommandWithJson,
     Source,
@@ -78,6 +78,11 @@ class Threshold(click.ParamType):
 @click.option(
     "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
 )
+@click.option(
+    "--index", default="exact", show_default=True, metavar="NAME",
+    help="How neighbors are searched: exact, or by FAISS, on GPUs where it has them: flat, ivf, ivf1024, hnsw, or one "
+    "of its factory strings. What FAISS misses is measured on a sample and reported.",
+)  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Write report.html, samples.csv and report.json into this folder."
@@ -87,7 +92,7 @@ class Threshold(click.ParamType):
 @debug_option
 def audit_command(
     generated, training, holdout, threshold, duplicates, duplicate_radius, flip,
-    resize, center_crop, split_grid, value_range, limit, cache, device, out, as_json,
+    resize, center_crop, split_grid, value_range, limit, cache, index, device, out, as_json,
     fail_above, require_below, max_copies, **options,
 ) -> int:  # fmt: skip
     """Which of the GENERATED images are copies of TRAINING images?
@@ -105,6 +110,7 @@ def audit_command(
       diffmem audit samples/ cifar10-train.zip --holdout cifar10-test.zip --out report
       diffmem audit samples.npz training.zip --json | jq .ratio
       diffmem audit samples.zip training.zip --require-below 0.01    a gate for a pipeline
+      diffmem audit samples.zip training.zip --index ivf             FAISS, for sets too large to search exactly
       torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
     """
     import torch
@@ -117,6 +123,8 @@ def audit_command(
     if split_grid and (resize or center_crop):
         raise click.UsageError("--split-grid cuts at the training images' size: leave --resize and --center-crop out")
     torch.set_flush_denormal(True)
+    if index != "exact" and ranks() > 1:
+        raise click.UsageError("--index: FAISS searches in one process, on all GPUs it sees: leave torchrun out")
     limits = limits_of(fail_above, require_below, max_copies)
     reserve_report(out)
     with process_group() as distributed, progress_bars(is_first_rank()) as progress:
@@ -140,7 +148,7 @@ def audit_command(
             split_grid=split_grid,
             flip=flip,
             device=device,
-            index=ShardedIndex(training, device=device) if distributed else None,
+            index=ShardedIndex(training, device=device) if distributed else index,
             progress=progress,
         )
     if not is_first_rank():
@@ -180,6 +188,10 @@ def print_verdict(result: Audit) -> None:
     left_in = f"{result.raw_count:,} ({percent(result.raw_ratio)})"
     published = f"{result.published_count:,} ({percent(result.published_ratio)})"
     click.echo(f"  duplicates left in: {left_in}; as the paper's code counts, where 0/0 is no copy: {published}")
+    if (search := result.settings["search"])["method"] == "faiss":
+        recalls = f"{percent(search['recall_nearest'])} and {percent(search['recall_second'])}"
+        sample = f"measured on {search['recall_sample']:,} images"
+        click.echo(f"  FAISS ({search['index']}): recall of the nearest and second nearest {recalls}, {sample}")
     if result.holdout is not None:
         low, high = result.holdout.interval
         alarms = f"{result.holdout.count:,} of {result.holdout.total:,} ({percent(result.holdout.ratio)}"

@@ -270,3 +270,17 @@ def test_folder_of_seeds(folder, tmp_path):
     write_folder(digits.select(slice(0, 12)), tmp_path / "samples", seeds=range(995, 1007))
     facts = json.loads(run("audit", tmp_path / "samples", folder / "training.zip", "--json").stdout)
     assert facts["count"] == 12
+
+
+def test_faiss_from_the_command_line():
+    pytest.importorskip("faiss", reason="FAISS is optional: pip install 'diffmem[faiss]'")
+    arguments = ["audit", "builtin:digits", "builtin:digits", "--limit", 40, "--device", "cpu"]
+    result = run(*arguments, "--index", "flat")
+    assert result.returncode == 0, result.stderr
+    assert "40 of 40 images are copies" in result.stdout
+    assert "FAISS (Flat): recall of the nearest and second nearest 100 % and 100 %, measured on 40" in result.stdout
+    result = run(*arguments, "--index", "ivf16", "--json")
+    assert json.loads(result.stdout)["settings"]["search"]["index"] == "IVF16,Flat"
+    result = run(*arguments, "--index", "ivf16", env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
+    assert "--index" in result.stderr
+    assert result.returncode == 2
