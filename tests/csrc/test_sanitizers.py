@@ -1,0 +1,112 @@
+"""The op tests once more, with the core under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = ["test_arguments.py", "test_conv3x3.py", "test_group_norm_silu.py", "test_nearest.py", "test_posterior_mean.py"]
+# The core in place of the one that is installed. Python itself is not instrumented: libasan comes first by LD_PRELOAD.
+RUN = """
+import importlib.util, sys
+import diffmem
+spec = importlib.util.spec_from_file_location("diffmem._C", sys.argv[1])
+diffmem._C = sys.modules["diffmem._C"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(diffmem._C)
+import pytest
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def libraries() -> str:
+    """What is preloaded: libasan, and libstdc++, whose exceptions it has to find."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ was not found")
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(map(os.path.isabs, found)):
+        pytest.skip("g++ has no AddressSanitizer here")
+    return " ".join(found)
+
+
+@pytest.fixture(scope="module")
+def core(libraries) -> Path:
+    """The instrumented module; what the last run of this test compiled is not compiled again."""
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11, which builds the core, is missing")
+    if missing := [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=path()) is None]:
+        pytest.skip(f"{missing[0]} was not found")
+    folder = ROOT / "build" / f"sanitize-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configure = [
+            "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", "-DDIFFMEM_SANITIZE=ON",
+            "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF", "-DDIFFMEM_CUDA=off",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        for command in (configure, ["cmake", "--build", folder]):
+            done = subprocess.run(
+                [str(word) for word in command], capture_output=True, text=True, env={**os.environ, "PATH": path()}
+            )
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return next(folder.glob("_C*.so"))
+
+
+def path() -> str:
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def run(core: Path, libraries: str, log: Path, *arguments: str) -> tuple[int, str]:
+    """Status and output of pytest with the instrumented core, and what the sanitizers reported."""
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": libraries,
+        "ASAN_OPTIONS": f"detect_leaks=0:exitcode=66:log_path={log}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:exitcode=66:log_path={log}",
+        "HYPOTHESIS_PROFILE": "brief",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(core), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    reports = "".join(path.read_text() for path in log.parent.glob(f"{log.name}.*"))
+    return done.returncode, done.stdout[-3000:] + done.stderr[-2000:] + reports[:6000]
+
+
+def test_ops_under_sanitizers(core, libraries, tmp_path):
+    status, said = run(
+        core, libraries, tmp_path / "report", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
+        # Inductor's code is not ours, and its compiler would run under the preloaded library.
+        "-k", "not compile", *(f"tests/ops/{name}" for name in TESTS),
+    )  # fmt: skip
+    assert status == 0, said
+    assert " passed" in said
+
+
+def test_the_sanitizer_sees_the_core(core, libraries, tmp_path):
+    """A read past the end, which the core cannot know of, ends the process with the sanitizer's report."""
+    test = tmp_path / "test_overrun.py"
+    test.write_text(
+        "import numpy as np\n"
+        "from diffmem import _C\n"
+        "def test_overrun():\n"
+        "    rows, out = np.zeros(2**20, np.uint8), np.zeros(8, np.int64)\n"
+        "    view = _C.NearestRows(rows.ctypes.data, 2**15 + 1, 32, 32, _C.NearestType.u8)\n"
+        "    query = _C.NearestRows(rows.ctypes.data, 1, 32, 32, _C.NearestType.u8)\n"
+        "    _C.nearest_search_dense(view, query, 1, out.ctypes.data, out.ctypes.data, 1)\n"
+    )
+    status, said = run(
+        core, libraries, tmp_path / "report", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(test)
+    )
+    assert status == 66, said
+    assert "AddressSanitizer: heap-buffer-overflow" in said
