@@ -9,13 +9,15 @@ table of its own. A row is made again only where the kernel's source has changed
 
 What can be launched is what the ops' own host code launches: `every_launch` calls it and collects. Each tile is there
 in each dtype and layout with everything a kernel can do: SiLU, scale and shift, an added embedding, float32
-parameters, aligned addresses. Every combination of what can be switched off (in float32 and bfloat16), half-precision
-parameters, and sizes and addresses that nothing divides, are there for one tile of each kernel (GROUP_NORM_EXAMPLES,
-ODD_EXAMPLES).
+parameters, aligned addresses. Every combination of what can be switched off (in bfloat16; for maps of several tiles
+nothing, and all), half-precision parameters, and sizes and addresses that nothing divides, are there for one tile of
+each kernel (GROUP_NORM_EXAMPLES, ODD_EXAMPLES).
 
 load_bytes and store_bytes: of all threads of a program, from PTX, but for loads marked evict_last (parameters and
-statistics). loads_by_depth and stores_by_depth: of one program, from Triton's IR: outside of loops, then in one round
-of a loop, then in one round of the loop inside of that.
+statistics). loads_by_width and stores_by_width: bytes of an instruction, and how many such instructions the code has,
+of the same loads and of the stores; asynchronous_copies: how many of the loads go to shared memory while the thread
+goes on. loads_by_depth and stores_by_depth: of one program, from Triton's IR: outside of loops, then in one round of a
+loop, then in one round of the loop inside of that.
 
 To add an op, add a KernelSubject to SUBJECTS.
 """
@@ -40,7 +42,7 @@ from benchmarks.triton_resources import ARCHITECTURES, Launch, bytes_by_depth, c
 COLUMNS = (
     "op", "kernel", "configuration", "architecture", "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps",
     "blocks_per_multiprocessor", "occupancy", "instructions", "matrix_instructions", "load_bytes", "store_bytes",
-    "loads_by_depth", "stores_by_depth", "source",
+    "loads_by_depth", "stores_by_depth", "loads_by_width", "stores_by_width", "asynchronous_copies", "source",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,9 +59,9 @@ class KernelSubject:
     run: Callable[[ModuleType, torch.dtype], None]
 
 
-# (channels of a group, pixels) of maps: groups that fit on chip, forward and backward, and groups that are split.
-GROUP_NORM_EXAMPLES = ((8, 256), (8, 4096))
-ODD_EXAMPLES = ((3, 15 * 15), (3, 65 * 65))
+# (channels of a group, pixels) of maps: one tile, and several.
+GROUP_NORM_EXAMPLES = ((8, 64), (8, 256))
+ODD_EXAMPLES = ((3, 7 * 7), (3, 15 * 15))
 
 
 def _map(batch: int, channels: int, pixels: int, dtype: torch.dtype, last: bool) -> torch.Tensor:
@@ -70,24 +72,28 @@ def _map(batch: int, channels: int, pixels: int, dtype: torch.dtype, last: bool)
 def _run_group_norm(kernels: ModuleType, dtype: torch.dtype) -> None:
     from diffmem.ops.group_norm_silu.tiles import every_tile
 
-    def launch(x, groups, parameters=torch.float32, embedding=torch.float32, silu=True, adaptive=True, added=True):
+    def launch(x, groups, parameters=torch.float32, embedding=torch.float32, silu=True, adaptive=True, added=True,
+               one_row=False):  # fmt: skip
         channels = x.shape[1]
-        weight, rows = torch.empty(channels, dtype=parameters), torch.empty(4, channels, dtype=embedding)
+        weight, rows = torch.empty(channels, dtype=parameters), torch.empty(len(x), channels, dtype=embedding)
+        rows = rows[:1] if one_row else rows
         scale, added = rows if adaptive else None, rows if added else None
         y, mean, rstd = kernels.launch_forward(x, groups, weight, weight, 1e-5, scale, scale, silu, added)
         kernels.launch_backward(y, x, mean, rstd, groups, weight, weight, scale, scale, silu, added)
 
     for last in (False, True):
-        for group_channels, pixels in every_tile(last, dtype.itemsize):
-            launch(_map(4, 32 * group_channels, pixels, dtype, last), 32)
+        for group_channels, pixels, batch in every_tile(last):
+            launch(_map(batch, 32 * group_channels, pixels, dtype, last), 32)
         for group_channels, pixels in ODD_EXAMPLES:
             channels = 5 * group_channels
             strides = (channels * pixels, 1, channels, channels) if last else (channels * pixels, pixels, 1, 1)
             memory = torch.empty(4 * channels * pixels + 1, dtype=dtype)
             launch(memory.as_strided((4, channels, pixels, 1), strides, 1), 5)
     for group_channels, pixels in GROUP_NORM_EXAMPLES:
-        x = _map(4, 32 * group_channels, pixels, dtype, True)
-        for silu, adaptive, added in product((False, True), repeat=3) if dtype != torch.float16 else ():
+        x = _map(40, 32 * group_channels, pixels, dtype, True)
+        launch(x, 32, one_row=True)  # as of a network without classes at one noise level, or of a convolution's bias
+        options = product((False, True), repeat=3) if pixels == 64 else product((False,), repeat=3)
+        for silu, adaptive, added in options if dtype == torch.bfloat16 else ():
             launch(x, 32, silu=silu, adaptive=adaptive, added=added)
         if dtype != torch.float32:
             launch(x, 32, embedding=dtype)  # as under autocast
@@ -101,8 +107,8 @@ def _run_attention(kernels: ModuleType, dtype: torch.dtype) -> None:
         sizes = {size for kernel in KERNELS for size in every_tile(kernel, dtype, precision)}
         with mock.patch.object(kernels, "precision_of", lambda _, precision=precision: precision):
             for last in (False, True):
-                for tokens, channels in sorted(sizes):
-                    qkv = _map(4, 3 * 2 * channels, tokens, dtype, last)
+                for channels in sorted(sizes):
+                    qkv = _map(4, 3 * 2 * channels, 64, dtype, last)
                     out, lse = kernels.launch_forward(qkv, 2)
                     kernels.launch_backward(out, qkv, out, lse, 2)
 
@@ -152,14 +158,21 @@ def row_of(op: str, launch: Launch, architecture: int) -> dict[str, str]:
         "store_bytes": stores,
         "loads_by_depth": " ".join(map(str, bytes_by_depth(compiled.ttir, "load"))),
         "stores_by_depth": " ".join(map(str, bytes_by_depth(compiled.ttir, "store"))),
+        "loads_by_width": _widths(compiled.loads_by_width),
+        "stores_by_width": _widths(compiled.stores_by_width),
         "source": source_digest(launch.kernel),
     }
     measured = (
         "registers", "stack_bytes", "spill_bytes", "shared_bytes", "warps", "blocks_per_multiprocessor", "occupancy",
-        "instructions", "matrix_instructions",
+        "instructions", "matrix_instructions", "asynchronous_copies",
     )  # fmt: skip
     return {name: str(values[name] if name in values else getattr(compiled, name)) for name in COLUMNS if name in values
             or name in measured}  # fmt: skip
+
+
+def _widths(counts: dict[int, int]) -> str:
+    """{16: 4, 2: 1} as "16:4 2:1"."""
+    return " ".join(f"{width}:{count}" for width, count in counts.items())
 
 
 def result(folder: Path = RESULTS) -> Path:
@@ -190,7 +203,7 @@ def run(bench: Bench) -> None:
                 if not bench.wants(" ".join(key)) or (bench.quick and architecture != 90):
                     if key in known:
                         rows[key] = known[key]
-                elif key in known and known[key]["source"] == source:
+                elif known.get(key, {}).get("source") == source and known[key].keys() == set(COLUMNS):
                     rows[key] = known[key]
                 else:
                     rows[key] = row_of(subject.op, launch, architecture)

@@ -12,6 +12,7 @@ import re
 import struct
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ _TYPES = {
     torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
-OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS")  # named where they are off
+OMISSIBLE = ("SILU", "ADAPTIVE", "ADDED", "SCALE_ROWS", "SCALE_ROW")  # named where they are off
 PARAMETERS = ("weight", "scale", "added")  # whose dtype is named where it is not float32
 
 
@@ -144,9 +145,31 @@ class Compiled:
     def map_bytes(self) -> tuple[int, int]:
         """Bytes that all threads of a program load, but for loads marked evict_last, and store: the count of
         instructions times their width, so a loop's are counted once."""
-        loads = re.findall(r"ld\.global(?!\S*evict_last)\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
-        stores = re.findall(r"st\.global\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
-        return tuple(32 * self.warps * sum(map(_width, found)) for found in (loads, stores))
+        loads, stores = self.loads_by_width.items(), self.stores_by_width.items()
+        return tuple(32 * self.warps * sum(width * count for width, count in found) for found in (loads, stores))
+
+    @property
+    def loads_by_width(self) -> dict[int, int]:
+        """How many of a thread's load instructions move how many bytes each, but for loads marked evict_last;
+        asynchronous copies to shared memory included."""
+        found = re.findall(r"ld\.global(?!\S*evict_last)\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
+        return dict(sorted(Counter([*map(_width, found), *self._asynchronous_widths]).items(), reverse=True))
+
+    @property
+    def stores_by_width(self) -> dict[int, int]:
+        """The same of its stores."""
+        found = re.findall(r"st\.global\S*?((?:\.v\d)?\.b\d+) ", self.ptx)
+        return dict(sorted(Counter(map(_width, found)).items(), reverse=True))
+
+    @property
+    def asynchronous_copies(self) -> int:
+        """How many loads go to shared memory while the thread goes on: the loops that a pipeline was made of."""
+        return len(self._asynchronous_widths)
+
+    @property
+    def _asynchronous_widths(self) -> list[int]:
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", self.ptx)
+        return [int(width, 0) for width in copies]
 
 
 def bytes_by_depth(ttir: str, operation: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from diffmem.ops.attention import attention
 from diffmem.ops.conv3x3 import conv3x3
-from diffmem.ops.group_norm_silu import group_norm_silu
+from diffmem.ops.group_norm_silu import fuses_added, group_norm_silu
 
 
 def positional_embedding(values: torch.Tensor, channels: int, endpoint: bool) -> torch.Tensor:
@@ -105,8 +105,8 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return conv3x3(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
+        return conv3x3(x, self.weight, self.bias if biased else None)
 
 
 class ResampleConv2d(nn.Conv2d):
@@ -125,16 +125,66 @@ class ResampleConv2d(nn.Conv2d):
         self.direction, self.fused = direction, fused
         self.register_buffer("resample_filter", resample_filter(taps))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
+        bias = self.bias if biased else None
         if not self.fused:
             x = resample(x, self.resample_filter, self.direction)
-            return conv3x3(x, self.weight, self.bias) if self.kernel_size == (3, 3) else super().forward(x)
+            return (
+                conv3x3(x, self.weight, bias)
+                if self.kernel_size == (3, 3)
+                else F.conv2d(x, self.weight, bias, padding=self.padding)
+            )
         # Zero padding of the convolution and of the filter both before the convolution, then no padding at all.
         margin = (self.resample_filter.shape[-1] - 1) // 2
         x = F.conv2d(x, self.weight, None, padding=self.kernel_size[0] // 2 + margin)
         channels = x.shape[1]
         kernel = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
-        return F.conv2d(x, kernel, stride=2, groups=channels) + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+        x = F.conv2d(x, kernel, stride=2, groups=channels)
+        return x if bias is None else x + bias.to(x.dtype).reshape(1, -1, 1, 1)
+
+
+class QueryKeyValue(nn.Module):
+    """A 1×1 convolution to queries, keys and values, one after the other: output channels (3, heads, channels).
+
+    EDM's networks count them (heads, channels, 3), which leaves two foreign values between any two of a query. The rows
+    of `weight` (3, C, C_in) and `bias` (3, C) are regrouped here once, when they are loaded, so that of what comes out
+    the queries, keys and values are views with contiguous channels. Outside of the module EDM's order holds: in
+    `state_dict()` and `load_state_dict()`, with EDM's shapes (3C, C_in, 1, 1) and (3C,), and in training states.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        drawn = nn.Conv2d(channels, 3 * channels, 1)
+        self.weight = nn.Parameter(self.from_edm(drawn.weight[:, :, 0, 0].detach()))
+        self.bias = nn.Parameter(self.from_edm(drawn.bias.detach()))
+
+    @staticmethod
+    def from_edm(values: torch.Tensor) -> torch.Tensor:
+        """(3, C, …) from EDM's (3C, …), where row 3·i + {0, 1, 2} is channel i's query, key, value."""
+        return values.unflatten(0, (-1, 3)).transpose(0, 1).contiguous()
+
+    @staticmethod
+    def to_edm(values: torch.Tensor) -> torch.Tensor:
+        """EDM's (3C, …) from (3, C, …)."""
+        return values.transpose(0, 1).flatten(0, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight.flatten(0, 1)[:, :, None, None], self.bias.flatten())
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.to_edm(destination[f"{prefix}weight"])[:, :, None, None]
+        destination[f"{prefix}bias"] = self.to_edm(destination[f"{prefix}bias"])
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        # A parameter of this module's own shape, as `named_parameters()` gives it, is loaded as it is.
+        channels, inputs = self.weight.shape[1:]
+        weight, bias = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
+        if weight is not None and weight.shape == (3 * channels, inputs, 1, 1):
+            state_dict[f"{prefix}weight"] = self.from_edm(weight[:, :, 0, 0])
+        if bias is not None and bias.shape == (3 * channels,):
+            state_dict[f"{prefix}bias"] = self.from_edm(bias)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class GroupNorm(nn.Module):
@@ -237,19 +287,21 @@ class UNetBlock(nn.Module):
             self.num_heads = 1 if style.channels_per_head is None else out_channels // style.channels_per_head
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, style.eps)
-            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.qkv = QueryKeyValue(out_channels)
             self.proj = nn.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """(B, out_channels, H', W') from x (B, in_channels − zero_channels, H, W) and emb (B or 1, emb_channels)."""
         style = self.style
-        y = self._first_convolution(x)
         conditioning = self.affine(emb)
-        if style.adaptive:
-            scale, shift = conditioning.chunk(2, dim=1)
-            y = self.norm1(y, scale, shift)
-        else:
-            y = self.norm1(y, added=conditioning)
+        scale, shift = conditioning.chunk(2, dim=1) if style.adaptive else (None, None)
+        added = None if style.adaptive else conditioning
+        # The convolution's bias is one number per channel as well: added by the norm's kernel it takes no pass over the
+        # map, forward (where the convolution would add it in one of its own) or backward (a sum over the map).
+        folded = added is not None or fuses_added(x.device.type)
+        if folded:
+            added = self.conv0.bias[None] if added is None else added + self.conv0.bias
+        y = self.norm1(self._first_convolution(x, biased=not folded), scale, shift, added=added)
         y = self.conv1(dropout(y, style.dropout, self.training))
         y = (y + self._skip(x)) * style.skip_scale
         if self.num_heads:
@@ -257,9 +309,9 @@ class UNetBlock(nn.Module):
             y = (y + attended) * style.skip_scale
         return y
 
-    def _first_convolution(self, x: torch.Tensor) -> torch.Tensor:
+    def _first_convolution(self, x: torch.Tensor, biased: bool) -> torch.Tensor:
         if not self.zero_channels:
-            return self.conv0(self.norm0(x))
+            return self.conv0(self.norm0(x), biased)
         norm, conv = self.norm0, self.conv0
         group = self.in_channels // norm.num_groups
         # A group that straddles the border mixes its statistics with zeros: its zero channels stay in the computation.
@@ -271,7 +323,7 @@ class UNetBlock(nn.Module):
             norm.bias[:live],
             norm.eps,
         )
-        y = conv3x3(y, conv.weight[:, :live], conv.bias)
+        y = conv3x3(y, conv.weight[:, :live], conv.bias if biased else None)
         if live == self.in_channels:
             return y
         # Groups of zeros only leave the norm as their bias, one constant per channel, the same for every image. Away
@@ -306,6 +358,12 @@ def initialize(module: nn.Module, gain: float, scheme: str) -> None:
 
     "default" is PyTorch's own, uniform within ±1/√fan_in for weights and biases (ADM).
     """
+    if isinstance(module, QueryKeyValue):  # the numbers of a seed are those of EDM's order
+        _, channels, inputs = module.weight.shape
+        drawn = nn.utils.skip_init(nn.Conv2d, inputs, 3 * channels, 1, device=module.weight.device)
+        initialize(drawn, gain, scheme)
+        module.load_state_dict(drawn.state_dict())
+        return
     with torch.no_grad():
         if scheme == "xavier":
             nn.init.xavier_uniform_(module.weight)

@@ -18,6 +18,7 @@ from diffmem.models.blocks import (
     FourierEmbedding,
     GroupNorm,
     LabelEmbedding,
+    QueryKeyValue,
     Resample,
     ResampleConv2d,
     UNetBlock,
@@ -115,7 +116,7 @@ class UNet(nn.Module):
 
     def _initialize(self) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | LabelEmbedding):
+            if isinstance(module, nn.Conv2d | nn.Linear | LabelEmbedding | QueryKeyValue):
                 last = name.rpartition(".")[2]
                 gain = math.sqrt(0.2) if last == "qkv" else 1.0
                 if last in ("conv1", "proj") or last.endswith("aux_conv"):
@@ -239,7 +240,7 @@ class ADM(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, LabelEmbedding):
                 nn.init.normal_(module.weight)
-            elif isinstance(module, nn.Conv2d | nn.Linear):
+            elif isinstance(module, nn.Conv2d | nn.Linear | QueryKeyValue):
                 gain = 0.0 if name.rpartition(".")[2] in ("conv1", "proj", "out_conv") else 1.0
                 initialize(module, gain, "default")
 

@@ -394,14 +394,15 @@ class Trainer:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, facts) for `save_state`."""
         tensors = {
-            "weights": self.flat.values,
-            "averaged": self.flat_averaged.values,
+            "weights": self.flat.to_stored(self.flat.values),
+            "averaged": self.flat_averaged.to_stored(self.flat_averaged.values),
             "order": torch.from_numpy(self.order.order),
             "loss_sums": self.loss_sums,
         }
         for name, value in self.optimizer.state[self.flat.values].items():
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{name}"] = value
+                moments = value.shape == self.flat.values.shape
+                tensors[f"optimizer.{name}"] = self.flat.to_stored(value) if moments else value
         facts = {
             "images": self.images,
             "loss_counts": self.loss_counts,
@@ -425,13 +426,14 @@ class Trainer:
                 checked_tensor(tensors, name, (count,), self.flat.values.dtype)
         with parsing("the training state", "an order of this training set"):
             self.order.restore(facts["order"], order.numpy())
-        self.flat.values.data.copy_(weights)
-        self.flat_averaged.values.data.copy_(averaged)
-        state = {
-            name.removeprefix("optimizer."): value.to("cpu" if name == "optimizer.step" else self.device)
-            for name, value in tensors.items()
-            if name.startswith("optimizer.")
-        }
+        self.flat.values.data.copy_(self.flat.from_stored(weights))
+        self.flat_averaged.values.data.copy_(self.flat_averaged.from_stored(averaged))
+        state = {}
+        for name, value in tensors.items():
+            if name == "optimizer.step":
+                state["step"] = value.cpu()
+            elif name.startswith("optimizer."):
+                state[name.removeprefix("optimizer.")] = self.flat.from_stored(value).to(self.device)
         if state:
             layout = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**layout, "state": {0: state}})

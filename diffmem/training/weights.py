@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
+from diffmem.models.blocks import QueryKeyValue
 from diffmem.training.config import TrainingConfig
 
 _ALIGNED = 16  # numbers: 64 bytes, a cache line
@@ -17,10 +18,19 @@ class FlatParameters:
     """`values`, one parameter that holds all of a module's, which become views of it (and their gradients of its).
 
     Shapes and memory order stay as they were. The gaps between tensors, up to a cache line, are zeros and stay so.
+    Training states hold such a buffer in the order of EDM's tensors (`to_stored`, `from_stored`), whatever order a
+    module prefers in memory.
     """
 
     def __init__(self, module: nn.Module, gradients: bool):
         parameters = list(module.parameters())
+        regrouped = {
+            id(parameter)
+            for part in module.modules()
+            if isinstance(part, QueryKeyValue)
+            for parameter in part.parameters()
+        }
+        self._regrouped: list[tuple[slice, torch.Size]] = []
         starts, total = [], 0
         for parameter in parameters:
             starts.append(total)
@@ -32,12 +42,29 @@ class FlatParameters:
             self.values.grad = torch.zeros_like(values)
         for parameter, start in zip(parameters, starts, strict=True):
             size, stride = parameter.size(), parameter.stride()
+            if id(parameter) in regrouped:
+                self._regrouped.append((slice(start, start + parameter.numel()), size))
             view = values.as_strided(size, stride, start)
             view.copy_(parameter.data)
             parameter.data = view
             parameter.requires_grad_(gradients)
             if gradients:
                 parameter.grad = self.values.grad.as_strided(size, stride, start)
+
+    def to_stored(self, buffer: torch.Tensor) -> torch.Tensor:
+        """A copy of `buffer`, laid out like `values` (weights, their averages, an optimizer's moments), as training
+        states hold it."""
+        stored = buffer.detach().clone()
+        for part, shape in self._regrouped:
+            stored[part] = QueryKeyValue.to_edm(stored[part].view(shape)).flatten()
+        return stored
+
+    def from_stored(self, stored: torch.Tensor) -> torch.Tensor:
+        """The buffer laid out like `values` that a training state holds as `stored`."""
+        buffer = stored.clone()
+        for part, (parts, channels, *rest) in self._regrouped:
+            buffer[part] = QueryKeyValue.from_edm(buffer[part].view(parts * channels, *rest)).flatten()
+        return buffer
 
 
 def make_optimizer(config: TrainingConfig, flat: FlatParameters) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ from diffmem.models import (
     UNetConfig,
     preset,
 )
-from diffmem.models.blocks import BlockStyle, UNetBlock, dropout
+from diffmem.models.blocks import BlockStyle, QueryKeyValue, UNetBlock, dropout
 
 SMALL = UNetConfig(
     resolution=8,
@@ -101,6 +101,36 @@ def test_fifty_thousand_labels_cost_rows_only():
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
         layer(labels)
     assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.events()) < 1_000_000
+
+
+def test_queries_keys_and_values_are_regrouped_in_the_module_and_nowhere_else():
+    """Outputs in the order (3, channels), state dicts in EDM's (channels, 3), whichever way they are loaded."""
+    torch.manual_seed(0)
+    edm = torch.nn.Conv2d(8, 24, 1)
+    x = torch.randn(2, 8, 3, 3)
+    made = QueryKeyValue(8)
+    for assign in (False, True):
+        made.load_state_dict({name: value.clone() for name, value in edm.state_dict().items()}, assign=assign)
+        out = made(x).unflatten(1, (3, 8))
+        for part in range(3):
+            torch.testing.assert_close(out[:, part], edm(x)[:, part::3])
+        stored = made.state_dict()
+        assert list(stored) == list(edm.state_dict())
+        assert all(torch.equal(stored[name], value) for name, value in edm.state_dict().items())
+    given = edm.state_dict()
+    QueryKeyValue(8).load_state_dict(given)
+    assert given["weight"].shape == (24, 8, 1, 1), "the caller's dict was changed"
+    own = QueryKeyValue(8)
+    own.load_state_dict(dict(made.named_parameters()))  # by their shape: as the module holds them
+    assert all(torch.equal(stored[name], value) for name, value in own.state_dict().items())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        made.load_state_dict(torch.nn.Conv2d(8, 21, 1).state_dict())
+    # The gradient, as an optimizer sees it, is that of EDM's weights in the module's order.
+    weights = torch.randn(2, 3, 8, 3, 3)
+    (made(x).unflatten(1, (3, 8)) * weights).sum().backward()
+    (edm(x) * weights.transpose(1, 2).flatten(1, 2)).sum().backward()
+    torch.testing.assert_close(made.to_edm(made.weight.grad), edm.weight.grad[:, :, 0, 0])
+    torch.testing.assert_close(made.to_edm(made.bias.grad), edm.bias.grad)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

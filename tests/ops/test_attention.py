@@ -16,13 +16,13 @@ def packed(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_layout_is_head_then_channel_then_qkv(impl):
+def test_layout_is_qkv_then_head_then_channel(impl):
     # One pixel of image 0 looks only at the pixel whose key is aligned with its query, and returns that pixel's values.
     qkv = torch.zeros(1, 12, 1, 2)  # two heads of two channels, two pixels
-    head_1 = qkv[:, 6:]
-    head_1[0, 0, 0, 0] = 50.0  # query, channel 0, pixel 0
-    head_1[0, 1, 0, 1] = 50.0  # key, channel 0, pixel 1
-    head_1[0, 5, 0] = torch.tensor([3.0, 4.0])  # value, channel 1
+    q, k, v = qkv.reshape(1, 3, 2, 2, 2)[:, :, 1].unbind(1)  # of head 1: (1, channels, pixels) each
+    q[0, 0, 0] = 50.0
+    k[0, 0, 1] = 50.0
+    v[0, 1] = torch.tensor([3.0, 4.0])
     out = attention(qkv, 2, impl=impl)
     torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0.0, 0.0, 0.0, 4.0]))
     torch.testing.assert_close(out[0, :, 0, 1], torch.tensor([0.0, 0.0, 0.0, 3.5]))
@@ -59,3 +59,23 @@ def test_gradients_and_empty_batches(impl):
 def test_bad_arguments():
     with pytest.raises(InputError, match="num_heads = 5"):
         attention(torch.zeros(1, 12, 2, 2), 5)
+
+
+@pytest.mark.parametrize(("heads", "channels"), [(1, 64), (4, 16)])
+def test_channels_last_maps_are_not_copied(heads, channels):
+    """Queries, keys, values, the result and its gradient are views; the three gradients are put together once."""
+    qkv = packed(2, 3 * heads * channels, 4, 6).to(memory_format=torch.channels_last).requires_grad_()
+    dy = packed(2, heads * channels, 4, 6, seed=1).to(memory_format=torch.channels_last)
+
+    def large_copies(function):
+        with torch.profiler.profile(record_shapes=True) as profile:
+            value = function()
+        moved = ("aten::copy_", "aten::clone", "aten::contiguous", "aten::cat")
+        return value, sorted(event.name for event in profile.events() if event.name in moved)
+
+    out, copies = large_copies(lambda: attention(qkv, heads, impl="pytorch"))
+    assert not copies
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    (gradient,), copies = large_copies(lambda: torch.autograd.grad(out, qkv, dy))
+    assert copies == ["aten::cat"]
+    assert gradient.is_contiguous(memory_format=torch.channels_last)

@@ -9,23 +9,26 @@ and backward, from lse [N], out and its gradient do alone, so that no [N, N] mat
     delta = Σ_c out·do           ds = p·(do·vᵀ − delta)      dq = ds·k/√c     dk = dsᵀ·q/√c     dv = pᵀ·do
 
 (Dao et al., arXiv 2205.14135). Queries, keys and values are read from, and their gradients written to, the packed
-layout: channel (c, 3) per head, pixels contiguous or channels last. dq comes from one kernel, dk and dv from another,
-each program being the only one to write its part: no atomics, the same bits every time.
+layout: channels (3, heads, c), pixels contiguous or channels last. In the latter a token's c channels are contiguous:
+they are loaded 16 bytes at a time, asynchronously, while the products of the round before are formed. dq comes from one
+kernel, dk and dv from another, each program being the only one to write its part: no copies of the gradients, no
+atomics, the same bits every time.
 
-Scores are summed over `INNER` channels at a time, the result has `OUTER` of the head's channels per program (see
-`diffmem.ops.attention.tiles`). Products accumulate in float32; p and ds are rounded to the map's dtype before the
-second product.
+Scores are summed over `BLOCK_K` channels at a time, the result has `BLOCK_D` of the head's channels per program (see
+`diffmem.ops.attention.tiles`). Where all channels fit (SINGLE_PASS) what belongs to the program's own tokens is read
+once. Products accumulate in float32; p and ds are rounded to the map's dtype before the second product.
 
 Values of the map that a program moves, tokens outside of the image and channels outside of the head included (float32
 vectors lse and delta come to two per token; tests hold the compiled kernels to these counts exactly):
 
-                  per round of COLUMNS tokens, read               once, written
-    forward       (ROWS + COLUMNS)·c + COLUMNS·OUTER              ROWS·OUTER
-    dq            2·(ROWS + COLUMNS)·c + COLUMNS·OUTER            ROWS·OUTER
-    dk and dv     2·(ROWS + COLUMNS)·c + 2·COLUMNS·OUTER          2·ROWS·OUTER
+                  once, read (SINGLE_PASS)   per round of BLOCK_N tokens, read          once, written
+    forward       BLOCK_M·c                  BLOCK_N·(c + BLOCK_D)                      BLOCK_M·BLOCK_D
+    dq            2·BLOCK_M·c                BLOCK_N·(2·c + BLOCK_D)                    BLOCK_M·BLOCK_D
+    dk and dv     2·BLOCK_M·c                BLOCK_N·(2·c + 2·BLOCK_D)                  2·BLOCK_M·BLOCK_D
 
-Backward's terms with OUTER fall away where the whole head is there already (c ≤ INNER = OUTER). What is read again
-comes from the L2 cache: the programs of one head run side by side.
+In several passes what is read once there is read in every round. Backward's terms with BLOCK_D fall away where the
+whole head is there already (SINGLE_PASS and BLOCK_K = BLOCK_D). What is read again comes from the L2 cache: the
+programs of one head run side by side.
 """
 
 from __future__ import annotations
@@ -58,12 +61,12 @@ def _store(pointer, values, token, channel, N, c, token_stride, channel_stride):
 
 
 @triton.jit
-def _strides(N, C, LAST: tl.constexpr):
+def _strides(N, C, CHANNELS_LAST: tl.constexpr):
     """Strides of token, channel and q/k/v in the packed map, of token and channel in the plain one."""
-    if LAST:
-        return 3 * C, 3, 1, C, 1
+    if CHANNELS_LAST:
+        return 3 * C, 1, C, C, 1
     else:
-        return 1, 3 * N, N, 1, N
+        return 1, N, C * N, 1, N
 
 
 @triton.jit
@@ -82,20 +85,28 @@ def _packed(pointer, image, head, c, image_stride, channel, part):
 
 
 @triton.jit
-def _products(
-    a, b, row, column, N, c, a_token, a_channel, b_token, b_channel,
-    INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, COLUMNS]: a·bᵀ over the head's channels. ONCE: they are at most INNER."""
-    if ONCE:
-        i = tl.arange(0, INNER)
-        left = _load(a, row, i, N, c, a_token, a_channel)
-        right = _load(b, column, i, N, c, b_token, b_channel)
-        return tl.dot(left, tl.trans(right), input_precision=PRECISION)
+def _kept(a, row, N, c, a_token, a_channel, BLOCK_K: tl.constexpr, SINGLE_PASS: tl.constexpr):
+    """The head's channels of this program's own tokens, kept for all rounds; SINGLE_PASS: there are at most BLOCK_K."""
+    if SINGLE_PASS:
+        return _load(a, row, tl.arange(0, BLOCK_K), N, c, a_token, a_channel)
     else:
-        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, c, INNER):
-            i = start + tl.arange(0, INNER)
+        return 0.0
+
+
+@triton.jit
+def _products(
+    kept, a, b, row, column, N, c, a_token, a_channel, b_token, b_channel,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, SINGLE_PASS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N]: a·bᵀ over the head's channels, of which `kept` holds a's where one pass is enough."""
+    if SINGLE_PASS:
+        right = _load(b, column, tl.arange(0, BLOCK_K), N, c, b_token, b_channel)
+        return tl.dot(kept, tl.trans(right), input_precision=PRECISION)
+    else:
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, c, BLOCK_K):
+            i = start + tl.arange(0, BLOCK_K)
             left = _load(a, row, i, N, c, a_token, a_channel)
             right = _load(b, column, i, N, c, b_token, b_channel)
             sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
@@ -105,21 +116,25 @@ def _products(
 @triton.jit
 def _forward(
     qkv, out, lse, N, C, c, heads, blocks, chunks, image_stride, scale,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, SINGLE_PASS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: OUTER channels of ROWS tokens' results."""
-    token, channel, part, out_token, out_channel = _strides(N, C, LAST)
+    """One program: BLOCK_D channels of BLOCK_M tokens' results."""
+    token, channel, part, out_token, out_channel = _strides(N, C, CHANNELS_LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
     q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
-    row = block * ROWS + tl.arange(0, ROWS)
-    o = chunk * OUTER + tl.arange(0, OUTER)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, OUTER], tl.float32)
-    for start in range(0, N, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        s = _products(q, k, row, column, N, c, token, channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    queries = _kept(q, row, N, c, token, channel, BLOCK_K, SINGLE_PASS)
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        s = _products(
+            queries, q, k, row, column, N, c, token, channel, token, channel,
+            BLOCK_K, BLOCK_M, BLOCK_N, PRECISION, SINGLE_PASS,
+        )  # fmt: skip
         s = tl.where((column < N)[None, :], s * scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, axis=1))
         p = tl.exp2(s - larger[:, None])
@@ -130,23 +145,23 @@ def _forward(
         largest = larger
     to = out + image * C * N + head * c * out_channel
     _store(to, sums / total[:, None], row, o, N, c, out_token, out_channel)
-    first = (row < N) & (tl.zeros([ROWS], tl.int32) == chunk)  # the first chunk's program; a branch takes registers
+    first = (row < N) & (tl.zeros([BLOCK_M], tl.int32) == chunk)  # the first chunk's program; a branch takes registers
     tl.store(lse + (image * heads + head) * N + row, largest + tl.log2(total), mask=first)
 
 
 @triton.jit
 def _delta(
     out, dout, delta, N, C, c, heads, blocks, chunks,
-    LAST: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: Σ_c out·dout of ROWS tokens."""
-    _, _, _, token, channel = _strides(N, C, LAST)
+    """One program: Σ_c out·dout of BLOCK_M tokens."""
+    _, _, _, token, channel = _strides(N, C, CHANNELS_LAST)
     block, _chunk, image, head = _place(N, c, heads, blocks, chunks)
     start_of_head = image * C * N + head * c * channel
-    row = block * ROWS + tl.arange(0, ROWS)
-    sums = tl.zeros([ROWS], tl.float32)
-    for start in range(0, c, INNER):
-        i = start + tl.arange(0, INNER)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, c, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
         a = _load(out + start_of_head, row, i, N, c, token, channel).to(tl.float32)
         b = _load(dout + start_of_head, row, i, N, c, token, channel).to(tl.float32)
         sums += tl.sum(a * b, axis=1)
@@ -156,27 +171,33 @@ def _delta(
 @triton.jit
 def _query_gradient(
     qkv, dout, lse, delta, dqkv, N, C, c, heads, blocks, chunks, image_stride, scale, inverse_root,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, SINGLE_PASS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: OUTER channels of ROWS queries' gradients."""
-    token, channel, part, out_token, out_channel = _strides(N, C, LAST)
+    """One program: BLOCK_D channels of BLOCK_M queries' gradients."""
+    token, channel, part, out_token, out_channel = _strides(N, C, CHANNELS_LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
     q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     do = dout + image * C * N + head * c * out_channel
-    row = block * ROWS + tl.arange(0, ROWS)
-    o = chunk * OUTER + tl.arange(0, OUTER)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     vector = (image * heads + head) * N + row
     row_lse = tl.load(lse + vector, mask=row < N, other=0.0)
     row_delta = tl.load(delta + vector, mask=row < N, other=0.0)
-    sums = tl.zeros([ROWS, OUTER], tl.float32)
-    for start in range(0, N, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        s = _products(q, k, row, column, N, c, token, channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE)
+    queries = _kept(q, row, N, c, token, channel, BLOCK_K, SINGLE_PASS)
+    gradients = _kept(do, row, N, c, out_token, out_channel, BLOCK_K, SINGLE_PASS)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        s = _products(
+            queries, q, k, row, column, N, c, token, channel, token, channel,
+            BLOCK_K, BLOCK_M, BLOCK_N, PRECISION, SINGLE_PASS,
+        )  # fmt: skip
         p = tl.where((column < N)[None, :], tl.exp2(s * scale - row_lse[:, None]), 0.0)
         dp = _products(
-            do, v, row, column, N, c, out_token, out_channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
-        )
+            gradients, do, v, row, column, N, c, out_token, out_channel, token, channel,
+            BLOCK_K, BLOCK_M, BLOCK_N, PRECISION, SINGLE_PASS,
+        )  # fmt: skip
         ds = p * (dp - row_delta[:, None])
         keys = _load(k, column, o, N, c, token, channel)
         sums = tl.dot(ds.to(keys.dtype), keys, sums, input_precision=PRECISION)
@@ -187,30 +208,36 @@ def _query_gradient(
 @triton.jit
 def _key_value_gradient(
     qkv, dout, lse, delta, dqkv, N, C, c, heads, blocks, chunks, image_stride, scale, inverse_root,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, ONCE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, SINGLE_PASS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: OUTER channels of ROWS keys' and values' gradients; scores are [keys, queries] here."""
-    token, channel, part, out_token, out_channel = _strides(N, C, LAST)
+    """One program: BLOCK_D channels of BLOCK_M keys' and values' gradients; scores are [keys, queries] here."""
+    token, channel, part, out_token, out_channel = _strides(N, C, CHANNELS_LAST)
     block, chunk, image, head = _place(N, c, heads, blocks, chunks)
     q, k, v = _packed(qkv, image, head, c, image_stride, channel, part)
     do = dout + image * C * N + head * c * out_channel
-    row = block * ROWS + tl.arange(0, ROWS)
-    o = chunk * OUTER + tl.arange(0, OUTER)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     vectors = (image * heads + head) * N
-    key_sums = tl.zeros([ROWS, OUTER], tl.float32)
-    value_sums = tl.zeros([ROWS, OUTER], tl.float32)
-    for start in range(0, N, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        s = _products(k, q, row, column, N, c, token, channel, token, channel, INNER, ROWS, COLUMNS, PRECISION, ONCE)
+    keys = _kept(k, row, N, c, token, channel, BLOCK_K, SINGLE_PASS)
+    values = _kept(v, row, N, c, token, channel, BLOCK_K, SINGLE_PASS)
+    key_sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    value_sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        s = _products(
+            keys, k, q, row, column, N, c, token, channel, token, channel,
+            BLOCK_K, BLOCK_M, BLOCK_N, PRECISION, SINGLE_PASS,
+        )  # fmt: skip
         column_lse = tl.load(lse + vectors + column, mask=column < N, other=0.0)
         column_delta = tl.load(delta + vectors + column, mask=column < N, other=0.0)
         p = tl.where((column < N)[None, :], tl.exp2(s * scale - column_lse[None, :]), 0.0)
         gradients = _load(do, column, o, N, c, out_token, out_channel)
         value_sums = tl.dot(p.to(gradients.dtype), gradients, value_sums, input_precision=PRECISION)
         dp = _products(
-            v, do, row, column, N, c, token, channel, out_token, out_channel, INNER, ROWS, COLUMNS, PRECISION, ONCE
-        )
+            values, v, do, row, column, N, c, token, channel, out_token, out_channel,
+            BLOCK_K, BLOCK_M, BLOCK_N, PRECISION, SINGLE_PASS,
+        )  # fmt: skip
         ds = p * (dp - column_delta[None, :])
         queries = _load(q, column, o, N, c, token, channel)
         key_sums = tl.dot(ds.to(queries.dtype), queries, key_sums, input_precision=PRECISION)
@@ -259,13 +286,13 @@ def _launch(kernel, name: str, qkv: torch.Tensor, num_heads: int, tensors: tuple
     batch, packed, height, width = qkv.shape
     tokens, channels, head_channels = height * width, packed // 3, packed // (3 * num_heads)
     precision = precision_of(qkv.dtype)
-    cut = tile(name, tokens, head_channels, qkv.dtype, precision)
-    blocks, chunks = -(-tokens // cut.rows), -(-head_channels // cut.outer)
+    cut = tile(name, head_channels, qkv.dtype, precision)
+    blocks, chunks = -(-tokens // cut.block_m), -(-head_channels // cut.block_d)
     launch(
         kernel, (batch * num_heads * blocks * chunks,),
         *tensors, tokens, channels, head_channels, num_heads, blocks, chunks, qkv.stride(0), *scales,
-        LAST=_is_last(qkv), PRECISION=precision, ONCE=head_channels <= cut.inner,
-        ROWS=cut.rows, COLUMNS=cut.columns, INNER=cut.inner, OUTER=cut.outer,
+        CHANNELS_LAST=_is_last(qkv), PRECISION=precision, SINGLE_PASS=head_channels <= cut.block_k,
+        BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_D=cut.block_d,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
@@ -318,7 +345,7 @@ def launch_backward(
     launch(
         _delta, (batch * num_heads * blocks,),
         out, dout, delta, tokens, channels, head_channels, num_heads, blocks, 1,
-        LAST=last, ROWS=DELTA_TOKENS, INNER=DELTA_CHANNELS, num_warps=4,
+        CHANNELS_LAST=last, BLOCK_M=DELTA_TOKENS, BLOCK_K=DELTA_CHANNELS, num_warps=4,
     )  # fmt: skip
     inverse_root = 1 / math.sqrt(head_channels)
     scales = (math.log2(math.e) * inverse_root, inverse_root)

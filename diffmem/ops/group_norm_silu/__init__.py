@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.group_norm_silu import arguments, composite, native, reference
+from diffmem.ops.group_norm_silu import arguments, native, reference, torch_backend
 from diffmem.ops.registry import Implementation, Op, always, register
 from diffmem.ops.triton_ops import triton_unavailable
 
@@ -13,7 +13,7 @@ OP = register(
     Op(
         "group_norm_silu",
         (
-            Implementation("triton", "one pass over memory where a group fits on chip", triton_unavailable),
+            Implementation("triton", "one launch, one pass over memory", triton_unavailable),
             Implementation(
                 "native", "float32 channels_last, channels in multiples of 8; else PyTorch's", native.unavailable
             ),
@@ -23,12 +23,17 @@ OP = register(
     )
 )
 
-_FUNCTIONS = {"pytorch": composite.group_norm_silu, "reference": reference.group_norm_silu}
+_FUNCTIONS = {"pytorch": torch_backend.group_norm_silu, "reference": reference.group_norm_silu}
 
 
 @torch.compiler.assume_constant_result  # torch.compile is not to trace how the choice is made
 def _choose(device_type: str, impl: str | None) -> str:
     return OP.choose(device_type, impl)
+
+
+def fuses_added(device_type: str) -> bool:
+    """Whether `added` costs no pass over the map of its own on a device of that type."""
+    return _choose(device_type, None) in ("triton", "native")
 
 
 def group_norm_silu(
@@ -60,7 +65,7 @@ def group_norm_silu(
         why_not = fast.unfit(x, num_groups)
         if why_not is not None and impl is not None:
             raise InputError(f"group_norm_silu: implementation {impl!r} cannot take these arguments: {why_not}")
-        function = fast.group_norm_silu if why_not is None else composite.group_norm_silu
+        function = fast.group_norm_silu if why_not is None else torch_backend.group_norm_silu
     return function(x, num_groups, weight, bias, eps, scale, shift, silu, added)
 
 

@@ -1,26 +1,34 @@
-"""GroupNorm, scale and shift, SiLU as Triton kernels, forward and backward.
+"""GroupNorm, scale and shift, SiLU as Triton kernels, forward and backward, each one launch.
 
 Notation, per image b, channel c of group G, pixel p, with n = channels · pixels of a group:
 
     z = x + added          x̂ = (z − mean_G)·rstd_G          v = x̂·gain + offset          y = v·sigmoid(v)
     gain = weight·(1 + scale)          offset = bias·(1 + scale) + shift
 
-and backward, which computes x̂, v and the derivative of SiLU anew from x, the only map that was kept:
+and backward, which computes x̂, v and the derivative of SiLU again from x, the only map that was kept:
 
-    g = dy·silu'(v)          S1 = Σ_p g          S2 = Σ_p g·x̂
+    g = dy·silu'(v)          S1 = Σ_p g          S2 = Σ_p g·x̂          S3 = Σ_p x̂
     dx = rstd·(g·gain − Σ_G gain·S1/n − x̂·Σ_G gain·S2/n)
     dweight = Σ_b (1 + scale)·S2     dbias = Σ_b (1 + scale)·S1     dscale = weight·S2 + bias·S1     dshift = S1
-    dadded = Σ_p dx
+    dadded = Σ_p dx = rstd·(gain·S1 − pixels·Σ_G gain·S1/n − S3·Σ_G gain·S2/n)
 
-Statistics are float32, of the deviations from a mean that was computed first, never E[z²] − E[z]². Sums go through
-buffers in a fixed order; there are no atomics. Bytes moved per element of the map, s = itemsize (statistics and
-parameters come to less than 1 % of that; tests count the loads and stores of the compiled kernels):
+A program has some whole groups of one image, channels side by side, and goes through their pixels twice, a tile at a
+time: for the sums, and for the result. Each thread keeps sums of its own, so that nothing is exchanged inside of the
+loops. Small maps are one tile and stay on chip (see `diffmem.ops.group_norm_silu.tiles`).
 
-    whole groups on chip:   forward 2s (read x, write y)             backward 3s (read x and dy, write dx)
-    split groups:           forward 3s (read x twice, write y)       backward 5s (read x and dy twice, write dx)
+Statistics are float32, of the deviations from the mean of the first tile, never E[z²] − E[z]²; deviations of later
+tiles are merged by Welford's update. The parameters' gradients are summed over 32 images at a time, then over those
+sums: two levels in a fixed order, no atomics. Bytes moved per element of the map, s = itemsize (statistics and
+parameters come to less than 1 % of that; tests count the loads and stores of the compiled kernels, and hold them to
+this; benchmarks/results/kernel_traffic.csv has them for the networks' maps):
 
-Tiles are [pixels, columns] for channels_last maps and [columns, pixels] for contiguous ones, where a column is one
-channel: see `diffmem.ops.group_norm_silu.tiles`. All loads but those of the map are marked evict_last.
+                        memory                                        and again, from the cache
+    forward             2s (read x, write y)                          s  (x; nothing where one tile holds the map)
+    backward            3s (read x and dy, write dx)                  2s (x and dy; the same)
+
+What is read again are the program's own channels (64 of 32×32 pixels in bfloat16: 0.13 MB forward, 0.26 MB backward).
+Tiles are [pixels, channels] for channels_last maps and [channels, pixels] for contiguous ones. All loads but those of
+the map are marked evict_last.
 """
 
 from __future__ import annotations
@@ -32,41 +40,43 @@ import triton
 import triton.language as tl
 
 from diffmem.ops.group_norm_silu import arguments
-from diffmem.ops.group_norm_silu.tiles import WHOLE, WHOLE_BACKWARD, WIDEST_GROUP, Tile, tile
+from diffmem.ops.group_norm_silu.tiles import WIDEST, Tile, fits, tile
 from diffmem.ops.triton_ops import launch
 
-MERGED = 16  # partial statistics that are merged at a time
-BATCH_ROWS, BATCH_COLUMNS = 64, 32  # the tile that sums parameter gradients over the batch
+BLOCK_IMAGES, BLOCK_CHANNELS = 32, 64  # the tile that sums parameter gradients over the batch
 
 
 @triton.jit
-def _columns(
-    first_group, num_groups, group_channels, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, EXACT: tl.constexpr
-):
-    """[K] each: channel, whether there is such a channel, group, and the position in it, of a tile's columns."""
-    k = tl.arange(0, GROUPS * CHANNELS)
-    group = first_group + k // CHANNELS
-    within = k % CHANNELS
-    if EXACT:
-        channel = first_group * CHANNELS + k
-        valid = channel < num_groups * CHANNELS
-    else:
-        channel = group * group_channels + within
-        valid = (within < group_channels) & (group < num_groups)
-    return channel, valid, group, within
+def _place(blocks):
+    """Block of groups and image of this program, and the number of images; counts of images are 64 bits wide, and with
+    them every product that leads from one to the next."""
+    program = tl.program_id(0)
+    image = (program // blocks).to(tl.int64)
+    images = (tl.num_programs(0) // blocks).to(tl.int64)
+    return program % blocks, image, images
 
 
 @triton.jit
-def _over_group(columns, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """[K]: for each column the sum over its group of `columns` [K]."""
-    sums = tl.sum(tl.reshape(columns, [GROUPS, CHANNELS]), axis=1)
-    return tl.reshape(tl.broadcast_to(sums[:, None], [GROUPS, CHANNELS]), [GROUPS * CHANNELS])
+def _columns(block, units, C, group_channels, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_C] each: channel, whether it is one of this program's units·ALIGN channels, and its group."""
+    k = tl.arange(0, BLOCK_C)
+    width = units * ALIGN  # whole groups
+    channel = block * width + k
+    valid = (k < width) & (channel < C)
+    return channel, valid, channel // group_channels
 
 
 @triton.jit
-def _offsets(channel, valid, first_pixel, C, pixels, PIXELS: tl.constexpr, AXIS: tl.constexpr):
+def _over_group(columns, group):
+    """[BLOCK_C]: for each column the sum over its group of `columns`, which are zero where there is no channel."""
+    same = tl.expand_dims(group, 1) == tl.expand_dims(group, 0)
+    return tl.sum(tl.where(same, tl.expand_dims(columns, 0), 0.0), axis=1)
+
+
+@triton.jit
+def _offsets(channel, valid, first_pixel, C, pixels, BLOCK_P: tl.constexpr, AXIS: tl.constexpr):
     """A tile's offsets inside an image, and its mask; AXIS is the axis of the pixels: 0 channels_last, 1 contiguous."""
-    p = first_pixel + tl.arange(0, PIXELS)
+    p = first_pixel + tl.arange(0, BLOCK_P)
     mask = tl.expand_dims(valid, AXIS) & tl.expand_dims(p < pixels, 1 - AXIS)
     if AXIS == 0:
         offsets = tl.expand_dims(p, 1) * C + tl.expand_dims(channel, 0)
@@ -82,7 +92,7 @@ def _vector(pointer, offset, valid):
 
 @triton.jit
 def _map(pointer, offsets, mask, AGAIN: tl.constexpr):
-    """A tile of a map; AGAIN where another kernel is going to read it once more, from L2 with luck."""
+    """A tile of a map; AGAIN where it is going to be read once more."""
     if AGAIN:
         values = tl.load(pointer + offsets, mask=mask, other=0.0)
     else:
@@ -91,26 +101,20 @@ def _map(pointer, offsets, mask, AGAIN: tl.constexpr):
 
 
 @triton.jit
-def _shifted(
-    x, added, image, channel, valid, offsets, mask, x_stride, added_stride,
-    ADDED: tl.constexpr, AXIS: tl.constexpr, AGAIN: tl.constexpr,
-):  # fmt: skip
-    """z = x + added as a tile, zero outside of the mask."""
-    z = _map(x + image * x_stride, offsets, mask, AGAIN)
+def _shifted(x, added_row, offsets, mask, ADDED: tl.constexpr, AXIS: tl.constexpr, AGAIN: tl.constexpr):
+    """z = x + added as a tile, zero outside of the mask; x: the image, added_row [BLOCK_C]."""
+    z = _map(x, offsets, mask, AGAIN)
     if ADDED:
-        z += tl.expand_dims(_vector(added, image * added_stride + channel, valid), AXIS)
-        z = tl.where(mask, z, 0.0)
+        z = tl.where(mask, z + tl.expand_dims(added_row, AXIS), 0.0)
     return z
 
 
 @triton.jit
-def _place(blocks, chunks):
-    """Block of groups, chunk of pixels and image of this program, and the number of images; counts of images are
-    64 bits wide, and with them every product that leads from one to the next."""
-    program = tl.program_id(0)
-    image = (program // (blocks * chunks)).to(tl.int64)
-    images = (tl.num_programs(0) // (blocks * chunks)).to(tl.int64)
-    return program % blocks, program // blocks % chunks, image, images
+def _added_row(added, image, channel, valid, added_stride, ADDED: tl.constexpr):
+    if ADDED:
+        return _vector(added, image * added_stride + channel, valid)
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -142,296 +146,236 @@ def _activation_gradient(dy, v, SILU: tl.constexpr):
 
 
 @triton.jit
-def _forward_whole(
+def _deviations(
+    x, added_row, center, channel, valid, C, pixels,
+    ADDED: tl.constexpr, AXIS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Of each element of the tile over all rounds: mean and sum of squared deviations of z − center, and how many
+    rounds had a pixel there, [BLOCK_P] along AXIS."""
+    if AXIS == 0:
+        means = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    else:
+        means = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+        squares = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for start in range(0, pixels, BLOCK_P):
+        offsets, mask = _offsets(channel, valid, start, C, pixels, BLOCK_P, AXIS)
+        z = _shifted(x, added_row, offsets, mask, ADDED, AXIS, True) - tl.expand_dims(center, AXIS)
+        step = tl.where(mask, z - means, 0.0)
+        means += step * (1.0 / (start // BLOCK_P + 1))
+        squares += step * (z - means)
+    counts = ((pixels - tl.arange(0, BLOCK_P) + BLOCK_P - 1) // BLOCK_P).to(tl.float32)
+    return means, squares, tl.expand_dims(counts, 1 - AXIS)
+
+
+@triton.jit
+def _forward(
     x, y, mean, rstd, weight, bias, scale, shift, added,
-    C, pixels, num_groups, group_channels, blocks, eps, x_stride, scale_stride, shift_stride, added_stride,
+    C, pixels, num_groups, group_channels, units, blocks, eps, x_stride, scale_stride, shift_stride, added_stride,
     SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SINGLE_PASS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `GROUPS` groups of one image, read once, normalized and written."""
-    block, _chunk, image, images = _place(blocks, 1)
-    channel, valid, group, within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
-    offsets, mask = _offsets(channel, valid, 0, C, pixels, PIXELS, AXIS)
-    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, False)
+    """One program: units·ALIGN channels, whole groups, of one image. SINGLE_PASS: a tile has all of its pixels."""
+    block, image, images = _place(blocks)
+    channel, valid, group = _columns(block, units, C, group_channels, ALIGN, BLOCK_C)
+    x += image * x_stride
+    y += image * C * pixels
+    added_row = _added_row(added, image, channel, valid, added_stride, ADDED)
     n = 1.0 * group_channels * pixels
-    centre = _over_group(tl.sum(z, axis=AXIS), GROUPS, CHANNELS) / n
-    z = tl.where(mask, z - tl.expand_dims(centre, AXIS), 0.0)
-    # What the rounding of the mean left, so that a constant group comes out as exactly zero.
-    rest = _over_group(tl.sum(z, axis=AXIS), GROUPS, CHANNELS) / n
-    z = tl.where(mask, z - tl.expand_dims(rest, AXIS), 0.0)
-    variance = _over_group(tl.sum(z * z, axis=AXIS), GROUPS, CHANNELS) / n
+    offsets, mask = _offsets(channel, valid, 0, C, pixels, BLOCK_P, AXIS)
+    z = _shifted(x, added_row, offsets, mask, ADDED, AXIS, not SINGLE_PASS)
+    of_first = 1.0 * group_channels * tl.minimum(pixels, BLOCK_P)
+    center = _over_group(tl.sum(z, axis=AXIS), group) / of_first
+    # What separates the mean from `center`, the first tile's, or its rounding: a constant group comes out as zero.
+    if SINGLE_PASS:
+        z = tl.where(mask, z - tl.expand_dims(center, AXIS), 0.0)
+        rest = _over_group(tl.sum(z, axis=AXIS), group) / n
+        z = tl.where(mask, z - tl.expand_dims(rest, AXIS), 0.0)
+        variance = _over_group(tl.sum(z * z, axis=AXIS), group) / n
+    else:
+        means, squares, counts = _deviations(
+            x, added_row, center, channel, valid, C, pixels, ADDED, AXIS, BLOCK_C, BLOCK_P
+        )
+        rest = _over_group(tl.sum(means * counts, axis=AXIS), group) / n
+        between = tl.where(tl.expand_dims(valid, AXIS), means - tl.expand_dims(rest, AXIS), 0.0)
+        variance = _over_group(tl.sum(squares + counts * between * between, axis=AXIS), group) / n
     inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    first = valid & (channel % group_channels == 0)
+    row = image * num_groups + group
+    tl.store(mean + row, center, mask=first)
+    tl.store(mean + images * num_groups + row, rest, mask=first)
+    tl.store(rstd + row, inverse, mask=first)
     gain, offset = _gain_and_offset(
         image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
     )
-    v = z * tl.expand_dims(inverse * gain, AXIS) + tl.expand_dims(offset, AXIS)
-    tl.store(y + image * C * pixels + offsets, _activated(v, SILU).to(y.dtype.element_ty), mask=mask)
-    first = valid & (within == 0)
-    row = image * num_groups + group
-    tl.store(mean + row, centre, mask=first)
-    tl.store(mean + images * num_groups + row, rest, mask=first)
-    tl.store(rstd + row, inverse, mask=first)
-
-
-@triton.jit
-def _statistics_split(
-    x, partial, added,
-    C, pixels, num_groups, group_channels, blocks, chunks, x_stride, added_stride,
-    ADDED: tl.constexpr, AXIS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """One program: mean and sum of squared deviations of each channel over one chunk of pixels.
-
-    partial (2, B, chunks, C) float32.
-    """
-    block, chunk, image, images = _place(blocks, chunks)
-    channel, valid, _group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
-    offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, True)
-    n = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
-    centre = tl.sum(z, axis=AXIS) / n
-    z = tl.where(mask, z - tl.expand_dims(centre, AXIS), 0.0)
-    rest = tl.sum(z, axis=AXIS) / n
-    z = tl.where(mask, z - tl.expand_dims(rest, AXIS), 0.0)
-    row = (image * chunks + chunk) * C
-    tl.store(partial + row + channel, centre + rest, mask=valid)
-    tl.store(partial + images * chunks * C + row + channel, tl.sum(z * z, axis=AXIS), mask=valid)
-
-
-@triton.jit
-def _chunk_rows(start, chunks, C, channel, valid, ROWS: tl.constexpr):
-    """Offsets [ROWS, K] and mask of some chunks' rows in a buffer (…, chunks, C) of one image."""
-    i = start + tl.arange(0, ROWS)
-    mask = tl.expand_dims(i < chunks, 1) & tl.expand_dims(valid, 0)
-    return i, tl.expand_dims(i, 1) * C + tl.expand_dims(channel, 0), mask
-
-
-@triton.jit
-def _forward_split(
-    x, y, mean, rstd, partial, weight, bias, scale, shift, added,
-    C, pixels, num_groups, group_channels, blocks, chunks, eps,
-    x_stride, scale_stride, shift_stride, added_stride,
-    SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program: merges the partial statistics of its groups (the weighted mean of the means first, then all
-    deviations from it), normalizes one chunk of pixels."""
-    block, chunk, image, images = _place(blocks, chunks)
-    channel, valid, group, within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
-    means = partial + image * chunks * C
-    squares = means + images * chunks * C
-    n = 1.0 * group_channels * pixels
-    total = tl.zeros([GROUPS * CHANNELS], tl.float32)
-    for start in range(0, chunks, ROWS):
-        i, rows, present = _chunk_rows(start, chunks, C, channel, valid, ROWS)
-        counts = tl.minimum(pixels - i * PIXELS, PIXELS).to(tl.float32)
-        total += tl.sum(_vector(means, rows, present) * tl.expand_dims(counts, 1), axis=0)
-    centre = _over_group(total, GROUPS, CHANNELS) / n
-    total = tl.zeros([GROUPS * CHANNELS], tl.float32)
-    rest = tl.zeros([GROUPS * CHANNELS], tl.float32)
-    for start in range(0, chunks, ROWS):
-        i, rows, present = _chunk_rows(start, chunks, C, channel, valid, ROWS)
-        counts = tl.minimum(pixels - i * PIXELS, PIXELS).to(tl.float32)
-        deviation = tl.where(present, _vector(means, rows, present) - tl.expand_dims(centre, 0), 0.0)
-        between = deviation * tl.expand_dims(counts, 1)
-        rest += tl.sum(between, axis=0)
-        total += tl.sum(_vector(squares, rows, present) + between * deviation, axis=0)
-    rest = _over_group(rest, GROUPS, CHANNELS) / n
-    variance = _over_group(total, GROUPS, CHANNELS) / n - rest * rest
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    first = valid & (within + chunk == 0)  # the group's first channel, in the first chunk's program
-    row = image * num_groups + group
-    tl.store(mean + row, centre, mask=first)
-    tl.store(mean + images * num_groups + row, rest, mask=first)
-    tl.store(rstd + row, inverse, mask=first)
-
-    offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, False)
-    gain, offset = _gain_and_offset(
-        image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
-    )
-    z = z - tl.expand_dims(centre, AXIS) - tl.expand_dims(rest, AXIS)
-    v = z * tl.expand_dims(inverse * gain, AXIS) + tl.expand_dims(offset, AXIS)
-    tl.store(y + image * C * pixels + offsets, _activated(v, SILU).to(y.dtype.element_ty), mask=mask)
+    gain = tl.expand_dims(inverse * gain, AXIS)
+    offset = tl.expand_dims(offset, AXIS)
+    if SINGLE_PASS:
+        tl.store(y + offsets, _activated(z * gain + offset, SILU).to(y.dtype.element_ty), mask=mask)
+    else:
+        for start in range(0, pixels, BLOCK_P):
+            offsets, mask = _offsets(channel, valid, start, C, pixels, BLOCK_P, AXIS)
+            z = _shifted(x, added_row, offsets, mask, ADDED, AXIS, False)
+            z = z - tl.expand_dims(center, AXIS) - tl.expand_dims(rest, AXIS)
+            tl.store(y + offsets, _activated(z * gain + offset, SILU).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _recomputed(
-    dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
-    C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
-    SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr, AGAIN: tl.constexpr,
+    dy, x, added_row, center, rest, inverse, gain, offset, offsets, mask,
+    SILU: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """What backward needs of forward: g and x̂ as tiles, zero outside of the mask, gain [K] and rstd [K]."""
-    z = _shifted(x, added, image, channel, valid, offsets, mask, x_stride, added_stride, ADDED, AXIS, AGAIN)
-    row = image * num_groups + group
-    centre, rest = _vector(mean, row, valid), _vector(mean + images * num_groups, row, valid)
-    inverse = _vector(rstd, row, valid)
-    z = z - tl.expand_dims(centre, AXIS) - tl.expand_dims(rest, AXIS)
+    """What backward needs of forward: g and x̂ as tiles, zero outside of the mask."""
+    z = _shifted(x, added_row, offsets, mask, ADDED, AXIS, AGAIN)
+    z = z - tl.expand_dims(center, AXIS) - tl.expand_dims(rest, AXIS)
     xhat = tl.where(mask, z * tl.expand_dims(inverse, AXIS), 0.0)
+    v = xhat * tl.expand_dims(gain, AXIS) + tl.expand_dims(offset, AXIS)
+    return _activation_gradient(_map(dy, offsets, mask, AGAIN), v, SILU), xhat
+
+
+@triton.jit
+def _input_gradient(g, xhat, gain, inverse, c1, c2, AXIS: tl.constexpr):
+    dx = g * tl.expand_dims(gain, AXIS) - tl.expand_dims(c1, AXIS) - xhat * tl.expand_dims(c2, AXIS)
+    return dx * tl.expand_dims(inverse, AXIS)
+
+
+@triton.jit
+def _map_gradient(
+    dy, x, dx, sums, dadded, mean, rstd, weight, bias, scale, shift, added,
+    C, pixels, num_groups, group_channels, units, blocks, x_stride, scale_stride, shift_stride, added_stride,
+    SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SINGLE_PASS: tl.constexpr,
+):  # fmt: skip
+    """One program: dx of units·ALIGN channels, whole groups, of one image, their S1 and S2 in the first two planes of
+    sums (…, B, C), and dadded."""
+    block, image, images = _place(blocks)
+    channel, valid, group = _columns(block, units, C, group_channels, ALIGN, BLOCK_C)
+    x += image * x_stride
+    dy += image * C * pixels
+    dx += image * C * pixels
+    added_row = _added_row(added, image, channel, valid, added_stride, ADDED)
+    row = image * num_groups + group
+    center, rest = _vector(mean, row, valid), _vector(mean + images * num_groups, row, valid)
+    inverse = _vector(rstd, row, valid)
     gain, offset = _gain_and_offset(
         image, channel, valid, weight, bias, scale, shift, scale_stride, shift_stride, ADAPTIVE
     )
-    v = xhat * tl.expand_dims(gain, AXIS) + tl.expand_dims(offset, AXIS)
-    g = _activation_gradient(_map(dy + image * C * pixels, offsets, mask, AGAIN), v, SILU)
-    return g, xhat, gain, inverse
-
-
-@triton.jit
-def _input_gradient(
-    g, xhat, gain, inverse, s1, s2, n, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, AXIS: tl.constexpr
-):
-    """dx as a tile from the channels' S1, S2 [K], and the group's means of gain·S1 and gain·S2 [K]."""
-    c1 = _over_group(gain * s1, GROUPS, CHANNELS) / n
-    c2 = _over_group(gain * s2, GROUPS, CHANNELS) / n
-    dx = g * tl.expand_dims(gain, AXIS) - tl.expand_dims(c1, AXIS) - xhat * tl.expand_dims(c2, AXIS)
-    return dx * tl.expand_dims(inverse, AXIS), c1, c2
-
-
-@triton.jit
-def _backward_whole(
-    dy, x, dx, sums, dadded, mean, rstd, weight, bias, scale, shift, added,
-    C, pixels, num_groups, group_channels, blocks, x_stride, scale_stride, shift_stride, added_stride,
-    SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """One program: dx of `GROUPS` groups of one image, and their channels' S1, S2 in sums (2, B, C), and dadded."""
-    block, _chunk, image, images = _place(blocks, 1)
-    channel, valid, group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
-    offsets, mask = _offsets(channel, valid, 0, C, pixels, PIXELS, AXIS)
-    g, xhat, gain, inverse = _recomputed(
-        dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
-        C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
-        SILU, ADAPTIVE, ADDED, AXIS, False,
-    )  # fmt: skip
-    s1 = tl.sum(g, axis=AXIS)
-    s2 = tl.sum(g * xhat, axis=AXIS)
+    offsets, mask = _offsets(channel, valid, 0, C, pixels, BLOCK_P, AXIS)
+    g, xhat = _recomputed(
+        dy, x, added_row, center, rest, inverse, gain, offset, offsets, mask, SILU, ADDED, AXIS, not SINGLE_PASS
+    )
+    sum_1, sum_2, sum_3 = g, g * xhat, xhat
+    if not SINGLE_PASS:
+        for start in range(BLOCK_P, pixels, BLOCK_P):
+            later, present = _offsets(channel, valid, start, C, pixels, BLOCK_P, AXIS)
+            g, xhat = _recomputed(
+                dy, x, added_row, center, rest, inverse, gain, offset, later, present, SILU, ADDED, AXIS, True
+            )
+            sum_1 += g
+            sum_2 += g * xhat
+            sum_3 += xhat
+    s1, s2 = tl.sum(sum_1, axis=AXIS), tl.sum(sum_2, axis=AXIS)
     n = 1.0 * group_channels * pixels
-    result, _c1, _c2 = _input_gradient(g, xhat, gain, inverse, s1, s2, n, GROUPS, CHANNELS, AXIS)
-    tl.store(dx + image * C * pixels + offsets, result.to(dx.dtype.element_ty), mask=mask)
+    c1, c2 = _over_group(gain * s1, group) / n, _over_group(gain * s2, group) / n
     row = image * C + channel
     tl.store(sums + row, s1, mask=valid)
     tl.store(sums + images * C + row, s2, mask=valid)
     if ADDED:
-        tl.store(dadded + row, tl.sum(tl.where(mask, result, 0.0), axis=AXIS), mask=valid)
+        s3 = tl.sum(sum_3, axis=AXIS)
+        total = inverse * (gain * s1 - c1 * pixels - c2 * s3)
+        tl.store(dadded + row, total.to(dadded.dtype.element_ty), mask=valid)
+    if SINGLE_PASS:
+        result = _input_gradient(g, xhat, gain, inverse, c1, c2, AXIS)
+        tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
+    else:
+        for start in range(0, pixels, BLOCK_P):
+            offsets, mask = _offsets(channel, valid, start, C, pixels, BLOCK_P, AXIS)
+            g, xhat = _recomputed(
+                dy, x, added_row, center, rest, inverse, gain, offset, offsets, mask, SILU, ADDED, AXIS, False
+            )
+            result = _input_gradient(g, xhat, gain, inverse, c1, c2, AXIS)
+            tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _sums_split(
-    dy, x, partial, mean, rstd, weight, bias, scale, shift, added,
-    C, pixels, num_groups, group_channels, blocks, chunks, x_stride, scale_stride, shift_stride, added_stride,
-    SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr,
+def _batch_sums(
+    sums, weight, bias, scale, partial, dscale, dshift,
+    batch, C, plane, blocks, scale_stride, SCALE_ROWS: tl.constexpr, ADDED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: Σ g, Σ g·x̂ and Σ x̂ of each channel over one chunk of pixels, in partial (3, B, chunks, C)."""
-    block, chunk, image, images = _place(blocks, chunks)
-    plane = images * chunks * C
-    channel, valid, group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
-    offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    g, xhat, _gain, _inverse = _recomputed(
-        dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
-        C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
-        SILU, ADAPTIVE, ADDED, AXIS, True,
-    )  # fmt: skip
-    row = (image * chunks + chunk) * C + channel
-    tl.store(partial + row, tl.sum(g, axis=AXIS), mask=valid)
-    tl.store(partial + plane + row, tl.sum(g * xhat, axis=AXIS), mask=valid)
-    tl.store(partial + 2 * plane + row, tl.sum(xhat, axis=AXIS), mask=valid)
-
-
-@triton.jit
-def _backward_split(
-    dy, x, dx, partial, sums, dadded, mean, rstd, weight, bias, scale, shift, added,
-    C, pixels, num_groups, group_channels, blocks, chunks, x_stride, scale_stride, shift_stride, added_stride,
-    SILU: tl.constexpr, ADAPTIVE: tl.constexpr, ADDED: tl.constexpr, AXIS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program: dx of one chunk of pixels, from the sums of all chunks; that of chunk 0 also writes the totals."""
-    block, chunk, image, images = _place(blocks, chunks)
-    channel, valid, group, _within = _columns(block * GROUPS, num_groups, group_channels, GROUPS, CHANNELS, EXACT)
-    plane = images * chunks * C
-    s1 = tl.zeros([GROUPS * CHANNELS], tl.float32)
-    s2 = tl.zeros([GROUPS * CHANNELS], tl.float32)
-    s3 = tl.zeros([GROUPS * CHANNELS], tl.float32)
-    for start in range(0, chunks, ROWS):
-        _, rows, present = _chunk_rows(start, chunks, C, channel, valid, ROWS)
-        rows = image * chunks * C + rows
-        s1 += tl.sum(_vector(partial, rows, present), axis=0)
-        s2 += tl.sum(_vector(partial + plane, rows, present), axis=0)
-        s3 += tl.sum(_vector(partial + 2 * plane, rows, present), axis=0)
-    offsets, mask = _offsets(channel, valid, chunk * PIXELS, C, pixels, PIXELS, AXIS)
-    g, xhat, gain, inverse = _recomputed(
-        dy, x, mean, rstd, weight, bias, scale, shift, added, image, images, channel, valid, group, offsets, mask,
-        C, pixels, num_groups, x_stride, scale_stride, shift_stride, added_stride,
-        SILU, ADAPTIVE, ADDED, AXIS, False,
-    )  # fmt: skip
-    n = 1.0 * group_channels * pixels
-    result, c1, c2 = _input_gradient(g, xhat, gain, inverse, s1, s2, n, GROUPS, CHANNELS, AXIS)
-    tl.store(dx + image * C * pixels + offsets, result.to(dx.dtype.element_ty), mask=mask)
-    if chunk == 0:
-        row = image * C + channel
-        tl.store(sums + row, s1, mask=valid)
-        tl.store(sums + images * C + row, s2, mask=valid)
-        if ADDED:
-            tl.store(dadded + row, inverse * (gain * s1 - c1 * pixels - c2 * s3), mask=valid)
+    """The first level. One program: the sums over BLOCK_B images of BLOCK_C channels' (1 + scale)·S1, (1 + scale)·S2
+    and, ADDED, dadded, into partial (…, chunks of images, C). SCALE_ROWS: there is a row of scale and shift per image,
+    whose gradients are written; else 1 + scale is left for later."""
+    program = tl.program_id(0)
+    block, chunk = program % blocks, (program // blocks).to(tl.int64)
+    chunks = (tl.num_programs(0) // blocks).to(tl.int64)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = chunk * BLOCK_B + tl.arange(0, BLOCK_B)
+    valid = channel < C
+    mask = tl.expand_dims(image < batch, 1) & tl.expand_dims(valid, 0)
+    offsets = tl.expand_dims(image, 1) * C + tl.expand_dims(channel, 0)
+    s1, s2 = _vector(sums, offsets, mask), _vector(sums + plane, offsets, mask)
+    if SCALE_ROWS:
+        w, b = _vector(weight, channel, valid), _vector(bias, channel, valid)
+        gradient = s2 * tl.expand_dims(w, 0) + s1 * tl.expand_dims(b, 0)
+        tl.store(dscale + offsets, gradient.to(dscale.dtype.element_ty), mask=mask)
+        tl.store(dshift + offsets, s1.to(dshift.dtype.element_ty), mask=mask)
+        rows = tl.expand_dims(image * scale_stride, 1) + tl.expand_dims(channel, 0)
+        factor = 1.0 + _vector(scale, rows, mask)
+        s1 *= factor
+        s2 *= factor
+    to = partial + chunk * C + channel
+    tl.store(to, tl.sum(s1, axis=0), mask=valid)
+    tl.store(to + chunks * C, tl.sum(s2, axis=0), mask=valid)
+    if ADDED:
+        tl.store(to + 2 * chunks * C, tl.sum(_vector(sums + 2 * plane, offsets, mask), axis=0), mask=valid)
 
 
 @triton.jit
 def _parameter_gradients(
-    sums, added_rows, weight, bias, scale, dweight, dbias, dscale, dshift, dadded,
-    batch, C, plane, scale_stride, ADAPTIVE: tl.constexpr, SCALE_ROWS: tl.constexpr, ADDED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    partial, weight, bias, scale, dweight, dbias, dscale, dshift, dadded,
+    rows, C, plane, SCALE_ROW: tl.constexpr, ADDED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of COLUMNS channels' parameters, summed over the batch in order.
+    """The second level. One program: the gradients of BLOCK_C channels' parameters, from partial (…, rows, C).
 
-    SCALE_ROWS: one row of scale and shift per image, else one for all. ADDED: one row of `added` served all images.
+    SCALE_ROW: one row of scale and shift served all images. ADDED: one row of `added` did.
     """
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < C
-    w, b = _vector(weight, channel, valid), _vector(bias, channel, valid)
-    total_w = tl.zeros([COLUMNS], tl.float32)
-    total_b = tl.zeros([COLUMNS], tl.float32)
-    total_1 = tl.zeros([COLUMNS], tl.float32)
-    total_2 = tl.zeros([COLUMNS], tl.float32)
-    total_added = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, batch, ROWS):
-        image = start + tl.arange(0, ROWS)
-        mask = tl.expand_dims(image < batch, 1) & tl.expand_dims(valid, 0)
-        offsets = tl.expand_dims(image.to(tl.int64), 1) * C + tl.expand_dims(channel, 0)
-        s1, s2 = _vector(sums, offsets, mask), _vector(sums + plane, offsets, mask)
-        if ADAPTIVE:
-            if SCALE_ROWS:
-                rows = tl.expand_dims(image.to(tl.int64) * scale_stride, 1) + tl.expand_dims(channel, 0)
-                factor = 1.0 + _vector(scale, rows, mask)
-                gradient = s2 * tl.expand_dims(w, 0) + s1 * tl.expand_dims(b, 0)
-                tl.store(dscale + offsets, gradient.to(dscale.dtype.element_ty), mask=mask)
-                tl.store(dshift + offsets, s1.to(dshift.dtype.element_ty), mask=mask)
-                total_w += tl.sum(s2 * factor, axis=0)
-                total_b += tl.sum(s1 * factor, axis=0)
-            else:
-                total_1 += tl.sum(s1, axis=0)
-                total_2 += tl.sum(s2, axis=0)
-        else:
-            total_w += tl.sum(s2, axis=0)
-            total_b += tl.sum(s1, axis=0)
+    total_1 = tl.zeros([BLOCK_C], tl.float32)
+    total_2 = tl.zeros([BLOCK_C], tl.float32)
+    total_3 = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, rows, BLOCK_B):
+        row = start + tl.arange(0, BLOCK_B)
+        mask = tl.expand_dims(row < rows, 1) & tl.expand_dims(valid, 0)
+        offsets = tl.expand_dims(row.to(tl.int64), 1) * C + tl.expand_dims(channel, 0)
+        total_1 += tl.sum(_vector(partial, offsets, mask), axis=0)
+        total_2 += tl.sum(_vector(partial + plane, offsets, mask), axis=0)
         if ADDED:
-            total_added += tl.sum(_vector(added_rows, offsets, mask), axis=0)
-    if ADAPTIVE and not SCALE_ROWS:
-        factor = 1.0 + _vector(scale, channel, valid)
-        total_w, total_b = total_2 * factor, total_1 * factor
+            total_3 += tl.sum(_vector(partial + 2 * plane, offsets, mask), axis=0)
+    if SCALE_ROW:
+        w, b = _vector(weight, channel, valid), _vector(bias, channel, valid)
         tl.store(dscale + channel, (total_2 * w + total_1 * b).to(dscale.dtype.element_ty), mask=valid)
         tl.store(dshift + channel, total_1.to(dshift.dtype.element_ty), mask=valid)
+        factor = 1.0 + _vector(scale, channel, valid)
+        total_1 *= factor
+        total_2 *= factor
     if ADDED:
-        tl.store(dadded + channel, total_added.to(dadded.dtype.element_ty), mask=valid)
-    tl.store(dweight + channel, total_w.to(dweight.dtype.element_ty), mask=valid)
-    tl.store(dbias + channel, total_b.to(dbias.dtype.element_ty), mask=valid)
+        tl.store(dadded + channel, total_3.to(dadded.dtype.element_ty), mask=valid)
+    tl.store(dweight + channel, total_2.to(dweight.dtype.element_ty), mask=valid)
+    tl.store(dbias + channel, total_1.to(dbias.dtype.element_ty), mask=valid)
 
 
 def unfit(x: torch.Tensor, num_groups: int) -> str | None:
     """Why the kernels cannot take x, or None."""
+    group_channels = x.shape[1] // num_groups
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype} is not float32, bfloat16 or float16"
-    if x.shape[1] // num_groups > WIDEST_GROUP:
-        return f"groups of {x.shape[1] // num_groups} channels are wider than {WIDEST_GROUP}"
+    if not fits(group_channels, _dense_format(x) == torch.channels_last):
+        return (
+            f"groups of {group_channels} channels, or of a channels_last map so many that they come to a multiple of 4 "
+            f"channels, are wider than {WIDEST}"
+        )
     if x.shape[1:].numel() >= 2**31:
         return "an image has 2^31 values or more"
     return None
@@ -439,34 +383,31 @@ def unfit(x: torch.Tensor, num_groups: int) -> str | None:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A batch cut into tiles: the grid, and the arguments that every kernel takes."""
+    """A batch cut into tiles: the grid, and the arguments that both kernels take."""
 
     tile: Tile
     axis: int
-    blocks: int
-    chunks: int
     grid: tuple[int]
-    sizes: tuple[int, ...]  # C, pixels, num_groups, group_channels, blocks, and chunks where the groups are split
+    sizes: tuple[int, ...]  # C, pixels, num_groups, group_channels, units, blocks
 
     @property
     def constants(self) -> dict[str, int | bool]:
         cut = self.tile
         return {
-            "AXIS": self.axis, "GROUPS": cut.groups, "CHANNELS": cut.channels, "PIXELS": cut.pixels,
-            "EXACT": cut.exact, "num_warps": cut.warps,
+            "AXIS": self.axis, "ALIGN": cut.align, "BLOCK_C": cut.block_c, "BLOCK_P": cut.block_p,
+            "SINGLE_PASS": cut.single_pass, "num_warps": cut.warps,
         }  # fmt: skip
 
 
-def _cut(x: torch.Tensor, num_groups: int, room: int) -> _Cut:
+def _cut(x: torch.Tensor, num_groups: int) -> _Cut:
     batch, channels = x.shape[:2]
     pixels = x.shape[2:].numel()
     group_channels = channels // num_groups
     axis = 1 if _dense_format(x) == torch.contiguous_format else 0
-    cut = tile(group_channels, pixels, axis == 0, x.element_size(), room)
+    cut = tile(group_channels, num_groups, pixels, axis == 0, batch)
     blocks = -(-num_groups // cut.groups)
-    chunks = 1 if cut.whole else -(-pixels // cut.pixels)
-    sizes = (channels, pixels, num_groups, group_channels, blocks)
-    return _Cut(cut, axis, blocks, chunks, (batch * blocks * chunks,), sizes if cut.whole else (*sizes, chunks))
+    sizes = (channels, pixels, num_groups, group_channels, cut.groups * group_channels // cut.align, blocks)
+    return _Cut(cut, axis, (batch * blocks,), sizes)
 
 
 def _dense_format(x: torch.Tensor) -> torch.memory_format | None:
@@ -532,29 +473,16 @@ def launch_forward(
     rstd = torch.empty_like(mean[0])
     if x.numel() == 0:
         return y, mean, rstd
-    cut = _cut(x, num_groups, WHOLE)
+    cut = _cut(x, num_groups)
     scale_rows, scale_stride = _rows(scale, weight)
     shift_rows, shift_stride = _rows(shift, weight)
     added_rows, added_stride = _rows(added, weight)
-    parameters = (weight, bias, scale_rows, shift_rows, added_rows)
-    strides = (x.stride(0), scale_stride, shift_stride, added_stride)
-    flags = {"SILU": silu, "ADAPTIVE": scale is not None, "ADDED": added is not None}
-    if cut.tile.whole:
-        launch(
-            _forward_whole, cut.grid, x, y, mean, rstd, *parameters, *cut.sizes, eps, *strides, **flags, **cut.constants
-        )
-    else:
-        partial = torch.empty((2, x.shape[0], cut.chunks, x.shape[1]), dtype=torch.float32, device=x.device)
-        launch(
-            _statistics_split, cut.grid,
-            x, partial, added_rows, *cut.sizes, x.stride(0), added_stride,
-            ADDED=added is not None, **cut.constants,
-        )  # fmt: skip
-        launch(
-            _forward_split, cut.grid,
-            x, y, mean, rstd, partial, *parameters, *cut.sizes, eps, *strides,
-            **flags, ROWS=MERGED, **cut.constants,
-        )  # fmt: skip
+    launch(
+        _forward, cut.grid,
+        x, y, mean, rstd, weight, bias, scale_rows, shift_rows, added_rows,
+        *cut.sizes, eps, x.stride(0), scale_stride, shift_stride, added_stride,
+        SILU=silu, ADAPTIVE=scale is not None, ADDED=added is not None, **cut.constants,
+    )  # fmt: skip
     return y, mean, rstd
 
 
@@ -590,37 +518,36 @@ def launch_backward(
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
     dx, dweight, dbias, dscale, dshift, dadded = gradients
     dy = dy.contiguous(memory_format=_dense_format(x))
-    cut = _cut(x, num_groups, WHOLE_BACKWARD)
+    cut = _cut(x, num_groups)
     batch, channels = x.shape[:2]
     scale_rows, scale_stride = _rows(scale, weight)
     shift_rows, shift_stride = _rows(shift, weight)
     added_rows, added_stride = _rows(added, weight)
-    tensors = (mean, rstd, weight, bias, scale_rows, shift_rows, added_rows)
-    strides = (x.stride(0), scale_stride, shift_stride, added_stride)
-    flags = {"SILU": silu, "ADAPTIVE": scale is not None, "ADDED": added is not None}
-    sums = torch.empty((2, batch, channels), dtype=torch.float32, device=x.device)
-    # One row of `added` for all images: its gradient's rows are summed over the batch afterwards.
+    # One row of scale and shift, or of `added`, for all images: its gradient is summed over the batch as weight's is.
+    per_image = scale is not None and scale.shape[0] == batch
     one_row = added is not None and added.shape[0] != batch
-    image_rows = torch.empty((batch, channels), dtype=torch.float32, device=x.device) if one_row else dadded
-    if cut.tile.whole:
-        launch(
-            _backward_whole, cut.grid,
-            dy, x, dx, sums, image_rows, *tensors, *cut.sizes, *strides, **flags, **cut.constants,
-        )  # fmt: skip
-    else:
-        partial = torch.empty((3, batch, cut.chunks, channels), dtype=torch.float32, device=x.device)
-        launch(_sums_split, cut.grid, dy, x, partial, *tensors, *cut.sizes, *strides, **flags, **cut.constants)
-        launch(
-            _backward_split, cut.grid,
-            dy, x, dx, partial, sums, image_rows, *tensors, *cut.sizes, *strides,
-            **flags, ROWS=MERGED, **cut.constants,
-        )  # fmt: skip
+    sums = torch.empty((3 if one_row else 2, batch, channels), dtype=torch.float32, device=x.device)
     launch(
-        _parameter_gradients, (-(-channels // BATCH_COLUMNS),),
-        sums, image_rows, weight, bias, scale_rows, dweight, dbias, dscale, dshift, dadded,
-        batch, channels, batch * channels, scale_stride,
-        ADAPTIVE=scale is not None, SCALE_ROWS=scale is not None and scale.shape[0] != 1, ADDED=one_row,
-        ROWS=BATCH_ROWS, COLUMNS=BATCH_COLUMNS, num_warps=4,
+        _map_gradient, cut.grid,
+        dy, x, dx, sums, sums[2] if one_row else dadded, mean, rstd, weight, bias, scale_rows, shift_rows, added_rows,
+        *cut.sizes, x.stride(0), scale_stride, shift_stride, added_stride,
+        SILU=silu, ADAPTIVE=scale is not None, ADDED=added is not None, **cut.constants,
+    )  # fmt: skip
+    blocks, chunks = -(-channels // BLOCK_CHANNELS), -(-batch // BLOCK_IMAGES)
+    options = {"ADDED": one_row, "BLOCK_B": BLOCK_IMAGES, "BLOCK_C": BLOCK_CHANNELS, "num_warps": 4}
+    if per_image or chunks > 1:
+        partial = torch.empty((len(sums), chunks, channels), dtype=torch.float32, device=x.device)
+        launch(
+            _batch_sums, (blocks * chunks,),
+            sums, weight, bias, scale_rows, partial, dscale, dshift,
+            batch, channels, batch * channels, blocks, scale_stride, SCALE_ROWS=per_image, **options,
+        )  # fmt: skip
+        sums = partial
+    launch(
+        _parameter_gradients, (blocks,),
+        sums, weight, bias, scale_rows, dweight, dbias, dscale, dshift, dadded,
+        sums.shape[1], channels, sums.shape[1] * channels,
+        SCALE_ROW=scale is not None and not per_image, **options,
     )  # fmt: skip
     return dx, dweight, dbias, dscale, dshift, dadded
 

@@ -1,4 +1,4 @@
-"""Which attention is used on a GPU: the setting, the measurement (with a clock that is told the time), the rule."""
+"""Which attention is used on a GPU: the setting, the measurement (with a clock that is told the time), the default."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.ops import measured
-from diffmem.ops.attention import composite, preference
-from diffmem.ops.attention.preference import by_rule, preferred, settled
+from diffmem.ops.attention import autotune, torch_backend
+from diffmem.ops.attention.autotune import fastest_backend, settled
 
 
 @pytest.fixture(autouse=True)
 def _own_choices(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFMEM_CACHE", str(tmp_path))
-    monkeypatch.delenv(preference.SETTING, raising=False)
-    monkeypatch.setattr(preference, "MEASURED", measured.Remembered("attention"))
+    monkeypatch.delenv(autotune.SETTING, raising=False)
+    monkeypatch.setattr(autotune, "CACHE", measured.Remembered("attention"))
 
 
 class Clock:
@@ -31,7 +31,7 @@ class Clock:
         def run(qkv, num_heads):
             self.now += seconds
             self.calls.append(name)
-            return composite.attention(qkv, num_heads)
+            return torch_backend.attention(qkv, num_heads)
 
         return run
 
@@ -40,11 +40,11 @@ class Clock:
 
 
 def choose(monkeypatch, clock, qkv, heads=1):
-    """`preferred` with the clock's time; the device is this CPU, which is as good as any."""
-    real = preference.measure
-    monkeypatch.setattr(preference, "measure", lambda *arguments: real(*arguments, clock=clock))
-    chosen = preferred(qkv, heads, clock.ways)
-    monkeypatch.setattr(preference, "measure", real)
+    """`fastest_backend` with the clock's time; the device is this CPU, which is as good as any."""
+    real = autotune.measure
+    monkeypatch.setattr(autotune, "measure", lambda *arguments: real(*arguments, clock=clock))
+    chosen = fastest_backend(qkv, heads, clock.ways)
+    monkeypatch.setattr(autotune, "measure", real)
     return chosen
 
 
@@ -52,10 +52,10 @@ def test_the_faster_way_is_measured_once_and_remembered_by_all_processes(monkeyp
     qkv = torch.randn(2, 24, 2, 2)
     clock = Clock(triton=3.0, pytorch=2.0)
     assert choose(monkeypatch, clock, qkv) == "pytorch"
-    assert clock.calls == ["triton"] * (1 + preference.RUNS) + ["pytorch"] * (1 + preference.RUNS)
+    assert clock.calls == ["triton"] * (1 + autotune.RUNS) + ["pytorch"] * (1 + autotune.RUNS)
     again = Clock(triton=1.0, pytorch=2.0)
     assert choose(monkeypatch, again, qkv[:1]) == "pytorch"
-    monkeypatch.setattr(preference, "MEASURED", measured.Remembered("attention"))  # another process
+    monkeypatch.setattr(autotune, "CACHE", measured.Remembered("attention"))  # another process
     assert choose(monkeypatch, again, qkv) == "pytorch"
     assert not again.calls
     (cases,) = json.loads((tmp_path / "choices.json").read_text())["attention"].values()
@@ -78,13 +78,15 @@ def test_the_setting_decides_over_everything(monkeypatch):
     clock = Clock(triton=1.0, pytorch=2.0)
     qkv = torch.randn(1, 24, 2, 2)
     for setting in ("pytorch", "triton"):
-        monkeypatch.setenv(preference.SETTING, setting)
+        monkeypatch.setenv(autotune.SETTING, setting)
         assert choose(monkeypatch, clock, qkv) == setting
-    monkeypatch.setenv(preference.SETTING, "rule")
-    assert choose(monkeypatch, clock, qkv) == by_rule(4, 8, torch.float32, "ieee")
+    monkeypatch.setenv(autotune.SETTING, "cache")  # without a measurement PyTorch's, with one the faster
+    assert choose(monkeypatch, clock, qkv) == "pytorch"
+    autotune.CACHE.add(*autotune.cache_key("cpu", None, 4, 1, 8, qkv.dtype, "contiguous", False), {"triton": 1.0})
+    assert choose(monkeypatch, clock, qkv) == "triton"
     assert not clock.calls
-    monkeypatch.setenv(preference.SETTING, "fast")
-    with pytest.raises(InputError, match="DIFFMEM_ATTENTION=fast: choose measure, rule"):
+    monkeypatch.setenv(autotune.SETTING, "fast")
+    with pytest.raises(InputError, match="DIFFMEM_ATTENTION=fast: choose measure, cache"):
         choose(monkeypatch, clock, qkv)
 
 
@@ -111,20 +113,15 @@ def test_tracing_measures_nothing(monkeypatch):
     clock = Clock(triton=1.0, pytorch=2.0)
 
     def function(qkv):
-        way = preferred(qkv, 1, clock.ways)
+        way = fastest_backend(qkv, 1, clock.ways)
         return qkv * (1 if way == "triton" else 2)
 
     qkv = torch.ones(1, 24, 2, 2)
     out = torch.compile(function, fullgraph=True, backend="eager")(qkv)
     assert not clock.calls
-    expected = settled("cpu", None, 4, 1, 8, torch.float32, "contiguous", False)
-    assert out[0, 0, 0, 0] == (1 if expected == "triton" else 2)
-
-
-def test_the_rule():
-    # One part: nothing is computed twice.
-    assert by_rule(4096, 128, torch.bfloat16, "ieee") == "triton"
-    # Wide heads: as long as there are few tokens; without matrix units, fewer.
-    assert by_rule(64, 512, torch.bfloat16, "ieee") == "triton"
-    assert by_rule(4096, 256, torch.bfloat16, "ieee") == "pytorch"
-    assert by_rule(256, 256, torch.float32, "ieee") == "pytorch"
+    assert out[0, 0, 0, 0] == 2, "nothing was measured: PyTorch's"
+    case = ("cpu", None, 4, 1, 8, torch.float32, "contiguous", False)
+    autotune.CACHE.add(*autotune.cache_key(*case), {"triton": 1.0, "pytorch": 2.0})
+    assert settled(*case) == "triton"
+    torch._dynamo.reset()
+    assert torch.compile(function, fullgraph=True, backend="eager")(qkv)[0, 0, 0, 0] == 1

@@ -1,6 +1,6 @@
 """GroupNorm, scale and shift, SiLU out of PyTorch's own operations, which `torch.compile` fuses into two passes.
 
-Kept a composite on purpose: an opaque custom op would stop Inductor from fusing the neighbours (bias, residual, cast).
+Plain operations on purpose: an opaque custom op would stop Inductor from fusing the neighbors (bias, residual, cast).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def group_norm_silu(
     """silu((x − mean)/√(var + eps)·weight + bias), see `diffmem.ops.group_norm_silu`."""
     extra = [1] * (x.ndim - 2)
     if added is not None:
-        x = x + added.reshape(*added.shape, *extra)
+        x = (x + added.reshape(*added.shape, *extra)).to(x.dtype)
     if _cancels(x):
         if weight.requires_grad and not x.requires_grad:
             # F.group_norm's backward ends the process where only the weights of a channels_last tensor want a gradient.
