@@ -10,6 +10,7 @@ import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
+_RUN_FOLDERS = "snapshots", "state"
 _PICKLE_BYTES = 2**20
 _LIGHTNING = b"pytorch-lightning_version"
 
@@ -22,9 +23,15 @@ def network_kind(path: Path) -> str | None:
         return None
 
 
+def is_run(path: Path) -> bool:
+    """Whether `path` is the folder of a run of `diffmem train`, finished or not."""
+    described = (path / "config.json").is_file()
+    return (path / "snapshots.json").is_file() or (described and any((path / name).is_dir() for name in _RUN_FOLDERS))
+
+
 def _folder_kind(path: Path) -> str | None:
     names = {entry.name for entry in path.iterdir()}
-    if "config.json" in names and names & {"stats.jsonl", "snapshots"}:
+    if is_run(path) or {"config.json", "stats.jsonl"} <= names:
         return "a run of `diffmem train`"
     if "model_index.json" in names:
         return "a pipeline of diffusers"

@@ -22,7 +22,7 @@ from diffmem.generation.running_audit import RunningAudit
 from diffmem.generation.seed_ranges import checked_seeds, format_seeds
 from diffmem.generation.settings import SampleSettings
 from diffmem.memorization import Audit
-from diffmem.models import Denoiser, as_denoiser, evaluating, fingerprint, load
+from diffmem.models import Denoiser, as_denoiser, checkpoint_path, evaluating, fingerprint, load
 from diffmem.precision import AUTOCAST, float32_products
 from diffmem.progress import Progress, silent
 from diffmem.sampling import Samples, is_compilable, is_compiled, sample_batches, worth_compiling
@@ -102,9 +102,10 @@ def generate(
     writes and returns; the others return None. With `out`, finished batches are kept in `<out>.partial/` until all is
     written: a run that ended early goes on from there and ends with the same bytes.
 
-    checkpoint: a folder of `diffmem.models.save`, or an EDM snapshot; or a denoiser on its own device: of
-        `diffmem.models` or `diffmem.optimum`, or any module or function that `diffmem.models.as_denoiser` takes without
-        being told more. seeds: distinct whole numbers from 0 (0 … 9999 in the protocol).
+    checkpoint: a folder of `diffmem.models.save`, a run of `diffmem train` (its newest snapshot), or an EDM snapshot;
+        or a denoiser on its own device: of `diffmem.models` or `diffmem.optimum`, or any module or function that
+        `diffmem.models.as_denoiser` takes without being told more. seeds: distinct whole numbers from 0 (0 … 9999 in
+        the protocol).
     out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a new
         folder (PNG, a sub-folder per 1000 seeds). training: audit against these images, with a running estimate in the
         progress; holdout, flip: see `diffmem.audit`.
@@ -133,6 +134,7 @@ def _generate(
     seeds = checked_seeds(seeds)
     if isinstance(checkpoint, (str, Path)):
         place = pick_device(device)
+        checkpoint = checkpoint_path(checkpoint)
         denoiser, source = load(checkpoint, place), str(checkpoint)
     else:
         denoiser = as_denoiser(checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffmem.models.checkpoint import fingerprint, import_edm, load, save
+from diffmem.models.checkpoint import checkpoint_path, fingerprint, import_edm, load, save
 from diffmem.models.config import PRESETS, ADMConfig, DenoiserConfig, UNetConfig, preset
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.networks import ADM, UNet
@@ -22,6 +22,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "as_denoiser",
+    "checkpoint_path",
     "evaluating",
     "fingerprint",
     "import_edm",

@@ -19,10 +19,11 @@ from diffmem.integrity import SEAL, check_file, sealed, unsealed
 from diffmem.models.config import DenoiserConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.edm_snapshot import read_edm_snapshot
-from diffmem.recognize import network_kind
+from diffmem.recognize import is_run, network_kind
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+_SNAPSHOTS = "snapshots"
 
 
 def save(denoiser: Denoiser, folder: str | Path) -> Path:
@@ -47,12 +48,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
     """The denoiser stored at `path`, in evaluation mode on `device`.
 
     `path` is a checkpoint folder: of `save`, whose checksums are verified, or one made in another way, which has none
-    (`model.safetensors`, and `config.json` with the parts network and preconditioning). Or it is an EDM
+    (`model.safetensors`, and `config.json` with the parts network and preconditioning). It may be the folder of a run
+    of `diffmem train`, which stands for its newest snapshot (see `checkpoint_path`). Or it is an EDM
     `network-snapshot-*.pkl` (its EMA weights) or `training-state-*.pt`, of which nothing is executed. Raises
     InputError, naming the file and the fields that differ, where it is missing, damaged, not of a known architecture,
     or refused.
     """
-    path = Path(path)
+    path = checkpoint_path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
@@ -67,6 +69,23 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
             )
         config, tensors = read_edm_snapshot(path)
     return _assemble(config, tensors, source).to(device).eval()
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """The checkpoint that `path` stands for: the newest snapshot of a run, and every other path itself.
+
+    Raises InputError for a run that has no snapshot yet.
+    """
+    path = Path(path)
+    if (path / _WEIGHTS).exists() or not is_run(path):
+        return path
+    snapshots = [folder for folder in (path / _SNAPSHOTS).glob("*") if folder.name.isdigit() and folder.is_dir()]
+    if not snapshots:
+        raise InputError(
+            f"{path}: this run has no snapshot yet; it makes one at its end, with --snapshot-images (snapshot_images=…)"
+            " before"
+        )
+    return max(snapshots, key=lambda folder: int(folder.name))
 
 
 def import_edm(path: str | Path, out: str | Path) -> Path:
@@ -90,8 +109,6 @@ def fingerprint(denoiser: Denoiser) -> str:
 def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tensor]]:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            if snapshots := sorted(path for path in (folder / "snapshots").glob("*") if path.name.isdigit()):
-                raise InputError(f"{folder}: a run; its checkpoints are its snapshots, the newest {snapshots[-1]}")
             if (kind := network_kind(folder)) is not None:
                 raise InputError(
                     f"{folder}: is {kind}, which is not one network: give a folder with {_CONFIG} and {_WEIGHTS}"

@@ -11,7 +11,9 @@ from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked
+from diffmem.models import checkpoint_path
 from diffmem.progress import Progress, silent
+from diffmem.recognize import is_run
 from diffmem.training.config import TrainingConfig
 from diffmem.training.observers import Stats
 from diffmem.training.snapshots import RECORDS, SnapshotRecord, read_records, snapshot_folder
@@ -36,6 +38,8 @@ class RunFolder:
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise InputError(f"{path}: no run of diffmem train lies there (there is no file {CONFIG})")
+        if not is_run(path) and is_run(whose := path.absolute().parent.parent):
+            raise InputError(f"{path}: is a snapshot: give its run, {whose}")
         description = read_checked(path / CONFIG, ADVICE)
         with parsing(path / CONFIG, "the description of a run"):
             try:
@@ -46,7 +50,7 @@ class RunFolder:
     @staticmethod
     def is_one(path: str | Path) -> bool:
         """Whether `path` is the folder of a run."""
-        return (Path(path) / RECORDS).is_file() or ((Path(path) / "state").is_dir() and (Path(path) / CONFIG).is_file())
+        return is_run(Path(path))
 
     @staticmethod
     def around(path: Path) -> RunFolder | None:
@@ -66,12 +70,7 @@ class RunFolder:
 
     def newest(self) -> Path:
         """The checkpoint folder of the newest snapshot; raises InputError where there is none yet."""
-        there = self.snapshots()
-        if not there:
-            raise InputError(
-                f"{self.path}: this run has no snapshot yet; it makes one at its end, with snapshot_images=… before"
-            )
-        return self.checkpoint(there[-1])
+        return checkpoint_path(self.path)
 
     def checkpoint(self, record: SnapshotRecord) -> Path:
         return snapshot_folder(self.path, record.images)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffmem.data import load_images
 from diffmem.errors import InputError
-from diffmem.models import Denoiser, load, preset, save
+from diffmem.generation import SampleSettings, generate
+from diffmem.models import Denoiser, checkpoint_path, fingerprint, load, preset, save
+from diffmem.monitoring import trajectory
+from diffmem.training import RunFolder, TrainingConfig, train
 
 
 @pytest.fixture
@@ -179,3 +185,31 @@ def test_what_does_not_fit(denoiser, tmp_path):
         load(folder)
     with pytest.raises(InputError, match="no such file"):
         load(tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two snapshots, the newer one with a larger number but a smaller name."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = TrainingConfig(preset("ddpmpp_8", channels=1, model_channels=16, num_blocks=1), images=16, batch=8)
+    train(config, load_images("builtin:digits", limit=8), out, snapshot_images=8)
+    return out
+
+
+def test_a_run_stands_for_its_newest_snapshot_wherever_a_checkpoint_is_taken(run):
+    newest, settings = run / "snapshots" / "000000016", SampleSettings(steps=2)
+    assert checkpoint_path(run) == checkpoint_path(newest) == RunFolder.open(run).newest() == newest
+    assert fingerprint(load(run)) == fingerprint(load(newest)) != fingerprint(load(run / "snapshots" / "000000008"))
+    result = generate(run, range(2), settings=settings)
+    assert result.checkpoint == str(newest)
+    assert torch.equal(result.samples.images, generate(load(newest), range(2), settings=settings).samples.images)
+
+
+def test_a_run_without_snapshots_and_a_snapshot_in_the_place_of_a_run_say_what_to_give(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "snapshots")
+    for call in (load, checkpoint_path, lambda path: generate(path, [0])):
+        with pytest.raises(InputError, match="run: this run has no snapshot yet; it makes one at its end"):
+            call(tmp_path / "run")
+    with pytest.raises(InputError, match=f"is a snapshot: give its run, {run}"):
+        trajectory(run / "snapshots" / "000000016")
