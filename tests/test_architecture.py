@@ -1,6 +1,7 @@
 """The house's rules: imports point one way, heavy packages wait until they are used, csrc knows no Python."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,72 @@ def test_imports_point_one_way():
                 other = parts[1] if (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists() else ""
                 if other not in EVERYBODY | ALLOWED[room] | {room}:
                     wrong.append(f"{path.relative_to(ROOT)}: {room} must not import {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def imports_by_time(path: Path, modules: dict[str, Path]) -> dict[str, dict[str, set[str]]]:
+    """Which modules of diffmem a module imports "at once", for "types" alone, and "later"; each with the functions that
+    do ("" for none)."""
+    found: dict[str, dict[str, set[str]]] = {"at once": {}, "types": {}, "later": {}}
+
+    def visit(node: ast.AST, time: str, function: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                visit(child, "types", function)
+            elif isinstance(child, ast.FunctionDef | ast.Lambda):
+                visit(child, "later", function or getattr(child, "name", "lambda"))
+            elif isinstance(child, ast.Import | ast.ImportFrom):
+                module = getattr(child, "module", None)
+                for alias in child.names:
+                    name = alias.name if module is None else f"{module}.{alias.name}"
+                    name = name if name in modules else module or name
+                    # A package is loaded before its modules, whatever they import.
+                    if name in modules and not (
+                        modules[name].stem == "__init__" and path.is_relative_to(modules[name].parent)
+                    ):
+                        found[time].setdefault(name, set()).add(function)
+            else:
+                visit(child, time, function)
+
+    visit(ast.parse(path.read_text()), "at once", "")
+    return found
+
+
+def test_no_cycles_between_modules():
+    """Only a result may come back to its report, which knows it: when asked for, in one place."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    imports = {name: imports_by_time(path, modules) for name, path in modules.items()}
+    graphlib.TopologicalSorter({name: set(each["at once"]) for name, each in imports.items()}).prepare()  # CycleError
+
+    def reachable(name: str, seen: set[str]) -> set[str]:
+        for other in {*imports[name]["at once"], *imports[name]["types"]} - seen:
+            seen.add(other)
+            reachable(other, seen)
+        return seen
+
+    wrong = []
+    for name, each in imports.items():
+        back = {other: places for other, places in each["later"].items() if name in reachable(other, set())}
+        if len(back) > 1 or any(len(places) > 1 for places in back.values()):
+            wrong.append(f"{name} comes back to {back}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_function_shadows_its_module():
+    """`diffmem.memorization.audit` is the function, whatever was imported before."""
+    wrong = []
+    for init in PACKAGE.rglob("__init__.py"):
+        tree = ast.parse(init.read_text())
+        siblings = {path.stem for path in init.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+        package = ".".join(init.parent.relative_to(ROOT).parts)
+        taken = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module != package:
+                taken |= {alias.asname or alias.name for alias in node.names}
+        wrong += [f"{package}: {name} is a module and something else" for name in sorted(taken & siblings)]
     assert not wrong, "\n".join(wrong)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmem.atomic_io import check_output_folder
-from diffmem.comparison.compare import BECOME
+from diffmem.comparison.gaps import BECOME
 from diffmem.pages import template, write_report
 from diffmem.pictures import data_url, plot, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from diffmem.comparison.compare import Comparison, Curve
+    from diffmem.comparison.gaps import Comparison, Curve
 
 COLORS = {"training": "#a3261c", "unseen": "#3866a8", "generated": "#8a5a00"}
 

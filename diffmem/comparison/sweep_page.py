@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffmem.atomic_io import check_output_folder
-from diffmem.comparison.sweep import SweepPoint, expected_ratio, with_strength
+from diffmem.comparison.sweeps import SweepPoint, expected_ratio, with_strength
 from diffmem.pages import template, write_report
 from diffmem.pictures import grid, picture_url, plot, svg
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffmem.comparison.sweep import Sweep
+    from diffmem.comparison.sweeps import Sweep
 
 NAMES = {
     "tikhonov": "Tikhonov: score (ȳ − x)/(σ² + c)",

@@ -1,8 +1,9 @@
 """Which generated images are copies: criteria, statistics, the audit and its report."""
 
-from diffmem.memorization.audit import Audit, CopiedImage, SeenImage, audit
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
+from diffmem.memorization.detector import audit
 from diffmem.memorization.gate import Gate, decide_gate
+from diffmem.memorization.result import Audit, CopiedImage, SeenImage
 from diffmem.memorization.statistics import (
     Question,
     anytime_interval,

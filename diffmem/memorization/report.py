@@ -21,7 +21,7 @@ from diffmem.text import write_table
 if TYPE_CHECKING:
     import pandas
 
-    from diffmem.memorization.audit import Audit
+    from diffmem.memorization.result import Audit
 
 GALLERY_ROWS = 120  # triples shown, surest copies first
 SUMMARY_ROWS = 4  # triples shown in a notebook

@@ -2,8 +2,8 @@
 (`AuditEvery`)."""
 
 from diffmem.monitoring.audit_every import AuditEvery
+from diffmem.monitoring.over_time import Point, Trajectory, trajectory
 from diffmem.monitoring.page import draw
 from diffmem.monitoring.snapshot_audit import SnapshotAudit, audit_snapshot
-from diffmem.monitoring.trajectory import Point, Trajectory, trajectory
 
 __all__ = ["AuditEvery", "Point", "SnapshotAudit", "Trajectory", "audit_snapshot", "draw", "trajectory"]

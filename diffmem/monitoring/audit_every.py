@@ -12,8 +12,8 @@ from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings
 from diffmem.memorization import Question
 from diffmem.models import fingerprint
+from diffmem.monitoring.over_time import FOLDER, Point
 from diffmem.monitoring.snapshot_audit import AuditFiles, SnapshotAudit, audit_snapshot, way_of
-from diffmem.monitoring.trajectory import FOLDER, Point
 from diffmem.training import Observer, Plan, Snapshot, Verdict, read_data
 
 

@@ -14,7 +14,7 @@ from diffmem.pages import template, write_report
 from diffmem.pictures import data_url, plot, svg
 
 if TYPE_CHECKING:
-    from diffmem.monitoring.trajectory import Trajectory
+    from diffmem.monitoring.over_time import Trajectory
 
 GALLERY = 24  # first copies shown
 COLUMNS = ("images", "epochs", "loss", "count", "total", "ratio", "low", "high", "answer")

@@ -26,7 +26,7 @@ from diffmem.devices import pick_device
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import Question, audit, highest_interval
-from diffmem.memorization.audit import software_versions
+from diffmem.memorization.result import software_versions
 from diffmem.models import load
 from diffmem.monitoring import AuditEvery, Point
 from diffmem.sampling import sample

@@ -13,7 +13,7 @@ from golden_networks import golden, state_dict
 
 import diffmem
 from diffmem.comparison import compare
-from diffmem.comparison.compare import _range
+from diffmem.comparison.gaps import _range
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.generation import SampleSettings

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
 import diffmem
-from diffmem.comparison import parse_sweep, sweep
-from diffmem.comparison.sweep import chosen_variants, expected_ratio
+from diffmem.comparison import parse_sweep, sweep, sweeps
+from diffmem.comparison.sweeps import chosen_variants, expected_ratio
 from diffmem.errors import InputError
 from diffmem.generation import SampleSettings
 from diffmem.optimum import EmpiricalBayes, Smoothed, Tikhonov
@@ -26,7 +24,7 @@ def digits():
 @pytest.fixture
 def sampled(monkeypatch):
     """The seeds that were sampled, in order."""
-    module = sys.modules["diffmem.comparison.sweep"]
+    module = sweeps
     original, seeds = module.sample_batches, []
 
     def sample_batches(denoiser, asked, **settings):

@@ -1,0 +1,265 @@
+"""What an audit found: `Audit`, for programs, people and files."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import diffmem
+from diffmem.data import ImageSet
+from diffmem.memorization.criteria import published_rule
+from diffmem.memorization.gate import Gate, decide_gate
+from diffmem.memorization.statistics import wilson_interval
+from diffmem.pages import percent
+from diffmem.search import DuplicateGroups, Neighbors
+
+if TYPE_CHECKING:
+    import pandas
+
+_PER_IMAGE = ("memorized", "raw_memorized", "published_memorized", "neighbors")
+_SHOWN = 10  # entries of a list in a summary
+
+
+@dataclass(frozen=True)
+class CopiedImage:
+    """A training image that generated images are copies of."""
+
+    index: int
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """An image of the holdout set that is in the training set: its index and name in both."""
+
+    index: int
+    name: str
+    training_index: int
+    training_name: str
+
+
+@dataclass(frozen=True, repr=False)
+class Audit:
+    """What `audit` found. Per-image arrays follow the order of the generated images.
+
+    memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
+    raw_memorized: bool [Q], by the paper's rule, duplicates left in; d1 = 0 counts whatever d2 is.
+    published_memorized: bool [Q], the same as the code published with the paper counts: not where d1 = d2 = 0.
+    neighbors: the nearest training image, and the nearest of those that are farther than the duplicate radius from it.
+    raw_neighbors: the two nearest, duplicates left in.
+    duplicates: groups of training images within the duplicate radius.
+    interval: the 95 % Wilson interval of the ratio.
+    sources: the training images copied most often, most copied first.
+    holdout: the same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
+        without.
+    left_out: of a holdout: the images that are in the training set, pixel for pixel, which it therefore leaves out.
+    settings: threshold, duplicates, duplicate_radius, flip, device, and what the sets were.
+    warnings: why the verdict must not be relied on, one sentence each; empty where nothing speaks against it.
+    """
+
+    memorized: np.ndarray
+    raw_memorized: np.ndarray
+    neighbors: Neighbors
+    raw_neighbors: Neighbors
+    duplicate_groups: DuplicateGroups
+    generated: ImageSet
+    training: ImageSet
+    settings: dict[str, Any]
+    holdout: Audit | None = None
+    left_out: tuple[SeenImage, ...] = ()
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=lambda: software_versions())
+
+    @property
+    def total(self) -> int:
+        """Number of generated images audited."""
+        return len(self.memorized)
+
+    @property
+    def count(self) -> int:
+        """Number of generated images that are copies."""
+        return int(self.memorized.sum())
+
+    @property
+    def ratio(self) -> float:
+        """The memorization ratio, count / total (the paper's R_mem)."""
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.count, self.total)
+
+    @property
+    def reliable(self) -> bool:
+        """Whether nothing speaks against the verdict: a gate must not pass where this is False."""
+        return not self.warnings
+
+    @property
+    def raw_count(self) -> int:
+        return int(self.raw_memorized.sum())
+
+    @property
+    def raw_ratio(self) -> float:
+        return self.raw_count / self.total
+
+    @property
+    def published_memorized(self) -> np.ndarray:
+        return published_rule(self.raw_neighbors.squared_distances, Fraction(self.settings["threshold"]))
+
+    @property
+    def published_count(self) -> int:
+        return int(self.published_memorized.sum())
+
+    @property
+    def published_ratio(self) -> float:
+        return self.published_count / self.total
+
+    @property
+    def training_size(self) -> int:
+        return len(self.training)
+
+    @property
+    def mean_rms(self) -> float:
+        """Mean over the generated images of the rms distance to the nearest training image."""
+        return float(self.neighbors.rms[:, 0].mean())
+
+    @property
+    def distance_ratios(self) -> np.ndarray:
+        """d1 / d2 per image, float64 [Q], for display: 0 for exact copies. The rule itself is decided in integers."""
+        return self.neighbors.distance_ratios
+
+    @property
+    def duplicates(self) -> list[np.ndarray]:
+        """Groups of duplicate training images, each a sorted array of indices, largest first."""
+        return self.duplicate_groups.groups
+
+    @property
+    def sources(self) -> list[CopiedImage]:
+        copied, counts = np.unique(self.neighbors.indices[self.memorized, 0], return_counts=True)
+        order = np.lexsort((copied, -counts))
+        return [CopiedImage(int(copied[i]), self.training.name(int(copied[i])), int(counts[i])) for i in order]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above under the same names, in plain JSON types."""
+        neighbors = self.neighbors
+        return {
+            "ratio": self.ratio,
+            "count": self.count,
+            "total": self.total,
+            "interval": list(self.interval),
+            "raw_ratio": self.raw_ratio,
+            "raw_count": self.raw_count,
+            "published_ratio": self.published_ratio,
+            "published_count": self.published_count,
+            "warnings": list(self.warnings),
+            "training_size": self.training_size,
+            "mean_rms": self.mean_rms,
+            "holdout": None if self.holdout is None else self.holdout.to_dict(),
+            "left_out": [asdict(image) for image in self.left_out],
+            "sources": [{"index": s.index, "name": s.name, "count": s.count} for s in self.sources],
+            "duplicates": [group.tolist() for group in self.duplicates],
+            "settings": self.settings,
+            "versions": self.versions,
+            "memorized": self.memorized.tolist(),
+            "raw_memorized": self.raw_memorized.tolist(),
+            "published_memorized": self.published_memorized.tolist(),
+            "neighbors": {
+                "indices": neighbors.indices.tolist(),
+                "squared_distances": neighbors.squared_distances.tolist(),
+                "distances": neighbors.distances.tolist(),
+                "rms": neighbors.rms.tolist(),
+                **({} if neighbors.mirrored is None else {"mirrored": neighbors.mirrored.tolist()}),
+            },
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """`to_dict` without what is said of each image; of long lists the first entries, and how many there are."""
+        summary = {name: value for name, value in self.to_dict().items() if name not in _PER_IMAGE}
+        holdout = None if self.holdout is None else self.holdout.summary()
+        duplicates = {"groups": len(self.duplicates), "images": sum(map(len, self.duplicates))}
+        return _shortened({**summary, "holdout": holdout, "duplicates": duplicates})
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row per generated image, with the columns of `samples.csv`.
+
+        Returns:
+            The table; names are as the images have them, not escaped as in the file.
+
+        Raises:
+            MissingExtraError: The package pandas is not installed.
+        """
+        return _report().frame(self)
+
+    def gate(
+        self, *, fail_above: float | None = None, require_below: float | None = None, max_copies: int | None = None
+    ) -> Gate:
+        """Whether these images pass the limits given; see `diffmem.memorization.decide_gate`.
+
+        Example:
+            >>> gate = result.gate(require_below=0.01)  # doctest: +SKIP
+            >>> assert gate.passed, gate  # doctest: +SKIP
+        """
+        limits = {"fail_above": fail_above, "require_below": require_below, "max_copies": max_copies}
+        return decide_gate(self.count, self.interval, **limits, warnings=self.warnings)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the verdict and the surest copies."""
+        return _report().render_summary(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.html`, `samples.csv` and `report.json` into `folder` and return the path of the report.
+
+        The three appear together, when all are written. In `samples.csv` names that spreadsheets would take for
+        formulas begin with an apostrophe, and invisible characters are escaped. Raises InputError where that cannot be
+        done.
+        """
+        return _report().write_report(self, folder)
+
+    def __repr__(self) -> str:
+        return f"<Audit: {self.verdict()}>"
+
+    def verdict(self) -> str:
+        """One sentence for a person."""
+        low, high = self.interval
+        return (
+            f"{self.count:,} of {self.total:,} images are copies of one of {self.training_size:,} training images: "
+            f"{percent(self.ratio)} (95 % interval {percent(low)} to {percent(high)})"
+        )
+
+
+def _report() -> ModuleType:
+    """What writes results for people. It knows them, so that it is loaded when asked for."""
+    from diffmem.memorization import report
+
+    return report
+
+
+def _shortened(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain JSON types with lists of at most `_SHOWN` entries; how many a longer one has is added under `…_total`."""
+    short: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            short[name] = _shortened(value)
+        elif isinstance(value, list) and len(value) > _SHOWN:
+            short |= {name: value[:_SHOWN], f"{name}_total": len(value)}
+        else:
+            short[name] = value
+    return short
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "diffmem": diffmem.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
