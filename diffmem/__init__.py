@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     )
     from diffmem.data import ImageSet, load_images
     from diffmem.errors import InputError
-    from diffmem.memorization import Audit, audit
+    from diffmem.memorization import Audit, CopyDetector, audit
     from diffmem.search import Neighbors, TrainingIndex
 
 __version__ = "0.1.0"
 
 _NAMES = {
     "Audit": "diffmem.memorization",
+    "CopyDetector": "diffmem.memorization",
     "ImageSet": "diffmem.data",
     "InputError": "diffmem.errors",
     "Neighbors": "diffmem.search",
@@ -52,6 +53,7 @@ _SUBPACKAGES = (
 
 __all__ = [
     "Audit",
+    "CopyDetector",
     "ImageSet",
     "InputError",
     "Neighbors",

@@ -1,7 +1,7 @@
 """Which generated images are copies: criteria, statistics, the audit and its report."""
 
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
-from diffmem.memorization.detector import audit
+from diffmem.memorization.detector import CopyDetector, Detection, audit
 from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.result import Audit, CopiedImage, SeenImage
 from diffmem.memorization.statistics import (
@@ -15,6 +15,8 @@ from diffmem.memorization.statistics import (
 __all__ = [
     "Audit",
     "CopiedImage",
+    "CopyDetector",
+    "Detection",
     "Gate",
     "Question",
     "SeenImage",

@@ -23,14 +23,12 @@ from diffmem.search import DistinctNeighbors, Neighbors
 NEIGHBORS = 8  # training images looked at: up to seven versions of an image are seen
 
 
-def hidden_copies(
-    search: DistinctNeighbors, nearest: Neighbors, memorized: np.ndarray, threshold: Fraction
-) -> tuple[str, ...]:
+def hidden_copies(radii: np.ndarray) -> tuple[str, ...]:
     """A warning that names how many hidden copies there are and the duplicate radius that counts them, or none.
 
-    nearest: the `NEIGHBORS` nearest training images, duplicates left in. memorized: by the rule.
+    Args:
+        radii: float64 [Q], of all images audited (see `hidden_radii`).
     """
-    radii = hidden_radii(search, nearest, memorized, threshold)
     hidden = np.isfinite(radii)
     if not hidden.any():
         return ()
@@ -49,7 +47,14 @@ def hidden_copies(
 def hidden_radii(
     search: DistinctNeighbors, nearest: Neighbors, memorized: np.ndarray, threshold: Fraction
 ) -> np.ndarray:
-    """float64 [Q]: for each hidden copy the least duplicate radius (rms) with which the rule counts it, else NaN."""
+    """float64 [Q]: for each hidden copy the least duplicate radius (rms) with which the rule counts it, else NaN.
+
+    Args:
+        search: Of the training images.
+        nearest: The `NEIGHBORS` nearest training images of each image, duplicates left in.
+        memorized: bool [Q], by the rule.
+        threshold: On d1/d2.
+    """
     squared, k = nearest.squared_distances, nearest.squared_distances.shape[1]
     radii = np.full(len(squared), np.nan)
     if k < 3 or threshold > Fraction(1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,29 @@ def value_ranges(value_range: Any) -> dict[str, Any]:
     return {"holdout": value_range.get("training"), **value_range}
 
 
+def in_one_precision(*sets: ImageSet | None) -> tuple[ImageSet | None, ...]:
+    """The sets, those of float32 as float64 where any is float64: each float32 value is a float64 value."""
+    if not any(each is not None and each.images.dtype == np.float64 for each in sets):
+        return sets
+    return tuple(
+        replace(each, images=each.images.astype(np.float64))
+        if each is not None and each.images.dtype == np.float32
+        else each
+        for each in sets
+    )
+
+
 def check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
+    """Refuses sets that cannot be compared.
+
+    Args:
+        images: The set to audit.
+        training: The training set.
+        what: What to call the first: "generated" or "holdout".
+
+    Raises:
+        InputError: A set is empty, or dtype, channels or size differ: with what brings both to one.
+    """
     for name, image_set in ((what, images), ("training", training)):
         if len(image_set) == 0:
             raise InputError(f"the {name} set ({image_set.source}) is empty")

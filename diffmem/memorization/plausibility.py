@@ -2,7 +2,7 @@
 
 The rule compares pixels. Where the generated images are black, nearly all the same, or on another scale than the
 training images, it finds no copies and says so with a narrow interval. All that is checked here is relative to the
-training set, on evenly spaced samples of both sets.
+training set, on samples of both sets (`SetFigures`), which may come batch by batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from diffmem.errors import InputError
 
 SAMPLE = 1024  # images looked at
 SAMPLE_PIXELS = 2**14  # and at most that many pixels of each, evenly spaced
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio
 # The usual ranges of floats, each within the next, and what a sampler's values may reach.
 SCALES = {(0.0, 1.0): (-0.2, 1.2), (-1.0, 1.0): (-1.5, 1.5), (0.0, 255.0): (-32.0, 287.0)}
 DARKEST = 32.0  # a set of 0 … 255 reaches this
@@ -45,7 +47,7 @@ class Appearance:
 
     @classmethod
     def of(cls, images: np.ndarray) -> Appearance:
-        values = _sampled(images).astype(np.float64)
+        values = images.astype(np.float64)
         channels = values.reshape(len(values), values.shape[1], -1)
         some = values[:: max(1, len(values) // 256)]  # medians are slow
         variety = np.square(some - np.median(some, axis=0)).mean(axis=(1, 2, 3))
@@ -58,12 +60,95 @@ class Appearance:
         )
 
 
-def check_scale(images: ImageSet, training: ImageSet, what: str, copies: float = 0.0) -> None:
-    """Raises InputError where float images look to be on another of the usual scales than the training images. copies:
-    the share of them that the rule calls copies; where there are some, [0, 1] is a part of [-1, 1]."""
-    if images.images.dtype == np.uint8:
+class SetFigures:
+    """What is looked at of a set of images, which may come batch by batch: the figures depend on the images and their
+    order alone, not on how they are divided.
+
+    The sample holds the `SAMPLE` images i for which i times the golden ratio, modulo 1, is smallest: they are spread
+    evenly over the set, however many follow, and in step with no period of it.
+
+    Args:
+        count_identical: Whether to count how often each image occurs, at about 100 bytes per different image.
+    """
+
+    def __init__(self, *, count_identical: bool = False):
+        self.total = 0
+        self.low, self.high = math.inf, -math.inf  # of floats
+        self._rows = np.zeros(0, np.int64)
+        self._sample: np.ndarray | None = None
+        self._classes: dict[bytes, int] | None = {} if count_identical else None
+
+    @classmethod
+    def of(cls, images: np.ndarray, *, count_identical: bool = False) -> SetFigures:
+        figures = cls(count_identical=count_identical)
+        figures.add(images)
+        return figures
+
+    def add(self, images: np.ndarray) -> None:
+        """Takes in further images [n, C, H, W] of one size and dtype."""
+        if images.dtype != np.uint8:
+            low, high = extremes(images)
+            self.low, self.high = min(self.low, low), max(self.high, high)
+        rows = np.concatenate([self._rows, np.arange(self.total, self.total + len(images))])
+        if len(rows) > SAMPLE:
+            order = np.argpartition(rows.astype(np.uint64) * GOLDEN, SAMPLE - 1)
+            rows = np.sort(rows[order[:SAMPLE]])
+        step = math.ceil(math.sqrt(images[0, 0].size / SAMPLE_PIXELS))
+        new = images[rows[rows >= self.total] - self.total, :, ::step, ::step]
+        if self._sample is None:
+            self._sample = new
+        else:
+            kept = self._sample[np.searchsorted(self._rows, rows[rows < self.total])]
+            self._sample = np.concatenate([kept, new])
+        self._rows, self.total = rows, self.total + len(images)
+        if self._classes is not None:
+            for image in images:
+                key = hashlib.sha256(np.ascontiguousarray(image).data).digest()
+                self._classes[key] = self._classes.get(key, 0) + 1
+
+    @property
+    def sample(self) -> np.ndarray:
+        """Up to `SAMPLE` of the images, in their order, thinned to `SAMPLE_PIXELS` pixels."""
+        return self._sample
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._sample.dtype
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest value of float images."""
+        return self.low, self.high
+
+    @property
+    def largest_class(self) -> int:
+        """How many images the largest class of identical ones has."""
+        return max(self._classes.values())
+
+    @cached_property
+    def appearance(self) -> Appearance:
+        """Of the sample, once all images are there."""
+        return Appearance.of(self._sample)
+
+
+def check_scale(
+    images: SetFigures, training: SetFigures, what: str, sources: tuple[str, str], copies: float = 0.0
+) -> None:
+    """Refuses sets of floats that look to be on different scales.
+
+    Args:
+        images: Figures of the images audited.
+        training: Figures of the training images.
+        what: "generated" or "holdout".
+        sources: Where images and training images came from.
+        copies: The share of the images that the rule calls copies; where there are some, [0, 1] is a part of [-1, 1].
+
+    Raises:
+        InputError: The images look to be on another of the usual scales than the training images.
+    """
+    if images.dtype == np.uint8:
         return
-    ours, theirs = extremes(images.images), extremes(training.images)
+    ours, theirs = images.extremes, training.extremes
     if ours[0] == ours[1] or theirs[0] == theirs[1]:
         return  # a single value fits every scale
     scale, their_scale = _scale(ours), _scale(theirs)
@@ -75,14 +160,14 @@ def check_scale(images: ImageSet, training: ImageSet, what: str, copies: float =
     order = list(SCALES)
     narrow, wide = (images, training) if order.index(scale) < order.index(their_scale) else (training, images)
     low, high = SCALES[scale if narrow is images else their_scale]
-    some = _sampled(wide.images)
+    some = wide.sample
     inside = ((some.min(axis=(1, 2, 3)) >= low) & (some.max(axis=(1, 2, 3)) <= high)).mean()
-    if inside > 0.5 or inside ** len(narrow) > UNLIKELY:
+    if inside > 0.5 or inside**narrow.total > UNLIKELY:
         return
     recipe = f"value_range={{'{what}': {_pair(scale)}, 'training': {_pair(their_scale)}}}"
     raise InputError(
-        f"{what} images ({images.source}) hold values from {ours[0]:.4g} to {ours[1]:.4g}, training images "
-        f"({training.source}) from {theirs[0]:.4g} to {theirs[1]:.4g}: they are on different scales. Say what black "
+        f"{what} images ({sources[0]}) hold values from {ours[0]:.4g} to {ours[1]:.4g}, training images "
+        f"({sources[1]}) from {theirs[0]:.4g} to {theirs[1]:.4g}: they are on different scales. Say what black "
         f"and white are: {recipe}"
     )
 
@@ -93,10 +178,10 @@ def scale_recipe(images: ImageSet) -> str:
     return f"value_range={_pair(scale)}" if scale is not None else "value_range= with the values of black and white"
 
 
-def suspicions(images: ImageSet, training: ImageSet, about: Appearance) -> tuple[str, ...]:
-    """What speaks against relying on an audit of `images`, one sentence each. about: the training images' figures."""
-    ours, found = Appearance.of(images.images), []
-    total = samples = len(images)
+def suspicions(images: SetFigures, training: SetFigures) -> tuple[str, ...]:
+    """What speaks against relying on an audit of `images` against `training`, one sentence each."""
+    ours, about, found = Appearance.of(images.sample), training.appearance, []
+    total = samples = images.total
     odd = float(ours.constant.mean())
     if odd > max(ODD, 2 * about.constant.mean()):
         share = f"about {odd:.0%}" if total > SAMPLE else f"{int(ours.constant.sum()):,}"
@@ -105,8 +190,8 @@ def suspicions(images: ImageSet, training: ImageSet, about: Appearance) -> tuple
             f"{share} of {total:,} images are of a single color{black}: the sampler may have failed, and says nothing "
             "about what the model remembers."
         )
-    largest = _largest_class(images.images)
-    if total > 1 and largest > total / 2 and len(training) > 3:
+    largest = images.largest_class
+    if total > 1 and largest > total / 2 and training.total > 3:
         found.append(
             f"{largest:,} of {total:,} images are identical: they are one sample, not {largest:,}, and the interval "
             "does not hold."
@@ -124,13 +209,12 @@ def suspicions(images: ImageSet, training: ImageSet, about: Appearance) -> tuple
         )
         samples = 1
     if odd < 0.5:
-        found += _scale_suspicions(images, training, ours, about, samples)
+        found += _scale_suspicions(images, training, ours, samples)
     return tuple(found)
 
 
-def _scale_suspicions(
-    images: ImageSet, training: ImageSet, ours: Appearance, about: Appearance, samples: int
-) -> list[str]:
+def _scale_suspicions(images: SetFigures, training: SetFigures, ours: Appearance, samples: int) -> list[str]:
+    about = training.appearance
     way_out = "If they are on another scale, bring both to the same one (value_range=)."
     found = []
     if about.contrasts.mean() > 0 and _clearly_apart(ours.contrasts, about.contrasts, samples):
@@ -144,10 +228,10 @@ def _scale_suspicions(
             f"the images are {direction} than the training images by {abs(shift):.3g} on average "
             f"({ours.means.mean():.3g} against {about.means.mean():.3g}). {way_out}"
         )
-    if not found and images.images.dtype != np.uint8:
-        low, high = extremes(training.images)
+    if not found and images.dtype != np.uint8:
+        low, high = training.extremes
         slack = 0.1 * (high - low)
-        some = _sampled(images.images)
+        some = images.sample
         outside = float(((some < low - slack) | (some > high + slack)).mean())
         if outside > 0.01:
             found.append(
@@ -162,12 +246,6 @@ def _clearly_apart(ours: np.ndarray, theirs: np.ndarray, samples: int) -> bool:
     return abs(ours.mean() - theirs.mean()) > STANDARD_ERRORS * theirs.std() / np.sqrt(samples)
 
 
-def _sampled(images: np.ndarray) -> np.ndarray:
-    step = math.ceil(math.sqrt(images[0, 0].size / SAMPLE_PIXELS))
-    rows = np.linspace(0, len(images) - 1, min(len(images), SAMPLE)).astype(np.int64)
-    return images[rows, :, ::step, ::step]
-
-
 def _scale(values: tuple[float, float]) -> tuple[float, float] | None:
     """The usual scale that values from low to high are on, the narrowest that holds them, or None."""
     for scale, (low, high) in SCALES.items():
@@ -178,12 +256,3 @@ def _scale(values: tuple[float, float]) -> tuple[float, float] | None:
 
 def _pair(scale: tuple[float, float]) -> str:
     return f"({scale[0]:g}, {scale[1]:g})"
-
-
-def _largest_class(images: np.ndarray) -> int:
-    """How many images the largest class of identical ones has."""
-    counts: dict[bytes, int] = {}
-    for image in images:
-        key = hashlib.sha256(np.ascontiguousarray(image).data).digest()
-        counts[key] = counts.get(key, 0) + 1
-    return max(counts.values())

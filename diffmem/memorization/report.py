@@ -149,7 +149,7 @@ def render(audit: Audit) -> str:
 
     return template("diffmem.memorization", "report.html.j2").render(
         audit=audit,
-        unit="grey levels" if audit.generated.images.dtype == np.uint8 else "units of the images",
+        unit="grey levels" if audit.settings["generated"]["dtype"] == "uint8" else "units of the images",
         gallery=gallery,
         border=border_triples,
         sources=sources,
@@ -206,6 +206,8 @@ class _Pictures:
         self.scale = _float_scale(audit.training)
 
     def generated(self, row: int) -> str | None:
+        if not isinstance(self.audit.generated, ImageSet):
+            return None  # they were not kept
         return self._picture("generated", self.audit.generated, row)
 
     def training(self, index: int) -> str | None:

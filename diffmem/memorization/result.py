@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 import diffmem
-from diffmem.data import ImageSet
+from diffmem.data import ImageSet, SkippedFile
 from diffmem.memorization.criteria import published_rule
 from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.statistics import wilson_interval
@@ -46,6 +47,34 @@ class SeenImage:
     training_name: str
 
 
+@dataclass(frozen=True)
+class UnkeptImages:
+    """What is known of generated images that were not kept: all but the pixels.
+
+    Attributes:
+        total: How many they are.
+        names: Of each, or None where they have none.
+        source: Where they came from.
+        skipped: Files that could not be read.
+    """
+
+    total: int
+    names: Sequence[str] | None
+    source: str
+    skipped: tuple[SkippedFile, ...] = ()
+
+    @classmethod
+    def of(cls, images: ImageSet) -> UnkeptImages:
+        return cls(len(images), images.names, images.source, images.skipped)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def name(self, index: int) -> str:
+        """What to call image `index` in a report."""
+        return self.names[index] if self.names is not None else f"#{index}"
+
+
 @dataclass(frozen=True, repr=False)
 class Audit:
     """What `audit` found. Per-image arrays follow the order of the generated images.
@@ -70,7 +99,7 @@ class Audit:
     neighbors: Neighbors
     raw_neighbors: Neighbors
     duplicate_groups: DuplicateGroups
-    generated: ImageSet
+    generated: ImageSet | UnkeptImages
     training: ImageSet
     settings: dict[str, Any]
     holdout: Audit | None = None

@@ -61,7 +61,7 @@ class DistinctNeighbors:
 
         Raises InputError where all training images lie within the radius of one.
         """
-        result = _copy(nearest)
+        result = nearest.copy()
         firsts = nearest.indices[:, 0]
         # An image that is alone in its group has no other within the radius.
         open_rows = np.flatnonzero(self.groups.sizes[firsts] > 1)
@@ -128,11 +128,6 @@ class DistinctNeighbors:
         if isinstance(index, FaissIndex) and index.stats is not None:
             self.recall = (*self.recall, index.stats)
         return found
-
-
-def _copy(neighbors: Neighbors) -> Neighbors:
-    mirrored = None if neighbors.mirrored is None else neighbors.mirrored.copy()
-    return Neighbors(neighbors.indices.copy(), neighbors.squared_distances.copy(), neighbors.dimension, mirrored)
 
 
 def _set_second(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,20 @@ class Neighbors:
         """The answers to the queries of `rows`."""
         mirrored = None if self.mirrored is None else self.mirrored[rows]
         return Neighbors(self.indices[rows], self.squared_distances[rows], self.dimension, mirrored)
+
+    @classmethod
+    def join(cls, parts: Sequence[Neighbors]) -> Neighbors:
+        """The answers of several queries of the same training set as one."""
+        if len(parts) == 1:
+            return parts[0]
+        arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "squared_distances")]
+        mirrored = None if parts[0].mirrored is None else np.concatenate([part.mirrored for part in parts])
+        return cls(*arrays, parts[0].dimension, mirrored)
+
+    def copy(self) -> Neighbors:
+        """The same with arrays of its own."""
+        mirrored = None if self.mirrored is None else self.mirrored.copy()
+        return Neighbors(self.indices.copy(), self.squared_distances.copy(), self.dimension, mirrored)
 
     def __len__(self) -> int:
         return len(self.indices)

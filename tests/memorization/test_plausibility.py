@@ -6,7 +6,7 @@ import torch
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.memorization.plausibility import Appearance, suspicions
+from diffmem.memorization.plausibility import SetFigures, suspicions
 
 SCALES = [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)]
 
@@ -93,10 +93,10 @@ def test_images_that_look_wrong_are_warned_about(digits, make, words):
 def test_honest_sets_are_not(digits, size):
     random = np.random.default_rng(size)
     training = diffmem.load_images(digits[:900])
-    about = Appearance.of(training.images)
+    about = SetFigures.of(training.images)
     for _ in range(40):
         some = digits[random.choice(np.arange(900, 1797), size, replace=False)]
-        assert suspicions(diffmem.load_images(some), training, about) == ()
+        assert suspicions(SetFigures.of(some, count_identical=True), about) == ()
 
 
 def test_copies_of_few_images_are_no_failure(digits):
