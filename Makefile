@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 # On machines without a GPU, a CPU build of PyTorch saves gigabytes: give its requirement or wheel here.
 TORCH ?= torch
 # Not gpu: its FAISS is another package with the same module as the extra faiss brings, and 135 MB.
-EXTRAS ?= demo,faiss,triton,test,dev
+EXTRAS ?= demo,faiss,triton,test,dev,docs
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench gpu lint format setup clean
+.PHONY: demo test bench gpu docs lint format setup clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
@@ -34,6 +34,10 @@ BUDGET ?= 480
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) --budget $(BUDGET) $(if $(INTERPRET),--interpret)
 
+# The pages in site/, without a network: a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +49,4 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist $(VENV) demo *.egg-info diffmem/_C*.so diffmem/_build_info.json
+	rm -rf build dist site $(VENV) demo *.egg-info diffmem/_C*.so diffmem/_build_info.json

@@ -63,9 +63,11 @@ def as_denoiser(
 
     Args:
         model: the module, or a function.
-        channels, resolution, label_dim: of the images and classes, where the model does not say so itself (label_dim:
-            0, unconditional).
-        sigma_min, sigma_max: the noise levels that the model knows (where it says nothing: all).
+        channels: of the images, where the model does not say so itself.
+        resolution: height and width of the images, likewise.
+        label_dim: number of classes, likewise; where nothing says so 0, unconditional.
+        sigma_min: the lowest noise level that the model knows (where it says nothing: all).
+        sigma_max: the highest.
         sigma_per_image: whether sigma is passed as (B,). None: where a 0-d tensor fails.
         class_indices: whether class_labels are passed as indices. None: where one-hot vectors fail.
         device: of a function; a module's is where its parameters are.
