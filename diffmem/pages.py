@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,35 @@ def percent(share: float) -> str:
     return f"{value:.2f} %" if value < 10 or value > 99 else f"{value:.1f} %"
 
 
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
+_CHURN = {"S_churn": "churn", "S_min": "churn from", "S_max": "churn up to", "S_noise": "churn noise"}
+
+
+def level(share: float) -> str:
+    """A share that was chosen, as a percentage: 90 %, 99.5 %."""
+    return f"{100 * share:.6g} %"
+
+
 def described(settings: Mapping[str, Any]) -> str:
-    """Settings in a line for people: "steps 18; images (training 100, unseen 256)"."""
+    """Settings in a line for people: "steps 18; images (training 100, unseen 256)". What is not set is left out, and so
+    are the parts of a churn of 0."""
 
     def words(value: Any) -> str:
         if isinstance(value, Mapping):
-            return "(" + ", ".join(f"{name} {words(each)}" for name, each in value.items()) + ")"
-        if value is None or isinstance(value, bool):
-            return {None: "none", True: "yes", False: "no"}[value]
+            return "(" + ", ".join(named(value)) + ")"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, str) and _FINGERPRINT.fullmatch(value):
+            return f"{value[:12]}…"
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    return "; ".join(f"{name} {words(value)}" for name, value in settings.items())
+    def named(values: Mapping[str, Any]) -> Iterator[str]:
+        for name, value in values.items():
+            calm = name.startswith("S_") and not values.get("S_churn", 1)
+            if value is not None and not calm:
+                yield f"{_CHURN.get(name, name).replace('_', ' ')} {words(value)}"
+
+    return "; ".join(named(settings))
 
 
 def write_report(
@@ -74,8 +93,8 @@ def caption(name: str, length: int = 60) -> str:
 
 def template(package: str, name: str) -> Template:
     """The template `name` in `package`/templates: everything is escaped, what is not given is an error, and the filters
-    are percent, points, thousands, duration, described and caption. What would not be seen is escaped as `printable`
-    does. It may extend `page.html.j2`, the house's page."""
+    are percent, level, points, thousands, duration, described and caption. What would not be seen is escaped as
+    `printable` does. It may extend `page.html.j2`, the house's page."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -88,7 +107,8 @@ def template(package: str, name: str) -> Template:
     )
     environment.filters |= {
         "percent": percent,
-        "points": lambda share: f"{100 * share:+.1f}",
+        "level": level,
+        "points": lambda share: f"{100 * share:+.1f}".replace("-", "−"),
         "thousands": lambda number: f"{number:,.0f}",
         "duration": duration,
         "described": described,

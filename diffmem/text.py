@@ -38,6 +38,11 @@ def _shown(letter: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 run", "2,000 runs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def cell(value: Any) -> Any:
     """A value for a CSV file: text is made printable, and text that spreadsheets would take for a formula begins with
     an apostrophe; numbers, and text that is one, stay as they are."""

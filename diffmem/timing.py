@@ -113,7 +113,8 @@ class TimeLeft:
 def duration(seconds: float) -> str:
     """A length of time in the unit that suits it: 45 seconds, 3.5 minutes, 2.1 days."""
     unit, length = _unit(seconds)
-    return f"{seconds / length:.{0 if length == 1 else 1}f} {unit}"
+    number = f"{seconds / length:.{0 if length == 1 else 1}f}"
+    return f"{number} {unit.removesuffix('s') if number == '1' else unit}"
 
 
 def duration_range(low: float, high: float) -> str:

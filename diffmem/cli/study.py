@@ -161,19 +161,31 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
 
 @study_command.command("report")
 @click.argument("studies", nargs=-1)
-@click.option("--out", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the runs.")
-@click.option("--to", "folder", type=click.Path(path_type=Path), help="Folder of the report. [default: OUT/report]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the runs, or a report."
+)
+@click.option(
+    "--to",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Folder of the report. [default: OUT/report, or the report itself]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print studies.json.")
 @debug_option
 def report_command(studies, out, folder, as_json) -> None:
-    """Write report.html, runs.csv and studies.json from the runs in OUT, also while others still run."""
-    from diffmem.studies.folder import find_all, read_studies, report_studies
+    """Write report.html, runs.csv and studies.json from the runs in OUT, also while others still run.
+
+    OUT may be a report, or what diffmem emm wrote: its pages are then made again from its own tables, with what is
+    computed and shown today.
+    """
+    from diffmem.studies.folder import report_studies
 
     page = report_studies(out, folder, studies)
+    found = page.parent / "studies.json"
     if as_json:
-        click.echo((page.parent / "studies.json").read_text(), nl=False)
+        click.echo((found if found.is_file() else page.parent / "emm.json").read_text(encoding="utf-8"), nl=False)
         return
-    for found in find_all(read_studies(out, studies), out):
-        for judged in found.judged:
-            click.echo(f"{found.study.name}: {judged.claim.text}: {judged.verdict}")
+    for each in json.loads(found.read_text(encoding="utf-8")) if found.is_file() else ():
+        for judged in each["claims"]:
+            click.echo(f"{each['study']['name']}: {judged['claim']['text']}: {judged['verdict']}")
     click.echo(f"report: {page}")

@@ -70,7 +70,7 @@ def draw(comparison: Comparison) -> str:
         axes.set_xscale("log")
         axes.set_ylabel("squared gap per pixel")
         axes.legend(loc="lower right", fontsize=7.5)
-        figure.axes[-1].set_xlabel("noise level σ, images in [-1, 1]")
+        figure.axes[-1].set_xlabel("noise level σ, images in [−1, 1]")
         return svg(figure)
 
 
@@ -85,7 +85,7 @@ def draw_memory(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
             axes.plot(comparison.levels, comparison.ceiling.value, color=color, linestyle="--", linewidth=0.9)
         _memory_axes(axes)
         axes.plot([], [], color="#5b6675", linestyle="--", linewidth=0.9, label="the optimum in its place")
-        axes.set_xlabel("noise level σ, images in [-1, 1]")
+        axes.set_xlabel("noise level σ, images in [−1, 1]")
         axes.legend(loc="best", fontsize=7.5)
         return svg(figure)
 
@@ -98,18 +98,20 @@ def _draw_memory(comparison: Comparison, axes: Axes) -> None:
     if become is not None:
         outermost = (comparison.levels[0], comparison.levels[-1])
         ends = [last if end is None else end for last, end in zip(outermost, become[:2], strict=True)]
-        axes.axvspan(*ends, color=COLORS["training"], alpha=0.08, linewidth=0)
+        axes.axvspan(*ends, color=COLORS["training"], alpha=0.08, linewidth=0, label="the model is its training set")
         if become.high is not None:
             label = f"σ* = {become.high:.3g}"
             axes.annotate(label, (become.high, 0.3), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
     _memory_axes(axes)
-    axes.legend(loc="best", fontsize=7.5)
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5)
 
 
 def _memory_axes(axes: Axes) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axes.axhline(BECOME, color="#555", linestyle=":", linewidth=0.8)
+    axes.axhline(
+        BECOME, color="#555", linestyle=":", linewidth=0.8, label="8/9: error a third of that on unseen images"
+    )
     axes.set_xscale("log")
     axes.set_ylim(-0.12, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -109,7 +109,8 @@ def draw(sweeps: Sequence[Sweep], names: Sequence[str] = ()) -> str:
                 axes.set_xscale("log")
                 axes.set_xlabel(SYMBOLS[kind])
             axes.set_title(NAMES[kind].partition(":")[0], fontsize=9)
-        panels[0].plot([], [], color="#5b6675", linestyle="--", linewidth=0.9, label="expected")
+        color = "#5b6675" if names else COLORS[0]
+        panels[0].plot([], [], color=color, linestyle="--", linewidth=0.9, label="expected R_mem")
         panels[0].set_ylim(-0.03, 1.03)
         panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
         panels[0].set_ylabel("R_mem, share of copies")

@@ -187,8 +187,8 @@ def suspicions(images: SetFigures, training: SetFigures) -> tuple[str, ...]:
         share = f"about {odd:.0%}" if total > SAMPLE else f"{int(ours.constant.sum()):,}"
         black = ", all of them black" if odd == 1 and not ours.means.any() else ""
         found.append(
-            f"{share} of {total:,} images are of a single color{black}: the sampler may have failed, and says nothing "
-            "about what the model remembers."
+            f"{share} of {total:,} images are of a single color{black}: the sampler may have failed, and the share "
+            "says nothing about what the model remembers."
         )
     largest = images.largest_class
     if total > 1 and largest > total / 2 and training.total > 3:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmem.atomic_io import check_output_folder
-from diffmem.pages import template, write_report
+from diffmem.pages import level, template, write_report
 from diffmem.pictures import data_url, plot, svg
 
 if TYPE_CHECKING:
@@ -79,19 +79,21 @@ def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
                 label=None if names else "training loss",
             )  # fmt: skip
             if one.question is not None and index == 0:
-                axes.axhline(one.question.at_least, color="#555", linestyle="--", linewidth=0.8)
+                asked = f"R_mem {level(one.question.at_least)}, asked for"
+                axes.axhline(one.question.at_least, color="#555", linestyle="--", linewidth=0.8, label=asked)
+        if names:
+            losses.plot([], [], linewidth=0.7, color="#5b6675", label="training loss (thin)")
         axes.set_zorder(losses.get_zorder() + 1)
         axes.patch.set_visible(False)
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlim(left=0)
         axes.set_xlabel("images seen in training" if names else "epochs")
-        if names:
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.set_ylabel("R_mem, share of copies")
         losses.set_ylabel("training loss per pixel")
         handles = [drawn for each in (axes, losses) for drawn in zip(*each.get_legend_handles_labels(), strict=True)]
-        axes.legend(*zip(*handles, strict=True), loc="center right")
+        figure.legend(*zip(*handles, strict=True), loc="outside upper left", ncols=3)
         return svg(figure)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from diffmem.atomic_io import output_lock
 from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
 from diffmem.progress import Progress, silent
 from diffmem.studies.curve import Observation, Posterior
 from diffmem.studies.executors import Executor, InProcess
@@ -17,8 +20,21 @@ from diffmem.studies.measure import Result
 from diffmem.studies.run import Outcome, run_units
 from diffmem.studies.search import Search, Trial, carry_out
 from diffmem.studies.unit import Setting, Unit
+from diffmem.text import counted
 
 _AT_ONCE = 6  # runs: more of them could not make use of what each other finds
+
+
+@dataclass(frozen=True)
+class Upward:
+    """What taking the best of `snapshots` estimates, of `samples` images each, for a single one may add to the R_mem of
+    a run that is near 1 − ζ: `points` on average at most, which is reached where all snapshots are alike. emm: the EMM
+    that remains when all of it is taken off."""
+
+    snapshots: int
+    samples: int
+    points: float
+    emm: float
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,39 @@ class EMM:
         """Wall-clock time of all runs together."""
         return sum(result.seconds for result in self.results)
 
+    @property
+    def outside(self) -> str | None:
+        """Where EMM lies beyond the sizes allowed, more likely than not: "below 3, the smallest size that was allowed";
+        None where it does not."""
+        if self.size < self.search.low:
+            return f"below {self.search.low:,}, the smallest size that was allowed"
+        if self.size > self.search.high:
+            return f"above {self.search.high:,}, the largest size that was allowed"
+        return None
+
+    @cached_property
+    def upward(self) -> Upward | None:
+        """How far EMM may err upward for R_mem being a run's best snapshot's; None where there is one snapshot."""
+        looks, samples, zeta = self.setting.snapshots, self.setting.samples, self.search.zeta
+        if looks < 2:
+            return None
+        # The mean of the highest of so many normal deviates (Blom 1958); snapshots that differ err by less.
+        deviation = NormalDist().inv_cdf((looks - 0.375) / (looks + 0.25))
+        points = min(deviation * math.sqrt(zeta * (1 - zeta) / samples), 0.9 * zeta)
+        observations = [observation(result) for result in self.results]
+        return Upward(looks, samples, points, replace(self.search, zeta=zeta - points).posterior(observations).median)
+
     def verdict(self) -> str:
         """One sentence for a person."""
         low, high = self.interval
+        if (outside := self.outside) is not None:
+            return (
+                f"EMM at ζ = {self.search.zeta:g} is probably {outside} (95 % interval {low:,.0f} to {high:,.0f}, by "
+                f"the shape of the curve alone), from {counted(len(self.results), 'run')}"
+            )
         return (
             f"EMM at ζ = {self.search.zeta:g} is about {self.size:,.0f} training images (95 % interval {low:,.0f} to "
-            f"{high:,.0f}), from {len(self.results)} runs"
+            f"{high:,.0f}), from {counted(len(self.results), 'run')}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,11 +119,24 @@ class EMM:
             "unresolved": self.unresolved,
             "seconds": self.seconds,
             "spread": self.posterior.spread,
+            "upward": None if self.upward is None else vars(self.upward),
             "search": vars(self.search),
             "setting": self.setting.to_json(),
             "runs": [result.to_json() for result in self.results],
             "failures": [{"size": size, "error": error} for size, error in self.failures],
         }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], source: str | Path = "values") -> EMM:
+        """The EMM that `to_dict` gave: its runs are read, all else is computed again. Raises InputError, naming
+        `source`, for anything else."""
+        with parsing(source, "the result of a search for EMM"):
+            return EMM(
+                Setting.from_json(values["setting"]),
+                Search(**values["search"]),
+                tuple(Result.from_json(run) for run in values["runs"]),
+                tuple((failure["size"], failure["error"]) for failure in values["failures"]),
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Writes `emm.json`, `runs.csv`, `emm.svg` and `report.html` into `folder`; returns the page's path."""
@@ -90,7 +146,8 @@ class EMM:
 
 
 def observation(result: Result) -> Observation:
-    """What a run says about the curve of R_mem."""
+    """What a run says about the curve of R_mem: its best snapshot's count, taken for a single estimate (see
+    `EMM.upward` for what that may add)."""
     return Observation(result.size, result.count, result.total, result.censored)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from diffmem.studies.curve import Posterior
@@ -116,23 +116,44 @@ def spread_of(groups: Sequence[Sequence[Result]]) -> Spread:
     return Spread(math.sqrt(squares / freedom), freedom)
 
 
+def find_among(studies: Sequence[Study], results: Mapping[str, Result], errors: Mapping[str, str]) -> list[Findings]:
+    """What `results` (by unit key) and `errors` say of studies that share a spread between runs."""
+    groups = {trial: each for study in studies for trial, each in _groups(study, results).items()}
+    spread = spread_of([list(group.values()) for group in groups.values()])
+    return [findings(study, results, errors, spread) for study in studies]
+
+
+def _groups(study: Study, results: Mapping[str, Result]) -> dict[str, dict[int, Result]]:
+    """The results of every trial, by the key of its first unit and by repetition, those beyond the study's own number
+    of repetitions too: runs of one trial are as good, whichever study they were made for."""
+    repetitions = max([study.repetitions, *(result.repetition + 1 for result in results.values())])
+    groups: dict[str, dict[int, Result]] = {}
+    for _, unit in replace(study, repetitions=repetitions).cells():
+        if unit.key in results:
+            groups.setdefault(replace(unit, repetition=0).key, {})[unit.repetition] = results[unit.key]
+    return groups
+
+
 def findings(
     study: Study, results: Mapping[str, Result], errors: Mapping[str, str], spread: Spread | None = None
 ) -> Findings:
-    """What `results` (by unit key) and `errors` say of a study. spread: of runs; None: from this study alone."""
-    groups: dict[tuple[str, int], list[Result]] = {}
-    variants = {variant.name: variant for variant in study.variants}
+    """What `results` (by unit key) and `errors` say of a study: a cell has all the results of its trial, also those of
+    repetitions that the study does not ask for. spread: of runs; None: from this study alone."""
     failures, missing = [], 0
     for variant, unit in study.cells():
-        if unit.key in results:
-            groups.setdefault((variant.name, unit.size), []).append(results[unit.key])
-        elif unit.key in errors:
+        if unit.key not in results and unit.key in errors:
             failures.append((variant.name, unit.size, unit.repetition, errors[unit.key]))
-        else:
+        elif unit.key not in results:
             missing += 1
-    spread = spread_of(list(groups.values())) if spread is None else spread
+    groups = _groups(study, results)
+    spread = spread_of([list(each.values()) for each in groups.values()]) if spread is None else spread
     order = [variant.name for variant in study.variants]
-    cells = [Cell(variants[name], size, tuple(each), spread) for (name, size), each in groups.items()]
+    places = {(variant.name, unit.size): (variant, unit) for variant, unit in replace(study, repetitions=1).cells()}
+    cells = [
+        Cell(variant, unit.size, tuple(groups[unit.key].values()), spread)
+        for variant, unit in places.values()
+        if unit.key in groups
+    ]
     cells.sort(key=lambda cell: (order.index(cell.variant.name), cell.size))
     return Findings(
         study,

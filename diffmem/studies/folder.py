@@ -16,10 +16,10 @@ from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.progress import Progress, silent
 from diffmem.studies.executors import Executor
-from diffmem.studies.findings import Findings, findings, spread_of
+from diffmem.studies.findings import Findings, find_among
 from diffmem.studies.ledger import FAILED, FILE, Ledger
 from diffmem.studies.measure import Result, read_result
-from diffmem.studies.run import Outcome, run_units, unit_folder
+from diffmem.studies.run import UNITS, Outcome, run_units
 from diffmem.studies.study import Study
 from diffmem.studies.unit import Unit
 
@@ -73,28 +73,29 @@ def read_studies(root: str | Path, names: Sequence[str] = ()) -> list[Study]:
 
 
 def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
-    """What the runs in `root` say of some studies."""
+    """What the runs in `root` say of some studies: a cell has all of its runs that lie there, whichever study they were
+    made for."""
+    root = Path(root)
     results: dict[str, Result] = {}
-    for unit in all_units(studies):
-        if (result := read_result(unit_folder(root, unit))) is not None:
-            results[unit.key] = result
+    for folder in sorted((root / UNITS).glob("*")):
+        if (result := read_result(folder)) is not None:
+            results[result.key] = result
     errors = {}
-    if (Path(root) / FILE).exists():
+    if (root / FILE).exists():
         errors = {entry.key: entry.error for entry in Ledger(root).entries().values() if entry.state == FAILED}
-    groups: dict[str, dict[str, Result]] = {}
-    for study in studies:
-        for _, unit in study.cells():
-            if unit.key in results:
-                same = json.dumps({**unit.to_json(), "repetition": None}, sort_keys=True)
-                groups.setdefault(same, {})[unit.key] = results[unit.key]
-    spread = spread_of([list(group.values()) for group in groups.values()])
-    return [findings(study, results, errors, spread) for study in studies]
+    return find_among(studies, results, errors)
 
 
 def report_studies(root: str | Path, folder: str | Path | None = None, names: Sequence[str] = ()) -> Path:
-    """Writes the report of studies run in `root` into `folder` (default: `root`/report); returns the page's path."""
-    from diffmem.studies.report import write_studies
+    """Writes the report of studies run in `root` into `folder` (default: `root`/report); returns the page's path.
+
+    `root` may be a report: its page is then made again from `studies.json`, `runs.csv` and the page's own pictures, and
+    that of a search for EMM from `emm.json` (see `diffmem.studies.report.again`).
+    """
+    from diffmem.studies.report import again, is_report, write_studies
 
     root = Path(root)
+    if not (root / STUDIES).is_dir() and is_report(root):
+        return again(root, root if folder is None else Path(folder), names)
     folder = root / "report" if folder is None else Path(folder)
     return write_studies(find_all(read_studies(root, names), root), root, folder)

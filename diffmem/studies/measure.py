@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,12 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "r_mem": self.r_mem, "interval": list(self.interval)}
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Result:
+        """The result that `to_json` gave."""
+        values = {name: value for name, value in values.items() if name not in ("r_mem", "interval")}
+        return Result(**{**values, "snapshots": tuple(SnapshotResult(**each) for each in values["snapshots"])})
+
 
 def read_result(folder: Path) -> Result | None:
     """The result that lies in a unit's folder, None where there is none yet."""
@@ -127,8 +133,7 @@ def read_result(folder: Path) -> Result | None:
     advice = "remove its folder to run it again"
     values = read_checked(path, advice)
     with parsing(path, "the result of a unit", advice):
-        del values["r_mem"], values["interval"]
-        return Result(**{**values, "snapshots": tuple(SnapshotResult(**each) for each in values["snapshots"])})
+        return Result.from_json(values)
 
 
 def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
+from diffmem.errors import InputError
+from diffmem.inert.boundary import parsing
+from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
-from diffmem.pages import template, write_texts
-from diffmem.pictures import data_url, grid, plot, svg
-from diffmem.studies.findings import Findings
+from diffmem.pages import level, template, write_texts
+from diffmem.pictures import grid, picture_url, plot, svg
+from diffmem.studies.findings import Findings, find_among
 from diffmem.studies.measure import GALLERY, Result
 from diffmem.studies.run import UNITS
 from diffmem.studies.study import Study
-from diffmem.text import printable, table
+from diffmem.studies.unit import Unit
+from diffmem.text import counted, printable, table
 from diffmem.training import differences
 
 if TYPE_CHECKING:
@@ -28,11 +36,13 @@ if TYPE_CHECKING:
     from diffmem.studies.emm import EMM
 
 COLORS = ("#3866a8", "#a3261c", "#2b6b3f", "#8a5a00", "#6b3fa0", "#1f8a8a", "#b0457b", "#555555", "#9aa021", "#d0742a")
+Picture = tuple[str, str, int, int]  # caption, data URL, how many of the images are copies, how many there are
 SHOWN = 8  # generated images per variant in a gallery
 RUN_COLUMNS = (
     "study", "variant", "size", "repetition", "key", "r_mem", "low", "high", "count", "total", "images", "epochs",
-    "best_images", "parameters", "training_seconds", "sampling_seconds",
+    "best_images", "parameters", "training_seconds", "sampling_seconds", "device", "threads", "versions",
 )  # fmt: skip
+STUDIES, RUNS, EMM_FILE, PAGE = "studies.json", "runs.csv", "emm.json", "report.html"
 
 
 def published() -> dict[str, Any]:
@@ -40,29 +50,33 @@ def published() -> dict[str, Any]:
     return json.loads((resources.files("diffmem.studies") / "published.json").read_text(encoding="utf-8"))
 
 
-def write_studies(found: Sequence[Findings], root: Path, folder: Path) -> Path:
+def write_studies(
+    found: Sequence[Findings], root: Path, folder: Path, galleries: Mapping[str, list[Picture]] | None = None
+) -> Path:
     """Writes `report.html`, `runs.csv` and `studies.json` into `folder` and returns the page's path.
 
-    root: the studies' folder, in which galleries lie.
+    root: the studies' folder, in which galleries lie. galleries: by the study's name, instead of those.
     """
     check_output_folder(folder)
+    if galleries is None:
+        galleries = {each.study.name: _gallery(each, root) for each in found}
     numbers = published()
     # What all studies note is said once.
     shared = [note for note in found[0].study.notes if all(note in each.study.notes for each in found)] if found else []
     page = template("diffmem.studies", "studies.html.j2").render(
-        studies=[_section(each, root, numbers) for each in found],
+        studies=[_section(each, galleries.get(each.study.name, []), numbers) for each in found],
         shared=shared,
         source=numbers["source"],
         runs=len({result.key for each in found for result in each.results}),
         seconds=sum({result.key: result.seconds for each in found for result in each.results}.values()),
         spread=found[0].cells[0].spread if found and found[0].cells else None,
-        versions=next((result.versions for each in found for result in each.results), {}),
+        made_with=made_with({result.key: result for each in found for result in each.results}.values()),
     )
     summary = json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n"
     runs = _table(RUN_COLUMNS, (row for each in found for row in _rows(each)))
     with atomic_set(folder) as stage:
-        write_texts(stage, {"studies.json": summary, "runs.csv": runs, "report.html": page})
-    return folder / "report.html"
+        write_texts(stage, {STUDIES: summary, RUNS: runs, PAGE: page})
+    return folder / PAGE
 
 
 def write_emm(emm: EMM, folder: Path, running: bool = False) -> Path:
@@ -72,12 +86,111 @@ def write_emm(emm: EMM, folder: Path, running: bool = False) -> Path:
     drawing = draw_emm(emm)
     columns = (*(name for name in RUN_COLUMNS if name not in ("study", "variant")), "decided", "censored")
     rows = [{**_row(result), "decided": result.decided, "censored": result.censored} for result in emm.results]
-    page = template("diffmem.studies", "emm.html.j2").render(emm=emm, plot=drawing, running=running)
-    summary = json.dumps(emm.to_dict(), indent=1) + "\n"
-    texts = {"emm.json": summary, "runs.csv": _table(columns, rows), "emm.svg": drawing, "report.html": page}
+    texts = {EMM_FILE: _as_text(emm), RUNS: _table(columns, rows), "emm.svg": drawing}
     with atomic_set(folder) as stage:
-        write_texts(stage, texts)
-    return folder / "report.html"
+        write_texts(stage, texts | {PAGE: _emm_page(emm, drawing, running)})
+    return folder / PAGE
+
+
+def _emm_page(emm: EMM, drawing: str, running: bool = False) -> str:
+    return template("diffmem.studies", "emm.html.j2").render(
+        emm=emm, plot=drawing, running=running, made_with=made_with(emm.results)
+    )
+
+
+def _as_text(emm: EMM) -> str:
+    return json.dumps(emm.to_dict(), indent=1) + "\n"
+
+
+def is_report(folder: Path) -> bool:
+    """Whether `folder` holds a report from which `again` makes its pages."""
+    return (folder / STUDIES).is_file() or (folder / EMM_FILE).is_file()
+
+
+def again(source: Path, folder: Path, names: Sequence[str] = ()) -> Path:
+    """Makes the report in `source` again, in `folder`, with what is computed and shown today, from its own files.
+
+    The page of studies comes from `studies.json` and `runs.csv`, its pictures from the page that lies there; that of a
+    search for EMM from `emm.json`: as `report.html`, or, beside studies, as `emm.html`. names: of studies, or all.
+    Returns the page's path. Raises InputError, naming the file, where one is missing or damaged.
+    """
+    from diffmem.studies.emm import EMM
+
+    emm = None
+    if (source / EMM_FILE).is_file():
+        emm = EMM.from_dict(read_json(source / EMM_FILE), source / EMM_FILE)
+    if not (source / STUDIES).is_file():
+        return write_emm(emm, folder)
+    found, galleries = _read_report(source)
+    if missing := set(names) - {each.study.name for each in found}:
+        raise InputError(f"{source}: its report has no study {', '.join(sorted(missing))}")
+    page = write_studies([each for each in found if not names or each.study.name in names], source, folder, galleries)
+    if emm is not None:
+        with atomic_set(folder) as stage:
+            write_texts(stage, {EMM_FILE: _as_text(emm), "emm.html": _emm_page(emm, draw_emm(emm))})
+    return page
+
+
+def _read_report(source: Path) -> tuple[list[Findings], dict[str, list[Picture]]]:
+    """What a report's files say today of its studies, and the pictures on its page."""
+    with parsing(source / STUDIES, "the findings of studies"):
+        described = read_json(source / STUDIES)
+        studies = [Study.from_json(each["study"]) for each in described]
+        units = {
+            (study.name, variant.name, unit.size): unit
+            for study in studies
+            for variant, unit in replace(study, repetitions=1).cells()
+        }
+        errors = {}
+        for each in described:
+            for failed in each["failures"]:
+                unit = units[each["study"]["name"], failed["variant"], failed["size"]]
+                errors[replace(unit, repetition=failed["repetition"]).key] = failed["error"]
+    results = {}
+    with parsing(source / RUNS, "the runs of studies"), open(source / RUNS, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            unit = replace(units[row["study"], row["variant"], int(row["size"])], repetition=int(row["repetition"]))
+            results[unit.key] = _result(row, unit)
+    galleries = _galleries((source / PAGE).read_text(encoding="utf-8")) if (source / PAGE).is_file() else {}
+    return find_among(studies, results, errors), galleries
+
+
+def _result(row: Mapping[str, str], unit: Unit) -> Result:
+    """The result of a line of `runs.csv`, which says nothing of the snapshots but how many there were."""
+    if row["key"] != unit.key:
+        raise InputError(f"run {row['key']} is not the one of {row['study']}, {row['variant']}: that is {unit.key}")
+    versions = dict(each.rsplit(" ", 1) for each in (row.get("versions") or "").split("; ") if each)
+    return Result(
+        unit.key, unit.size, unit.repetition, count=int(row["count"]), total=int(row["total"]), decided=None,
+        censored=False, images=int(row["images"]), epochs=float(row["epochs"]), best_images=int(row["best_images"]),
+        parameters=int(row["parameters"]), training_seconds=float(row["training_seconds"]),
+        sampling_seconds=float(row["sampling_seconds"]), training_set="", snapshots=(), versions=versions,
+        looks=unit.setting.snapshots, device=row.get("device") or None, threads=int(row.get("threads") or 0) or None,
+    )  # fmt: skip
+
+
+def _galleries(page: str) -> dict[str, list[Picture]]:
+    """The pictures of each study on a page of `write_studies`."""
+    found = {}
+    for section in page.split('<h2 id="')[1:]:
+        figures = re.findall(
+            r'<figure><img src="(data:[^"]*)".*?<figcaption>(.*?): (\d+) of these (\d+) are copies', section, re.DOTALL
+        )
+        name = html.unescape(section.partition('"')[0])
+        found[name] = [(html.unescape(text), url, int(copies), int(images)) for url, text, copies, images in figures]
+    return found
+
+
+def made_with(results: Iterable[Result]) -> list[tuple[str, int]]:
+    """On what runs were made, and how many on each: versions, device and threads, in words, the most frequent first."""
+
+    def words(result: Result) -> str:
+        parts = [", ".join(f"{name} {version}" for name, version in result.versions.items())]
+        device = {"cpu": "on the CPU", "cuda": "on a GPU"}.get(result.device, result.device)
+        parts += [device or "", "" if result.threads is None else counted(result.threads, "thread")]
+        return ", ".join(part for part in parts if part) or "versions and device not recorded"
+
+    return Counter(map(words, results)).most_common()
 
 
 def draw_emm(emm: EMM) -> str:
@@ -88,7 +201,7 @@ def draw_emm(emm: EMM) -> str:
     low, high = emm.interval
     sizes = np.geomspace(min([*tried, low]) / 1.3, max([*tried, high]) * 1.3, 80)
     band = emm.posterior.curve(sizes)
-    with plot(7.2, 3.6) as figure:
+    with plot(7.2, 4.0) as figure:
         axes = figure.add_subplot()
         axes.fill_between(sizes, band[:, 0], band[:, 2], color="#3866a8", alpha=0.18, linewidth=0)
         axes.plot(sizes, band[:, 1], color="#3866a8", linewidth=1.3, label="expected R_mem, with its 95 % band")
@@ -101,17 +214,15 @@ def draw_emm(emm: EMM) -> str:
                 )  # fmt: skip
         axes.axvspan(low, high, color="#a3261c", alpha=0.15, linewidth=0, label="EMM, 95 % interval")
         axes.axvline(emm.size, color="#a3261c", linewidth=1.2)
-        level = f"{1 - emm.search.zeta:.3g}"
-        axes.axhline(
-            1 - emm.search.zeta, color="#555", linestyle="--", linewidth=0.8, label=f"R_mem {float(level):.0%}, at EMM"
-        )
+        label = f"R_mem {level(1 - emm.search.zeta)}, at EMM"
+        axes.axhline(1 - emm.search.zeta, color="#555", linestyle="--", linewidth=0.8, label=label)
         axes.set_xscale("log")
         _plain_ticks(axes, sizes[[0, -1]])
         axes.set_ylim(-0.03, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("training images N")
         axes.set_ylabel("R_mem")
-        axes.legend()
+        figure.legend(loc="outside upper left", ncols=3)
         return svg(figure)
 
 
@@ -174,7 +285,10 @@ def _points(axes: Axes, x: Sequence[float], cells: Sequence[Any], color: str, la
     runs = [(place, result.r_mem) for place, cell in zip(x, cells, strict=True) if len(cell.results) > 1
             for result in cell.results]  # fmt: skip
     if runs:
-        axes.plot(*zip(*runs, strict=True), "_", color=color, markersize=7, alpha=0.6)
+        known = "single runs" in axes.get_legend_handles_labels()[1]
+        axes.plot(
+            *zip(*runs, strict=True), "_", color=color, markersize=7, alpha=0.6, label=None if known else "single runs"
+        )
 
 
 def _published_curves(axes: Axes, paper: Mapping[str, Any]) -> None:
@@ -214,13 +328,13 @@ def _plain_ticks(axes: Axes, sizes: Sequence[float], ticks: Sequence[float] | No
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _section(found: Findings, root: Path, numbers: Mapping[str, Any]) -> dict[str, Any]:
+def _section(found: Findings, gallery: list[Picture], numbers: Mapping[str, Any]) -> dict[str, Any]:
     """What the page shows of one study."""
     return {
         "found": found,
         "study": found.study,
         "plot": draw_study(found, numbers) if found.cells else "",
-        "gallery": _gallery(found, root),
+        "gallery": gallery,
         "setting": json.dumps(found.study.variants[0].setting.to_json(), indent=1),
         "differences": {v.name: _changes(found.study, v.setting.to_json()) for v in found.study.variants},
     }
@@ -232,8 +346,8 @@ def _changes(study: Study, setting: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {json.dumps(ours)}" for name, ours, _ in differences(setting, first))
 
 
-def _gallery(found: Findings, root: Path) -> list[tuple[str, str, int, int]]:
-    """(caption, picture, copies, images) per variant: generated images above the training images nearest to them."""
+def _gallery(found: Findings, root: Path) -> list[Picture]:
+    """Per variant: generated images above the training images nearest to them."""
     pictures = []
     for variant in found.study.variants:
         cells = [cell for cell in found.cells if cell.variant.name == variant.name]
@@ -241,8 +355,9 @@ def _gallery(found: Findings, root: Path) -> list[tuple[str, str, int, int]]:
             continue
         # Where some are copies and some are not, there is most to see.
         cell = min(cells, key=lambda cell: abs(cell.r_mem - 0.5))
-        path = root / UNITS / cell.results[0].key / GALLERY
-        if not path.exists():
+        paths = [root / UNITS / result.key / GALLERY for result in cell.results]
+        path = next((path for path in paths if path.exists()), None)
+        if path is None:
             continue
         try:
             stored = load_arrays(path, "remove it, and the report is made without its pictures")
@@ -251,9 +366,9 @@ def _gallery(found: Findings, root: Path) -> list[tuple[str, str, int, int]]:
         generated, nearest, memorized = (stored[name][:SHOWN] for name in ("generated", "nearest", "memorized"))
         # A frame of grey keeps neighbours apart.
         framed = np.pad(np.concatenate([generated, nearest]), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=190)
-        picture = np.asarray(grid(framed, scale=1, columns=len(generated)))
-        pixels = picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
-        pictures.append((f"{variant.name}, N = {cell.size:,}", data_url(pixels), int(memorized.sum()), len(memorized)))
+        picture = grid(framed, scale=1, columns=len(generated))
+        url = picture_url(picture, lossless=max(picture.size) <= 256)
+        pictures.append((f"{variant.name}, N = {cell.size:,}", url, int(memorized.sum()), len(memorized)))
     return pictures
 
 
@@ -269,7 +384,9 @@ def _row(result: Result) -> dict[str, Any]:
     low, high = result.interval
     numbers = {"r_mem": result.r_mem, "low": low, "high": high, "epochs": result.epochs}
     seconds = {name: f"{getattr(result, name):.1f}" for name in ("training_seconds", "sampling_seconds")}
-    return {**vars(result), **{name: f"{value:.6g}" for name, value in numbers.items()}, **seconds}
+    versions = "; ".join(f"{name} {version}" for name, version in result.versions.items())
+    texts = {name: f"{value:.6g}" for name, value in numbers.items()}
+    return {**vars(result), **texts, **seconds, "versions": versions}
 
 
 def _as_json(found: Findings) -> dict[str, Any]:

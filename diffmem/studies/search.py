@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from diffmem.errors import InputError
 from diffmem.studies.curve import Observation, Posterior
+from diffmem.text import counted
 
 # Runs before the answer counts as precise. Fewer say too little of how much runs differ: of the simulated searches that
 # ended after six runs or fewer only 84 % had intervals that hold EMM, instead of 95 %.
@@ -83,7 +84,7 @@ class Search:
     def unresolved(self, seen: Sequence[Observation]) -> list[str]:
         """What the runs leave open, in sentences; none where the answer is as precise as was asked for."""
         posterior = self.posterior(seen)
-        half, found = half_width(posterior), []
+        half, found, made = half_width(posterior), [], counted(len(seen), "run")
         if posterior.below(self.high) < 0.975:
             found.append(
                 f"EMM may lie above {self.high:,}, the largest size that was allowed (probability "
@@ -96,12 +97,12 @@ class Search:
             )
         if len(seen) < _FEWEST_RUNS:
             found.append(
-                f"{len(seen)} runs say too little of how much runs differ for an interval to be trusted: allow "
-                f"{_FEWEST_RUNS} or more"
+                f"{made} {'says' if len(seen) == 1 else 'say'} too little of how much runs differ for an interval to "
+                f"be trusted: allow {_FEWEST_RUNS} or more"
             )
         if half > self.precision:
             found.append(
-                f"the interval is ±{half:.0%}, not ±{self.precision:.0%}, after {len(seen)} runs: allow more runs or "
+                f"the interval is ±{half:.0%}, not ±{self.precision:.0%}, after {made}: allow more runs or "
                 f"repetitions (runs of one size differ by {posterior.spread:.2g} in logit R_mem)"
             )
         return found

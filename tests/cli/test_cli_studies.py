@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from studies.tiny import TINY
@@ -64,11 +65,17 @@ def test_emm_searches_says_what_is_unresolved_and_goes_on_where_it_stopped(run, 
     assert "Unresolved" in page
     assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
 
+    status, stdout, stderr = run(*arguments, "--dry-run")
+    assert status == 0, stderr
+    assert "sizes from 20 to 80, up to 5 runs per size and 2 in all" in stdout
+    assert re.search(r"one run in full: about [\d.]+ \w+ at N = 20, [\d.]+ \w+ at N = 80", stdout)
+    assert json.loads((out / "emm.json").read_text()) == found  # nothing was run, and nothing written
+
     arguments[arguments.index(2)] = 3
     status, stdout, stderr = run(*arguments)
     assert status == 0, stderr
     assert stderr.count("R_mem") == 1  # the first two are known
-    assert "EMM at ζ = 0.1 is about" in stdout
+    assert "EMM at ζ = 0.1 is probably below 20, the smallest size that was allowed" in stdout
     assert "unresolved: " in stdout
     assert len(json.loads((out / "emm.json").read_text())["runs"]) == 3
 

@@ -1,14 +1,22 @@
 """What is concluded from results: differences with their intervals, verdicts on the paper's claims, costs ahead."""
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from studies.tiny import TINY
 
-from diffmem.studies import Claim, Result, Study, Variant
+from diffmem.integrity import sealed
+from diffmem.studies import EMM, Claim, Result, Study, Unit, Variant
 from diffmem.studies.findings import CONTRARY, HOLDS, UNDECIDED, UNMEASURED, Cell, Spread, findings, spread_of, student
+from diffmem.studies.folder import find_all
+from diffmem.studies.measure import RESULT
+from diffmem.studies.report import made_with, write_emm
+from diffmem.studies.run import unit_folder
 from diffmem.studies.schedule import Cost, costs, schedule
+from diffmem.studies.search import Search
 
 
 def result(unit, count, total=1000) -> Result:
@@ -92,6 +100,66 @@ def test_what_is_missing_and_what_failed_is_counted():
     found = findings(subject, {first.key: result(first, 500)}, {second.key: "diverged"})
     assert found.missing == len(rest)
     assert found.failures == (("narrow", 30, 0, "diverged"),)
+
+
+def test_a_cell_holds_every_finished_run_of_its_trial_whichever_study_asked_for_it(tmp_path):
+    """Two repetitions were asked for, and a third lies in the folder: made for another study, or when more were."""
+    subject = study(Claim("", "wide", "narrow"), 2)
+    counts = {0: 300, 1: 400, 2: 800}
+    for unit in replace(subject, repetitions=3).units():
+        if unit.repetition < 2 or unit.size == 30:
+            folder = unit_folder(tmp_path, unit)
+            folder.mkdir(parents=True)
+            (folder / RESULT).write_text(json.dumps(sealed(result(unit, counts[unit.repetition]).to_json())))
+    for found in find_all([subject], tmp_path):
+        assert [[each.repetition for each in cell.results] for cell in found.cells] == [[0, 1], [0, 1, 2]] * 2
+        assert [cell.r_mem for cell in found.cells] == pytest.approx([0.35, 0.5] * 2)
+        assert found.missing == 0
+        assert found.cells[0].spread.freedom == spread_of([]).freedom + 2 * (1 + 2)
+
+
+def test_two_variants_with_one_setting_are_two_cells():
+    subject = Study("s", "S", "f", (Variant("a", TINY), Variant("b", TINY)), (20, 20))
+    unit = subject.units()[0]
+    assert [cell.variant.name for cell in findings(subject, {unit.key: result(unit, 5)}, {}).cells] == ["a", "b"]
+
+
+def test_what_the_best_of_several_snapshots_adds_is_said_and_taken_off():
+    """The bound is that of snapshots that are alike: the mean of the highest of as many estimates."""
+    units = [Unit(replace(TINY, samples=500), size, repetition, 0.9) for size in (20, 40, 80) for repetition in (0, 1)]
+    found = EMM(units[0].setting, Search(20, 200), tuple(result(u, 960 - 8 * u.size) for u in units))
+    highest = np.random.default_rng(0).binomial(500, 0.9, (100_000, 3)).max(axis=1).mean() / 500 - 0.9
+    assert found.upward.points == pytest.approx(highest, rel=0.06)
+    assert found.interval[0] < found.upward.emm < found.size
+    assert replace(found, setting=replace(found.setting, snapshots=1)).upward is None
+
+
+def test_the_page_of_a_search_that_runs_reloads_itself_and_says_what_is_known_so_far(tmp_path):
+    units = [Unit(TINY, size, at_least=0.9) for size in (20, 40)]
+    nothing = EMM(TINY, Search(20, 200), ())
+    page = write_emm(nothing, tmp_path, running=True).read_text()
+    assert 'http-equiv="refresh"' in page
+    assert "No run has ended yet" in page
+    found = replace(nothing, results=tuple(result(unit, 900) for unit in units))
+    page = write_emm(found, tmp_path, running=True).read_text()
+    assert "The search is running; this page reloads itself." in page
+    assert "from 2 runs" in page
+    page = found.save(tmp_path).read_text()
+    assert "refresh" not in page
+    assert "The search is running" not in page
+    assert "None" not in re.sub("<pre>.*?</pre>", "", page, flags=re.DOTALL)
+
+
+def test_what_runs_were_made_with_is_told_apart():
+    unit = study(Claim("", "wide", "narrow")).units()[0]
+    one, other = {"torch": "2.13.0"}, {"torch": "2.14.0"}
+    ways = [(one, "cpu", 1), (other, "cuda", None), (one, "cpu", 1), ({}, None, None)]
+    made = made_with([replace(result(unit, 1), versions=v, device=d, threads=t) for v, d, t in ways])
+    assert made == [
+        ("torch 2.13.0, on the CPU, 1 thread", 2),
+        ("torch 2.14.0, on a GPU", 1),
+        ("versions and device not recorded", 1),
+    ]
 
 
 def test_a_schedule_fills_its_workers():
