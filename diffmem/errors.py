@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input: what is wrong, in which file or argument, and what to do about it."""
+    """Bad input: what is wrong, in which file or argument, and what to do about it, in one line. A `ValueError`."""
 
 
 class OutputInUseError(InputError):
@@ -12,7 +12,13 @@ class OutputInUseError(InputError):
 
 
 class MissingExtraError(ImportError):
-    """An optional package is needed; the message names the extra that brings it."""
+    """An optional package is needed; the message names the extra that brings it. An `ImportError`.
+
+    Args:
+        package: The package's name.
+        extra: The extra of diffmem that brings it.
+        purpose: What needs it, as the beginning of the message.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs the package {package}: pip install 'diffmem[{extra}]'")

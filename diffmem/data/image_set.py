@@ -14,7 +14,12 @@ from diffmem.errors import InputError
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file that could not be read and was passed over because the caller asked for that (`skip_bad`)."""
+    """A file that could not be read and was skipped because the caller asked for that (`skip_bad`).
+
+    Attributes:
+        name: Of the file, relative to its source.
+        reason: Why it was skipped, in words.
+    """
 
     name: str
     reason: str
@@ -22,14 +27,25 @@ class SkippedFile:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images with their names and labels.
+    """Images with their names and labels: the one form in which images travel through diffmem.
 
-    images: [N, C, H, W] uint8 (grey levels 0–255), or float32/float64; it may be a memory map and is never written to.
-    names:  N file names relative to the source, or None where the source has none (arrays).
-    labels: int64 [N] class indices, float32 [N, L] vectors, or None.
-    source: where they came from, in words fit for a report.
-    skipped: files that were passed over.
-    notes: what else a person should know about the reading, one line each.
+    Attributes:
+        images: [N, C, H, W] uint8 (gray levels 0–255), or float32 / float64; it may be a memory map and is never
+            written to.
+        names: N file names relative to the source, or None where the source has none (arrays).
+        labels: int64 [N] class indices, float32 [N, L] vectors, or None.
+        source: Where they came from, in words fit for a report.
+        skipped: Files that were skipped.
+        notes: What else a person should know about the reading, one line each.
+
+    Raises:
+        InputError: The images have not four axes or another dtype, or there are more or fewer names or labels than
+            images.
+
+    Example:
+        >>> images = ImageSet(np.zeros((4, 1, 8, 8), np.uint8), labels=np.arange(4))
+        >>> len(images), images.image_shape, images.select([0, 2]).labels.tolist()
+        (4, (1, 8, 8), [0, 2])
     """
 
     images: np.ndarray
@@ -73,7 +89,11 @@ class ImageSet:
         return self.names[index] if self.names is not None else f"#{index}"
 
     def select(self, indices: Sequence[int] | np.ndarray | slice) -> ImageSet:
-        """The images at `indices`, with their names and labels, in that order."""
+        """The images at `indices`, with their names and labels, in that order.
+
+        Args:
+            indices: Row numbers, a boolean mask [N], or a slice.
+        """
         rows = np.arange(len(self))[indices]
         return replace(
             self,

@@ -52,34 +52,51 @@ def load_images(
     value_range: tuple[float, float] | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """The images of `source` as an `ImageSet`: uint8 [N, C, H, W] (float32 or float64 where the source holds floats and
-    no `value_range` is given).
+    """The images of `source` as an `ImageSet`: uint8 [N, C, H, W], or float32 / float64 where the source holds floats
+    and no `value_range` is given.
 
-    source: a folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a single
-        image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`,
-        `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy
-        array, a torch tensor, a torch dataset, an iterable of images or batches (alone or with labels), or an
-        `ImageSet`. Labels and file names are kept. What counts as a file's pixels: see `diffmem.data.decode`; images
-        are turned as their EXIF orientation says, which a note counts, and none loses bits.
-    resize: N for N×N, or (height, width): Lanczos resampling with antialiasing, not keeping the aspect ratio.
-    center_crop: cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
-        square; with `resize` the square is then resized.
-    color: "gray" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for gray images); None changes nothing.
-    alpha: what becomes of transparent pixels: "drop" takes their colors as stored, "white" and "black" put them on that
-        background; None refuses files with such pixels, and leaves arrays of four channels as they are.
-    limit: only the first so many (files, where the source is made of files).
-    skip_bad: pass over files that cannot be used; they are listed in `ImageSet.skipped`.
-    cache: keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
-        contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
-    key: which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, or "train"
-        (default), "test" or "all" of CIFAR-10's archive.
-    layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
-    value_range: the values of black and white where the source holds floats, such as (-1, 1), (0, 1) or (0, 255): they
-        are rounded to gray levels. Values a little beyond are clipped. Sources of uint8 are not changed.
-    progress: called as `progress(stage, done, total)`.
+    What counts as a file's pixels is in `diffmem.data.decode`: images are turned as their EXIF orientation says, which
+    a note counts, and none loses bits. Labels and file names are kept. Arrays of more than a quarter of the machine's
+    memory lie in a memory-mapped temporary file. The images must not be written to.
 
-    Raises `InputError` (one line: what, where, what to do) and `MissingExtraError`. Arrays of more than a quarter of
-    the machine's memory lie in a memory-mapped temporary file. The images must not be written to.
+    Args:
+        source: A folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a
+            single image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`,
+            `.safetensors`, `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits",
+            "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a torch dataset, an iterable of images or
+            batches (alone or with labels), or an `ImageSet`.
+        resize: N for N×N, or (height, width), in pixels: Lanczos resampling with antialiasing, not keeping the aspect
+            ratio.
+        center_crop: Cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
+            square; with `resize` the square is then resized.
+        color: "gray" (one channel, ITU-R 601 luma) or "rgb" (three equal channels for gray images); None changes
+            nothing.
+        alpha: What becomes of transparent pixels: "drop" takes their colors as stored, "white" and "black" put them on
+            that background; None refuses files with such pixels, and leaves arrays of four channels as they are.
+        limit: Only the first so many images (files, where the source is made of files).
+        skip_bad: Skip files that cannot be used; they are listed in `ImageSet.skipped`.
+        cache: Keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
+            contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
+        key: Which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, or
+            "train" (default), "test" or "all" of CIFAR-10's archive.
+        layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
+        value_range: The values of black and white where the source holds floats, such as (-1, 1), (0, 1) or (0, 255):
+            they are rounded to gray levels. Values a little beyond are clipped. Sources of uint8 are not changed.
+        progress: Called as `progress(stage, done, total)`.
+
+    Returns:
+        The images with their names, labels and notes.
+
+    Raises:
+        InputError: The source cannot be read, is empty, or holds values that are not finite; the message names the file
+            and what to do.
+        MissingExtraError: The source needs an optional package.
+
+    Example:
+        >>> load_images("builtin:digits", limit=100)
+        ImageSet(builtin:digits: uint8 [100, 1, 8, 8], labels int64 [100])
+        >>> load_images(np.zeros((2, 3, 32, 32)), value_range=(-1, 1)).images[0, 0, 0, 0]
+        np.uint8(128)
     """
     color = "grey" if color == "gray" else color
     options = PixelOptions(color, _size(resize), center_crop, alpha)

@@ -31,7 +31,12 @@ RANDOM_LABEL_SEED = 1024
 def first_classes(images: ImageSet, classes: int) -> ImageSet:
     """The images of the `classes` lowest class indices that occur in `images`; labels stay as they are.
 
-    Raises `InputError` where there are not so many classes, and for labels that are not class indices.
+    Args:
+        images: A set with class indices.
+        classes: How many classes to take.
+
+    Raises:
+        InputError: There are not so many classes, or the labels are not class indices.
     """
     present = np.unique(class_indices(images, "telling classes apart", any_number=True))
     if not 1 <= classes <= len(present):
@@ -43,14 +48,23 @@ def class_balanced(images: ImageSet, size: int, seed: int | None = None) -> Imag
     """The class-balanced subset of `size` images: the first ⌊size / C⌋ of each of the C classes that occur, and as many
     more of the last class (the one of the highest index) as are missing.
 
-    seed: None takes the first images of each class; a seed takes the first ones in a random order of the set, for
-        repetitions with other images of the same distribution.
-
     With the same seed, the subset is contained in every larger one whose size is a multiple of C, and in any other that
     takes no fewer images of the last class. (19 images of 10 classes hold 10 of the last class, 20 images hold 2.)
 
-    Raises `InputError`, naming the largest possible size, where a class has too few images; for fewer images than
-    classes; and for labels that are not class indices.
+    Args:
+        images: A set with class indices.
+        size: How many images to take, at least C.
+        seed: None takes the first images of each class; a seed takes the first ones in a random order of the set, for
+            repetitions with other images of the same distribution.
+
+    Raises:
+        InputError: A class has too few images (the message names the largest possible size), there are fewer images
+            than classes, or the labels are not class indices.
+
+    Example:
+        >>> digits = load_images("builtin:digits")
+        >>> np.bincount(class_balanced(digits, 30).labels).tolist()
+        [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """
     labels = class_indices(images, "telling classes apart", any_number=True)
     present, counts = np.unique(labels, return_counts=True)
@@ -105,6 +119,14 @@ def random_labels(images: ImageSet, classes: int, seed: int = RANDOM_LABEL_SEED)
 
     The draws are Python's `random.Random(seed).randint(0, classes - 1)`, which with the default seed is the sequence of
     the paper's public code.
+
+    Args:
+        images: Any set; its own labels are replaced.
+        classes: C, at least 1.
+        seed: Of the sequence.
+
+    Raises:
+        InputError: `classes` is less than 1.
     """
     if classes < 1:
         raise InputError(f"random labels need at least 1 class, got {classes}")
@@ -129,7 +151,12 @@ def without_labels(images: ImageSet) -> ImageSet:
 
 
 def at_resolution(images: ImageSet, resolution: int) -> ImageSet:
-    """`images` at `resolution`×`resolution` pixels: Lanczos with antialiasing, as `load_images(resize=…)` does it."""
+    """`images` at `resolution`×`resolution` pixels: Lanczos with antialiasing, as `load_images(resize=…)` does it.
+
+    Args:
+        images: Any set.
+        resolution: Height and width, in pixels.
+    """
     return load_images(images, resize=resolution)
 
 
@@ -140,12 +167,17 @@ def mixed(images: ImageSet, other: ImageSet, share: float, class_index: int, see
     So a larger α keeps what a smaller one replaced; and without seeds, the mixture of a class-balanced subset is
     contained in that of a larger one that contains the subset.
 
-    other: the same kind and size of images; its images labelled `class_index`, or all of them where it has no labels.
-    share: α, 0 to 1.
-    seed: "first" and "last" in a random order of each set, rather than in their own.
+    Args:
+        images: A set with class indices.
+        other: The same kind and size of images; its images labeled `class_index`, or all of them where it has no
+            labels.
+        share: α, 0 to 1.
+        class_index: The class whose images are replaced.
+        seed: "First" and "last" in a random order of each set, rather than in their own.
 
-    Raises `InputError` where the two sets do not fit each other, where `images` lacks the class, and, naming the
-    largest possible share, where `other` has too few images.
+    Raises:
+        InputError: The two sets do not fit each other, `images` lacks the class, or `other` has too few images (the
+            message names the largest possible share).
     """
     if not 0 <= share <= 1:
         raise InputError(f"the share of replaced images must lie within 0 … 1, got {share}")
@@ -192,7 +224,13 @@ def mixed(images: ImageSet, other: ImageSet, share: float, class_index: int, see
 
 
 class Mix(NamedTuple):
-    """What `derive` mixes in: a share of the images of one class comes from `other`, anything `load_images` takes."""
+    """What `derive` mixes in: a share of the images of one class comes from another set.
+
+    Attributes:
+        other: Anything that `load_images` takes.
+        share: α, 0 to 1.
+        class_index: The class whose images are replaced.
+    """
 
     other: Any
     share: float
@@ -202,9 +240,11 @@ class Mix(NamedTuple):
 class DerivedSet(NamedTuple):
     """A derived training set and how it was made.
 
-    manifest: JSON-ready. `source` (base name, shape, fingerprint and the options it was read with), `operations` (the
-        functions of this module, in order, with their arguments), `result` (shape, number of classes, fingerprint) and
-        `diffmem` (version).
+    Attributes:
+        images: The set.
+        manifest: JSON-ready. `source` (base name, shape, fingerprint and the options it was read with), `operations`
+            (the functions of this module, in order, with their arguments), `result` (shape, number of classes,
+            fingerprint) and `diffmem` (version).
     """
 
     images: ImageSet
@@ -237,19 +277,41 @@ def derive(
 ) -> DerivedSet:
     """The training set that the options make of `source`, with its manifest.
 
-    The order is fixed, that of the arguments: `source` (anything `load_images` takes) is read, its first `limit` images
-    if given, in `color` and at `resolution`, so that every image is resampled once; then `first_classes`,
-    `class_balanced` to `size` (`first_images` where the labels are no class numbers), `mixed`, and the labels. A
-    mixture's other set is read in the same color and size.
+    The order is fixed, that of the arguments: `source` is read, its first `limit` images if given, in `color` and at
+    `resolution`, so that every image is resampled once; then `first_classes`, `class_balanced` to `size`
+    (`first_images` where the labels are no class numbers), `mixed`, and the labels. A mixture's other set is read in
+    the same color and size.
 
-    alpha, key, layout, skip_bad: as for `load_images`; key and layout are the source's, the others also the mixture's.
-    labels: None: those of the source, where it has some; "true": those of the source, which must have some;
-        "consecutive": those of the source, its classes numbered 0 … C − 1; "none"; "random:C"; "unique".
-    center_crop, value_range: as for `load_images`.
-    label_seed: of random labels.
-    seed: of `class_balanced` and `mixed`; None takes first images.
+    Args:
+        source: Anything that `load_images` takes.
+        limit: As for `load_images`.
+        color: As for `load_images`.
+        resolution: Height and width, in pixels.
+        center_crop: As for `load_images`.
+        value_range: As for `load_images`.
+        alpha: As for `load_images`; also of the mixture's other set.
+        key: As for `load_images`; of the source alone.
+        layout: As for `load_images`; of the source alone.
+        skip_bad: As for `load_images`; also of the mixture's other set.
+        classes: Only so many classes, the first ones.
+        size: A class-balanced subset of so many images.
+        mix: What to mix in.
+        labels: None: those of the source, where it has some; "true": those of the source, which must have some;
+            "consecutive": those of the source, its classes numbered 0 … C − 1; "none"; "random:C"; "unique".
+        label_seed: Of random labels.
+        seed: Of `class_balanced` and `mixed`; None takes first images.
+        progress: Called as `progress(stage, done, total)`.
 
-    Raises `InputError` as the functions do, and for other `labels`.
+    Returns:
+        The images and the manifest; its `write` stores both.
+
+    Raises:
+        InputError: As the functions do, and for other `labels`.
+
+    Example:
+        >>> made = derive("builtin:digits", size=20, labels="random:2")
+        >>> [step["operation"] for step in made.manifest["operations"]]
+        ['class_balanced', 'random_labels']
     """
     kind, label_classes = parse_labels(labels) if labels is not None else (None, None)
     options: dict[str, Any] = {"color": "grey" if color == "gray" else color, "resize": resolution}

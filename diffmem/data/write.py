@@ -35,7 +35,18 @@ def write_images(
     manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write `image_set` in the form that the suffix of `path` names: `.zip` (EDM), `.npz`, none (a folder of PNG)."""
+    """Writes `image_set` in the form that the suffix of `path` names.
+
+    Args:
+        image_set: uint8 images.
+        path: `.zip` (EDM's layout, see `write_edm_zip`), `.npz` (`write_npz`), or no suffix (a new folder of PNG,
+            `write_folder`).
+        manifest: How the set was made, JSON-ready; stored in it as `manifest.json`.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: Another suffix, float images, or a place that cannot be written to.
+    """
     writers = {".zip": write_edm_zip, ".npz": write_npz, "": write_folder}
     writers[_checked_suffix(path)](image_set, path, manifest=manifest, progress=progress)
 
@@ -66,11 +77,19 @@ def write_edm_zip(
     manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write `image_set` as EDM's dataset archive: `00000/img00000000.png` … and `dataset.json` with the labels.
+    """Writes `image_set` as EDM's dataset archive: `00000/img00000000.png` … and `dataset.json` with the labels.
 
     Images are stored as PNG, entries carry a fixed date: the same pixels and labels give the same bytes (with the same
-    version of Pillow and zlib). File names are those of EDM's layout, not those of the set. `manifest` is kept as JSON
-    in `manifest.json`. Raises `InputError` for float images and for other than 1 or 3 channels.
+    version of Pillow and zlib). File names are those of EDM's layout, not those of the set.
+
+    Args:
+        image_set: uint8 images of 1 or 3 channels.
+        path: Of the archive.
+        manifest: Kept as JSON in `manifest.json`.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: Float images, or other than 1 or 3 channels.
     """
     path = Path(path)
     _require_uint8(image_set, path, channels=(1, 3))
@@ -92,10 +111,18 @@ def write_npz(
     manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write `image_set` as `.npz`: `images` uint8 [N, C, H, W], with `labels`, `names` and `seeds` where there are any.
+    """Writes `image_set` as `.npz`: `images` uint8 [N, C, H, W], with `labels`, `names` and `seeds` where there are
+    any.
 
-    `manifest` is kept as JSON in the entry `manifest.json`, which `numpy.load` gives as bytes. Raises `InputError` for
-    float images and for seeds that do not fit.
+    Args:
+        image_set: uint8 images.
+        path: Of the file.
+        seeds: N distinct whole numbers from 0, the seed of each image.
+        manifest: Kept as JSON in the entry `manifest.json`, which `numpy.load` gives as bytes.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: Float images, or seeds that do not fit.
     """
     path = Path(path)
     _require_uint8(image_set, path)
@@ -123,11 +150,19 @@ def write_folder(
     manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write `image_set` as a new folder of PNG, `000000/000000.png` being seed 0, with `dataset.json` for labels.
+    """Writes `image_set` as a new folder of PNG, `000000/000000.png` being seed 0, with `dataset.json` for labels.
 
-    Seed s lies in the sub-folder of its thousand, `{s − s mod 1000:06d}/{s:06d}.png`; `seeds` are 0 … N−1 unless given.
-    `manifest` is kept as JSON in `manifest.json`.
-    Raises `InputError` for float images, for other than 1 or 3 channels, and where `path` exists and is not empty.
+    Seed s lies in the sub-folder of its thousand, `{s − s mod 1000:06d}/{s:06d}.png`.
+
+    Args:
+        image_set: uint8 images of 1 or 3 channels.
+        path: Of the folder: new, or empty.
+        seeds: N distinct whole numbers from 0; 0 … N − 1 unless given.
+        manifest: Kept as JSON in `manifest.json`.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: Float images, other than 1 or 3 channels, or `path` exists and is not empty.
     """
     path = Path(path)
     _require_uint8(image_set, path, channels=(1, 3))

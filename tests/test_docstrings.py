@@ -1,0 +1,65 @@
+"""Public docstrings are what tools and readers take them for: their arguments exist, and their examples work."""
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOMS = sorted(
+    f"diffmem.{path.parent.name}"
+    for path in (Path(__file__).parents[1] / "diffmem").glob("*/__init__.py")
+    if "__all__ = [" in path.read_text() and path.parent.name not in ("demo", "cli")
+)
+SECTION = re.compile(r"^(Args|Attributes):\n((?:    .*\n|\n)+)", re.MULTILINE)
+
+
+def public_names() -> dict[str, object]:
+    """Functions and classes in the `__all__` of each room."""
+    rooms = [importlib.import_module(room) for room in ROOMS]
+    found = {f"{room.__name__}.{name}": getattr(room, name) for room in rooms for name in room.__all__}
+    return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
+
+
+PUBLIC = public_names()
+
+
+def documented(value: object) -> dict[str, list[str]]:
+    """The names that the sections of a docstring describe."""
+    sections = SECTION.findall(inspect.getdoc(value) + "\n")
+    return {section: re.findall(r"^    \*{0,2}(\w+)[^:\n]*:", body, re.MULTILINE) for section, body in sections}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_a_docstring_describes_is_there(name):
+    value = PUBLIC[name]
+    assert inspect.getdoc(value), f"{name} has no docstring"
+    sections = documented(value)
+    if "Args" in sections:
+        assert sections["Args"] == [p for p in inspect.signature(value).parameters if p in sections["Args"]]
+        missing = set(inspect.signature(value).parameters) - set(sections["Args"])
+        assert not missing, f"{name} does not describe {sorted(missing)}"
+    if "Attributes" in sections and dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+        assert [each for each in sections["Attributes"] if each in fields] == fields
+        assert all(hasattr(value, each) or each in fields for each in sections["Attributes"])
+
+
+def test_examples_of_docstrings_work(one_thread, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    seen, count = set(), 0
+    for value in PUBLIC.values():
+        module = importlib.import_module(value.__module__)
+        names = {**vars(module), "np": np, "torch": torch}
+        for test in finder.find(value, module=module, globs=names):
+            if test.examples and (test.filename, test.lineno) not in seen:
+                seen.add((test.filename, test.lineno))
+                count += len(test.examples)
+                assert runner.run(test).failed == 0, test.name
+    assert count > 15
