@@ -34,6 +34,12 @@ def level(share: float) -> str:
     return f"{100 * share:.6g} %"
 
 
+def percent_range(interval: tuple[float, float]) -> str:
+    """The ends of an interval of shares: "0.26 % to 2.18 %"."""
+    low, high = interval
+    return f"{percent(low)} to {percent(high)}"
+
+
 def described(settings: Mapping[str, Any]) -> str:
     """Settings in a line for people: "steps 18; images (training 100, unseen 256)". What is not set is left out, and so
     are the parts of a churn of 0."""
@@ -93,8 +99,8 @@ def caption(name: str, length: int = 60) -> str:
 
 def template(package: str, name: str) -> Template:
     """The template `name` in `package`/templates: everything is escaped, what is not given is an error, and the filters
-    are percent, level, points, thousands, duration, described and caption. What would not be seen is escaped as
-    `printable` does. It may extend `page.html.j2`, the house's page."""
+    are percent, percent_range, level, points, thousands, duration, described and caption. What would not be seen is
+    escaped as `printable` does. It may extend `page.html.j2`, the house's page."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -107,6 +113,7 @@ def template(package: str, name: str) -> Template:
     )
     environment.filters |= {
         "percent": percent,
+        "percent_range": percent_range,
         "level": level,
         "points": lambda share: f"{100 * share:+.1f}".replace("-", "−"),
         "thousands": lambda number: f"{number:,.0f}",

@@ -180,7 +180,7 @@ def as_json_asks(result: Audit | Generated, kind: str) -> dict[str, Any]:
 
 def print_verdict(result: Audit) -> None:
     """A short verdict that a person understands, on standard output."""
-    from diffmem.pages import percent
+    from diffmem.pages import percent, percent_range
 
     click.echo(f"{result.verdict()}.")
     for warning in result.warnings:
@@ -193,9 +193,10 @@ def print_verdict(result: Audit) -> None:
         sample = f"measured on {search['recall_sample']:,} images"
         click.echo(f"  FAISS ({search['index']}): recall of the nearest and second nearest {recalls}, {sample}")
     if result.holdout is not None:
-        low, high = result.holdout.interval
         alarms = f"{result.holdout.count:,} of {result.holdout.total:,} ({percent(result.holdout.ratio)}"
-        click.echo(f"  false alarms on unseen real images: {alarms}, interval {percent(low)} to {percent(high)})")
+        click.echo(
+            f"  false alarms on unseen real images: {alarms}, interval {percent_range(result.holdout.interval)})"
+        )
         if left_out := result.holdout.left_out:
             first = f"{left_out[0].name} is {left_out[0].training_name}"
             click.echo(

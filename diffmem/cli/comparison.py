@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> None:
     """Saves the report where one is wanted, and prints JSON, or the curves and the verdict."""
-    from diffmem.pages import percent
+    from diffmem.pages import percent, percent_range
 
     page = None if report is None else result.save(report)
     if as_json:
@@ -36,15 +36,13 @@ def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> 
     for at, sigma in enumerate(result.levels):
         line = f"{sigma:>8.3g}" + "".join(f"{result.gap(kind).value[at]:>11.3g}" for kind in result.gaps)
         if result.memory is not None:
-            value, low, high = (percent(each[at]) for each in result.memory)
+            value, low, high = (each[at] for each in result.memory)
             closeness = result.closeness.value[at]
             close = "-" if math.isnan(closeness) else percent(closeness)
-            line += f"{value:>10}  {f'{low} to {high}':<20}{percent(result.ceiling.value[at]):>9}{close:>11}"
+            line += f"{percent(value):>10}  {percent_range((low, high)):<20}"
+            line += f"{percent(result.ceiling.value[at]):>9}{close:>11}"
         click.echo(line)
-    click.echo(
-        f"{result.copies} of {result.generated_images} generated images are copies "
-        f"({percent(result.copies / result.generated_images)})"
-    )
+    click.echo(f"{result.rate.count} of {result.rate.total} generated images are copies ({percent(result.rate.ratio)})")
     click.echo(result.verdict())
     if page is not None:
         click.echo(f"report: {page}")
@@ -52,7 +50,7 @@ def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> 
 
 def print_sweep(result: Sweep, report: Path, as_json: bool) -> None:
     """Saves the report, and prints JSON, or a line per point."""
-    from diffmem.pages import percent
+    from diffmem.pages import percent, percent_range
 
     page = result.save(report)
     if as_json:
@@ -60,11 +58,9 @@ def print_sweep(result: Sweep, report: Path, as_json: bool) -> None:
         return
     click.echo(f"{'regularization':<22}{'R_mem':>8}  {'95 % interval':<20}{'expected':>9}  images")
     for point in result.points:
-        low, high = (percent(end) for end in point.interval)
         expected = percent(result.expected(point.variant))
-        click.echo(
-            f"{point.variant!s:<22}{percent(point.ratio):>8}  {f'{low} to {high}':<20}{expected:>9}  {point.total:,}"
-        )
+        interval = percent_range(point.interval)
+        click.echo(f"{point.variant!s:<22}{percent(point.ratio):>8}  {interval:<20}{expected:>9}  {point.total:,}")
     for kind in result.kinds:
         if (half := result.half(kind)) is not None:
             click.echo(

@@ -25,7 +25,7 @@ def demo_command(out: Path, as_json: bool) -> None:
     import torch
 
     from diffmem.demo import run_demo
-    from diffmem.pages import percent
+    from diffmem.pages import percent, percent_range
     from diffmem.progress import progress_bars
 
     torch.set_flush_denormal(True)
@@ -35,11 +35,11 @@ def demo_command(out: Path, as_json: bool) -> None:
         click.echo(json.dumps(demo.to_dict()))
         return
     for model in (demo.few, demo.many):
-        low, high = (percent(end) for end in model.audit.interval)
+        interval = percent_range(model.audit.interval)
         click.echo(
             f"trained on {len(model.training):,} digits, {model.epochs:,.0f} epochs: {model.audit.count} of "
-            f"{model.audit.total} generated images are copies, {percent(model.audit.ratio)} (95 % interval {low} to "
-            f"{high}); held against unseen digits {percent(model.control.ratio)}, false alarms "
+            f"{model.audit.total} generated images are copies, {percent(model.audit.ratio)} (95 % interval "
+            f"{interval}); held against unseen digits {percent(model.control.ratio)}, false alarms "
             f"{percent(model.audit.holdout.ratio)}"
         )
     click.echo(f"report: {demo.page}")

@@ -65,17 +65,16 @@ def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, devic
 
 def tell_outcome(outcome: Outcome) -> None:
     """A line about a run that ended, on standard error."""
-    from diffmem.pages import percent
+    from diffmem.pages import percent, percent_range
 
     unit, result = outcome.unit, outcome.result
     where = f"N = {unit.size:,}, repetition {unit.repetition}"
     if result is None:
         click.echo(f"{where}: failed: {outcome.error}", err=True)
         return
-    low, high = (percent(end) for end in result.interval)
     least = "at least " if result.censored else ""
     click.echo(
-        f"{where}: R_mem {least}{percent(result.r_mem)} ({low} to {high}), {result.epochs:,.0f} epochs, "
-        f"{result.seconds:.0f} s",
+        f"{where}: R_mem {least}{percent(result.r_mem)} ({percent_range(result.interval)}), "
+        f"{result.epochs:,.0f} epochs, {result.seconds:.0f} s",
         err=True,
     )

@@ -331,7 +331,7 @@ def _display() -> Observer:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from diffmem.pages import percent
+    from diffmem.pages import percent, percent_range
     from diffmem.training import Observer
 
     class Display(Observer):
@@ -363,9 +363,8 @@ def _display() -> Observer:
                 click.echo(f"snapshot {snapshot.folder}: loss {snapshot.loss:.4g}", err=True)
 
         def audited(self, point: Point) -> None:
-            low, high = (percent(end) for end in point.interval)
-            line = f"audit after {point.epochs:,.0f} epochs: R_mem {percent(point.ratio)} ({low} to {high}), "
-            line += f"{point.count:,} of {point.total:,} images"
+            line = f"audit after {point.epochs:,.0f} epochs: R_mem {percent(point.ratio)} "
+            line += f"({percent_range(point.interval)}), {point.count:,} of {point.total:,} images"
             click.echo(line, err=True) if self.bar is None else self.bar.console.print(line, highlight=False)
 
         def finished(self) -> None:

@@ -111,19 +111,17 @@ def trajectory_command(
 
 def print_trajectory(result: Trajectory) -> None:
     """The table and the verdict, on standard output."""
-    from diffmem.pages import percent
+    from diffmem.pages import percent, percent_range
 
     click.echo(f"{'epochs':>10}  {'loss':>8}  {'R_mem':>8}  95 % interval       images")
     for point in result.points:
-        low, high = (percent(end) for end in point.interval)
-        interval = f"{low} to {high}"
+        interval = percent_range(point.interval)
         click.echo(
             f"{point.epochs:>10,.0f}  {point.loss:>8.4g}  {percent(point.ratio):>8}  {interval:<18}  {point.total:,}"
         )
-    low, high = (percent(end) for end in result.interval)
     click.echo(
-        f"R_mem of the run, the highest over its snapshots: {percent(result.r_mem)} ({low} to {high}), after "
-        f"{result.best.epochs:,.0f} epochs"
+        f"R_mem of the run, the highest over its snapshots: {percent(result.r_mem)} "
+        f"({percent_range(result.interval)}), after {result.best.epochs:,.0f} epochs"
     )
     if result.question is not None:
         answer = {True: "yes", False: "no", None: "not decided"}[result.answer]

@@ -18,7 +18,7 @@ from diffmem.data import ImageSet, load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
-from diffmem.memorization import wilson_interval
+from diffmem.memorization import CopyRate
 from diffmem.models import as_denoiser, evaluating, load
 from diffmem.optimum import OptimalDenoiser
 from diffmem.pages import percent
@@ -226,6 +226,11 @@ class Comparison:
         )
 
     @property
+    def rate(self) -> CopyRate:
+        """How many of the generated images are copies."""
+        return CopyRate(self.copies, self.generated_images)
+
+    @property
     def generated_images(self) -> int:
         return len(self.gaps["generated"].gap)
 
@@ -255,12 +260,7 @@ class Comparison:
             "become": None if become is None else become._asdict(),
             "sigma_star": self.sigma_star,
             "highest_possible": self.highest_possible,
-            "r_mem": {
-                "count": self.copies,
-                "total": self.generated_images,
-                "ratio": self.copies / self.generated_images,
-                "interval": list(wilson_interval(self.copies, self.generated_images)),
-            },
+            "r_mem": self.rate.to_dict(),
             "reference_images": self.reference_images,
             "settings": self.settings,
             "notes": list(self.notes),

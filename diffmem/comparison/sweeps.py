@@ -20,7 +20,7 @@ from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
-from diffmem.memorization import wilson_interval
+from diffmem.memorization import CopyRate, ReportsRate
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Regularization, Smoothed, Tikhonov, parse_regularization
 from diffmem.progress import Progress, silent
 from diffmem.sampling import sample_batches
@@ -35,7 +35,7 @@ POINTS = "points"  # in the sweep's folder
 
 
 @dataclass(frozen=True, eq=False)
-class SweepPoint:
+class SweepPoint(ReportsRate):
     """The audited images of one regularized optimum, in the order in which they were sampled.
 
     seeds: int64 [n]. memorized: bool [n], by the rule, duplicates collapsed. ratios: float32 [n], d1/d2. distances:
@@ -61,22 +61,8 @@ class SweepPoint:
         return strength(self.variant)
 
     @property
-    def count(self) -> int:
-        return int(self.memorized.sum())
-
-    @property
-    def total(self) -> int:
-        return len(self.seeds)
-
-    @property
-    def ratio(self) -> float:
-        """R_mem."""
-        return self.count / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of R_mem."""
-        return wilson_interval(self.count, self.total)
+    def rate(self) -> CopyRate:
+        return CopyRate.of(self.memorized)
 
     def and_then(
         self, seeds: np.ndarray, images: np.ndarray, memorized: np.ndarray, ratios: np.ndarray, distances: np.ndarray
@@ -144,10 +130,7 @@ class Sweep:
                     "variant": str(point.variant),
                     "kind": point.kind,
                     "strength": point.strength,
-                    "count": point.count,
-                    "total": point.total,
-                    "ratio": point.ratio,
-                    "interval": list(point.interval),
+                    **point.rate.to_dict(),
                     "mean_distance": float(point.distances.mean()),
                     "expected": self.expected(point.variant),
                 }

@@ -5,7 +5,9 @@ from diffmem.memorization.detector import CopyDetector, Detection, audit
 from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.result import Audit, CopiedImage, SeenImage
 from diffmem.memorization.statistics import (
+    CopyRate,
     Question,
+    ReportsRate,
     anytime_interval,
     exact_interval,
     highest_interval,
@@ -16,9 +18,11 @@ __all__ = [
     "Audit",
     "CopiedImage",
     "CopyDetector",
+    "CopyRate",
     "Detection",
     "Gate",
     "Question",
+    "ReportsRate",
     "SeenImage",
     "anytime_interval",
     "audit",

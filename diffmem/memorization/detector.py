@@ -18,6 +18,7 @@ from diffmem.memorization.hidden import NEIGHBORS, hidden_copies, hidden_radii
 from diffmem.memorization.inputs import check_sets, in_one_precision, value_ranges
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
 from diffmem.memorization.result import Audit, SeenImage, UnkeptImages
+from diffmem.memorization.statistics import CopyRate, ReportsRate
 from diffmem.pages import percent
 from diffmem.progress import Progress, silent
 from diffmem.search import (
@@ -39,7 +40,7 @@ LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not 
 
 
 @dataclass(frozen=True)
-class Detection:
+class Detection(ReportsRate):
     """What was decided about some images. Per-image arrays follow their order.
 
     Attributes:
@@ -64,9 +65,9 @@ class Detection:
         return len(self.memorized)
 
     @property
-    def count(self) -> int:
-        """Number of copies."""
-        return int(self.memorized.sum())
+    def rate(self) -> CopyRate:
+        """How many of the images are copies."""
+        return CopyRate.of(self.memorized)
 
     @classmethod
     def join(cls, parts: Sequence[Detection]) -> Detection:
@@ -92,7 +93,7 @@ class Detection:
         return Detection(**arrays, recall=self.recall)
 
 
-class CopyDetector:
+class CopyDetector(ReportsRate):
     """Finds copies of training images among generated images that come batch by batch.
 
     It holds all that decides a verdict: the training set's index and duplicates, threshold and mirroring. An image is
@@ -213,14 +214,9 @@ class CopyDetector:
         self._figures = SetFigures(count_identical=True)
 
     @property
-    def count(self) -> int:
-        """Number of copies so far."""
-        return sum(each.count for each in self._detections)
-
-    @property
-    def total(self) -> int:
-        """Number of generated images so far."""
-        return self._figures.total
+    def rate(self) -> CopyRate:
+        """How many of the images so far are copies."""
+        return CopyRate(sum(each.count for each in self._detections), self._figures.total)
 
     def judge(self, images: ImageSource) -> Detection:
         """Decides about some images without adding them to those that `compute` audits.

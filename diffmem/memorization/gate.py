@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffmem.errors import InputError
-from diffmem.pages import percent
+from diffmem.pages import percent, percent_range
 
 PASSED, CLOSED, UNDECIDED = 0, 3, 4  # exit statuses
 
@@ -69,7 +69,7 @@ def decide_gate(
     if max_copies is not None and max_copies < 0:
         raise InputError(f"gate: max_copies is {max_copies}, but must be at least 0")
     closed, undecided = [], []
-    ends = f"the 95 % interval, {percent(low)} to {percent(high)},"
+    ends = f"the 95 % interval, {percent_range(interval)},"
     if fail_above is not None and low > fail_above:
         closed.append(f"{ends} lies above {percent(fail_above)}")
     if require_below is not None and high >= require_below:

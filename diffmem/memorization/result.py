@@ -17,8 +17,8 @@ import diffmem
 from diffmem.data import ImageSet, SkippedFile
 from diffmem.memorization.criteria import published_rule
 from diffmem.memorization.gate import Gate, decide_gate
-from diffmem.memorization.statistics import wilson_interval
-from diffmem.pages import percent
+from diffmem.memorization.statistics import CopyRate, ReportsRate
+from diffmem.pages import percent, percent_range
 from diffmem.search import DuplicateGroups, Neighbors
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class UnkeptImages:
 
 
 @dataclass(frozen=True, repr=False)
-class Audit:
+class Audit(ReportsRate):
     """What `audit` found. Per-image arrays follow the order of the generated images.
 
     memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
@@ -108,23 +108,19 @@ class Audit:
     versions: dict[str, str] = field(default_factory=lambda: software_versions())
 
     @property
-    def total(self) -> int:
-        """Number of generated images audited."""
-        return len(self.memorized)
+    def rate(self) -> CopyRate:
+        """How many of the generated images are copies."""
+        return CopyRate.of(self.memorized)
 
     @property
-    def count(self) -> int:
-        """Number of generated images that are copies."""
-        return int(self.memorized.sum())
+    def raw_rate(self) -> CopyRate:
+        """The same by the paper's rule."""
+        return CopyRate.of(self.raw_memorized)
 
     @property
-    def ratio(self) -> float:
-        """The memorization ratio, count / total (the paper's R_mem)."""
-        return self.count / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.count, self.total)
+    def published_rate(self) -> CopyRate:
+        """The same as the code published with the paper counts."""
+        return CopyRate.of(self.published_memorized)
 
     @property
     def reliable(self) -> bool:
@@ -133,11 +129,11 @@ class Audit:
 
     @property
     def raw_count(self) -> int:
-        return int(self.raw_memorized.sum())
+        return self.raw_rate.count
 
     @property
     def raw_ratio(self) -> float:
-        return self.raw_count / self.total
+        return self.raw_rate.ratio
 
     @property
     def published_memorized(self) -> np.ndarray:
@@ -145,11 +141,11 @@ class Audit:
 
     @property
     def published_count(self) -> int:
-        return int(self.published_memorized.sum())
+        return self.published_rate.count
 
     @property
     def published_ratio(self) -> float:
-        return self.published_count / self.total
+        return self.published_rate.ratio
 
     @property
     def training_size(self) -> int:
@@ -257,10 +253,9 @@ class Audit:
 
     def verdict(self) -> str:
         """One sentence for a person."""
-        low, high = self.interval
         return (
             f"{self.count:,} of {self.total:,} images are copies of one of {self.training_size:,} training images: "
-            f"{percent(self.ratio)} (95 % interval {percent(low)} to {percent(high)})"
+            f"{percent(self.ratio)} (95 % interval {percent_range(self.interval)})"
         )
 
 

@@ -4,10 +4,104 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import exp, inf, lgamma, log, log1p, sqrt
+from math import exp, inf, lgamma, log, log1p, nan, sqrt
 from statistics import NormalDist
+from typing import Any
+
+import numpy as np
 
 from diffmem.errors import InputError
+from diffmem.pages import percent, percent_range
+
+
+@dataclass(frozen=True)
+class CopyRate:
+    """How many of some images are copies, and what that says of the share of copies among all such images.
+
+    Attributes:
+        count: Number of copies.
+        total: Number of images.
+
+    Raises:
+        InputError: Unless 0 ≤ count ≤ total.
+
+    Example:
+        >>> rate = CopyRate(3, 400)
+        >>> rate.ratio
+        0.0075
+        >>> print(rate)
+        3 of 400: 0.75 % (95 % interval 0.26 % to 2.18 %)
+    """
+
+    count: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= self.total:
+            raise InputError(f"no rate: {self.count} of {self.total} images")
+
+    @classmethod
+    def of(cls, memorized: np.ndarray) -> CopyRate:
+        """Of the verdicts about images, bool [n]."""
+        return cls(int(memorized.sum()), len(memorized))
+
+    @property
+    def ratio(self) -> float:
+        """count / total; NaN where there are no images."""
+        return self.count / self.total if self.total else nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of the share."""
+        return wilson_interval(self.count, self.total)
+
+    @property
+    def exact_interval(self) -> tuple[float, float]:
+        """The 95 % interval of Clopper and Pearson."""
+        return exact_interval(self.count, self.total)
+
+    @property
+    def anytime_interval(self) -> tuple[float, float]:
+        """A 95 % interval that holds where it was decided by what was seen when to stop."""
+        return anytime_interval(self.count, self.total)
+
+    def to_dict(self) -> dict[str, Any]:
+        """count, total, ratio and interval in plain JSON types."""
+        return {"count": self.count, "total": self.total, "ratio": self.ratio, "interval": list(self.interval)}
+
+    def __str__(self) -> str:
+        if not self.total:
+            return "no images"
+        of = f"{self.count:,} of {self.total:,}"
+        return f"{of}: {percent(self.ratio)} (95 % interval {percent_range(self.interval)})"
+
+
+class ReportsRate:
+    """A result with a `rate`, whose figures it shows as its own."""
+
+    @property
+    def rate(self) -> CopyRate:
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """Number of copies."""
+        return self.rate.count
+
+    @property
+    def total(self) -> int:
+        """Number of images audited."""
+        return self.rate.total
+
+    @property
+    def ratio(self) -> float:
+        """The memorization ratio, count / total (the paper's R_mem)."""
+        return self.rate.ratio
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of the ratio."""
+        return self.rate.interval
 
 
 def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
-from diffmem.memorization import Question, anytime_interval, highest_interval, wilson_interval
+from diffmem.memorization import CopyRate, Question, ReportsRate, highest_interval
 from diffmem.models import fingerprint, load
 from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.progress import Progress, silent
@@ -27,7 +27,7 @@ _ONSET = 0.5  # what bisection looks for where no question says otherwise
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
+class Point(ReportsRate):
     """R_mem of one snapshot: images and epochs seen, mean loss per pixel before it, what was audited.
 
     question: the one that the audit was to answer, at the confidence of this snapshot's share; None: all seeds.
@@ -40,23 +40,13 @@ class Point:
     question: Question | None = None
 
     @property
-    def count(self) -> int:
-        return self.audited.count
-
-    @property
-    def total(self) -> int:
-        return self.audited.total
-
-    @property
-    def ratio(self) -> float:
-        """R_mem, count / total."""
-        return self.count / self.total
+    def rate(self) -> CopyRate:
+        return self.audited.rate
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval: Wilson's, or, where sampling stopped with the answer, one that allows for that."""
-        interval = wilson_interval if self.question is None else anytime_interval
-        return interval(self.count, self.total)
+        return self.rate.interval if self.question is None else self.rate.anytime_interval
 
     @property
     def answer(self) -> bool | None:
@@ -129,9 +119,7 @@ class Trajectory:
                     "images": point.images,
                     "epochs": point.epochs,
                     "loss": point.loss,
-                    "count": point.count,
-                    "total": point.total,
-                    "ratio": point.ratio,
+                    **point.rate.to_dict(),
                     "interval": list(point.interval),
                     "answer": point.answer,
                     "seeds": format_seeds(sorted(point.audited.seeds.tolist())),
@@ -209,7 +197,7 @@ def trajectory(
         def after_batch(audited: SnapshotAudit) -> None:
             files.write(record.images, name, audited)
             asked = audited.of(seeds)
-            progress(f"{stage}: {asked.count / asked.total:.1%} copies", asked.total, len(seeds))
+            progress(f"{stage}: {asked.ratio:.1%} copies", asked.total, len(seeds))
 
         progress(stage, 0, len(seeds))
         audited = audit_snapshot(

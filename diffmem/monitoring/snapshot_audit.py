@@ -15,7 +15,7 @@ from diffmem.atomic_io import atomic_file
 from diffmem.generation import RunningAudit, SampleSettings
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
-from diffmem.memorization import Question
+from diffmem.memorization import CopyRate, Question, ReportsRate
 from diffmem.models import Denoiser
 from diffmem.sampling import sample_batches
 
@@ -24,7 +24,7 @@ PROTOCOL_SEEDS = range(10_000)
 
 
 @dataclass(frozen=True, eq=False)
-class SnapshotAudit:
+class SnapshotAudit(ReportsRate):
     """The audited images of a snapshot, in the order in which they were sampled.
 
     seeds: int64 [n]. memorized: bool [n], by the rule, duplicates collapsed. nearest: int64 [n], the training image.
@@ -46,13 +46,8 @@ class SnapshotAudit:
         return SnapshotAudit(numbers, np.zeros(0, bool), numbers, np.zeros(0, np.float32), pixels, numbers)
 
     @property
-    def total(self) -> int:
-        return len(self.seeds)
-
-    @property
-    def count(self) -> int:
-        """Number of copies."""
-        return int(self.memorized.sum())
+    def rate(self) -> CopyRate:
+        return CopyRate.of(self.memorized)
 
     def of(self, seeds: Sequence[int]) -> SnapshotAudit:
         """The part that belongs to `seeds`."""

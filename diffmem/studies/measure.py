@@ -25,7 +25,7 @@ from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
-from diffmem.memorization import Question, audit, highest_interval
+from diffmem.memorization import CopyRate, Question, audit, highest_interval
 from diffmem.memorization.result import software_versions
 from diffmem.models import load
 from diffmem.monitoring import AuditEvery, Point
@@ -60,7 +60,7 @@ class SnapshotResult:
 
     @property
     def ratio(self) -> float:
-        return self.count / self.total
+        return CopyRate(self.count, self.total).ratio
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Result:
 
     @property
     def r_mem(self) -> float:
-        return self.count / self.total
+        return CopyRate(self.count, self.total).ratio
 
     @property
     def interval(self) -> tuple[float, float]:

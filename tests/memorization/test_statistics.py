@@ -1,5 +1,7 @@
 """Intervals against their defining equations and their promised coverage; answers sought at any time."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from scipy.special import betaln, xlog1py, xlogy
 from scipy.stats import beta
 
 from diffmem.errors import InputError
-from diffmem.memorization import Question, anytime_interval, exact_interval, highest_interval, wilson_interval
+from diffmem.memorization import CopyRate, Question, anytime_interval, exact_interval, highest_interval, wilson_interval
 
 Z = 1.959963984540054
 
@@ -163,3 +165,22 @@ def test_the_interval_covers_where_answers_end_snapshots_and_runs(growth):
         low, high = highest_interval(counts, looks=6, anytime=True)
         covered += low <= shares[: len(counts)].max() <= high
     assert covered >= 150 * 0.95
+
+
+def test_a_rate_reports_its_share_and_intervals():
+    rate = CopyRate.of(np.arange(400) < 3)
+    assert (rate.count, rate.total, rate.ratio) == (3, 400, 3 / 400)
+    assert rate.interval == wilson_interval(3, 400)
+    assert rate.exact_interval == exact_interval(3, 400)
+    assert rate.anytime_interval == anytime_interval(3, 400)
+    assert rate.to_dict() == {"count": 3, "total": 400, "ratio": 3 / 400, "interval": list(rate.interval)}
+    assert str(rate) == "3 of 400: 0.75 % (95 % interval 0.26 % to 2.18 %)"
+    nothing = CopyRate(0, 0)
+    assert str(nothing) == "no images"
+    assert math.isnan(nothing.ratio)
+    assert nothing.anytime_interval == (0, 1)
+    with pytest.raises(InputError, match="no interval for 0 of 0"):
+        _ = nothing.interval
+    for wrong in ((-1, 3), (4, 3)):
+        with pytest.raises(InputError, match="no rate"):
+            CopyRate(*wrong)
