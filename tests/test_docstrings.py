@@ -19,10 +19,12 @@ ROOMS = sorted(
 SECTION = re.compile(r"^(Args|Attributes):\n((?:    .*\n|\n)+)", re.MULTILINE)
 
 
+MODULES = {room: importlib.import_module(room) for room in ROOMS}
+
+
 def public_names() -> dict[str, object]:
     """Functions and classes in the `__all__` of each room."""
-    rooms = [importlib.import_module(room) for room in ROOMS]
-    found = {f"{room.__name__}.{name}": getattr(room, name) for room in rooms for name in room.__all__}
+    found = {f"{name}.{each}": getattr(room, each) for name, room in MODULES.items() for each in room.__all__}
     return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
 
 
@@ -54,9 +56,10 @@ def test_examples_of_docstrings_work(one_thread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     seen, count = set(), 0
-    for value in PUBLIC.values():
+    for public_name, value in PUBLIC.items():
         module = importlib.import_module(value.__module__)
-        names = {**vars(module), "np": np, "torch": torch}
+        # An example may use the names of its module and its room, numpy and torch.
+        names = {**vars(MODULES[public_name.rpartition(".")[0]]), **vars(module), "np": np, "torch": torch}
         for test in finder.find(value, module=module, globs=names):
             if test.examples and (test.filename, test.lineno) not in seen:
                 seen.add((test.filename, test.lineno))

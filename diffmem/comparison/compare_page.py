@@ -75,7 +75,12 @@ def draw(comparison: Comparison) -> str:
 
 
 def draw_memory(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
-    """Memory of several models in one plot, as SVG."""
+    """Memory of several models in one plot, as SVG.
+
+    Args:
+        comparisons: What `compare` returned.
+        names: Of the curves.
+    """
     with plot(7.2, 3.0) as figure:
         axes = figure.add_subplot()
         colors = ("#a3261c", "#3866a8", "#2b6b3f", "#8a5a00", "#6b3fa0", "#1f8a8a")

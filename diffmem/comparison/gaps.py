@@ -43,9 +43,12 @@ NOTHING = 1e-4  # share of σ², or of the spread, below which the optimum's err
 class Gaps:
     """Two denoisers on noisy versions x = y + σ·n of one set of images y, the same x for both.
 
-    float64 [n, S], per noisy image and noise level, squared and per pixel, in the units of [-1, 1]:
-    gap ‖D_model − D_opt‖², model_error ‖D_model − y‖², optimum_error ‖D_opt − y‖², and reference ‖D_ref − D_opt‖² for
-    the optimum D_ref of unseen images, or None.
+    Attributes:
+        gap: ‖D_model − D_opt‖², float64 [n, S], per noisy image and noise level, squared and per pixel, in the units of
+            [-1, 1]; likewise the others.
+        model_error: ‖D_model − y‖².
+        optimum_error: ‖D_opt − y‖².
+        reference: ‖D_ref − D_opt‖² for the optimum D_ref of unseen images, or None.
     """
 
     gap: np.ndarray
@@ -67,7 +70,13 @@ class Example(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A quantity along the noise levels, with 95 % intervals: float64 [S] each; NaN where it is not defined."""
+    """A quantity along the noise levels, with 95 % intervals; NaN where it is not defined.
+
+    Attributes:
+        value: float64 [S].
+        low: float64 [S], the interval's lower ends.
+        high: float64 [S], its upper ends.
+    """
 
     value: np.ndarray
     low: np.ndarray
@@ -75,8 +84,14 @@ class Curve(NamedTuple):
 
 
 class NoiseRange(NamedTuple):
-    """Noise levels from `low` to `high`. An end is None where the range reaches that end of the levels tried;
-    `low_interval` and `high_interval` are 95 % intervals, None where some resampled curves have no such end."""
+    """Noise levels from `low` to `high`.
+
+    Attributes:
+        low: The lower end; None where the range reaches that end of the levels tried.
+        high: The upper end, likewise.
+        low_interval: A 95 % interval of the lower end; None where some resampled curves have no such end.
+        high_interval: Likewise of the upper end.
+    """
 
     low: float | None
     high: float | None
@@ -305,19 +320,25 @@ def compare(
     """The squared gap between a network and the optimum of its training set, by noise level, on training, unseen and
     generated images, and the noise levels at which the network has become its training set (see `Comparison`).
 
-    checkpoint: a checkpoint folder or EDM snapshot; the folder of a run, for its last snapshot; or a denoiser. Where it
-        lies in a run of `diffmem train`, `training` must be that run's set. A network with classes is compared with the
-        optimum of the class.
-    training, holdout: uint8 images, with class indices where the network has classes. Images of the holdout that are
-        training images too are left out.
-    images: how many noisy training and unseen images, at most: images drawn at random, one noisy version of each; all
-        training images several times, as often as goes into this, where they are fewer. seeds: of the generated images
-        (default: 0 … images − 1), which `settings` says how to sample.
-    levels: noise levels, or how many, spaced evenly along ln σ between 0.002 and 80 or the network's own bounds.
-    seed: of the choice of images and of the noise. Each image has noise of its own, the same at all levels and for both
-        denoisers; results depend on the batch size (`settings.batch`) by rounding only.
-    tolerance: the optimum's relative error.
-    Raises InputError where these do not fit together.
+    Args:
+        checkpoint: A checkpoint folder or EDM snapshot; the folder of a run, for its last snapshot; or a denoiser.
+            Where it lies in a run of `diffmem train`, `training` must be that run's set. A network with classes is
+            compared with the optimum of the class.
+        training: uint8 images, with class indices where the network has classes.
+        holdout: Real images that the network has not seen, likewise; those that are training images too are left out.
+        images: How many noisy training and unseen images, at most: images drawn at random, one noisy version of each;
+            all training images several times, as often as goes into this, where they are fewer.
+        seeds: Of the generated images (default: 0 … images − 1), which `settings` says how to sample.
+        levels: Noise levels, or how many, spaced evenly along ln σ between 0.002 and 80 or the network's own bounds.
+        seed: Of the choice of images and of the noise. Each image has noise of its own, the same at all levels and for
+            both denoisers; results depend on the batch size (`settings.batch`) by rounding only.
+        settings: Of the sampler.
+        tolerance: The optimum's relative error.
+        device: "cpu", "cuda" or "auto".
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: These do not fit together.
     """
     if images < 2:
         raise InputError(f"images is {images}, but must be at least 2")

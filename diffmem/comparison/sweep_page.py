@@ -72,9 +72,14 @@ def write_page(sweep: Sweep, folder: Path) -> Path:
 
 
 def draw(sweeps: Sequence[Sweep], names: Sequence[str] = ()) -> str:
-    """R_mem with its intervals against c, ln τ and h, a panel per kind, and what `expected_ratio` says (dashed); of
-    several sweeps, which `names` tells apart. ln τ is drawn in units of d/2, so that sets of images of different size
-    share an axis."""
+    """R_mem with its intervals against c, ln τ and h, a panel per kind, and what `expected_ratio` says (dashed), as
+    SVG.
+
+    Args:
+        sweeps: What `sweep` returned. ln τ is drawn in units of d/2, so that sets of images of different size share an
+            axis.
+        names: Of several sweeps, to tell them apart.
+    """
     from matplotlib.ticker import PercentFormatter
 
     kinds = [kind for kind in NAMES if any(kind in sweep.kinds for sweep in sweeps)]

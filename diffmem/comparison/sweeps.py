@@ -38,9 +38,13 @@ POINTS = "points"  # in the sweep's folder
 class SweepPoint(ReportsRate):
     """The audited images of one regularized optimum, in the order in which they were sampled.
 
-    seeds: int64 [n]. memorized: bool [n], by the rule, duplicates collapsed. ratios: float32 [n], d1/d2. distances:
-    float32 [n], rms to the nearest training image in grey levels. pictures: uint8 [m, C, H, W], the first images, those
-    of `seeds[:m]`.
+    Attributes:
+        variant: The regularization.
+        seeds: int64 [n].
+        memorized: bool [n], by the rule, duplicates collapsed.
+        ratios: float32 [n], d1/d2.
+        distances: float32 [n], rms to the nearest training image, in gray levels.
+        pictures: uint8 [m, C, H, W], the first images, those of `seeds[:m]`.
     """
 
     variant: Regularization
@@ -89,8 +93,12 @@ class SweepPoint(ReportsRate):
 class Sweep:
     """R_mem of the regularized optima of a training set.
 
-    points: kind by kind, the weakest regularization first. spacing: float64 [m], Euclidean distances of training images
-    to their nearest neighbours, in the units of [-1, 1]. settings: what decides the images, in JSON types.
+    Attributes:
+        training: The set.
+        points: Kind by kind, the weakest regularization first.
+        spacing: float64 [m], Euclidean distances of training images to their nearest neighbors, in the units of [-1,
+            1].
+        settings: What decides the images, in JSON types.
     """
 
     training: ImageSet
@@ -160,12 +168,21 @@ def sweep(
 ) -> Sweep:
     """R_mem of the optimum of `training` under each of `variants`, on the images of `seeds`.
 
-    variants: regularizations, or names of kinds ("tikhonov", "bayes", "smooth"), which stand for strengths between all
-        copies and none (`chosen_variants`).
-    folder: verdicts are kept in `folder`/points as they come: a sweep that ended early goes on from there, and more
-        seeds or strengths cost only those.
-    labels, tolerance, device: as for `OptimalDenoiser`.
-    Raises InputError for variants that make no sense, before anything is sampled, and for damaged files in `folder`.
+    Args:
+        training: As for `OptimalDenoiser`.
+        variants: Regularizations, or names of kinds ("tikhonov", "bayes", "smooth"), which stand for strengths between
+            all copies and none.
+        folder: Verdicts are kept in `folder`/points as they come: a sweep that ended early resumes from there, and more
+            seeds or strengths cost only those.
+        seeds: Of the images.
+        labels: As for `OptimalDenoiser`.
+        tolerance: As for `OptimalDenoiser`.
+        settings: Of the sampler.
+        device: As for `OptimalDenoiser`.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: Variants that make no sense (found before anything is sampled), or damaged files in `folder`.
     """
     seeds = checked_seeds(seeds)
     images = load_images(training, progress=progress)
@@ -331,10 +348,18 @@ def chosen_variants(kind: str, spacing: np.ndarray, dimension: int) -> list[Regu
 
 
 def parse_sweep(text: str) -> list[Regularization | str]:
-    """The variants that "tikhonov:0.001,0.01", "bayes:exp(-40),exp(-30)" or "smooth:0.1" list; a kind alone
-    ("tikhonov") stands for strengths that `sweep` chooses.
+    """The variants that a text lists.
 
-    Raises InputError for anything else.
+    Args:
+        text: "tikhonov:0.001,0.01", "bayes:exp(-40),exp(-30)" or "smooth:0.1"; a kind alone ("tikhonov") stands for
+            strengths that `sweep` chooses.
+
+    Raises:
+        InputError: Anything else.
+
+    Example:
+        >>> parse_sweep("smooth:0.1,0.2")
+        [Smoothed(h=0.1), Smoothed(h=0.2)]
     """
     kind, colon, values = text.partition(":")
     if kind not in KINDS:

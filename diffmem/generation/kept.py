@@ -20,7 +20,11 @@ _ADVICE = "begin again with restart=True"
 
 
 def work_folder(out: Path) -> Path:
-    """Where the finished blocks of a run that ends in `out` are kept."""
+    """Where the finished blocks of a run that ends in `out` are kept.
+
+    Args:
+        out: The output.
+    """
     out = output_path(out)
     return out.with_name(f"{out.name}.partial")
 

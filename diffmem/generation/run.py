@@ -38,10 +38,16 @@ STAGE = "sampling"
 class Generated:
     """What `generate` made.
 
-    samples: all images, with seeds and labels, in the order asked for.
-    new: how many of them this run made (the others were kept by an earlier one); seconds: what these took.
-    network_calls: per image. checkpoint, fingerprint: where the denoiser came from (or what it is), and the SHA-256 of
-        what it is.
+    Attributes:
+        samples: All images, uint8 [n, C, H, W], with seeds and labels, in the order asked for.
+        new: How many of them this run made (the others were kept by an earlier one).
+        seconds: What these took.
+        network_calls: NFE, network evaluations per image.
+        settings: Of the sampler.
+        checkpoint: Where the denoiser came from, or what it is.
+        fingerprint: The SHA-256 of what it is.
+        out: Where the images were written to.
+        audit: Of the images, where a training set was given.
     """
 
     samples: Samples
@@ -100,18 +106,36 @@ def generate(
     An image depends on its seed, the checkpoint and the settings; the batch size and the number of ranks change it by
     rounding at most. In a `torch.distributed` process group the seeds are divided among the ranks, and the first rank
     writes and returns; the others return None. With `out`, finished batches are kept in `<out>.partial/` until all is
-    written: a run that ended early goes on from there and ends with the same bytes.
+    written: a run that ended early resumes from there and ends with the same bytes.
 
-    checkpoint: a folder of `diffmem.models.save`, a run of `diffmem train` (its newest snapshot), or an EDM snapshot;
-        or a denoiser on its own device: of `diffmem.models` or `diffmem.optimum`, or any module or function that
-        `diffmem.models.as_denoiser` takes without being told more. seeds: distinct whole numbers from 0 (0 … 9999 in
-        the protocol).
-    out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a new
-        folder (PNG, a sub-folder per 1000 seeds). training: audit against these images, with a running estimate in the
-        progress; holdout, flip: see `diffmem.audit`.
-    device: "cpu", "cuda", or "auto". restart: forget what an earlier run has kept.
-    Raises InputError for what does not fit together, before anything is sampled; for a work folder of another run,
-    naming the settings that differ; and for images that are not finite.
+    Args:
+        checkpoint: A folder of `diffmem.models.save`, a run of `diffmem train` (its newest snapshot), or an EDM
+            snapshot; or a denoiser on its own device: of `diffmem.models` or `diffmem.optimum`, or any module or
+            function that `diffmem.models.as_denoiser` takes without being told more.
+        seeds: Distinct whole numbers from 0 (0 … 9999 in the protocol).
+        out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a
+            new folder (PNG, a sub-folder per 1000 seeds).
+        settings: Of the sampler.
+        training: Audit against these images, with a running estimate in the progress.
+        holdout: See `diffmem.audit`.
+        flip: See `diffmem.audit`.
+        device: "cpu", "cuda", or "auto".
+        restart: Forget what an earlier run has kept.
+        progress: Called as `progress(stage, done, total)`.
+
+    Returns:
+        The images and their audit; None on ranks other than the first.
+
+    Raises:
+        InputError: What is given does not fit together (found before anything is sampled), the work folder is of
+            another run (the message names the settings that differ), or images are not finite.
+
+    Example:
+        >>> from diffmem.models import as_denoiser
+        >>> black = as_denoiser(lambda x, sigma: torch.full_like(x, -1), channels=1, resolution=8)
+        >>> result = generate(black, range(4), training="builtin:digits")
+        >>> result.samples.images.shape, int(result.samples.images.max()), result.audit.count
+        (torch.Size([4, 1, 8, 8]), 0, 0)
     """
     with ExitStack() as stack:
         if out is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):

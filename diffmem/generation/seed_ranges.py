@@ -11,9 +11,17 @@ _MOST = 100_000_000  # a longer list is a slip of the finger
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds that `text` lists, in its order: whole numbers and ranges, both ends included, separated by commas.
+    """The seeds that `text` lists, in its order.
 
-    Raises InputError for anything else, and for a seed that is listed twice.
+    Args:
+        text: Whole numbers and ranges, both ends included, separated by commas.
+
+    Raises:
+        InputError: Anything else, or a seed that is listed twice.
+
+    Example:
+        >>> parse_seeds("0-2,7")
+        [0, 1, 2, 7]
     """
     ranges = []
     for part in text.split(","):
@@ -35,7 +43,14 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def checked_seeds(seeds: Sequence[int]) -> list[int]:
-    """The seeds as whole numbers. Raises InputError for none, negative ones and one that is listed twice."""
+    """The seeds as whole numbers.
+
+    Args:
+        seeds: Distinct whole numbers from 0.
+
+    Raises:
+        InputError: There are none, or negative ones, or one is listed twice.
+    """
     seeds = [int(seed) for seed in seeds]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
@@ -43,7 +58,15 @@ def checked_seeds(seeds: Sequence[int]) -> list[int]:
 
 
 def format_seeds(seeds: Sequence[int]) -> str:
-    """The shortest text that `parse_seeds` reads as these seeds, in this order."""
+    """The shortest text that `parse_seeds` reads as these seeds, in this order.
+
+    Args:
+        seeds: Whole numbers from 0.
+
+    Example:
+        >>> format_seeds([0, 1, 2, 7])
+        '0-2,7'
+    """
     runs: list[list[int]] = []
     for seed in seeds:
         if runs and seed == runs[-1][1] + 1:

@@ -99,22 +99,24 @@ class UNetConfig:
     """A network of the DDPM++ / NCSN++ family (Song et al., arXiv 2011.13456, as parametrized in EDM, arXiv
     2206.00364).
 
-    resolution      height and width of the images, pixels
-    channels        colour channels of the images
-    label_dim       number of classes, or length of label vectors; 0: unconditional
-    augment_dim     length of augmentation label vectors; 0: none
-    model_channels  width: channels at multiplier 1
-    channel_mult    width multiplier per resolution, from full resolution down
-    channel_mult_emb, channel_mult_noise   width multipliers of the conditioning vector and of the noise embedding
-    num_blocks      residual blocks per resolution
-    attn_resolutions   resolutions with self-attention
-    dropout         probability, in every block
-    embedding       "positional" (DDPM++) or "fourier" (NCSN++)
-    encoder         "standard" (DDPM++), "skip" or "residual" (NCSN++)
-    decoder         "standard" or "skip"
-    resample_filter   taps of the separable resampling filter: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++
-    skip_connections  one switch per connection from the encoder to the decoder, in the encoder's order (full resolution
-                    first, num_blocks + 1 per resolution); a disabled one feeds zeros. None: all enabled
+    Attributes:
+        resolution: Height and width of the images, pixels.
+        channels: Color channels of the images.
+        label_dim: Number of classes, or length of label vectors; 0: unconditional.
+        augment_dim: Length of augmentation label vectors; 0: none.
+        model_channels: Width: channels at multiplier 1.
+        channel_mult: Width multiplier per resolution, from full resolution down.
+        channel_mult_emb: Width multiplier of the conditioning vector.
+        channel_mult_noise: Width multiplier of the noise embedding.
+        num_blocks: Residual blocks per resolution.
+        attn_resolutions: Resolutions with self-attention.
+        dropout: Probability, in every block.
+        embedding: "positional" (DDPM++) or "fourier" (NCSN++).
+        encoder: "standard" (DDPM++), "skip" or "residual" (NCSN++).
+        decoder: "standard" or "skip".
+        resample_filter: Taps of the separable resampling filter: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++.
+        skip_connections: One switch per connection from the encoder to the decoder, in the encoder's order (full
+            resolution first, num_blocks + 1 per resolution); a disabled one feeds zeros. None: all enabled.
     """
 
     resolution: int = 32
@@ -169,7 +171,20 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class ADMConfig:
-    """A network of the ADM family (Dhariwal and Nichol, arXiv 2105.05233, as in EDM). Fields as in UNetConfig."""
+    """A network of the ADM family (Dhariwal and Nichol, arXiv 2105.05233, as in EDM).
+
+    Attributes:
+        resolution: Height and width of the images, pixels.
+        channels: Color channels of the images.
+        label_dim: Number of classes, or length of label vectors; 0: unconditional.
+        augment_dim: Length of augmentation label vectors; 0: none.
+        model_channels: Width: channels at multiplier 1.
+        channel_mult: Width multiplier per resolution, from full resolution down.
+        channel_mult_emb: Width multiplier of the conditioning vector.
+        num_blocks: Residual blocks per resolution.
+        attn_resolutions: Resolutions with self-attention.
+        dropout: Probability, in every block.
+    """
 
     resolution: int = 64
     channels: int = 3
@@ -189,7 +204,12 @@ class ADMConfig:
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """A network and the preconditioning around it."""
+    """A network and the preconditioning around it.
+
+    Attributes:
+        network: Of the network F.
+        preconditioning: c_skip, c_out, c_in and c_noise as functions of σ.
+    """
 
     network: UNetConfig | ADMConfig
     preconditioning: Preconditioning
@@ -284,7 +304,19 @@ PRESETS: dict[str, DenoiserConfig] = {
 
 
 def preset(name: str, **changes: Any) -> DenoiserConfig:
-    """The preset of that name, with fields of its network changed: `preset("ddpmpp_cifar10", label_dim=10)`."""
+    """The preset of that name, with fields of its network changed.
+
+    Args:
+        name: One of `diffmem.models.PRESETS`.
+        **changes: Fields of the network.
+
+    Raises:
+        InputError: There is no such preset or field.
+
+    Example:
+        >>> preset("ddpmpp_8", channels=1, model_channels=16).network.model_channels
+        16
+    """
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
     config = PRESETS[name]

@@ -16,9 +16,16 @@ from diffmem.models.preconditioning import IDDPM
 class Denoiser(nn.Module):
     """D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise), an estimate of the clean images behind x = y + σ·noise.
 
-    `config` says what it is made of; `model` is the network F, whose state dict has EDM's names under `model.`.
-    `autocast_dtype` (None, torch.bfloat16 or torch.float16) runs F in mixed precision on devices that have it; the
-    rest stays float32.
+    `model` is the network F, whose state dict has EDM's names under `model.`. `autocast_dtype` (None, torch.bfloat16 or
+    torch.float16) runs F in mixed precision on devices that have it; the rest stays float32.
+
+    Args:
+        config: What it is made of.
+
+    Example:
+        >>> net = Denoiser(preset("ddpmpp_8", channels=1, model_channels=16)).eval()
+        >>> net(torch.zeros(2, 1, 8, 8), 1.0).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(self, config: DenoiserConfig):

@@ -29,7 +29,12 @@ from diffmem.models.config import ADMConfig, UNetConfig
 
 
 class UNet(nn.Module):
-    """A DDPM++ or NCSN++ network; see UNetConfig for its options."""
+    """A DDPM++ or NCSN++ network F.
+
+    Args:
+        config: Its options.
+        out_channels: Channels of the output; None: those of the images.
+    """
 
     def __init__(self, config: UNetConfig, out_channels: int | None = None):
         super().__init__()
@@ -177,7 +182,12 @@ class UNet(nn.Module):
 
 
 class ADM(nn.Module):
-    """An ADM network; see ADMConfig for its options."""
+    """An ADM network F of the EDM family.
+
+    Args:
+        config: Its options.
+        out_channels: Channels of the output; None: those of the images.
+    """
 
     def __init__(self, config: ADMConfig, out_channels: int | None = None):
         super().__init__()

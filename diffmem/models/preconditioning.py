@@ -26,7 +26,14 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class VP:
-    """Variance preserving: σ(t)² = exp(½·β_d·t² + β_min·t) − 1, c_noise = (M − 1)·σ⁻¹(σ)."""
+    """Variance preserving: σ(t)² = exp(½·β_d·t² + β_min·t) − 1, c_noise = (M − 1)·σ⁻¹(σ).
+
+    Attributes:
+        beta_d: β_d, the slope of the noise schedule.
+        beta_min: β_min, its start.
+        M: Steps of the discrete process.
+        epsilon_t: The smallest t of training.
+    """
 
     beta_d: float = 19.9
     beta_min: float = 0.1
@@ -53,7 +60,12 @@ class VP:
 
 @dataclass(frozen=True)
 class VE:
-    """Variance exploding: the input unscaled, c_noise = ln(σ/2)."""
+    """Variance exploding: the input unscaled, c_noise = ln(σ/2).
+
+    Attributes:
+        sigma_min: The lowest noise level that the network knows.
+        sigma_max: The highest.
+    """
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
@@ -68,6 +80,11 @@ class IDDPM:
 
     u_(j−1) = √((u_j² + 1)/max(ᾱ_(j−1)/ᾱ_j, C_1) − 1), ᾱ_j = sin²(½π·j/(M·(C_2 + 1))); c_noise counts from u_(M−1)
     upwards. The network has twice the images' channels (the second half, its variances, is not used).
+
+    Attributes:
+        C_1: The lower bound of ᾱ_(j−1)/ᾱ_j.
+        C_2: The offset of the schedule.
+        M: Noise levels.
     """
 
     C_1: float = 0.001
@@ -105,7 +122,13 @@ class IDDPM:
 
 @dataclass(frozen=True)
 class EDM:
-    """Unit variance at input and target for data of deviation σ_d, c_noise = ln(σ)/4."""
+    """Unit variance at input and target for data of deviation σ_d, c_noise = ln(σ)/4 (Karras et al., arXiv 2206.00364).
+
+    Attributes:
+        sigma_data: σ_d, in units of [-1, 1].
+        sigma_min: The lowest noise level that the network knows.
+        sigma_max: The highest.
+    """
 
     sigma_data: float = 0.5
     sigma_min: float = 0.0

@@ -99,7 +99,11 @@ def as_denoiser(
 
 
 def is_denoiser(model: Any) -> bool:
-    """Whether `model` has the interface of `Denoiser` itself."""
+    """Whether `model` has the interface of `Denoiser` itself.
+
+    Args:
+        model: Anything.
+    """
     return isinstance(model, Denoiser) or (
         isinstance(model, nn.Module) and all(hasattr(model, name) for name in _INTERFACE)
     )
@@ -107,7 +111,11 @@ def is_denoiser(model: Any) -> bool:
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """A module in evaluation mode for as long as this lasts; each of its parts is then in the mode it was in."""
+    """A module in evaluation mode for as long as this lasts; each of its parts is then in the mode it was in.
+
+    Args:
+        model: A module; anything else is left alone.
+    """
     training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
     if training:
         model.eval()

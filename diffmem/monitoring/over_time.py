@@ -28,9 +28,14 @@ _ONSET = 0.5  # what bisection looks for where no question says otherwise
 
 @dataclass(frozen=True, eq=False)
 class Point(ReportsRate):
-    """R_mem of one snapshot: images and epochs seen, mean loss per pixel before it, what was audited.
+    """R_mem of one snapshot.
 
-    question: the one that the audit was to answer, at the confidence of this snapshot's share; None: all seeds.
+    Attributes:
+        images: Images seen.
+        epochs: Epochs.
+        loss: Mean loss per pixel before it.
+        audited: What was audited.
+        question: The one that the audit was to answer, at the confidence of this snapshot's share; None: all seeds.
     """
 
     images: int
@@ -58,9 +63,19 @@ class Point(ReportsRate):
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """R_mem over training time. points: the audited snapshots, oldest first; left_out: images seen of those that were
-    not audited; losses: the lines of the run's `stats.jsonl`; looks: how many snapshots could have been audited, where
-    which ones were depended on what was seen (order "bisect"), else None."""
+    """R_mem over training time.
+
+    Attributes:
+        run: The run's folder.
+        points: The audited snapshots, oldest first.
+        left_out: Images seen of those that were not audited.
+        losses: The lines of the run's `stats.jsonl`.
+        training: The run's training set.
+        settings: What decides the verdicts, in JSON types.
+        question: What was asked; None: R_mem itself.
+        looks: How many snapshots could have been audited, where which ones were depended on what was seen (order
+            "bisect"), else None.
+    """
 
     run: Path
     points: tuple[Point, ...]
@@ -152,17 +167,26 @@ def trajectory(
     device: str = "auto",
     progress: Progress = silent,
 ) -> Trajectory:
-    """R_mem of the snapshots of the run in the folder `run`.
+    """R_mem of the snapshots of a run.
 
     Each image is audited against the run's training set by the rule of `diffmem.audit` (with mirrored images too, where
     the run has them), and remembered in the run's folder: what was audited before, in the same way, is not again.
+    Ctrl-C loses the current batch only.
 
-    data: the training set, where the run does not know where it lies. seeds: the images of each snapshot. every: only
-    the first snapshot of every so many images, and the last. order: "newest" or "oldest" first, or "bisect": the
-    last one and then, where copying is found there, those that narrow down where R_mem passes the question's share
-    (0.5 without a question), as if it only grew. question: stop at each snapshot as soon as this is answered there;
-    the confidence is shared among the snapshots. Ctrl-C loses the batch at hand only. Raises InputError where there is
-    no run, no snapshot, or another training set.
+    Args:
+        run: The run's folder.
+        data: The training set, where the run does not know where it lies.
+        seeds: The images of each snapshot.
+        every: Only the first snapshot of every so many images, and the last.
+        order: "newest" or "oldest" first, or "bisect": the last one and then, where copying is found there, those that
+            narrow down where R_mem passes the question's share (0.5 without a question), as if it only grew.
+        question: Stop at each snapshot as soon as this is answered there; the confidence is shared among the snapshots.
+        settings: Of the sampler.
+        device: "cpu", "cuda" or "auto".
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: There is no run, no snapshot, or another training set.
     """
     if order not in ORDERS:
         raise InputError(f"order is {order!r}, but must be one of {', '.join(ORDERS)}")

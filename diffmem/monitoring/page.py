@@ -50,8 +50,13 @@ def write_page(trajectory: Trajectory, folder: Path) -> Path:
 
 
 def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
-    """R_mem with its intervals, and the training loss, as SVG: of one run against epochs; of several, which `names`
-    tells apart, against the images seen, the measure of what they cost."""
+    """R_mem with its intervals, and the training loss, as SVG: of one run against epochs; of several against the images
+    seen, the measure of what they cost.
+
+    Args:
+        trajectories: What `trajectory` returned.
+        names: Of several runs, to tell them apart.
+    """
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
     along = attrgetter("images" if names else "epochs")

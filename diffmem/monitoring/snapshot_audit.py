@@ -27,8 +27,13 @@ PROTOCOL_SEEDS = range(10_000)
 class SnapshotAudit(ReportsRate):
     """The audited images of a snapshot, in the order in which they were sampled.
 
-    seeds: int64 [n]. memorized: bool [n], by the rule, duplicates collapsed. nearest: int64 [n], the training image.
-    ratios: float32 [n], d1/d2. copies: uint8 [m, C, H, W], the first copies, at most 24, those of `copy_seeds`.
+    Attributes:
+        seeds: int64 [n].
+        memorized: bool [n], by the rule, duplicates collapsed.
+        nearest: int64 [n], the training image.
+        ratios: float32 [n], d1/d2.
+        copies: uint8 [m, C, H, W], the first copies, at most 24.
+        copy_seeds: int64 [m], their seeds.
     """
 
     seeds: np.ndarray

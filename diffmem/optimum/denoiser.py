@@ -39,8 +39,10 @@ WEIGHT_BLOCK = 1 << 24  # values of the training rows at a time when weights are
 class Weights(NamedTuple):
     """The training images that hold the mass of each query's weights.
 
-    indices, weights: per query int64 and float64 [k], the heaviest first. left_out [B]: a certified bound on the mass
-    of all other images together, rounding included.
+    Attributes:
+        indices: Per query int64 [k], the heaviest first.
+        weights: Per query float64 [k].
+        left_out: [B], a certified bound on the mass of all other images together, rounding included.
     """
 
     indices: list[torch.Tensor]
@@ -51,18 +53,34 @@ class Weights(NamedTuple):
 class OptimalDenoiser(nn.Module):
     """D(x; σ) of a training set, with the interface of `diffmem.models.Denoiser`: a drop-in for every sampler.
 
-    training: uint8 images, or float images in [-1, 1]; anything `diffmem.load_images` reads. A memory-mapped set stays
-        on disk. Beyond the images memory is bounded by a constant and what an index of them takes (at most half their
-        size); it does not grow with N times the batch.
-    tolerance: relative error against a direct evaluation in float64, ‖D − D_exact‖ / ‖D_exact‖.
-    labels: None: the set's own, where it has class indices, and unconditional where it has none; True: the set's own,
-        which must be class indices; False: unconditional; or int64 [N]. With labels, the sum of a query of class k runs
-        over the images of class k.
-    device: "cpu", "cuda" or "auto".
-    regularization: a variant of `diffmem.optimum.regularized`; None: the exact optimum.
-    subset: each call uses another random subset of this many images (of each class), drawn anew for each noise level
-        from `seed`, so that the denoiser stays a function of (x, σ) and images do not depend on the batch size.
-    Raises InputError for empty or mixed-up sets, labels that do not fit, and values that are not finite.
+    D(x; σ) = Σ w_i y_i, w = softmax_i(−‖x − y_i‖² / (2σ²)): what a network trained without end on the set would compute
+    (Gu et al., arXiv 2310.02664, section 3.1).
+
+    Args:
+        training: uint8 images, or float images in [-1, 1]; anything `diffmem.load_images` reads. A memory-mapped set
+            stays on disk. Beyond the images memory is bounded by a constant and what an index of them takes (at most
+            half their size); it does not grow with N times the batch.
+        tolerance: Relative error against a direct evaluation in float64, ‖D − D_exact‖ / ‖D_exact‖.
+        labels: None: the set's own, where it has class indices, and unconditional where it has none; True: the set's
+            own, which must be class indices; False: unconditional; or int64 [N]. With labels, the sum of a query of
+            class k runs over the images of class k.
+        device: "cpu", "cuda" or "auto".
+        regularization: A variant of `diffmem.optimum.regularized`; None: the exact optimum.
+        subset: Each call uses another random subset of this many images (of each class), drawn again for each noise
+            level from `seed`, so that the denoiser stays a function of (x, σ) and images do not depend on the batch
+            size.
+        seed: Of the subsets.
+        impl: "reference", "native", "triton", …: which implementation of the posterior mean; None: the fastest here.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: An empty or mixed-up set, labels that do not fit, or values that are not finite.
+
+    Example:
+        >>> training = np.stack([np.zeros((1, 8, 8)), np.ones((1, 8, 8))]).astype(np.float32)
+        >>> optimum = OptimalDenoiser(training)
+        >>> optimum(torch.full((1, 1, 8, 8), 0.9), torch.tensor(0.1)).mean().item()  # nearly the second image
+        1.0
     """
 
     sigma_min = 0.0

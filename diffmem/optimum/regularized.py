@@ -20,7 +20,11 @@ from diffmem.errors import InputError
 
 @dataclass(frozen=True)
 class Tikhonov:
-    """score = (ȳ − x) / (σ² + c)."""
+    """score = (ȳ − x) / (σ² + c).
+
+    Attributes:
+        c: A variance, in the units of [-1, 1]; 0: the exact score.
+    """
 
     c: float
 
@@ -45,6 +49,9 @@ class EmpiricalBayes:
 
     In d dimensions Σ p_i is about exp(−d/2) on the way to a copy, far below the smallest float for images: hence the
     logarithm.
+
+    Attributes:
+        log_tau: ln τ.
     """
 
     log_tau: float
@@ -68,6 +75,9 @@ class Smoothed:
     """The exact score of the training set with every image widened by a Gaussian of bandwidth h.
 
     score = (ȳ − x) / (σ² + h²) with ȳ the posterior mean at noise level √(σ² + h²).
+
+    Attributes:
+        h: A standard deviation, in the units of [-1, 1].
     """
 
     h: float
@@ -90,9 +100,17 @@ _KINDS = {"tikhonov": Tikhonov, "bayes": EmpiricalBayes, "smooth": Smoothed}
 
 
 def parse_regularization(text: str) -> Regularization:
-    """The variant that "tikhonov:c", "bayes:tau" or "smooth:h" names; tau may be written exp(-1500).
+    """The variant that a text names.
 
-    Raises InputError for anything else.
+    Args:
+        text: "tikhonov:c", "bayes:tau" or "smooth:h"; tau may be written exp(-1500).
+
+    Raises:
+        InputError: It is none of these.
+
+    Example:
+        >>> parse_regularization("smooth:0.1")
+        Smoothed(h=0.1)
     """
     name, _, value = text.partition(":")
     try:

@@ -26,13 +26,17 @@ WIDEST_QUERY = 64  # neighbors asked for at once before duplicates are left out 
 class DistinctNeighbors:
     """The two nearest training images of any images, duplicates left in or taken out.
 
-    index, training: the training images [N, C, H, W] and their index.
-    groups: the training set's duplicates, found with the same radius and flip.
-    radius: root mean square difference per value within which two training images are duplicates.
-    flip: a training image counts at the smaller of its distances to the image and to the mirrored image.
+    Args:
+        index: An index of the training images.
+        training: The training images, [N, C, H, W].
+        groups: The training set's duplicates, found with the same radius and flip.
+        radius: Root mean square difference per value within which two training images are duplicates.
+        flip: A training image counts at the smaller of its distances to the image and to the mirrored image.
+        progress: Called as `progress(stage, done, total)`.
 
-    recall: of the last call of `nearest`, if the index may miss neighbors: what it measured of itself, for each
-    orientation.
+    Attributes:
+        recall: Of the last call of `nearest`, if the index may miss neighbors: what it measured of itself, for each
+            orientation.
     """
 
     def __init__(

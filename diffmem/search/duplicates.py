@@ -31,8 +31,9 @@ NEIGHBORS_ASKED = (4, 64)
 class DuplicateGroups:
     """Which training images are duplicates of which.
 
-    group_of: int64 [N], for each image the lowest index of its group (its own, where it has no duplicate).
-    distinct: how many different images the set holds, identical ones counted once.
+    Attributes:
+        group_of: int64 [N], for each image the lowest index of its group (its own, where it has no duplicate).
+        distinct: How many different images the set holds, identical ones counted once.
     """
 
     group_of: np.ndarray
@@ -74,10 +75,20 @@ def find_duplicates(
 ) -> DuplicateGroups:
     """The groups of images within `radius` of each other.
 
-    images: [N, C, H, W] (any [N, ...] without `flip`), uint8 or float.
-    radius: root mean square difference per value (grey levels for uint8 images); 0 finds identical images.
-    index: an exact index of `images` made before; above radius 0 one is made where none is given.
-    Raises InputError for a negative or infinite radius, and for an index of other images.
+    Args:
+        images: [N, C, H, W] (any [N, ...] without `flip`), uint8 or float.
+        radius: Root mean square difference per value (gray levels for uint8 images); 0 finds identical images.
+        flip: Compare with mirrored images too.
+        index: An exact index of `images` made before; above radius 0 one is made where none is given.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: A negative or infinite radius, or an index of other images.
+
+    Example:
+        >>> images = np.array([[[[0]]], [[[9]]], [[[0]]]], np.uint8)
+        >>> find_duplicates(images).group_of.tolist()
+        [0, 1, 0]
     """
     if not 0 <= radius < float("inf"):
         raise InputError(f"the duplicate radius must be 0 or more grey levels (rms), got {radius}")

@@ -37,10 +37,16 @@ FAISS_FILE = "index.faiss"
 class FaissStats:
     """What the last query did.
 
-    recall_nearest, recall_second: shares of the `sample` images whose nearest, and whose second nearest, distance is
-    the true one (equal distances count as found, whichever image has them). seconds: of the search, re-ranking
-    included, without the measurement. completed: images for which FAISS proposed fewer than k candidates and which
-    were searched exactly.
+    Attributes:
+        factory: FAISS's factory string.
+        device: "cpu" or "cuda".
+        candidates: Proposals per image that were re-ranked.
+        recall_nearest: Share of the sample's images whose nearest distance is the true one (equal distances count as
+            found, whichever image has them).
+        recall_second: The same of the second nearest.
+        sample: Images searched exactly, too, to measure that.
+        completed: Images for which FAISS proposed fewer than k candidates and which were searched exactly.
+        seconds: Of the search, re-ranking included, without the measurement.
     """
 
     factory: str
@@ -54,10 +60,17 @@ class FaissStats:
 
 
 def faiss_factory(text: str, count: int) -> str:
-    """FAISS's factory string for a name that people use, for `count` training images.
+    """FAISS's factory string for a name that people use.
 
-    "flat": every vector, exact up to float32. "ivf": inverted lists, about 4 √count of them, as FAISS's guidelines
-    advise; "ivf1024": that many. "hnsw": a graph with 32 links per vector. Anything else is a factory string already.
+    Args:
+        text: "flat": every vector, exact up to float32. "ivf": inverted lists, about 4 √count of them, as FAISS's
+            guidelines advise; "ivf1024": that many. "hnsw": a graph with 32 links per vector. Anything else is a
+            factory string already.
+        count: Training images.
+
+    Example:
+        >>> faiss_factory("ivf", 50_000), faiss_factory("hnsw", 50_000)
+        ('IVF894,Flat', 'HNSW32,Flat')
     """
     name = text.strip()
     kind, number = name.lower()[:3], name[3:]
@@ -74,13 +87,18 @@ def faiss_factory(text: str, count: int) -> str:
 class FaissIndex:
     """A FAISS index of the training images whose answers are re-ranked exactly.
 
-    images: [N, ...] uint8 or float32.
-    factory: FAISS's factory string: "Flat", "IVF1024,Flat", "PCA128,IVF4096,PQ64", …
-    float16: store vectors in half precision (half the memory); for "Flat" and "IVF…,Flat".
-    nprobe: inverted lists visited per query; default a 32nd of them, at least 8.
-    candidates: proposals per image that are re-ranked; default 8 k, at least 32.
-    device: "cpu", "cuda" (all GPUs, the vectors divided among them) or "auto" (GPUs where FAISS has them).
-    Raises MissingExtraError without FAISS, InputError for sets or factory strings that FAISS cannot use.
+    Args:
+        images: [N, ...] uint8 or float32.
+        factory: FAISS's factory string: "Flat", "IVF1024,Flat", "PCA128,IVF4096,PQ64", …
+        float16: Store vectors in half precision (half the memory); for "Flat" and "IVF…,Flat".
+        nprobe: Inverted lists visited per query; default a 32nd of them, at least 8.
+        candidates: Proposals per image that are re-ranked; default 8 k, at least 32.
+        device: "cpu", "cuda" (all GPUs, the vectors divided among them) or "auto" (GPUs where FAISS has them).
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+        InputError: The set or the factory string is one that FAISS cannot use.
     """
 
     def __init__(

@@ -37,11 +37,15 @@ QUERY_BLOCK = 4096
 class QueryStats:
     """What the last query did.
 
-    method: "filtered", "dense", "filtered and dense" (auto switched on the way), "gpu", "torch" or "reference".
-    queries, training: Q and N; `pairs` is their product.
-    bounded: pairs put to the coarse bound. fine: those that passed it and were put to the finer ones.
-    refined: those whose distance was computed. dense_queries: queries answered by the dense search.
-    seconds: wall time by phase.
+    Attributes:
+        method: "filtered", "dense", "filtered and dense" (auto switched on the way), "gpu", "torch" or "reference".
+        queries: Q, query images.
+        training: N, training images; `pairs` is the product of both.
+        bounded: Pairs put to the coarse bound.
+        fine: Those that passed it and were put to the finer ones.
+        refined: Those whose distance was computed.
+        dense_queries: Queries answered by the dense search.
+        seconds: Wall time by phase.
     """
 
     method: str
@@ -61,15 +65,26 @@ class QueryStats:
 class TrainingIndex:
     """The training images, searchable for the exact nearest of any query images.
 
-    images: [N, ...] uint8, float32 or float64; arrays on disk stay there.
-    method: "filtered" (bounds from principal components, exact refinement), "dense" (every product), "torch" and
-        "reference" (`diffmem.ops.nearest`), or "auto": filtered where bounds prune and dense where they do not, decided
-        by measuring while it searches; on a GPU the fastest of the backends of `diffmem.search.gpu`, by measurement
-        at the first query. All these give the same exact answer. "faiss" may miss neighbours (`FaissIndex`).
-    components: how many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
-    factory: FAISS's factory string, for "faiss"; for its other options make a `FaissIndex` and pass that around.
-    device: "cpu", "cuda" or "auto" (a GPU where there is one).
-    Raises InputError for an empty set, other dtypes, or a method that cannot be used here.
+    Args:
+        images: [N, ...] uint8, float32 or float64; arrays on disk stay there.
+        method: "filtered" (bounds from principal components, exact refinement), "dense" (every product), "torch" and
+            "reference" (`diffmem.ops.nearest`), or "auto": filtered where bounds prune and dense where they do not,
+            decided by measuring while it searches; on a GPU the fastest of the backends of `diffmem.search.gpu`, by
+            measurement at the first query. All these give the same exact answer. "faiss" may miss neighbors
+            (`FaissIndex`).
+        components: How many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
+        factory: FAISS's factory string, for "faiss"; for its other options make a `FaissIndex` and pass that around.
+        device: "cpu", "cuda" or "auto" (a GPU where there is one).
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: An empty set, another dtype, values that are not finite, or a method that cannot be used here.
+
+    Example:
+        >>> images = np.array([[0, 0], [3, 4], [9, 9]], np.uint8)
+        >>> found = TrainingIndex(images).query(np.array([[0, 1]], np.uint8))
+        >>> found.indices.tolist(), found.squared_distances.tolist()
+        ([[0, 1]], [[1, 18]])
     """
 
     def __init__(
@@ -139,8 +154,16 @@ class TrainingIndex:
     def query(self, images: Images, k: int = 2, *, progress: Progress = silent) -> Neighbors:
         """The k nearest training images of each query image, exactly, ties to the lower index.
 
-        images: [Q, ...], of the training images' size and dtype.
-        Raises InputError where they differ, or for k > N.
+        Args:
+            images: [Q, ...], of the training images' size and dtype.
+            k: How many neighbors, 1 … N.
+            progress: Called as `progress(stage, done, total)`.
+
+        Returns:
+            Indices and squared distances, [Q, k] each; `stats` then says what the search did.
+
+        Raises:
+            InputError: The images differ from the training images in size or dtype, or k is out of range.
         """
         if self._faiss is not None:
             answer = self._faiss.query(images, k, progress=progress)
@@ -168,9 +191,13 @@ class TrainingIndex:
         return Neighbors(indices, squared, self.dimension)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the index, training images included, to `folder`: beside it first, renamed when whole.
+        """Writes the index, training images included, to a folder: beside it first, renamed when complete.
 
-        Raises InputError where `folder` exists and is not an index.
+        Args:
+            folder: Where to; an index that is there is replaced.
+
+        Raises:
+            InputError: `folder` exists and is not an index.
         """
         if self._faiss is not None:
             self._faiss.save(folder)
@@ -181,7 +208,13 @@ class TrainingIndex:
     def load(cls, folder: str | Path, *, device: str = "auto") -> TrainingIndex:
         """The index that `save` wrote, memory-mapped.
 
-        Raises InputError where `folder` holds no index, or one whose contents do not match their fingerprint.
+        Args:
+            folder: Of the index.
+            device: "cpu", "cuda" or "auto".
+
+        Raises:
+            InputError: `folder` holds no index, one of another format, or one whose contents do not match their
+                fingerprint.
         """
         index = cls.__new__(cls)
         if FaissIndex.is_saved_in(folder):

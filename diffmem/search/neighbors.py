@@ -12,10 +12,11 @@ import numpy as np
 class Neighbors:
     """The k nearest training images of each of Q queries, nearest first; equal distances go to the lower index.
 
-    indices: int64 [Q, k], into the training set.
-    squared_distances: [Q, k] squared Euclidean distances, int64 and exact for uint8 images, float64 for floats.
-    dimension: d, the number of values of one image.
-    mirrored: bool [Q, k], True where the mirrored query was the nearer one; None where mirroring was not asked for.
+    Attributes:
+        indices: int64 [Q, k], into the training set.
+        squared_distances: [Q, k] squared Euclidean distances, int64 and exact for uint8 images, float64 for floats.
+        dimension: d, the number of values of one image.
+        mirrored: bool [Q, k], True where the mirrored query was the nearer one; None where mirroring was not asked for.
     """
 
     indices: np.ndarray

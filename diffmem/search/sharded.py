@@ -22,12 +22,16 @@ from diffmem.search.rows import Images, as_rows
 
 
 class ShardedIndex:
-    """An index of the whole training set of which this rank holds one part.
+    """An index of the training set of which this rank holds one part.
 
-    images: the whole training set (a memory map or a view costs nothing; only this rank's rows are read).
-    build: what to build over the shard; default `TrainingIndex`. Called with the shard's rows and `device`.
-    group: the process group, default the world; gloo and NCCL both serve.
-    Raises InputError where `torch.distributed` is not initialized or the set is empty.
+    Args:
+        images: The complete training set (a memory map or a view costs nothing; only this rank's rows are read).
+        device: "cpu", "cuda" or "auto".
+        build: What to build over the shard; default `TrainingIndex`. Called with the shard's rows and `device`.
+        group: The process group, default the world; gloo and NCCL both serve.
+
+    Raises:
+        InputError: `torch.distributed` is not initialized, or the set is empty.
     """
 
     def __init__(

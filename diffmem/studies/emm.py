@@ -41,8 +41,11 @@ class Upward:
 class EMM:
     """What `find_emm` found: EMM_ζ(P, M, T), the largest N at which the expected R_mem is at least 1 − ζ.
 
-    setting: P, M and T. search: what was asked for. results: of the runs, in the order in which they were made;
-    failures: (size, error) of those that failed.
+    Attributes:
+        setting: P, M and T.
+        search: What was asked for.
+        results: Of the runs, in the order in which they were made.
+        failures: (size, error) of those that failed.
     """
 
     setting: Setting
@@ -165,18 +168,28 @@ def find_emm(
     watch: Callable[[EMM], None] = lambda emm: None,
     progress: Progress = silent,
 ) -> EMM:
-    """EMM_ζ of a setting, with an interval; the runs are kept in `out`, from which a search that ended early goes on.
+    """EMM_ζ of a setting, with an interval; the runs are kept in `out`, from which a search that ended early resumes.
 
-    The next size is chosen by what is known so far (see `diffmem.studies.search`): the middle of what EMM may be, in
-    ln N, and both sides of it. A run ends as soon as it is decided whether its R_mem reaches 1 − ζ, and images are
-    sampled in batches until that is decided, or all `setting.samples` are drawn. Subsets are nested and class-balanced
-    within a repetition; a repetition has subset and seed of its own.
+    The next size is chosen by what is known so far (see `diffmem.studies.search`): the middle of what EMM may be, in ln
+    N, and both sides of it. A run ends as soon as it is decided whether its R_mem reaches 1 − ζ, and images are sampled
+    in batches until that is decided, or all `setting.samples` are drawn. Subsets are nested and class-balanced within a
+    repetition; a repetition has subset and seed of its own.
 
-    sizes: the smallest and the largest N to try; None: from 2 images of each class to all there are. precision: half of
-    the 95 % interval as a share of EMM at which to stop. repetitions: runs per size at most, runs: in all at most.
-    executor: see `diffmem.studies.executors`; with several slots, up to six runs are made at once. tell: called with
-    every run that ends; watch: with what is known so far, at the start and after every round of runs. Raises InputError
-    where nothing can be found out, because no run succeeds.
+    Args:
+        setting: P, M and T.
+        out: Folder of the runs.
+        sizes: The smallest and the largest N to try; None: from 2 images of each class to all there are.
+        zeta: ζ; R_mem at EMM is 1 − ζ.
+        precision: Half of the 95 % interval as a share of EMM at which to stop.
+        repetitions: Runs per size at most.
+        runs: Runs in all at most.
+        executor: See `diffmem.studies.executors`; with several slots, up to six runs are made at once.
+        tell: Called with every run that ends.
+        watch: Called with what is known so far, at the start and after every round of runs.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: Nothing can be found out, because no run succeeds.
     """
     with output_lock(out):
         return _find_emm(setting, out, sizes, zeta, precision, repetitions, runs, executor, tell, watch, progress)

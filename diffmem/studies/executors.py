@@ -39,7 +39,11 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """One unit after another, here. device: as for `run_unit`."""
+    """One run after another, in this process.
+
+    Args:
+        device: As for `run_unit`.
+    """
 
     slots = 1
 
@@ -59,11 +63,14 @@ class InProcess:
 
 
 class Processes:
-    """Several processes of this machine, started afresh (spawn).
+    """Several processes of this machine, started fresh (spawn). A process that dies takes its own run with it only, and
+    is replaced.
 
-    workers: how many. threads: of each, outside its units, which set their own (`Setting.threads`), for results depend
-    on their number; None: the machine's cores, divided among the processes. device: as for `run_unit`;
-    "cuda" deals the GPUs out in turns. A process that dies takes its own unit with it only, and is replaced.
+    Args:
+        workers: How many.
+        threads: Of each, outside its runs, which set their own (`Setting.threads`), for results depend on their number;
+            None: the machine's cores, divided among the processes.
+        device: As for `run_unit`; "cuda" deals the GPUs out in turns.
     """
 
     def __init__(self, workers: int, *, threads: int | None = None, device: str = "auto"):
@@ -134,12 +141,21 @@ def _prepare(threads: int) -> None:
 
 
 class Ray:
-    """A Ray cluster (extra `ray`): many machines and GPUs, which must all see the folder of the study.
+    """A Ray cluster (extra `ray`): many machines and GPUs, which must all see the folder of the study. Only this
+    process writes to the ledger.
 
-    address: of a running cluster, "auto" to find one, None to start one on this machine. gpus, cpus: that a unit takes;
-    a fraction of a GPU lets several units share one. retries: of a unit whose machine or process is lost. slots: units
-    at the same time; None: as many as the cluster has room for. Only this process writes to the ledger. Raises
-    MissingExtraError without the package, InputError where no cluster answers, or it has no room for a single unit.
+    Args:
+        address: Of a running cluster, "auto" to find one, None to start one on this machine.
+        gpus: That a run takes; a fraction of a GPU lets several runs share one.
+        cpus: That a run takes.
+        retries: Of a run whose machine or process is lost.
+        slots: Runs at the same time; None: as many as the cluster has room for.
+        device: As for `run_unit`.
+        **init: Passed on to `ray.init`.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+        InputError: No cluster answers, or it has no room for a single run.
     """
 
     def __init__(

@@ -35,9 +35,16 @@ def run_studies(
     tell: Callable[[Outcome], None] = lambda outcome: None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Runs what is not done yet of some studies in the folder `root`; see `run_units`.
+    """Runs what is not done yet of some studies in a folder; see `run_units`. The first repetition of every study comes
+    before the second of any.
 
-    The first repetition of every study comes before the second of any. retry: try again what failed for good.
+    Args:
+        studies: What to run.
+        root: Folder of the runs and the ledger.
+        executor: See `diffmem.studies.executors`; default: in this process.
+        retry: Try again what failed for good.
+        tell: Called with every run that ends here.
+        progress: Called as `progress(stage, done, total)`.
     """
     root = Path(root)
     (root / STUDIES).mkdir(parents=True, exist_ok=True)
@@ -87,10 +94,12 @@ def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
 
 
 def report_studies(root: str | Path, folder: str | Path | None = None, names: Sequence[str] = ()) -> Path:
-    """Writes the report of studies run in `root` into `folder` (default: `root`/report); returns the page's path.
+    """Writes the report of studies and returns the page's path.
 
-    `root` may be a report: its page is then made again from `studies.json`, `runs.csv` and the page's own pictures, and
-    that of a search for EMM from `emm.json` (see `diffmem.studies.report.again`).
+    Args:
+        root: The folder that they were run in.
+        folder: Of the report; default `root`/report.
+        names: Of the studies; all, where none are given.
     """
     from diffmem.studies.report import again, is_report, write_studies
 

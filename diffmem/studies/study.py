@@ -19,8 +19,11 @@ from diffmem.studies.unit import Setting, Unit
 class Variant:
     """One level of the factor: its name, and what it changes.
 
-    setting: all of it but sizes and repetitions. x: where it stands on an axis, None where levels have no order.
-    sizes: training-set sizes, None for the study's.
+    Attributes:
+        name: For the report.
+        setting: All of it but sizes and repetitions.
+        x: Where it stands on an axis; None where levels have no order.
+        sizes: Training-set sizes; None for the study's.
     """
 
     name: str
@@ -33,8 +36,12 @@ class Variant:
 class Claim:
     """A direction that the paper reports: R_mem under the variant `higher` is above that under `lower`.
 
-    sizes: at which N; None: wherever both were measured. text: the paper's finding in words. about_equal: the paper
-    finds no difference worth speaking of.
+    Attributes:
+        text: The paper's finding in words.
+        higher: A variant's name.
+        lower: Another's.
+        sizes: At which N; None: wherever both were measured.
+        about_equal: The paper finds no difference worth speaking of.
     """
 
     text: str
@@ -48,9 +55,19 @@ class Claim:
 class Study:
     """A grid: every variant at every size, `repetitions` times.
 
-    name: for the command line. factor: what the variants are levels of. axis: of the figure, "size" (a curve of R_mem
-    over N per variant) or "factor" (a curve over the factor per size). log_axis: of the factor. published: the key of
-    `published.json` that holds the paper's numbers. notes: what a reader should know, one line each.
+    Attributes:
+        name: For the command line.
+        title: For the report.
+        factor: What the variants are levels of.
+        variants: Its levels.
+        sizes: N, training-set sizes.
+        repetitions: Runs per cell.
+        axis: Of the figure, "size" (a curve of R_mem over N per variant) or "factor" (a curve over the factor per
+            size).
+        log_axis: Whether the factor's axis is logarithmic.
+        claims: What the paper reports.
+        published: The key of `published.json` that holds the paper's numbers.
+        notes: What a reader should know, one line each.
     """
 
     name: str
@@ -134,9 +151,13 @@ def changed(setting: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> di
 
 
 def load_study(path: str | Path) -> Study:
-    """The study in a file of your own: JSON, or Python that leaves a `Study` (or a dict of the same) in `study`.
+    """The study in a file of your own.
 
-    A Python file is executed. Raises InputError where there is none in it.
+    Args:
+        path: JSON, or Python that leaves a `Study` (or a dict of the same) in `study`; a Python file is executed.
+
+    Raises:
+        InputError: There is no study in it.
     """
     path = Path(path)
     if not path.is_file():

@@ -21,8 +21,20 @@ EPOCHS_PER_DURATION = 20
 def images_of(
     size: int, *, images: int | None = None, epochs: float | None = None, duration: float | None = None
 ) -> int:
-    """The length of a run in images seen, from exactly one of images, epochs of `size` images, or the paper's duration
-    (20 epochs each; Gu et al., arXiv 2310.02664). Raises InputError for none, several, or a length of nothing.
+    """The length of a run in images seen, from exactly one of images, epochs and duration.
+
+    Args:
+        size: N, images of the training set.
+        images: Images seen.
+        epochs: Epochs of `size` images.
+        duration: In the paper's unit of 20 epochs (Gu et al., arXiv 2310.02664).
+
+    Raises:
+        InputError: None is given, or several, or a length of nothing.
+
+    Example:
+        >>> images_of(1000, duration=2000)
+        40000000
     """
     given = {"images": images, "epochs": epochs, "duration": duration}
     given = {name: value for name, value in given.items() if value is not None}
@@ -39,21 +51,33 @@ def images_of(
 class TrainingConfig:
     """What decides the result of a run; the defaults are the reference protocol's (Gu et al., arXiv 2310.02664).
 
-    denoiser        network and preconditioning; the latter decides the loss
-    images          length of the run, images seen (see `images_of`); the last step may see a few more
-    batch           images per step, over all processes
-    seed            of the initial weights, the order of the data, the noise, dropout and augmentation
-    optimizer       "adam", "adamw" or "sgd"
-    lr              learning rate after warm-up
-    betas, eps      of Adam and AdamW; momentum: of SGD
-    weight_decay    L2 penalty of Adam and SGD, decoupled for AdamW
-    warmup_epochs   epochs in which the learning rate grows linearly from 0 (counted in whole thousands of images)
-    ema             the rule of the averaged weights (EMA), and the protocol of its half-life
-    window          share of the training set over which the order mixes; 0: the same order every epoch
-    xflip           the mirrored images count as images too: the training set is twice as large
-    augment         probability of EDM's non-leaking augmentations; the network's augment_dim must be 9; 0: none
-    tikhonov        weight of the score's Tikhonov regularization
-    precision       of the network's products: "ieee" (the protocol's), "tf32" or "bf16", see `diffmem.precision`
+    Attributes:
+        denoiser: Network and preconditioning; the latter decides the loss.
+        images: Length of the run, images seen (see `images_of`); the last step may see a few more.
+        batch: Images per step, over all processes.
+        seed: Of the initial weights, the order of the data, the noise, dropout and augmentation.
+        optimizer: "adam", "adamw" or "sgd".
+        lr: Learning rate after warm-up.
+        betas: Of Adam and AdamW.
+        eps: Of Adam and AdamW.
+        momentum: Of SGD.
+        weight_decay: L2 penalty of Adam and SGD, decoupled for AdamW.
+        warmup_epochs: Epochs in which the learning rate grows linearly from 0 (counted in whole thousands of images).
+        ema: The rule of the EMA weights, and the protocol of its half-life.
+        window: Share of the training set over which the order mixes; 0: the same order every epoch.
+        xflip: The mirrored images count as images too: the training set is twice as large.
+        augment: Probability of EDM's non-leaking augmentations; the network's augment_dim must be 9; 0: none.
+        tikhonov: Weight of the score's Tikhonov regularization.
+        precision: Of the network's products: "ieee" (the protocol's), "tf32" or "bf16", see `diffmem.precision`.
+
+    Raises:
+        InputError: A value that makes no sense; the message names the field.
+
+    Example:
+        >>> from diffmem.models import preset
+        >>> config = TrainingConfig(preset("ddpmpp_8", channels=1), images=10_000, batch=64)
+        >>> TrainingConfig.from_json(config.to_json()) == config
+        True
     """
 
     denoiser: DenoiserConfig
@@ -121,7 +145,17 @@ class TrainingConfig:
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """The fields in which two JSON objects differ: (dotted name, our value, theirs)."""
+    """The fields in which two JSON objects differ: (dotted name, our value, theirs).
+
+    Args:
+        ours: An object of dicts, lists and plain values.
+        theirs: Another.
+        name: Put before the names.
+
+    Example:
+        >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+        [('a.b', 1, 2)]
+    """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         found = []
         for key in [*ours, *(key for key in theirs if key not in ours)]:

@@ -29,11 +29,22 @@ _REFERENCE_BATCH = 512
 
 @dataclass(frozen=True)
 class EMA:
-    """A rule for the decay β of the averaged weights, ema ← β·ema + (1 − β)·weights after every step.
+    """A rule for the decay β of the EMA weights, ema ← β·ema + (1 − β)·weights after every step.
 
-    rule: one of RULES, see above; halflife_images: H; rampup: the half-life is at most this share of the images seen;
-    target: r in [0, 1], for the rule "target" only; protocol: one of PROTOCOLS, see above. Raises InputError for other
-    values.
+    Attributes:
+        rule: "by-size", "compensated", "constant" or "target"; see `diffmem.training.ema` for the formulas.
+        halflife_images: H, the half-life in images seen at N = 50,000.
+        rampup: The half-life is at most this share of the images seen.
+        target: r in [0, 1], the decay at which the rule "target" ends; for that rule only.
+        protocol: "paper": the half-life H·N/50000 as the paper has it; "published": floored to whole thousands of
+            images, as in its public code.
+
+    Raises:
+        InputError: Another value.
+
+    Example:
+        >>> EMA().beta(images_seen=10_000_000, batch=512, size=50_000)  # a half-life of 500,000 images
+        0.9992904...
     """
 
     rule: str = "compensated"

@@ -30,11 +30,20 @@ def denoiser_config(
 ) -> DenoiserConfig:
     """The configuration of a denoiser for images of that size, from an architecture or a preset.
 
-    arch: "ddpmpp" (with VP unless precond says otherwise), "ncsnpp" (VE) or "adm" (EDM); precond: "vp", "ve" or "edm";
-    preset_name: one of `diffmem.models.PRESETS` instead of both, or of the architecture alone. skips: the enabled skip
-    connections, see `skip_mask`; None: all. changes: fields of the network (`model_channels`, `num_blocks`, `dropout`,
-    `embedding`, `label_dim`, `augment_dim`, …); None leaves a field as it is. Attention stays at the same depth (half
-    the resolution in the reference network) unless `attn_resolutions` is given. Raises InputError for unknown names.
+    Attention stays at the same depth (half the resolution in the reference network) unless `attn_resolutions` is given.
+
+    Args:
+        resolution: Height and width of the images, pixels.
+        channels: Of the images.
+        arch: "ddpmpp" (with VP unless precond says otherwise), "ncsnpp" (VE) or "adm" (EDM).
+        precond: "vp", "ve" or "edm".
+        preset_name: One of `diffmem.models.PRESETS` instead of both, or of the architecture alone.
+        skips: The enabled skip connections, see `skip_mask`; None: all.
+        **changes: Fields of the network (`model_channels`, `num_blocks`, `dropout`, `embedding`, `label_dim`,
+            `augment_dim`, …); None leaves a field as it is.
+
+    Raises:
+        InputError: An unknown name.
     """
     if preset_name is not None:
         base = preset(preset_name)

@@ -58,13 +58,21 @@ _READ_STOP_EVERY = {"cpu": 1, "cuda": 16}  # steps between looks at the other pr
 
 
 class DivergedError(InputError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number. An `InputError`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `train` did: the run's folder, images seen in all, why it ended ("finished", "interrupted" or "stopped"),
-    what an observer said when it stopped it, the mean loss per pixel of the last tick, and the snapshots."""
+    """What `train` did.
+
+    Attributes:
+        out: The run's folder.
+        images: Images seen in all.
+        ending: Why it ended: "finished", "interrupted" or "stopped".
+        reason: What a callback said when it stopped it.
+        loss: Mean loss per pixel of the last line of statistics.
+        snapshots: The snapshots that were made.
+    """
 
     out: Path
     images: int
@@ -92,22 +100,43 @@ def train(
 ) -> Run:
     """Trains a denoiser on `data` and returns how that ended; the results lie in the folder `out`.
 
-    config: what decides the result. data: anything that `diffmem.load_images` reads,
-    or a DataSource, uint8. snapshot_images: a snapshot
-    at the first step that reaches each multiple (default: only at the end; the last step always makes one). device:
-    "cpu", "cuda", or "auto". batch_gpu: images per forward pass of one process, gradients are accumulated (default: the
-    process's share of the batch). compile: True, False, or "auto", which compiles where the run is long enough to gain
-    by it. cuda_graph: True, False, or "auto": a GPU replays a graph of the passes where that was measured to be faster
-    (small networks); the arithmetic is the same. keep: which snapshots stay. state_minutes: a state to resume from is
-    saved so often, and at every snapshot, interruption and end. resume: continue the run in `out` (from its beginning
-    where it has saved no state yet); on a CPU, with the same batch_gpu, number of threads and processes, the weights
-    become those of a run never interrupted, bit by bit. observers: see `Observer`. found_at: how to find `data` again,
-    where they are images in memory: then `diffmem.monitoring` needs not be told.
-
     SIGINT and SIGTERM let the step finish and save a state; a second one interrupts at once. Under `torchrun`, with
     torch.distributed initialized, each process computes its slice of every batch, and noise, losses and gradients are
-    those of a single process. Raises InputError for data that do not fit, a folder in use, or a state of other
-    settings, naming the fields; DivergedError (an InputError) when the loss is no longer a number.
+    those of a single process.
+
+    Args:
+        config: What decides the result.
+        data: Anything that `diffmem.load_images` reads, or a DataSource; uint8.
+        out: The run's folder.
+        snapshot_images: A snapshot at the first step that reaches each multiple (default: only at the end; the last
+            step always makes one).
+        device: "cpu", "cuda", or "auto".
+        batch_gpu: Images per forward pass of one process, gradients are accumulated (default: the process's share of
+            the batch).
+        compile: True, False, or "auto", which compiles where the run is long enough to gain by it.
+        cuda_graph: True, False, or "auto": a GPU replays a graph of the passes where that was measured to be faster
+            (small networks); the arithmetic is the same.
+        keep: Which snapshots stay.
+        state_minutes: A state to resume from is saved so often, and at every snapshot, interruption and end.
+        resume: Continue the run in `out` (from its beginning where it has saved no state yet); on a CPU, with the same
+            batch_gpu, number of threads and processes, the weights become those of a run never interrupted, bit by bit.
+        observers: Callbacks, see `Observer`.
+        found_at: How to find `data` again, where they are images in memory: then `diffmem.monitoring` needs not be
+            told.
+
+    Returns:
+        The folder, images seen, why the run ended, and its snapshots.
+
+    Raises:
+        InputError: Data that do not fit, a folder in use, or a state of other settings, naming the fields.
+        DivergedError: The loss is no longer a number.
+
+    Example:
+        >>> from diffmem.models import preset
+        >>> config = TrainingConfig(preset("ddpmpp_8", channels=1, model_channels=8), images=64, batch=32)
+        >>> run = train(config, DataSource("builtin:digits", size=20), "run", compile=False)
+        >>> run.ending, run.images
+        ('finished', 64)
     """
     out, ranks = Path(out), Ranks()
     if snapshot_images is not None and snapshot_images < 1:
@@ -144,7 +173,16 @@ def plan_training(
     compile: bool | str = "auto",
     cuda_graph: bool | str = "auto",
 ) -> Plan:
-    """What `train` with these arguments would do and cost, from a few passes of the network; nothing is written."""
+    """What `train` with these arguments would do and cost, from a few passes of the network; nothing is written.
+
+    Args:
+        config: As for `train`.
+        data: As for `train`.
+        device: As for `train`.
+        batch_gpu: As for `train`.
+        compile: As for `train`.
+        cuda_graph: As for `train`.
+    """
     ranks = Ranks()
     with _own_random_numbers(), contextlib.ExitStack() as stack:
         trainer = Trainer(config, data, device, batch_gpu, compile, ranks, cuda_graph=cuda_graph)

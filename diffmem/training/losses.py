@@ -83,8 +83,18 @@ def denoising_loss(
     The second term is Tikhonov regularization of the score (Baptista et al., arXiv 2501.15785). Where λ = 1/σ² (VP and
     VE) its optimum over a finite set is s = (ȳ − x)/(σ² + c), c = `tikhonov`, ȳ the posterior mean.
 
-    denoiser: called as denoiser(x, sigma, labels, augment_labels), sigma (B, 1, 1, 1); images (B, C, H, W) in [-1, 1];
-    draws: see `draw`, by default drawn here from `generator` (None: torch's own). Raises InputError for iDDPM.
+    Args:
+        denoiser: Called as denoiser(x, sigma, labels, augment_labels), sigma (B, 1, 1, 1).
+        images: y, (B, C, H, W) in [-1, 1].
+        preconditioning: Decides the distribution of σ and λ.
+        labels: Passed on to the denoiser.
+        augment_labels: Passed on to the denoiser.
+        draws: Noise levels and noise, see `diffmem.training.losses.draw`; by default drawn here.
+        tikhonov: c, at least 0.
+        generator: Of the draws; None: torch's own.
+
+    Raises:
+        InputError: The preconditioning is iDDPM's, which has no loss here.
     """
     check_trainable(preconditioning)
     if draws is None:

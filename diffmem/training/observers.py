@@ -17,12 +17,25 @@ from diffmem.sampling import sample
 class Plan:
     """What a run will do and cost, measured on a few passes before it starts.
 
-    images and steps: of the whole run; images_left: what is left of it; size: images of the training set, N; epochs: of
-    the whole run; parameters: of the network; seconds_per_step: eager, the median of several passes, seconds: all that
-    is left, without compiling, and seconds_range: from low to high, as far as the passes differed;
-    compiled: whether it will run through torch.compile; graphed: whether its passes are replayed as a CUDA graph;
-    precision: of the network's products; resumed_at: images seen before, 0 for a new run; resident:
-    whether the training set lies on the device; snapshot_images: the interval of snapshots, None for one at the end.
+    Attributes:
+        images: Of the complete run, images seen.
+        steps: Of the complete run.
+        images_left: What is left of it.
+        size: N, images of the training set.
+        epochs: Of the complete run.
+        parameters: Of the network.
+        device: "cpu" or "cuda".
+        ranks: Processes.
+        batch_gpu: Images per forward pass of a process.
+        seconds_per_step: Without compiling, the median of several passes.
+        seconds: All that is left, without compiling.
+        seconds_range: From low to high, as far as the passes differed.
+        compiled: Whether it will run through torch.compile.
+        resident: Whether the training set lies on the device.
+        resumed_at: Images seen before; 0 for a new run.
+        snapshot_images: The interval of snapshots; None for one at the end.
+        graphed: Whether its passes are replayed as a CUDA graph.
+        precision: Of the network's products.
     """
 
     images: int
@@ -47,7 +60,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stats:
-    """A line of `stats.jsonl`: mean loss per pixel since the line before, learning rate and β of the last step."""
+    """A line of `stats.jsonl`.
+
+    Attributes:
+        images: Images seen.
+        epochs: Epochs.
+        steps: Steps of the optimizer.
+        loss: Mean loss per pixel since the line before.
+        lr: Learning rate of the last step.
+        ema_beta: β of the EMA weights at the last step.
+        images_per_second: Since the line before.
+        seconds: Wall time since the run was started or resumed.
+    """
 
     images: int
     epochs: float
@@ -61,8 +85,15 @@ class Stats:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot just written: its folder, images seen, epochs, mean loss per pixel since the one before, and the
-    averaged denoiser itself, in evaluation mode, not to be changed."""
+    """A snapshot just written.
+
+    Attributes:
+        folder: The checkpoint.
+        images: Images seen.
+        epochs: Epochs.
+        loss: Mean loss per pixel since the snapshot before.
+        denoiser: The denoiser with the EMA weights, in evaluation mode, not to be changed.
+    """
 
     folder: Path
     images: int
@@ -73,7 +104,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an observer says of a snapshot: a score (higher is better) to keep the best by, and whether to stop."""
+    """What a callback says of a snapshot.
+
+    Attributes:
+        score: Higher is better; the best snapshot is kept by it.
+        stop: Whether to end the run.
+        reason: Why, in words.
+    """
 
     score: float | None = None
     stop: bool = False
@@ -100,7 +137,12 @@ class Observer:
 
 
 class Grids(Observer):
-    """Writes `grids/<images>.png` in the run's folder: the images of fixed seeds at every snapshot."""
+    """Writes `grids/<images>.png` in the run's folder: the images of fixed seeds at every snapshot.
+
+    Args:
+        out: The run's folder.
+        count: Images in the grid, those of the first seeds.
+    """
 
     def __init__(self, out: str | Path, count: int = 16):
         self.out, self.seeds = Path(out) / "grids", range(count)
@@ -113,7 +155,11 @@ class Grids(Observer):
 
 
 class TensorBoard(Observer):
-    """Writes scalars to `tensorboard/` in the run's folder. Needs the extra `tensorboard`; see `available`."""
+    """Writes scalars to `tensorboard/` in the run's folder. Needs the extra `tensorboard`; see `available`.
+
+    Args:
+        out: The run's folder.
+    """
 
     def __init__(self, out: str | Path):
         from torch.utils.tensorboard import SummaryWriter

@@ -11,7 +11,13 @@ from diffmem.models import PRESETS
 
 @dataclass(frozen=True)
 class TrainingPreset:
-    """network: arguments of `denoiser_config`. training: fields of `TrainingConfig` (`ema` as those of `EMA`)."""
+    """A network and its training by name.
+
+    Attributes:
+        description: In words.
+        network: Arguments of `denoiser_config`.
+        training: Fields of `TrainingConfig` (`ema` as those of `EMA`).
+    """
 
     description: str
     network: dict[str, Any] = field(default_factory=dict)
@@ -36,14 +42,29 @@ TRAINING_PRESETS: dict[str, TrainingPreset] = {
 
 
 def fitting_preset(resolution: int) -> str:
-    """The name of the training preset for images of that size: small ones need no network of 35 million parameters."""
+    """The name of the training preset for images of that size: small ones need no network of 35 million parameters.
+
+    Args:
+        resolution: Height and width, in pixels.
+
+    Example:
+        >>> fitting_preset(8), fitting_preset(16), fitting_preset(32)
+        ('small_8', 'small_16', 'protocol')
+    """
     if resolution <= 12:
         return "small_8"
     return "small_16" if resolution <= 24 else PROTOCOL
 
 
 def training_preset(name: str) -> TrainingPreset:
-    """The preset of that name, or the network of one of `diffmem.models.PRESETS` with the protocol's training."""
+    """The preset of that name, or the network of one of `diffmem.models.PRESETS` with the protocol's training.
+
+    Args:
+        name: "protocol", "small_16", "small_8", or a key of `PRESETS`.
+
+    Raises:
+        InputError: There is none of that name.
+    """
     if name in TRAINING_PRESETS:
         return TRAINING_PRESETS[name]
     if name in PRESETS:

@@ -25,8 +25,13 @@ ADVICE = "restore it, or remove its line sha256 if you changed it on purpose"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What `diffmem.training.train` left in `path`: its configuration, and what its training set was (`source` in
-    words, `images`, `fingerprint`, `found_at`)."""
+    """What `diffmem.training.train` left in a folder.
+
+    Attributes:
+        path: The folder.
+        config: The run's configuration.
+        data: What its training set was: `source` in words, `images`, `fingerprint`, `found_at`.
+    """
 
     path: Path
     config: TrainingConfig

@@ -24,8 +24,15 @@ _ADVICE = "restore it, or remove it and sample the snapshots beside it one by on
 
 @dataclass(frozen=True)
 class SnapshotRecord:
-    """One snapshot: images seen, epochs, mean loss per pixel since the one before, the score that an observer gave it
-    (higher is better; None where none did), and whether its folder is still there."""
+    """One snapshot that a run has made.
+
+    Attributes:
+        images: Images seen.
+        epochs: Epochs.
+        loss: Mean loss per pixel since the one before.
+        score: What a callback gave it, higher is better; None where none did.
+        kept: Whether its folder is still there.
+    """
 
     images: int
     epochs: float
@@ -41,13 +48,21 @@ class KeepRule(Protocol):
 
 
 def keep_all(records: Sequence[SnapshotRecord]) -> set[int]:
-    """Every snapshot: what a trajectory needs."""
+    """Every snapshot: what a trajectory needs.
+
+    Args:
+        records: Of the run.
+    """
     return {record.images for record in records}
 
 
 @dataclass(frozen=True)
 class KeepLast:
-    """The last `count` snapshots, and the best one: the highest score, or the lowest loss where there are no scores."""
+    """The last `count` snapshots, and the best one: the highest score, or the lowest loss where there are no scores.
+
+    Attributes:
+        count: How many, at least 1.
+    """
 
     count: int
 
@@ -101,12 +116,24 @@ class Snapshots:
 
 
 def snapshot_folder(out: Path, images: int) -> Path:
-    """Where the snapshot after `images` lies: nine digits or more, so that names sort."""
+    """Where a snapshot lies: nine digits or more, so that names sort.
+
+    Args:
+        out: The run's folder.
+        images: Images seen.
+    """
     return out / FOLDER / f"{images:09d}"
 
 
 def read_records(out: Path) -> list[SnapshotRecord]:
-    """The snapshots that a run's folder lists, oldest first; none where there are none yet."""
+    """The snapshots that a run's folder lists, oldest first; none where there are none yet.
+
+    Args:
+        out: The run's folder.
+
+    Raises:
+        InputError: The list is damaged.
+    """
     path = Path(out) / RECORDS
     if not path.exists():
         return []

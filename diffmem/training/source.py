@@ -14,11 +14,21 @@ from diffmem.progress import Progress, silent
 
 @dataclass(frozen=True)
 class DataSource:
-    """A training set by name: read from `path`, brought to `resize`×`resize` pixels and to `color` ("grey", "rgb"), and
-    cut down to the class-balanced subset of `size` images (the first `size` where there are no class numbers).
+    """A training set by name: read from `path`, brought to one size and color, and cut down to a subset.
 
-    `path`: whatever `diffmem.load_images` reads from a name; a file's becomes absolute. `alpha`, `key`, `layout`,
-    `skip_bad`: as for `load_images`.
+    Attributes:
+        path: Whatever `diffmem.load_images` reads from a name; a file's becomes absolute.
+        size: The class-balanced subset of so many images (the first so many where there are no class numbers).
+        resize: N for N×N pixels.
+        color: "gray" or "rgb".
+        alpha: As for `load_images`.
+        key: As for `load_images`.
+        layout: As for `load_images`.
+        skip_bad: As for `load_images`.
+
+    Example:
+        >>> DataSource("builtin:digits", size=20).load()
+        ImageSet(builtin:digits: uint8 [20, 1, 8, 8], labels int64 [20])
     """
 
     path: str
@@ -47,8 +57,12 @@ class DataSource:
 
 
 def read_data(data: Any, progress: Progress = silent) -> tuple[ImageSet, DataSource | None]:
-    """The images of `data` (a DataSource, an ImageSet, or anything that `load_images` reads), and how to find them
-    again, where there is a way."""
+    """The images of `data`, and how to find them again, where there is a way.
+
+    Args:
+        data: A DataSource, an ImageSet, or anything that `load_images` reads.
+        progress: Called as `progress(stage, done, total)`.
+    """
     if isinstance(data, (str, os.PathLike)):
         data = DataSource(os.fspath(data))
     if isinstance(data, DataSource):
