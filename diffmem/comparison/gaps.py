@@ -17,7 +17,7 @@ from diffmem.comparison.bootstrap import interval, resampled
 from diffmem.data import ImageSet, load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
+from diffmem.generation import SampleSettings, checked_seeds, format_seeds, sample_detector
 from diffmem.memorization import CopyRate
 from diffmem.models import as_denoiser, evaluating, load
 from diffmem.optimum import OptimalDenoiser
@@ -374,8 +374,7 @@ def compare(
         **settings.solver_arguments(),
     )  # fmt: skip
     pixels = made.images.numpy()
-    judge = RunningAudit(trained_on, None, trained_on.image_shape, place, progress)
-    judge.add(pixels)
+    copies = sample_detector(trained_on, trained_on.image_shape, place, progress=progress).judge(pixels).count
     drawn = None if made.labels is None else made.labels.numpy()
     sets["generated"] = ImageSet(pixels, [f"seed {one}" for one in seeds], drawn, "generated images")
     pairs = _Pairs(denoiser, optimum, reference, sigmas, settings.batch, seed)
@@ -400,7 +399,7 @@ def compare(
         "conditional": bool(denoiser.label_dim),
     }
     return Comparison(
-        name, denoiser.summary(), trained_on, sigmas, gaps, judge.count, 0 if reference is None else len(rest),
+        name, denoiser.summary(), trained_on, sigmas, gaps, copies, 0 if reference is None else len(rest),
         tuple(examples), tuple(shown), described, tuple(notes),
     )  # fmt: skip
 

@@ -17,10 +17,10 @@ import torch
 from diffmem.atomic_io import atomic_file, output_lock
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
+from diffmem.generation import SampleSettings, checked_seeds, format_seeds, sample_detector
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
-from diffmem.memorization import CopyRate, ReportsRate
+from diffmem.memorization import CopyDetector, CopyRate, ReportsRate
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Regularization, Smoothed, Tikhonov, parse_regularization
 from diffmem.progress import Progress, silent
 from diffmem.sampling import sample_batches
@@ -189,8 +189,8 @@ def sweep(
     denoiser = OptimalDenoiser(images, labels=labels, tolerance=tolerance, device=device, progress=progress)
     settings.plan(denoiser)  # raises where the settings do not fit
     place = next(denoiser.parameters()).device
-    judge = RunningAudit(images, None, images.image_shape, place, progress)
-    spacing = nearest_neighbours(judge)
+    detector = sample_detector(images, images.image_shape, place, progress=progress)
+    spacing = nearest_neighbours(detector)
     chosen: list[Regularization] = []
     for variant in variants:
         chosen += chosen_variants(variant, spacing, images.dimension) if isinstance(variant, str) else [variant]
@@ -205,14 +205,14 @@ def sweep(
         for variant in chosen:
             denoiser.regularization = variant
             stage = f"sampling: {variant}, {len(points) + 1} of {len(chosen)}"
-            points.append(_point(denoiser, judge, seeds, settings, files, stage, progress))
+            points.append(_point(denoiser, detector, seeds, settings, files, stage, progress))
     described = {**sampler, "seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
     return Sweep(images, tuple(points), spacing, described)
 
 
 def _point(
     denoiser: OptimalDenoiser,
-    judge: RunningAudit,
+    detector: CopyDetector,
     seeds: list[int],
     settings: SampleSettings,
     files: _PointFiles,
@@ -230,9 +230,10 @@ def _point(
     )  # fmt: skip
     for made in batches:
         pictures = made.images.numpy()
-        memorized, nearest = judge.judge(pictures)
+        found = detector.judge(pictures)
+        nearest = found.neighbors
         point = point.and_then(
-            made.seeds.numpy(), pictures, memorized, nearest.distance_ratios, nearest.rms[:, 0]
+            made.seeds.numpy(), pictures, found.memorized, nearest.distance_ratios, nearest.rms[:, 0]
         )  # fmt: skip
         files.write(denoiser, point)
         asked = point.of(seeds)
@@ -304,11 +305,11 @@ def _axis(point: SweepPoint) -> float:
     return math.log(point.strength) if point.strength > 0 else -math.inf
 
 
-def nearest_neighbours(judge: RunningAudit) -> np.ndarray:
+def nearest_neighbours(detector: CopyDetector) -> np.ndarray:
     """Distances (units of [-1, 1]) from training images, at most `NEIGHBOURS` of them, to their nearest neighbours."""
-    training = judge.training.images
+    training = detector.training.images
     rows = np.unique(np.linspace(0, len(training) - 1, min(len(training), NEIGHBOURS)).astype(int))
-    squared = judge.index.query(np.ascontiguousarray(training[rows]), 2).squared_distances[:, 1].astype(np.float64)
+    squared = detector.index.query(np.ascontiguousarray(training[rows]), 2).squared_distances[:, 1].astype(np.float64)
     return np.sqrt(squared) / (127.5 if training.dtype == np.uint8 else 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffmem.generation.kept import work_folder
 from diffmem.generation.run import Generated, generate
-from diffmem.generation.running_audit import RunningAudit
+from diffmem.generation.running_audit import RunningAudit, sample_detector
 from diffmem.generation.seed_ranges import checked_seeds, format_seeds, parse_seeds
 from diffmem.generation.settings import SampleSettings
 
@@ -16,5 +16,6 @@ __all__ = [
     "format_seeds",
     "generate",
     "parse_seeds",
+    "sample_detector",
     "work_folder",
 ]

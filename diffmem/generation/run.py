@@ -18,7 +18,7 @@ from diffmem.data import ImageSet, write_edm_zip, write_folder, write_npz
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation.kept import KeptBlocks
-from diffmem.generation.running_audit import RunningAudit
+from diffmem.generation.running_audit import RunningAudit, sample_detector
 from diffmem.generation.seed_ranges import checked_seeds, format_seeds
 from diffmem.generation.settings import SampleSettings
 from diffmem.memorization import Audit
@@ -209,7 +209,11 @@ def _run(
         _check_output(out, denoiser.channels)
     auditor = None
     if training is not None and rank == 0:
-        auditor = RunningAudit(training, holdout, image_shape, place, progress, flip)
+        auditor = RunningAudit(
+            sample_detector(
+                training, image_shape, place, holdout=holdout, flip=flip, keep_images=True, progress=progress
+            )
+        )
 
     share = _Share(denoiser, seeds, settings, rank, ranks, None if out is None else KeptBlocks(out))
     identity = {
@@ -239,11 +243,15 @@ def _run(
         if other_failure is not None:
             raise other_failure
     blocks = {index: block for part, *_ in shares for index, block in part.items()}
-    samples = _joined(blocks[index] for index in sorted(blocks))
+    order = sorted(blocks)
+    samples = _joined(blocks[index] for index in order)
     if out is not None:
         _write(samples, out, progress)
         share.kept.remove()
-    result = None if auditor is None else auditor.audit(_image_set(samples, str(out or source), named=True))
+    result = None
+    if auditor is not None:
+        sizes = [(index, len(blocks[index].seeds)) for index in order]
+        result = auditor.audit(_image_set(samples, str(out or source), named=True), sizes)
     return Generated(
         samples, sum(new for _, new, _ in shares), seconds, network_calls, settings, source, identifier, out,
         result,
@@ -304,7 +312,7 @@ class _Share:
                     self.blocks[index] = block
                     done += len(seeds)
                     if auditor is not None:
-                        auditor.add(block.images.numpy())
+                        auditor.add(index, block.images.numpy())
         progress(STAGE, min(done * self.ranks, self.total), self.total)
         for index, seeds in self.seeds_of.items():
             if index in self.blocks:
@@ -317,7 +325,7 @@ class _Share:
             done += len(seeds)
             stage = STAGE
             if auditor is not None:
-                auditor.add(block.images.numpy())
+                auditor.add(index, block.images.numpy())
                 stage = f"{STAGE}: {auditor.so_far()}"
             progress(stage, min(done * self.ranks, self.total), self.total)
 

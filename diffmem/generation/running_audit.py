@@ -1,8 +1,8 @@
-"""An audit that keeps pace with the sampler."""
+"""The detector for images that a network will make, and an audit that keeps pace with the sampler."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,65 +10,87 @@ import torch
 
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.memorization import Audit, audit, parse_threshold, ratio_rule
+from diffmem.memorization import Audit, CopyDetector, CopyRate, Detection, check_sets
 from diffmem.progress import Progress, silent
-from diffmem.search import DistinctNeighbors, Neighbors, TrainingIndex
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
 
-class RunningAudit:
-    """Counts copies block by block, by the rule of `diffmem.audit`'s defaults, and audits the whole at the end.
+def sample_detector(
+    training: ImageSource,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    holdout: ImageSource | None = None,
+    flip: bool = False,
+    keep_images: bool = False,
+    progress: Progress = silent,
+) -> CopyDetector:
+    """A detector for uint8 images that are yet to be sampled, by the rule of `diffmem.audit`'s defaults.
 
-    training, holdout, flip: as for `diffmem.audit`. image_shape: (C, H, W) of the images to come. Raises InputError,
-    before anything is sampled, for all that `diffmem.audit` would complain about afterwards.
+    Args:
+        training: The training images, as for `diffmem.audit`.
+        image_shape: (C, H, W) of the images to come.
+        device: Where to search.
+        holdout: Real images that the model has not seen, as for `diffmem.audit`.
+        flip: Whether mirrored images are compared too.
+        keep_images: See `CopyDetector`.
+        progress: A callback.
+
+    Raises:
+        InputError: Before anything is sampled, for all that `diffmem.audit` would complain about afterwards.
+    """
+    training = load_images(training, progress=progress)
+    holdout = None if holdout is None else load_images(holdout, progress=progress)
+    if training.image_shape != image_shape:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (training.image_shape, image_shape))
+        raise InputError(
+            f"training images ({training.source}) are {theirs}, this network makes {ours}: give a training "
+            "set of that size, or write the images first and bring both to one size with diffmem audit"
+        )
+    check_sets(ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled"), training, "generated")
+    return CopyDetector(
+        training, flip=flip, holdout=holdout, device=str(device), keep_images=keep_images, progress=progress
+    )
+
+
+class RunningAudit:
+    """Counts copies block by block, in whatever order they come, and audits all at the end. Each image is searched
+    once.
+
+    Args:
+        detector: Of `sample_detector`; it keeps images.
     """
 
-    def __init__(
-        self,
-        training: ImageSource,
-        holdout: ImageSource | None,
-        image_shape: tuple[int, int, int],
-        device: torch.device,
-        progress: Progress = silent,
-        flip: bool = False,
-    ):
-        self.flip = flip
-        self.training = load_images(training, progress=progress)
-        self.holdout = None if holdout is None else load_images(holdout, progress=progress)
-        self.progress = progress
-        if self.training.image_shape != image_shape:
-            theirs, ours = ("x".join(map(str, shape)) for shape in (self.training.image_shape, image_shape))
-            raise InputError(
-                f"training images ({self.training.source}) are {theirs}, this network makes {ours}: give a training "
-                "set of that size, or write the images first and bring both to one size with diffmem audit"
-            )
-        self.index = TrainingIndex(self.training, device=str(device), progress=progress)
-        # One image stands for those to come, so that sets that do not fit together come to light now.
-        stand_in = ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled")
-        first = audit(stand_in, self.training, holdout=self.holdout, index=self.index, flip=flip, progress=progress)
-        self._holdout_audit = first.holdout
-        self._search = DistinctNeighbors(self.index, self.training.images, first.duplicate_groups, flip=flip)
-        self._threshold = parse_threshold(first.settings["threshold"])
-        self.count = self.total = 0
+    def __init__(self, detector: CopyDetector):
+        self.detector = detector
+        self._found: dict[int, Detection] = {}
 
-    def judge(self, images: np.ndarray) -> tuple[np.ndarray, Neighbors]:
-        """Which of uint8 images [n, C, H, W] are copies (bool [n]), and their nearest and second nearest images."""
-        nearest = self._search.outside_duplicates(images, self._search.nearest(images))
-        return ratio_rule(nearest.squared_distances, self._threshold), nearest
+    @property
+    def rate(self) -> CopyRate:
+        """How many of the images so far are copies."""
+        return CopyRate(sum(each.count for each in self._found.values()), sum(map(len, self._found.values())))
 
-    def add(self, images: np.ndarray) -> None:
-        """Counts the copies among uint8 images [n, C, H, W]."""
-        memorized, _ = self.judge(images)
-        self.count += int(memorized.sum())
-        self.total += len(images)
+    def add(self, block: int, images: np.ndarray) -> None:
+        """Counts the copies among the uint8 images [n, C, H, W] of a block."""
+        self._found[block] = self.detector.judge(images)
 
     def so_far(self) -> str:
         """The running estimate, for a progress line."""
-        return f"{self.count / self.total:.1%} copies so far"
+        return f"{self.rate.ratio:.1%} copies so far"
 
-    def audit(self, generated: ImageSet) -> Audit:
-        """The audit of all images."""
-        result = audit(generated, self.training, index=self.index, flip=self.flip, progress=self.progress)
-        return replace(result, holdout=self._holdout_audit)
+    def audit(self, generated: ImageSet, blocks: Sequence[tuple[int, int]]) -> Audit:
+        """The audit of all images.
+
+        Args:
+            generated: The images, block after block.
+            blocks: (number, images) of each block, in this order; those that were not added are searched now.
+        """
+        found, start = [], 0
+        for block, size in blocks:
+            known = self._found.get(block)
+            found.append(self.detector.judge(generated.images[start : start + size]) if known is None else known)
+            start += size
+        self.detector.update(generated, Detection.join(found))
+        return self.detector.compute()

@@ -3,6 +3,7 @@
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
 from diffmem.memorization.detector import CopyDetector, Detection, audit
 from diffmem.memorization.gate import Gate, decide_gate
+from diffmem.memorization.inputs import check_sets
 from diffmem.memorization.result import Audit, CopiedImage, SeenImage
 from diffmem.memorization.statistics import (
     CopyRate,
@@ -26,6 +27,7 @@ __all__ = [
     "SeenImage",
     "anytime_interval",
     "audit",
+    "check_sets",
     "decide_gate",
     "exact_interval",
     "highest_interval",

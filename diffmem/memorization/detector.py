@@ -281,7 +281,9 @@ class CopyDetector(ReportsRate):
 
     def _fitting(self, images: ImageSource) -> ImageSet:
         """The images as a set that fits the training set."""
-        images = load_images(images, value_range=self.value_range, progress=self.progress)
+        # An array that looks like the training images is what it looks like, whatever its layout could be.
+        layout = "NCHW" if tuple(getattr(images, "shape", ()))[1:] == self.training.image_shape else None
+        images = load_images(images, layout=layout, value_range=self.value_range, progress=self.progress)
         training, images = in_one_precision(self.training, images)
         check_sets(images, training, "generated")
         if training is not self.training:

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import RunningAudit, SampleSettings
+from diffmem.generation import SampleSettings, sample_detector
 from diffmem.memorization import Question
 from diffmem.models import fingerprint
 from diffmem.monitoring.over_time import FOLDER, Point
@@ -51,7 +51,7 @@ class AuditEvery(Observer):
         self.question, self.flip, self.settings, self.tell = question, flip, settings, tell
         self.device = pick_device(device)
         self.training, _ = read_data(data)
-        self.judge = RunningAudit(self.training, None, self.training.image_shape, self.device, flip=flip)
+        self.detector = sample_detector(self.training, self.training.image_shape, self.device, flip=flip)
         self.points: list[Point] = []
         self.files = AuditFiles(
             self.out / FOLDER / "audits", way_of(settings, self.training.fingerprint, flip, self.device.type)
@@ -75,7 +75,7 @@ class AuditEvery(Observer):
 
         audited = audit_snapshot(
             snapshot.denoiser,
-            self.judge,
+            self.detector,
             self.seeds,
             settings=self.settings,
             question=self.asked,

@@ -14,7 +14,7 @@ import diffmem
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import RunningAudit, SampleSettings, checked_seeds, format_seeds
+from diffmem.generation import SampleSettings, checked_seeds, format_seeds, sample_detector
 from diffmem.memorization import CopyRate, Question, ReportsRate, highest_interval
 from diffmem.models import fingerprint, load
 from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
@@ -202,9 +202,8 @@ def trajectory(
     place = pick_device(device)
     denoiser = load(folder.checkpoint(records[-1]), place)
     flip = folder.config.xflip
-    judge = RunningAudit(
-        training, None, (denoiser.channels, denoiser.resolution, denoiser.resolution), place, progress, flip
-    )
+    image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
+    detector = sample_detector(training, image_shape, place, flip=flip, progress=progress)
     settings.plan(denoiser)  # raises where the settings do not fit
     way = way_of(settings, training.fingerprint, flip, place.type)
     files = AuditFiles(folder.path / FOLDER / "audits", way)
@@ -225,7 +224,7 @@ def trajectory(
 
         progress(stage, 0, len(seeds))
         audited = audit_snapshot(
-            denoiser, judge, seeds, settings=settings, question=shared, known=known, after_batch=after_batch
+            denoiser, detector, seeds, settings=settings, question=shared, known=known, after_batch=after_batch
         )
         return Point(record.images, record.epochs, record.loss, audited.of(seeds), shared)
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from diffmem.atomic_io import atomic_file
-from diffmem.generation import RunningAudit, SampleSettings
+from diffmem.generation import SampleSettings
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
-from diffmem.memorization import CopyRate, Question, ReportsRate
+from diffmem.memorization import CopyDetector, CopyRate, Question, ReportsRate
 from diffmem.models import Denoiser
 from diffmem.sampling import sample_batches
 
@@ -78,7 +78,7 @@ class SnapshotAudit(ReportsRate):
 
 def audit_snapshot(
     denoiser: Denoiser,
-    judge: RunningAudit,
+    detector: CopyDetector,
     seeds: Sequence[int],
     *,
     settings: SampleSettings,
@@ -89,9 +89,15 @@ def audit_snapshot(
     """`known` and the images of `seeds`, sampled in this order, batch by batch, until all are there or the question is
     answered by those of them that are.
 
-    judge: knows the training set. known: images, of these or other seeds, that need not be sampled again. after_batch:
-    called with all that is known so far. Where `seeds` are some of the protocol's, the answer is about those 10,000,
-    else about the probability that an image is a copy.
+    Args:
+        denoiser: The network of the snapshot.
+        detector: Decides which images are copies.
+        seeds: Where they are some of the protocol's, the answer is about those 10,000, else about the probability that
+            an image is a copy.
+        settings: How to sample.
+        question: Sampling stops when it is answered; None: all seeds are sampled.
+        known: Images, of these or other seeds, that need not be sampled again.
+        after_batch: Called with all that is known so far.
     """
     shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     audited = SnapshotAudit.none(shape) if known is None else known
@@ -110,9 +116,9 @@ def audit_snapshot(
             )
         )  # fmt: skip
         images = made.images.numpy()
-        memorized, nearest = judge.judge(images)
-        seeds_made, first = made.seeds.numpy(), nearest.indices[:, 0]
-        audited = audited.and_then(seeds_made, images, memorized, first, nearest.distance_ratios)
+        found = detector.judge(images)
+        seeds_made, nearest = made.seeds.numpy(), found.neighbors
+        audited = audited.and_then(seeds_made, images, found.memorized, nearest.indices[:, 0], nearest.distance_ratios)
         after_batch(audited)
     return audited
 

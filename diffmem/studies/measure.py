@@ -25,7 +25,7 @@ from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
-from diffmem.memorization import CopyRate, Question, audit, highest_interval
+from diffmem.memorization import CopyDetector, CopyRate, Question, highest_interval
 from diffmem.memorization.result import software_versions
 from diffmem.models import load
 from diffmem.monitoring import AuditEvery, Point
@@ -191,7 +191,7 @@ def _run_unit(unit: Unit, folder: Path, device: str) -> Result:
     if run.ending == "interrupted":
         raise InterruptedUnitError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
     result = audits.result(run.images, run.images / len(images), censored=run.ending == "stopped")
-    _write_gallery(folder, images, unit, result.best_images, device)
+    _write_gallery(folder, audits.detector, unit, result.best_images, device)
     _write_json(folder / RESULT, result.to_json())
     shutil.rmtree(folder / RUN / "state", ignore_errors=True)
     return result
@@ -277,7 +277,7 @@ class _Audits(AuditEvery):
         )
 
 
-def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device: str) -> None:
+def _write_gallery(folder: Path, detector: CopyDetector, unit: Unit, at: int, device: str) -> None:
     """The first images of the snapshot after `at` images, beside the training images nearest to them (mirrored where
     that is nearer, for a run that counts mirrored images)."""
     settings = unit.setting.sample_settings()
@@ -285,12 +285,12 @@ def _write_gallery(folder: Path, training: ImageSet, unit: Unit, at: int, device
     images = sample(
         denoiser, range(SHOWN), batch=SHOWN, solver=settings.solver, compile=False, **settings.solver_arguments()
     ).images.numpy()
-    judged = audit(images, training, device=device, flip=bool(unit.setting.training.get("xflip")))
-    nearest = training.images[judged.neighbors.indices[:, 0]]
-    if (mirrored := judged.neighbors.mirrored) is not None:
+    found = detector.judge(images)
+    nearest = detector.training.images[found.neighbors.indices[:, 0]]
+    if (mirrored := found.neighbors.mirrored) is not None:
         nearest = np.where(mirrored[:, 0, None, None, None], nearest[..., ::-1], nearest)
     with atomic_file(folder / GALLERY) as partial, partial.open("wb") as stream:
-        arrays = {"generated": images, "nearest": nearest, "memorized": judged.memorized}
+        arrays = {"generated": images, "nearest": nearest, "memorized": found.memorized}
         save_arrays(stream, arrays, compress=True)
 
 

@@ -11,10 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffmem
+from diffmem.data import ImageSet
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, format_seeds, generate, parse_seeds, run, work_folder
+from diffmem.generation import (
+    RunningAudit,
+    SampleSettings,
+    format_seeds,
+    generate,
+    parse_seeds,
+    run,
+    sample_detector,
+    work_folder,
+)
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
 from diffmem.sampling import sample
+from diffmem.search import TrainingIndex
 
 QUICK = SampleSettings(steps=3, batch=4, compile="off")
 
@@ -205,6 +216,25 @@ def test_running_audit_is_the_audit(tmp_path):
     assert (result.audit.holdout.total, len(result.audit.holdout.left_out)) == (10, 2)
     assert result.audit.generated.name(8) == "seed 8"
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_blocks_are_searched_once_in_whatever_order_they_come(monkeypatch):
+    images, training = (np.random.default_rng(i).integers(0, 256, (40, 1, 4, 4), dtype=np.uint8) for i in (0, 1))
+    training[:5] = images[3:8]
+    running = RunningAudit(sample_detector(training, (1, 4, 4), torch.device("cpu"), flip=True, keep_images=True))
+    searched, query = [], TrainingIndex.query
+
+    def counted(self, images, k=2, **options):
+        searched.append(len(images))
+        return query(self, images, k, **options)
+
+    monkeypatch.setattr(TrainingIndex, "query", counted)
+    running.add(2, images[32:])
+    running.add(0, images[:16])  # block 1 is another rank's
+    assert (running.rate.count, running.rate.total) == (5, 24)
+    result = running.audit(ImageSet(images), [(0, 16), (1, 16), (2, 8)])
+    assert sum(searched) == 2 * 40  # as they are, and mirrored
+    assert result.to_dict() == diffmem.audit(ImageSet(images), training, flip=True).to_dict()
 
 
 def test_sets_that_do_not_fit_are_found_before_the_work(tmp_path, monkeypatch):
