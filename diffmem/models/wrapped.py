@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 
 from diffmem.errors import InputError
+from diffmem.inert.boundary import one_line, short
 from diffmem.models.denoiser import Denoiser
 
 _NAMES = {
@@ -40,6 +41,7 @@ _NAMES = {
 }
 _INTERFACE = ("channels", "resolution", "label_dim", "summary", "fingerprint")
 _LABEL_NAMES = ("class_labels", "labels")
+_LARGEST = 65_536  # pixels along an edge, channels, classes
 
 
 def as_denoiser(
@@ -154,19 +156,38 @@ class WrappedDenoiser(nn.Module):
                     f"{self.plain_name}: does not say its {name}: give it an attribute `{name}`, or call "
                     "diffmem.models.as_denoiser(model, channels=…, resolution=…)"
                 )
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{self.plain_name}: {name} is {value!r}, but must be a whole number of at least 1")
-        self.label_dim = self.label_dim or 0
-        self.sigma_min = 0.0 if self.sigma_min is None else float(self.sigma_min)
-        self.sigma_max = math.inf if self.sigma_max is None else float(self.sigma_max)
+            self._check_whole(name, value, 1)
+        self.label_dim = 0 if self.label_dim is None else self.label_dim
+        self._check_whole("label_dim", self.label_dim, 0)
+        self.sigma_min = self._level("sigma_min", 0.0)
+        self.sigma_max = self._level("sigma_max", math.inf)
         self._round_sigma = getattr(plain, "round_sigma", None)
+        if self._round_sigma is not None and not callable(self._round_sigma):
+            raise InputError(f"{self.plain_name}: round_sigma is {short(self._round_sigma)}, but must be a function")
         tensors = (*plain.parameters(), *plain.buffers()) if isinstance(plain, nn.Module) else ()
+        if any(tensor.is_meta for tensor in tensors):
+            raise InputError(f"{self.plain_name}: has no weights yet (they are on the device meta): load them first")
         place = next((t.device for t in tensors), device or "cpu")
         self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         # So that samplers find the device.
         self.anchor = nn.Parameter(torch.zeros(0, device=place), requires_grad=False)
         self._labels_name = _labels_name(plain)
-        self._sigma_per_image = self._class_indices = False
+        self._sigma_per_image = self._class_indices = self._known = False
+
+    def _check_whole(self, name: str, value: Any, least: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
+            raise InputError(
+                f"{self.plain_name}: {name} is {short(value)}, but must be a whole number from {least} to {_LARGEST:,}"
+            )
+
+    def _level(self, name: str, default: float) -> float:
+        """A noise level that the model may name."""
+        value = getattr(self, name)
+        if value is None:
+            return default
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value) or value < 0:
+            raise InputError(f"{self.plain_name}: {name} is {short(value)}, but must be a noise level of at least 0")
+        return float(value)
 
     def summary(self) -> str:
         """One line for a person: the model's class, image size, parameters, classes."""
@@ -194,7 +215,10 @@ class WrappedDenoiser(nn.Module):
         """The noise level that the model really sees for `sigma`, by its own `round_sigma` where it has one."""
         if self._round_sigma is None:
             return sigma
-        return float(self._round_sigma(torch.tensor(sigma, dtype=torch.float64, device=self.anchor.device)))
+        try:
+            return float(self._round_sigma(torch.tensor(sigma, dtype=torch.float64, device=self.anchor.device)))
+        except Exception as error:
+            raise self._failure(error, f"in round_sigma({sigma:g})") from error
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor | float, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The denoised images (B, C, H, W) float32, as `Denoiser.forward` (float64 of a float64 model)."""
@@ -213,10 +237,28 @@ class WrappedDenoiser(nn.Module):
         context = contextlib.nullcontext()
         if self.autocast_dtype is not None:
             context = torch.autocast(x.device.type, self.autocast_dtype)
-        with context:
-            output = self.model(x.to(self.dtype), sigma, *extra, **arguments)
+        try:
+            with context:
+                output = self.model(x.to(self.dtype), sigma, *extra, **arguments)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not self._known:
+                raise
+            raise self._failure(error, f"on images {tuple(x.shape)} at sigma {float(sigma.max()):g}") from error
         if not isinstance(output, torch.Tensor):
-            raise TypeError(f"it returns a {type(output).__name__}, not a tensor")
+            raise InputError(
+                f"{self.plain_name}: returns a {type(output).__name__}, but must return the denoised images, a tensor: "
+                "give a function that takes them out, as in as_denoiser(lambda x, sigma: net(x, sigma)[0], channels=…, "
+                "resolution=…)"
+            )
+        if not output.is_floating_point():
+            raise InputError(f"{self.plain_name}: returns {output.dtype}, but must return denoised images as floats")
+        if output.shape != x.shape:
+            raise InputError(
+                f"{self.plain_name}: returns {tuple(output.shape)} for noisy images {tuple(x.shape)}, but must return "
+                "the denoised images"
+            )
         return output.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
 
     def _labels(self, labels: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
@@ -232,9 +274,11 @@ class WrappedDenoiser(nn.Module):
     def _find_call(self, sigma_per_image: bool | None, class_indices: bool | None) -> None:
         """Calls the model once on noise, in the ways that are left open, and keeps the first that works."""
         count, place = 2, self.anchor.device
-        x = torch.randn(
-            count, self.channels, self.resolution, self.resolution, generator=torch.Generator().manual_seed(0)
-        ).to(place)
+        shape = (count, self.channels, self.resolution, self.resolution)
+        try:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place)
+        except RuntimeError as error:
+            raise InputError(f"{self.plain_name}: images of {shape[1:]} do not fit the memory") from error
         sigma = min(max(1.0, self.sigma_min), self.sigma_max)
         labels = torch.zeros(count, dtype=torch.int64, device=place) if self.label_dim else None
         failure: Exception | None = None
@@ -244,25 +288,25 @@ class WrappedDenoiser(nn.Module):
             for self._class_indices in indices:
                 try:
                     with torch.no_grad(), evaluating(self):
-                        self._check_output(self(x, sigma, labels), x)
+                        self(x, sigma, labels)
+                    self._known = True
                     return
                 except InputError:
                     raise
                 except Exception as error:  # whatever a model of someone else's may raise
                     failure = failure or error
         size = f"{self.channels}x{self.resolution}x{self.resolution}"
-        message = " ".join(str(failure).split())[:200]
+        message = one_line(failure)
+        needs_more = not self.label_dim and isinstance(failure, TypeError) and "missing" in message
+        classes = "; a model that needs labels says how many classes it knows: label_dim=…" if needs_more else ""
         raise InputError(
             f"{self.plain_name}: cannot be called as model(x, sigma{', class_labels' if self.label_dim else ''}) on "
-            f"images {size} ({type(failure).__name__}: {message}); see diffmem.models.as_denoiser"
+            f"images {size} ({type(failure).__name__}: {message}){classes}; see diffmem.models.as_denoiser"
         ) from failure
 
-    def _check_output(self, output: Any, x: torch.Tensor) -> None:
-        if output.shape != x.shape:
-            raise InputError(
-                f"{self.plain_name}: returns {tuple(output.shape)} for noisy images {tuple(x.shape)}, but must return "
-                "the denoised images"
-            )
+    def _failure(self, error: Exception, where: str) -> InputError:
+        """What a model of someone else's raised where it was known how to call it, in one line."""
+        return InputError(f"{self.plain_name}: fails {where} ({type(error).__name__}: {one_line(error)})")
 
 
 def _name_of(function: Any) -> str:
@@ -283,4 +327,6 @@ def _labels_name(model: Any) -> str | None:
         parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
     except (TypeError, ValueError):
         return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()) and len(parameters) <= 3:
+        return next((name for name in _LABEL_NAMES if name in parameters), _LABEL_NAMES[0])
     return next((name for name in _LABEL_NAMES if name in parameters), None)

@@ -134,12 +134,33 @@ def test_a_model_is_audited_resumed_and_told_apart(tmp_path):
 class Sized(nn.Module):
     channels, resolution = 1, 8
 
-    def __init__(self, answer):
+    def __init__(self, answer, **attributes):
         super().__init__()
         self.answer = answer
+        vars(self).update(attributes)
 
     def forward(self, x, sigma):
         return self.answer(x)
+
+
+class Unlabeled(Gaussian):
+    """Needs class labels, and does not say how many classes there are."""
+
+    label_dim = 0
+
+    def forward(self, x, sigma, class_labels):
+        return x * class_labels
+
+
+class Keywords(Gaussian):
+    """Takes labels among other keywords."""
+
+    def forward(self, x, sigma, **options):
+        return super().forward(x, sigma, options["class_labels"])
+
+
+def test_labels_are_passed_among_keywords():
+    assert torch.equal(images(Keywords(3)).images, images(Gaussian(3)).images)
 
 
 def broken(x):
@@ -152,13 +173,26 @@ def broken(x):
         (nn.Conv2d(1, 1, 1), "Conv2d: does not say its channels: give it an attribute `channels`, or call"),
         (lambda x, sigma: x, "does not say its channels"),
         (Sized(lambda x: x[:, :, :4]), r"returns \(2, 1, 4, 8\) for noisy images \(2, 1, 8, 8\)"),
-        (Sized(lambda x: (x,)), "it returns a tuple, not a tensor"),
+        (Sized(lambda x: (x,)), "returns a tuple, but must return the denoised images, a tensor: give a function"),
         (Sized(broken), "KeyError: 'weights'"),
+        (Sized(lambda x: x[:1].expand(2, 1, 8, 8)), r"returns \(2, 1, 8, 8\) for noisy images \(3, 1, 8, 8\)"),
+        (Sized(lambda x: x.reshape(2, 1, 8, 8)), r"Sized: fails on images \(3, 1, 8, 8\) at sigma 80 \(RuntimeError"),
+        (Sized(lambda x: x + 1j), "returns torch.complex64, but must return denoised images as floats"),
+        (Sized(lambda x: x > 0), "returns torch.bool"),
+        (Sized(lambda x: x, resolution=(8, 8)), r"resolution is \[8, 8\], but must be a whole number from 1 to 65,536"),
+        (Sized(lambda x: x, resolution=True), "resolution is True"),
+        (Sized(lambda x: x, resolution=10**7), "resolution is 10000000"),
+        (Sized(lambda x: x, label_dim=-1), "label_dim is -1"),
+        (Sized(lambda x: x, sigma_min=float("nan")), "sigma_min is nan, but must be a noise level"),
+        (Sized(lambda x: x, round_sigma=3), "round_sigma is 3, but must be a function"),
+        (Sized(lambda x: x, round_sigma=lambda sigma: 1 / 0), r"fails in round_sigma\(80\) \(ZeroDivisionError"),
+        (Gaussian().to("meta"), "Gaussian: has no weights yet"),
+        (Unlabeled(), "needs labels says how many classes it knows: label_dim=…"),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_line(model, words):
     with pytest.raises(InputError, match=words) as refusal:
-        generate(model, range(2), settings=QUICK)
+        generate(model, range(3), settings=QUICK)
     assert "\n" not in str(refusal.value)
 
 
