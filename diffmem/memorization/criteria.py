@@ -19,7 +19,20 @@ def parse_threshold(threshold: float | str | Fraction) -> Fraction:
     """The threshold as an exact fraction: "1/3", 0.25, Fraction(1, 3), or 1/3 as a float.
 
     A float stands for the simplest fraction (denominator up to 10⁶) that rounds to it, so that 1/3 means one third;
-    a float that no such fraction rounds to stands for its own binary value. Raises InputError unless 0 < threshold ≤ 1.
+    a float that no such fraction rounds to stands for its own binary value.
+
+    Args:
+        threshold: On d1/d2.
+
+    Returns:
+        The fraction that is meant.
+
+    Raises:
+        InputError: Unless 0 < threshold ≤ 1.
+
+    Example:
+        >>> parse_threshold(1 / 3), parse_threshold("0.25")
+        (Fraction(1, 3), Fraction(1, 4))
     """
     try:
         exact = Fraction(threshold)
@@ -35,13 +48,34 @@ def parse_threshold(threshold: float | str | Fraction) -> Fraction:
 
 
 def published_rule(squared_distances: np.ndarray, threshold: Fraction) -> np.ndarray:
-    """bool [Q]: `ratio_rule` as the code published with the paper decides it: d1 = d2 = 0, an exact copy of an image
-    that the training set holds twice, is 0/0 there and no copy."""
+    """`ratio_rule` as the code published with the paper decides it: d1 = d2 = 0, an exact copy of an image that the
+    training set holds twice, is 0/0 there and no copy.
+
+    Args:
+        squared_distances: As for `ratio_rule`.
+        threshold: On d1/d2.
+
+    Returns:
+        bool [Q], which images are memorized.
+    """
     return ratio_rule(squared_distances, threshold) & (squared_distances[:, 1] > 0)
 
 
 def ratio_rule(squared_distances: np.ndarray, threshold: Fraction) -> np.ndarray:
-    """bool [Q]: which images are memorized, given squared distances [Q, ≥2] to the two nearest training images."""
+    """Which images are memorized: d1 = 0 or d1/d2 < threshold, in integers for integer distances.
+
+    Args:
+        squared_distances: [Q, ≥2], squared distances to the two nearest training images, nearest first; int64, or
+            float64 for float images.
+        threshold: On d1/d2.
+
+    Returns:
+        bool [Q].
+
+    Example:
+        >>> ratio_rule(np.array([[1, 9], [1, 10], [0, 0]]), Fraction(1, 3))
+        array([False,  True,  True])
+    """
     first, second = squared_distances[:, 0], squared_distances[:, 1]
     p, q = threshold.numerator**2, threshold.denominator**2
     if np.issubdtype(first.dtype, np.integer):

@@ -14,8 +14,12 @@ PASSED, CLOSED, UNDECIDED = 0, 3, 4  # exit statuses
 
 @dataclass(frozen=True)
 class Gate:
-    """What `decide_gate` decided: "passed", "closed" or "undecided", and why, a sentence for each limit that does not
-    pass."""
+    """What `decide_gate` decided.
+
+    Attributes:
+        state: "passed", "closed" or "undecided".
+        reasons: Why, a sentence for each limit that does not pass.
+    """
 
     state: Literal["passed", "closed", "undecided"]
     reasons: tuple[str, ...] = ()

@@ -30,7 +30,13 @@ _SHOWN = 10  # entries of a list in a summary
 
 @dataclass(frozen=True)
 class CopiedImage:
-    """A training image that generated images are copies of."""
+    """A training image that generated images are copies of.
+
+    Attributes:
+        index: In the training set.
+        name: Of its file, or "#index".
+        count: How many generated images are copies of it.
+    """
 
     index: int
     name: str
@@ -39,7 +45,14 @@ class CopiedImage:
 
 @dataclass(frozen=True)
 class SeenImage:
-    """An image of the holdout set that is in the training set: its index and name in both."""
+    """An image of the holdout set that is in the training set.
+
+    Attributes:
+        index: In the holdout set.
+        name: Of its file there.
+        training_index: In the training set.
+        training_name: Of its file there.
+    """
 
     index: int
     name: str
@@ -77,21 +90,34 @@ class UnkeptImages:
 
 @dataclass(frozen=True, repr=False)
 class Audit(ReportsRate):
-    """What `audit` found. Per-image arrays follow the order of the generated images.
+    """What an audit found. Per-image arrays follow the order of the generated images.
 
-    memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
-    raw_memorized: bool [Q], by the paper's rule, duplicates left in; d1 = 0 counts whatever d2 is.
-    published_memorized: bool [Q], the same as the code published with the paper counts: not where d1 = d2 = 0.
-    neighbors: the nearest training image, and the nearest of those that are farther than the duplicate radius from it.
-    raw_neighbors: the two nearest, duplicates left in.
-    duplicates: groups of training images within the duplicate radius.
-    interval: the 95 % Wilson interval of the ratio.
-    sources: the training images copied most often, most copied first.
-    holdout: the same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
-        without.
-    left_out: of a holdout: the images that are in the training set, pixel for pixel, which it therefore leaves out.
-    settings: threshold, duplicates, duplicate_radius, flip, device, and what the sets were.
-    warnings: why the verdict must not be relied on, one sentence each; empty where nothing speaks against it.
+    Attributes:
+        memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
+        raw_memorized: bool [Q], by the paper's rule, duplicates left in; d1 = 0 counts whatever d2 is.
+        neighbors: The nearest training image, and the nearest of those that are farther than the duplicate radius from
+            it.
+        raw_neighbors: The two nearest training images, duplicates left in.
+        duplicate_groups: Training images within the duplicate radius of each other.
+        generated: The images audited; without their pixels where a `CopyDetector` did not keep them.
+        training: The training images.
+        settings: threshold, duplicates, duplicate_radius, flip, device, how neighbors were searched, and what the sets
+            were.
+        holdout: The same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
+            without.
+        left_out: Of a holdout: the images that are in the training set, pixel for pixel, which it therefore leaves
+            out.
+        warnings: Why the verdict must not be relied on, one sentence each; empty where nothing speaks against it.
+        versions: Of the software that decides the numbers.
+
+    Example:
+        >>> import diffmem
+        >>> digits = diffmem.load_images("builtin:digits")
+        >>> result = diffmem.audit(digits.images[990:1010], digits.images[:1000])
+        >>> print(result.rate)
+        10 of 20: 50.0 % (95 % interval 29.9 % to 70.1 %)
+        >>> result.sources[0].index, result.reliable
+        (990, True)
     """
 
     memorized: np.ndarray
@@ -129,26 +155,32 @@ class Audit(ReportsRate):
 
     @property
     def raw_count(self) -> int:
+        """Number of copies by the paper's rule."""
         return self.raw_rate.count
 
     @property
     def raw_ratio(self) -> float:
+        """Their share of the generated images."""
         return self.raw_rate.ratio
 
     @property
     def published_memorized(self) -> np.ndarray:
+        """bool [Q], as the code published with the paper counts: not where d1 = d2 = 0."""
         return published_rule(self.raw_neighbors.squared_distances, Fraction(self.settings["threshold"]))
 
     @property
     def published_count(self) -> int:
+        """Number of copies as the code published with the paper counts."""
         return self.published_rate.count
 
     @property
     def published_ratio(self) -> float:
+        """Their share of the generated images."""
         return self.published_rate.ratio
 
     @property
     def training_size(self) -> int:
+        """Number of training images."""
         return len(self.training)
 
     @property
@@ -168,6 +200,7 @@ class Audit(ReportsRate):
 
     @property
     def sources(self) -> list[CopiedImage]:
+        """The training images copied most often, most copied first."""
         copied, counts = np.unique(self.neighbors.indices[self.memorized, 0], return_counts=True)
         order = np.lexsort((copied, -counts))
         return [CopiedImage(int(copied[i]), self.training.name(int(copied[i])), int(counts[i])) for i in order]
@@ -243,8 +276,10 @@ class Audit(ReportsRate):
         """Write `report.html`, `samples.csv` and `report.json` into `folder` and return the path of the report.
 
         The three appear together, when all are written. In `samples.csv` names that spreadsheets would take for
-        formulas begin with an apostrophe, and invisible characters are escaped. Raises InputError where that cannot be
-        done.
+        formulas begin with an apostrophe, and invisible characters are escaped.
+
+        Raises:
+            InputError: That cannot be done.
         """
         return _report().write_report(self, folder)
 

@@ -109,7 +109,17 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
 
     (p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n), p̂ = count/n, z the normal quantile (Wilson 1927).
     Unlike p̂ ± z·s.e. it keeps its coverage near 0 and 1, where memorization ratios live.
-    Raises InputError unless 0 ≤ count ≤ total, total ≥ 1 and 0 < confidence < 1.
+
+    Args:
+        count: Number of images that are copies.
+        total: Number of images.
+        confidence: With which the interval holds the true share.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        InputError: Unless 0 ≤ count ≤ total, total ≥ 1 and 0 < confidence < 1.
     """
     if not (0 <= count <= total and total >= 1 and 0 < confidence < 1):
         raise InputError(f"no interval for {count} of {total} images at confidence {confidence}")
@@ -131,7 +141,17 @@ def anytime_interval(count: int, total: int, confidence: float = 0.95) -> tuple[
     {p : B(½ + k, ½ + n − k) / B(½, ½) < p^k (1 − p)^(n−k) / α}, k = count, n = total, α = 1 − confidence, B the beta
     function: the mixture martingale of Robbins (1970) with Jeffreys' prior and Ville's inequality. About 1.6 times as
     wide as Wilson's at some hundred images; nothing is known, (0, 1), where total is 0.
-    Raises InputError unless 0 ≤ count ≤ total and 0 < confidence < 1.
+
+    Args:
+        count: Number of images that are copies.
+        total: Number of images.
+        confidence: With which the interval holds the true share.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        InputError: Unless 0 ≤ count ≤ total and 0 < confidence < 1.
     """
     if not (0 <= count <= total and 0 < confidence < 1):
         raise InputError(f"no interval for {count} of {total} images at confidence {confidence}")
@@ -152,7 +172,17 @@ def exact_interval(count: int, total: int, confidence: float = 0.95) -> tuple[fl
 
     Each end is the share at which a count as far or farther off has probability (1 − confidence)/2, so that each side
     misses the true share at most that often, for every share and total; Wilson's does so on average only.
-    Raises InputError unless 0 ≤ count ≤ total, total ≥ 1 and 0 < confidence < 1.
+
+    Args:
+        count: Number of images that are copies.
+        total: Number of images.
+        confidence: With which the interval holds the true share.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        InputError: Unless 0 ≤ count ≤ total, total ≥ 1 and 0 < confidence < 1.
     """
     if not (0 <= count <= total and total >= 1 and 0 < confidence < 1):
         raise InputError(f"no interval for {count} of {total} images at confidence {confidence}")
@@ -179,18 +209,18 @@ def highest_interval(
 
     Args:
         counts: (count, total) of each audited snapshot.
-        confidence: of the interval.
-        looks: how many snapshots could have been audited, where which ones were depended on what was seen (bisection, a
+        confidence: Of the interval.
+        looks: How many snapshots could have been audited, where which ones were depended on what was seen (bisection, a
             run that an answer ends); then both ends hold for all of them together. None: all of `counts`, whatever
             they show.
-        anytime: whether sampling a snapshot stopped with what was seen there; its ends are then those of
+        anytime: Whether sampling a snapshot stopped with what was seen there; its ends are then those of
             `anytime_interval`, else of `exact_interval`.
 
     Returns:
         (low, high).
 
     Raises:
-        InputError: no counts, impossible ones, or a confidence outside (0, 1).
+        InputError: No counts, impossible ones, or a confidence outside (0, 1).
     """
     counts = list(counts)
     if not counts:
@@ -254,8 +284,19 @@ class Question:
     """Is the memorization ratio at least `at_least`? To be answered with `confidence`, after as few images as will do.
 
     An answer may be sought after every image: the probability that one of the answers is wrong stays below
-    1 − confidence (see `anytime_interval`). Raises InputError for a share outside (0, 1] or a confidence
-    outside (0, 1).
+    1 − confidence (see `anytime_interval`).
+
+    Attributes:
+        at_least: The share of copies asked about.
+        confidence: Of the answer.
+
+    Raises:
+        InputError: A share outside (0, 1] or a confidence outside (0, 1).
+
+    Example:
+        >>> question = Question(at_least=0.9)
+        >>> question.answer(0, 20), question.answer(19, 20), question.answer(400, 400)
+        (False, None, True)
     """
 
     at_least: float = 0.9
@@ -268,8 +309,17 @@ class Question:
             )
 
     def answer(self, count: int, total: int, of: int | None = None) -> bool | None:
-        """True or False, or None while it is open. of: the images there are in all (10,000 in the protocol): an answer
-        that holds whatever the rest will be is certain, and when all are seen there is one."""
+        """Whether the ratio is that high.
+
+        Args:
+            count: Number of copies among the images seen so far.
+            total: Number of these images.
+            of: The images there are in all (10,000 in the protocol): an answer that holds whatever the rest will be is
+                certain, and when all are seen there is one. None: the answer is about the model's probability.
+
+        Returns:
+            True or False, or None while it is open.
+        """
         if of is not None:
             if count >= self.at_least * of:
                 return True
