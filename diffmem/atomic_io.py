@@ -46,6 +46,7 @@ def atomic_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Pa
         yield partial
         if target.exists() and not target.is_file():
             raise InputError(f"{path}: is {'a folder' if target.is_dir() else 'no file'}: choose another name")
+        _keep_mode(partial, target)
         if durable:
             _sync(partial)
         os.replace(partial, target)
@@ -97,6 +98,8 @@ def atomic_set(folder: str | os.PathLike) -> Iterator[Path]:
         _finish_move(target)
         with _staged(target) as stage:
             yield stage
+            for file in os.listdir(stage):
+                _keep_mode(stage / file, target / file)
             _sync_tree(stage)
             if not _exchanged_as_a_whole(stage, target):
                 committed = target / f".{_COMMITTED}.{secrets.token_hex(4)}"
@@ -176,6 +179,12 @@ def check_new_folder(path: Path) -> None:
         raise InputError(f"{path}: exists already: choose another name, or empty it first")
 
 
+def _keep_mode(partial: Path, target: Path) -> None:
+    """A file that takes the place of another keeps its permissions; a new one has those of the umask."""
+    with suppress(OSError):
+        os.chmod(partial, stat.S_IMODE(os.stat(target).st_mode))
+
+
 @contextmanager
 def _errors_of(path: str | os.PathLike) -> Iterator[None]:
     try:
@@ -197,6 +206,7 @@ def _new_folder(path: Path, durable: bool) -> Iterator[Path]:
     with _beside(path) as (partial, target):
         partial.mkdir()
         yield partial
+        _keep_mode(partial, target)
         if durable:
             _sync_tree(partial)
         _put_folder_in_place(partial, target)

@@ -26,7 +26,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if picked.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (picked.index or 0) >= count:
-            raise InputError(f'device {device!r} is not here (this torch sees {count} GPUs): choose "cpu" or "auto"')
+            raise InputError(
+                f'device {device!r} is not available (this torch sees {count} GPUs): choose "cpu" or "auto"'
+            )
     elif picked.type != "cpu":
         raise InputError(f'device {device!r} is not supported: choose "cpu", "cuda" or "auto"')
     return picked

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -326,3 +327,21 @@ def test_durable_files_are_synchronized_before_and_folders_after_the_rename(tmp_
     with atomic_file(tmp_path / "file", durable=False) as partial:
         partial.touch()
     assert calls == ["rename"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_permissions_are_those_of_what_was_there_or_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        for round_ in range(2):
+            atomic_write(tmp_path / "file", "text")
+            with atomic_set(tmp_path / "set") as stage:
+                (stage / "page").write_text("text")
+            with atomic_replacement(tmp_path / "folder") as folder:
+                (folder / "page").write_text("text")
+            modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "set", "set/page", "folder")]
+            assert modes == ([0o640, 0o750, 0o640, 0o750] if round_ == 0 else [0o604, 0o705, 0o664, 0o775])
+            for name, mode in (("file", 0o604), ("set", 0o705), ("set/page", 0o664), ("folder", 0o775)):
+                (tmp_path / name).chmod(mode)
+    finally:
+        os.umask(before)

@@ -21,7 +21,7 @@ from diffmem.cli.optimum import optimum_command
 from diffmem.cli.options import debug_option, debugging, in_options, running_command
 from diffmem.cli.sample import import_edm_command, sample_command
 from diffmem.cli.study import study_command
-from diffmem.cli.terminal import output, signals
+from diffmem.cli.terminal import Ending, output, signals
 from diffmem.cli.train import train_command
 from diffmem.cli.trajectory import trajectory_command
 from diffmem.errors import InputError, MissingExtraError
@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
     (129 by SIGHUP; `diffmem train`, which then finishes its step and saves, gives 130).
     """
     with output(), signals() as ending:
-        status = _run(args)
+        status = _run(args, ending)
         if status == INTERRUPTED and ending.number is not None:
             status = 128 + ending.number
     if status >= 128:
@@ -90,13 +90,13 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _run(args: list[str] | None) -> int:
+def _run(args: list[str] | None, ending: Ending) -> int:
     try:
         status = cli.main(args=args, prog_name="diffmem", standalone_mode=False) or 0
         _flush()
         return status
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted; nothing half-written is left", INTERRUPTED)
+        return _interrupted()
     except click.UsageError as error:
         error.show()
         return USAGE
@@ -111,7 +111,13 @@ def _run(args: list[str] | None) -> int:
     except MemoryError:
         return _fail("not enough memory: use a smaller --limit or images stored as .npy, which stay on disk", FAILURE)
     except Exception as error:  # a mistake of ours; still one line, and the way to say more
+        if ending.number is not None:  # or what an import made of the interrupt
+            return _interrupted()
         return _fail(f"unexpected {type(error).__name__}: {error} (run again with --debug to see where)", FAILURE)
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; nothing half-written is left", INTERRUPTED)
 
 
 def _flush() -> None:

@@ -100,7 +100,7 @@ def audit_command(
     GENERATED and TRAINING are folders, zips, .npz, .npy, .pt or .safetensors files, CIFAR-10's
     cifar-10-python.tar.gz, data sets saved by Hugging Face datasets, or builtin:digits and builtin:patches.
     Pictures are turned as their EXIF orientation says, in every format; a note counts them. Pictures deeper
-    than 8 bits per channel are refused, but for 16-bit grey that 8 bits hold exactly.
+    than 8 bits per channel are refused, but for 16-bit gray that 8 bits hold exactly.
 
     A gate ends the command with status 0 (passed), 3 (closed) or 4 (undecided, also where the audit carries
     warnings); 1 and 2 stay errors.
@@ -204,13 +204,13 @@ def print_verdict(result: Audit) -> None:
             )
         for warning in result.holdout.warnings:
             click.echo(f"  warning about the holdout set: {in_own_options(warning)}")
-    click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} grey levels rms")
+    click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} gray levels rms")
     if result.duplicates:
         click.echo(f"  duplicates in the training set: {len(result.duplicates):,} groups")
     for which in ("generated", "training"):
         if skipped := result.settings[which]["skipped"]:
             first = f"{skipped[0]['name']}: {skipped[0]['reason']}"
-            click.echo(f"  {which} files passed over: {len(skipped):,} (the first: {printable(first)})")
+            click.echo(f"  {which} files skipped: {len(skipped):,} (the first: {printable(first)})")
     if result.sources:
         most = ", ".join(f"{printable(source.name)} ({source.count})" for source in result.sources[:3])
         click.echo(f"  copied most often: {most}")

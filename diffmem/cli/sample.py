@@ -23,6 +23,7 @@ from diffmem.cli.options import (
     limits_of,
     reserve_output,
     reserve_report,
+    say_notes,
     tell_gate,
 )
 from diffmem.errors import InputError
@@ -171,11 +172,12 @@ def sample_command(
         flip = run.config.xflip
     reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
-        if value_range is not None:
+        if is_first_rank():
             training, holdout = (
                 None if source is None else load_images(source, value_range=value_range, progress=progress)
                 for source in (training, holdout)
             )
+            say_notes([training, holdout])
         result = generate(
             checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, flip=bool(flip),
             device=device, restart=restart, progress=progress,

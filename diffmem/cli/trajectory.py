@@ -60,7 +60,8 @@ def trajectory_command(
 
     Writes trajectory.html (plot, first copies, table), .csv, .json and .svg. What was audited before, here or by
     train's --audit-every, is not again: the same command goes on after an interrupt, and more seeds cost only those.
-    A gate judges the interval of the highest R_mem, and --max-copies each snapshot.
+    A gate judges the interval of the highest R_mem, and --max-copies each snapshot; it does not pass where the newest
+    snapshot's images are of a single color or nearly all the same.
 
     \b
     Examples:
@@ -97,12 +98,15 @@ def trajectory_command(
         )
     gate = None
     if limits:
-        gate = decide_gate(max(point.count for point in result.points), result.interval, **limits)
+        copies = max(point.count for point in result.points)
+        gate = decide_gate(copies, result.interval, **limits, warnings=result.warnings)
     if as_json:
         decided = {} if gate is None else {"gate": gate.to_dict()}
         click.echo(json.dumps({**result.to_dict(), **decided}, allow_nan=False))
     else:
         print_trajectory(result)
+    for warning in result.warnings:
+        click.echo(f"warning about the newest snapshot: {warning}", err=True)
     page = result.save(out)
     if not as_json:
         click.echo(f"report: {page}")

@@ -29,13 +29,14 @@ _BESIDE_IMAGES = ("labels", "names", "seeds")
 
 
 class Arrays(NamedTuple):
-    """What an array source holds: images NCHW (not yet checked for NaN), labels and names where it has usable ones, and
-    notes on what it could not use."""
+    """What an array source holds: images NCHW (not yet checked for NaN), labels and names where it has usable ones,
+    notes on what it could not use, and what `ImageSet.sheets` says."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
     names: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
+    sheets: tuple[int, int] | None = None
 
 
 def is_tensor(value: Any) -> bool:
@@ -124,7 +125,7 @@ def check_finite(images: np.ndarray, where: str) -> None:
                 first = f"image {start + row} (channel {place[0]}, row {place[1]}, column {place[2]})"
     if count:
         raise InputError(
-            f"{where}: {count:,} values are NaN or infinite, the first in {first}: mend or drop those images"
+            f"{where}: {count:,} values are NaN or infinite, the first in {first}: fix or remove those images"
         )
 
 

@@ -89,6 +89,7 @@ def _write(target: Path, key: dict, images: ImageSet) -> None:
         "names": list(images.names),
         "notes": list(images.notes),
         "skipped": [[item.name, item.reason] for item in images.skipped],
+        "sheets": images.sheets,
     }
     tensors = {"images": images.images} | ({} if images.labels is None else {"labels": images.labels})
     header: dict = {}
@@ -131,7 +132,11 @@ def _read(target: Path, key: dict, source: str) -> ImageSet | None:
 
             labels = np.array(tensor("labels")) if "labels" in tensors else None
             skipped = tuple(SkippedFile(name, reason) for name, reason in about["skipped"])
-            images = ImageSet(tensor("images"), about["names"], labels, source, skipped, tuple(about["notes"]))
+            sheets = about.get("sheets")
+            images = ImageSet(
+                tensor("images"), about["names"], labels, source, skipped, tuple(about["notes"]),
+                None if sheets is None else tuple(sheets),
+            )  # fmt: skip
             return images if images.fingerprint == about["contents"] else None
     except InputError:
         return None

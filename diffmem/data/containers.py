@@ -53,7 +53,8 @@ UNREAD_PICTURES = frozenset(
     }
 )
 
-_MAX_JSON_BYTES = 2**30
+# Of dataset.json: a label of many entries takes some kilobytes.
+_MOST_JSON_BYTES, _MOST_JSON_BYTES_PER_IMAGE = 2**24, 2**16
 _PIECES = re.compile(r"[0-9]+|[^0-9]+")
 # A zip entry's own header, of which only the lengths of its name and its extra field are needed.
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -124,6 +125,12 @@ def _unread_note(path: Path, others: Sequence[str]) -> tuple[str, ...]:
     return (f"{path}: {len(unread):,} files of kinds that are not read were skipped ({_endings(unread)})",)
 
 
+def _check_json_size(size: int, images: int) -> None:
+    """Raises ValueError where dataset.json is larger than labels of so many images can be."""
+    if size > _MOST_JSON_BYTES + images * _MOST_JSON_BYTES_PER_IMAGE:
+        raise ValueError(f"it has {size / 1e6:,.0f} MB, too much for labels of {images:,} images")
+
+
 class Folder:
     """The image files in a folder and its subfolders (links are followed), or a single image file."""
 
@@ -149,7 +156,10 @@ class Folder:
         if not path.is_file():
             return None
         try:
+            _check_json_size(path.stat().st_size, len(self.names))
             data = path.read_bytes()
+        except ValueError as error:
+            raise InputError(f"{path}: cannot be read: {error}") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
         return parse_dataset_json(data, [printable(with_slashes(name)) for name in self._files], self.description)
@@ -219,8 +229,7 @@ class ZipArchive:
         if entry is None:
             return None
         try:
-            if entry.file_size > _MAX_JSON_BYTES:
-                raise ValueError(f"it declares {entry.file_size / 1e6:,.0f} MB")
+            _check_json_size(entry.file_size, len(self.names))
             data = self._zip.read(entry)
         except _BAD_ENTRY as error:
             raise InputError(f"{self.description}: {DATASET_JSON} cannot be read: {error}") from None
@@ -265,16 +274,18 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise InputError(
-            f"{path}: not a whole zip archive (truncated or corrupt: {error}): fetch or pack it anew"
+            f"{path}: not a complete zip archive (truncated or corrupt: {error}): download or pack it again"
         ) from None
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     ends = [entry.header_offset + entry.compress_size for entry in entries]
     if entries and (entries[0].header_offset < 0 or max(ends) > path.stat().st_size):
-        raise InputError(f"{path}: not a whole zip archive (its entries reach beyond its end): fetch or pack it anew")
+        raise InputError(
+            f"{path}: not a complete zip archive (its entries reach beyond its end): download or pack it again"
+        )
     for entry, end, following in zip(entries, ends, entries[1:], strict=False):
         if end > following.header_offset:
             names = f"{printable(entry.filename)} and {printable(following.filename)}"
-            raise InputError(f"{path}: the entries {names} overlap, as in a zip bomb: pack the archive anew")
+            raise InputError(f"{path}: the entries {names} overlap, as in a zip bomb: pack the archive again")
     return archive
 
 
@@ -302,7 +313,7 @@ class HuggingFaceDataset:
         try:
             dataset = datasets.load_from_disk(str(path))
         except Exception as error:  # pyarrow and datasets raise many kinds
-            raise InputError(f"{path}: not a whole Hugging Face dataset: {' '.join(str(error).split())}") from None
+            raise InputError(f"{path}: not a complete Hugging Face dataset: {' '.join(str(error).split())}") from None
         if isinstance(dataset, datasets.DatasetDict):
             dataset = self._pick("split", dataset, list(dataset), key)
         features = dataset.features

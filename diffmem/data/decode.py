@@ -41,6 +41,8 @@ _REFUSED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PD
 _USUAL_FORMATS = ("JPEG", "PNG")
 
 _ORIENTATION = 0x0112  # the EXIF tag
+# Where Pillow keeps what it reads the tag from, of the usual formats; of others it may read the file again.
+_METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -149,6 +151,9 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
     # Pillow's TIFF reader turns the pixels as it loads them, and takes the tag away.
     turned = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) in _TURNS
     image.load()
+    # Setting out to find EXIF costs a tenth of decoding a small image, and most images have none.
+    if image.format in _USUAL_FORMATS and _METADATA.isdisjoint(image.info):
+        return image, turned
     if (orientation := exif_orientation(image)) != 1:
         image, turned = image.transpose(_TURNS[orientation]), True
     return image, turned
@@ -169,7 +174,7 @@ def as_grey_or_rgb(image: Image.Image, alpha: str | None = None) -> Image.Image:
         return image.convert("RGB")
     if mode.startswith("I;16"):
         return _sixteen_bit_grey(image)
-    raise BadImage(f"has pixels of Pillow's mode {mode}: convert it to 8-bit grey or RGB first")
+    raise BadImage(f"has pixels of Pillow's mode {mode}: convert it to 8-bit gray or RGB first")
 
 
 def convert(image: Image.Image, options: PixelOptions) -> Image.Image:
@@ -235,5 +240,5 @@ def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
     levels = np.asarray(image)
     eight_bits, remainder = np.divmod(levels, 257)
     if remainder.any() or levels.min() < 0 or levels.max() > 65535:
-        raise BadImage("is 16-bit grey with levels that 8 bits cannot hold: convert it to 8 bits first")
+        raise BadImage("is 16-bit gray with levels that 8 bits cannot hold: convert it to 8 bits first")
     return Image.fromarray(eight_bits.astype(np.uint8))

@@ -37,6 +37,8 @@ class ImageSet:
         source: Where they came from, in words fit for a report.
         skipped: Files that were skipped.
         notes: What else a person should know about the reading, one line each.
+        sheets: (rows, columns) where the images looked like sheets of so many images in a grid, before they were
+            resized; else None.
 
     Raises:
         InputError: The images have not four axes or another dtype, or there are more or fewer names or labels than
@@ -54,6 +56,7 @@ class ImageSet:
     source: str = "array"
     skipped: tuple[SkippedFile, ...] = ()
     notes: tuple[str, ...] = ()
+    sheets: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4:

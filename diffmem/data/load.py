@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from diffmem.data.cifar import read_cifar
 from diffmem.data.containers import Folder, HuggingFaceDataset, ZipArchive
 from diffmem.data.decode import PixelOptions, image_suffixes
 from diffmem.data.decode_pool import EncodedImages, decode_all
+from diffmem.data.grid import rows_and_columns, sheets_of_files
 from diffmem.data.image_set import ImageSet
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.streams import is_map_dataset, read_stream
@@ -142,12 +143,13 @@ def load_images(
     if isinstance(source, np.ndarray) or is_tensor(source):
         where = "array" if isinstance(source, np.ndarray) else "tensor"
         return finish(_image_set(Arrays(as_nchw(to_numpy(source), layout, where, assume="NCHW")), where))
-    if is_map_dataset(source) or isinstance(source, Iterable):
+    if is_map_dataset(source) or (isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes))):
         where = type(source).__name__
         arrays = read_stream(source, options, layout, limit, where, report)
         return finish(_image_set(arrays, where))
     raise InputError(
-        f"cannot read images from a {type(source).__name__}: give a path, an array, a tensor or an iterable"
+        f"cannot read images from an object of type {type(source).__name__}: give a path, an array, a tensor or an "
+        "iterable of images"
     )
 
 
@@ -158,8 +160,11 @@ def _decoded(
     options = replace(options, mode=encoded.mode)
     images, kept, skipped, turned = decode_all(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress)
     labels = None if encoded.labels is None else encoded.labels[kept]
+    sheets = None if options.size is None and not options.center_crop else sheets_of_files(encoded, kept[:8], options)
     notes = encoded.notes if not turned else (*encoded.notes, _turned_note(encoded.description, turned, len(images)))
-    return ImageSet(images, [encoded.names[index] for index in kept], labels, encoded.description, skipped, notes)
+    return ImageSet(
+        images, [encoded.names[index] for index in kept], labels, encoded.description, skipped, notes, sheets
+    )
 
 
 def _turned_note(source: str, turned: int, count: int) -> str:
@@ -200,7 +205,7 @@ def _array_file(path: Path, key: str | None, layout: str | None, progress: Progr
 
 
 def _image_set(arrays: Arrays, source: str) -> ImageSet:
-    return ImageSet(arrays.images, arrays.names, arrays.labels, source, notes=arrays.notes)
+    return ImageSet(arrays.images, arrays.names, arrays.labels, source, notes=arrays.notes, sheets=arrays.sheets)
 
 
 def _with_checked_labels(images: ImageSet) -> ImageSet:
@@ -229,7 +234,12 @@ def _finish(
     if value_range is not None and images.images.dtype != np.uint8:
         images = replace(images, images=as_bytes(images.images, value_range, images.source, progress))
     adapted = adapt(images.images, options, images.source, progress)
-    return images if adapted is images.images else replace(images, images=adapted)
+    if adapted is images.images:
+        return images
+    sheets = images.sheets
+    if sheets is None and adapted.shape[2:] != images.image_shape[1:]:
+        sheets = rows_and_columns(images.images)
+    return replace(images, images=adapted, sheets=sheets)
 
 
 def _size(resize: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,13 @@ from PIL import Image, ImageFile
 from diffmem.data.adapt import adapt
 from diffmem.data.arrays import Arrays, as_nchw, to_numpy
 from diffmem.data.decode import BadImage, PixelOptions, as_grey_or_rgb, convert, decode_image
+from diffmem.data.grid import rows_and_columns
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.storage import Gathering
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
+
+_LOOKED_AT = 8  # images (or batches) at the beginning that may turn out to be sheets
 
 
 def is_map_dataset(source: Any) -> bool:
@@ -39,8 +44,9 @@ def read_stream(
     labels: list[np.ndarray | None] = []
     problem: InputError | None = None
     done, first = 0, None
+    stored: list[np.ndarray] = []
     with Gathering() as images:
-        for block, block_labels in _blocks(items, options, layout, where):
+        for block, block_labels in _blocks(items, options, layout, where, stored):
             if limit is not None and done + len(block) > limit:
                 block = block[: limit - done]
                 block_labels = block_labels[: limit - done] if isinstance(block_labels, np.ndarray) else block_labels
@@ -64,7 +70,14 @@ def read_stream(
             raise InputError(f"{where}: no images in it")
         gathered = images.array()
     found, notes = or_note(lambda: _joined(labels, problem, done, where))
-    return Arrays(gathered, found, notes=notes)
+    return Arrays(gathered, found, notes=notes, sheets=_sheets(stored))
+
+
+def _sheets(stored: list[np.ndarray]) -> tuple[int, int] | None:
+    """What the first blocks, as they were before they were resized, look like (see `ImageSet.sheets`)."""
+    if not stored or any(block.shape[1:] != stored[0].shape[1:] for block in stored):
+        return None
+    return rows_and_columns(np.concatenate(stored))
 
 
 def _joined(labels: list[np.ndarray | None], problem: InputError | None, count: int, where: str) -> np.ndarray | None:
@@ -85,18 +98,32 @@ def _joined(labels: list[np.ndarray | None], problem: InputError | None, count: 
 
 
 def _blocks(
-    items: Iterable[Any], options: PixelOptions, layout: str | None, where: str
+    items: Iterable[Any], options: PixelOptions, layout: str | None, where: str, stored: list[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray | InputError | None]]:
-    """Images with their labels, with what is wrong with these, or with None."""
+    """Images with their labels, with what is wrong with these, or with None.
+
+    stored: the first images are added to it as they are before `options` resize or crop them, where these do.
+    """
+    as_stored = replace(options, size=None, center_crop=False)
     for position, item in enumerate(items):
         place = f"{where}: item {position}"
         value, label = _split(item, place)
+        if isinstance(value, (str, bytes, os.PathLike)):
+            raise InputError(
+                f"{place}: a {type(value).__name__}, not an image: give one folder or archive, or open each file "
+                "(PIL.Image.open)"
+            )
         if isinstance(value, Image.Image):
+            if position < _LOOKED_AT and options != as_stored:
+                stored.append(_from_pillow(value, as_stored, place))
             block, single = _from_pillow(value, options, place), True
         else:
             array = to_numpy(value)
             single = array.ndim == 3
-            block = adapt(as_nchw(array[None] if single else array, layout, place), options, place, silent)
+            block = as_nchw(array[None] if single else array, layout, place)
+            if position < _LOOKED_AT and options != as_stored:
+                stored.append(block[:_LOOKED_AT])
+            block = adapt(block, options, place, silent)
         yield block, None if label is None else _block_labels(label, len(block), single, place)
 
 

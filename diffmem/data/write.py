@@ -184,7 +184,7 @@ def _require_uint8(image_set: ImageSet, path: Path, channels: tuple[int, ...] | 
     if image_set.images.dtype != np.uint8:
         raise InputError(
             f"{path}: only uint8 images are written, these are {image_set.images.dtype}:"
-            " bring them to grey levels 0–255 first"
+            " bring them to gray levels 0–255 first"
         )
     if channels is not None and image_set.image_shape[0] not in channels:
         raise InputError(

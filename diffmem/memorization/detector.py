@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from diffmem.data import ImageSet, load_images
+from diffmem.data.grid import rows_and_columns
 from diffmem.data.grid import split_grid as cut_sheets
 from diffmem.errors import InputError
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
@@ -36,6 +37,7 @@ from diffmem.search import (
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
+LOOKED_AT = 16  # images at the beginning that may turn out to be sheets
 LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
 
 
@@ -212,6 +214,8 @@ class CopyDetector(ReportsRate):
         self._detections: list[Detection] = []
         self._sets: list[ImageSet | UnkeptImages] = []
         self._figures = SetFigures(count_identical=True)
+        self._first: list[np.ndarray] = []
+        self._sheets: tuple[int, int] | None = None
 
     @property
     def rate(self) -> CopyRate:
@@ -252,6 +256,9 @@ class CopyDetector(ReportsRate):
             raise InputError(f"detection decides about {len(detection):,} images, given with {len(images):,}")
         if self.keep_images and not own:  # the caller's array may be written to later
             images = replace(images, images=images.images.copy())
+        if (left := LOOKED_AT - self._figures.total) > 0:
+            self._first.append(np.array(images.images[:left]))
+        self._sheets = self._sheets or images.sheets
         self._figures.add(images.images)
         self._detections.append(detection)
         self._sets.append(images if self.keep_images else UnkeptImages.of(images))
@@ -269,7 +276,18 @@ class CopyDetector(ReportsRate):
         self._detections = [joined]
         generated = _joined(self._sets)
         self._sets = [generated]
-        return self._audit(generated, joined, self._figures, "generated", holdout=self.holdout)
+        sheets = self._suspected_sheets()
+        return self._audit(generated, joined, self._figures, "generated", warnings=sheets, holdout=self.holdout)
+
+    def _suspected_sheets(self) -> tuple[str, ...]:
+        """The warning where the images, though brought to the training images' size, look like sheets of many."""
+        sheets = self._sheets or rows_and_columns(np.concatenate(self._first))
+        if sheets is None or sheets == (self.training.sheets or rows_and_columns(self.training.images[:LOOKED_AT])):
+            return ()
+        return (
+            f"the images look like sheets of {sheets[0]}x{sheets[1]} images in a grid, which hide every copy on them: "
+            "leave them at their size and cut them apart with split_grid=True.",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # The search holds the training images once more.
@@ -313,13 +331,19 @@ class CopyDetector(ReportsRate):
         return self._audit(kept, detection, figures, "holdout", left_out=left_out)
 
     def _audit(
-        self, images: ImageSet | UnkeptImages, detection: Detection, figures: SetFigures, what: str, **others: Any
-    ) -> Audit:
+        self, images: ImageSet | UnkeptImages, detection: Detection, figures: SetFigures, what: str,
+        warnings: tuple[str, ...] = (), **others: Any,
+    ) -> Audit:  # fmt: skip
         sources = (images.source, self.training.source)
         share = float(detection.raw_memorized.mean())
         check_scale(figures, self._training_figures, what, sources, copies=share)
         found = _describe_search(self.index, detection.recall)
-        warnings = (*suspicions(figures, self._training_figures), *_missed(found), *hidden_copies(detection.hidden))
+        warnings = (
+            *warnings,
+            *suspicions(figures, self._training_figures),
+            *_missed(found),
+            *hidden_copies(detection.hidden),
+        )
         shape = (figures.total, *self.training.image_shape)
         fingerprint = images.fingerprint if isinstance(images, ImageSet) else None
         described = _describe(images, shape, figures.dtype, fingerprint)

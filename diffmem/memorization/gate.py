@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from diffmem.errors import InputError
@@ -68,10 +69,10 @@ def decide_gate(
     if fail_above is None and require_below is None and max_copies is None:
         raise InputError("gate: no limit is given: fail_above, require_below or max_copies")
     for name, share in (("fail_above", fail_above), ("require_below", require_below)):
-        if share is not None and not 0 <= share <= 1:
-            raise InputError(f"gate: {name} is {share}, but must be a share from 0 to 1")
-    if max_copies is not None and max_copies < 0:
-        raise InputError(f"gate: max_copies is {max_copies}, but must be at least 0")
+        if share is not None and not (isinstance(share, Real) and 0 <= share <= 1):
+            raise InputError(f"gate: {name} is {share!r}, but must be a share from 0 to 1")
+    if max_copies is not None and not (isinstance(max_copies, Integral) and max_copies >= 0):
+        raise InputError(f"gate: max_copies is {max_copies!r}, but must be a whole number from 0")
     closed, undecided = [], []
     ends = f"the 95 % interval, {percent_range(interval)},"
     if fail_above is not None and low > fail_above:

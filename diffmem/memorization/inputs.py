@@ -62,7 +62,7 @@ def check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
         )
     ours, theirs = images.image_shape, training.image_shape
     if ours[0] != theirs[0]:
-        kinds = {1: "grey (1 channel)", 3: "colour (3 channels)"}
+        kinds = {1: "gray (1 channel)", 3: "color (3 channels)"}
         our_kind, their_kind = (kinds.get(shape[0], f"{shape[0]}-channel") for shape in (ours, theirs))
         raise InputError(
             f"{what} images ({images.source}) are {our_kind}, training images ({training.source}) are {their_kind}: "

@@ -125,6 +125,11 @@ class SetFigures:
         """How many images the largest class of identical ones has."""
         return max(self._classes.values())
 
+    @property
+    def distinct(self) -> int:
+        """How many classes of identical images there are."""
+        return len(self._classes)
+
     @cached_property
     def appearance(self) -> Appearance:
         """Of the sample, once all images are there."""
@@ -178,25 +183,54 @@ def scale_recipe(images: ImageSet) -> str:
     return f"value_range={_pair(scale)}" if scale is not None else "value_range= with the values of black and white"
 
 
+@dataclass(frozen=True)
+class Collapse:
+    """How much samples are one and the same: of `total` images the share of a single color, whether all are black, the
+    size of the largest class of identical images, and how many classes there are."""
+
+    total: int
+    constant: float
+    black: bool
+    largest: int
+    distinct: int
+
+    def suspicions(self, training_size: int, training_constant: float) -> list[str]:
+        """What speaks against relying on a verdict about these images. training_constant: share of training images of a
+        single color."""
+        found, total = [], self.total
+        if self.constant > max(ODD, 2 * training_constant):
+            share = f"about {self.constant:.0%}" if total > SAMPLE else f"{round(self.constant * total):,}"
+            found.append(
+                f"{share} of {total:,} images are of a single color{', all of them black' if self.black else ''}: the "
+                "sampler may have failed, and the share says nothing about what the model remembers."
+            )
+        if (samples := self.independent(training_size)) < total:
+            identical = f"{self.largest:,} of {total:,} images are identical: they are one sample, not {self.largest:,}"
+            few = (
+                f"only {self.distinct:,} of {total:,} images are distinct: they are {samples:,} samples, not {total:,}"
+            )
+            found.append(f"{identical if samples == 1 else few}, and the interval does not hold.")
+        return found
+
+    def independent(self, training_size: int) -> int:
+        """How many samples they count as: `total` where identical ones are to be expected, as copies of the same
+        training images."""
+        if self.total > 1 and self.largest > self.total / 2 and training_size > 3:
+            return 1
+        # So many different ones are to be expected of copies, each of any of the training images.
+        expected = training_size * -math.expm1(self.total * math.log1p(-1 / max(2, training_size)))
+        return self.distinct if self.total > 3 and self.distinct < expected / 2 else self.total
+
+
 def suspicions(images: SetFigures, training: SetFigures) -> tuple[str, ...]:
     """What speaks against relying on an audit of `images` against `training`, one sentence each."""
-    ours, about, found = Appearance.of(images.sample), training.appearance, []
+    ours, about = Appearance.of(images.sample), training.appearance
     total = samples = images.total
     odd = float(ours.constant.mean())
-    if odd > max(ODD, 2 * about.constant.mean()):
-        share = f"about {odd:.0%}" if total > SAMPLE else f"{int(ours.constant.sum()):,}"
-        black = ", all of them black" if odd == 1 and not ours.means.any() else ""
-        found.append(
-            f"{share} of {total:,} images are of a single color{black}: the sampler may have failed, and the share "
-            "says nothing about what the model remembers."
-        )
-    largest = images.largest_class
-    if total > 1 and largest > total / 2 and training.total > 3:
-        found.append(
-            f"{largest:,} of {total:,} images are identical: they are one sample, not {largest:,}, and the interval "
-            "does not hold."
-        )
-        samples = 1
+    collapse = Collapse(total, odd, odd == 1 and not ours.means.any(), images.largest_class, images.distinct)
+    found = collapse.suspicions(training.total, float(about.constant.mean()))
+    if (independent := collapse.independent(training.total)) < total:
+        samples = independent
     # Relative to their contrast: on another scale images differ less, but look no more alike.
     elif (
         total > 3
@@ -239,6 +273,11 @@ def _scale_suspicions(images: SetFigures, training: SetFigures, ours: Appearance
                 f"{way_out}"
             )
     return found
+
+
+def single_color_share(images: np.ndarray) -> float:
+    """The share of a sample of `images` that are of a single color."""
+    return float(Appearance.of(images).constant.mean())
 
 
 def _clearly_apart(ours: np.ndarray, theirs: np.ndarray, samples: int) -> bool:

@@ -149,7 +149,7 @@ def render(audit: Audit) -> str:
 
     return template("diffmem.memorization", "report.html.j2").render(
         audit=audit,
-        unit="grey levels" if audit.settings["generated"]["dtype"] == "uint8" else "units of the images",
+        unit="gray levels" if audit.settings["generated"]["dtype"] == "uint8" else "units of the images",
         gallery=gallery,
         border=border_triples,
         sources=sources,

@@ -16,6 +16,7 @@ from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.generation import SampleSettings, checked_seeds, format_seeds, sample_detector
 from diffmem.memorization import CopyRate, Question, ReportsRate, highest_interval
+from diffmem.memorization.plausibility import single_color_share
 from diffmem.models import fingerprint, load
 from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.progress import Progress, silent
@@ -109,6 +110,15 @@ class Trajectory:
         # Nothing is known of what was left out.
         return Question.of_highest([*(point.answer for point in self.points), *(None for _ in self.left_out)])
 
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """Why the newest snapshot's figure must not be relied on, one sentence each: its images are of a single color,
+        or nearly all the same. Such images of earlier snapshots may be those of a network that has learned little."""
+        collapse = self.points[-1].audited.collapse()
+        if collapse is None:
+            return ()
+        return tuple(collapse.suspicions(len(self.training), single_color_share(self.training.images)))
+
     def onset(self, level: float = _ONSET) -> Point | None:
         """The first audited snapshot whose R_mem is at least `level`."""
         return next((point for point in self.points if point.ratio >= level), None)
@@ -120,6 +130,7 @@ class Trajectory:
             "run": str(self.run),
             "r_mem": self.r_mem,
             "interval": list(self.interval),
+            "warnings": list(self.warnings),
             "best": self.best.images,
             "onset": None if onset is None else {"level": _ONSET, "images": onset.images, "epochs": onset.epochs},
             "question": None

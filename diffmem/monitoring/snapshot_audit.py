@@ -16,6 +16,7 @@ from diffmem.generation import SampleSettings
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
 from diffmem.memorization import CopyDetector, CopyRate, Question, ReportsRate
+from diffmem.memorization.plausibility import Collapse
 from diffmem.models import Denoiser
 from diffmem.sampling import sample_batches
 
@@ -32,6 +33,8 @@ class SnapshotAudit(ReportsRate):
         memorized: bool [n], by the rule, duplicates collapsed.
         nearest: int64 [n], the training image.
         ratios: float32 [n], d1/d2.
+        digests: uint64 [n], of the pixels (0: not known, in audits of earlier versions).
+        constant: bool [n], of a single color.
         copies: uint8 [m, C, H, W], the first copies, at most 24.
         copy_seeds: int64 [m], their seeds.
     """
@@ -40,6 +43,8 @@ class SnapshotAudit(ReportsRate):
     memorized: np.ndarray
     nearest: np.ndarray
     ratios: np.ndarray
+    digests: np.ndarray
+    constant: np.ndarray
     copies: np.ndarray
     copy_seeds: np.ndarray
 
@@ -48,17 +53,25 @@ class SnapshotAudit(ReportsRate):
         """No image audited yet."""
         numbers = np.zeros(0, np.int64)
         pixels = np.zeros((0, *image_shape), np.uint8)
-        return SnapshotAudit(numbers, np.zeros(0, bool), numbers, np.zeros(0, np.float32), pixels, numbers)
+        none, figures = np.zeros(0, bool), np.zeros(0, np.float32)
+        return SnapshotAudit(numbers, none, numbers, figures, np.zeros(0, np.uint64), none, pixels, numbers)
 
     @property
     def rate(self) -> CopyRate:
         return CopyRate.of(self.memorized)
 
+    def collapse(self) -> Collapse | None:
+        """How much the images are one and the same; None where that is not known of all of them."""
+        if not self.total or not self.digests.all():
+            return None
+        counts = np.unique(self.digests, return_counts=True)[1]
+        return Collapse(self.total, float(self.constant.mean()), False, int(counts.max()), len(counts))
+
     def of(self, seeds: Sequence[int]) -> SnapshotAudit:
         """The part that belongs to `seeds`."""
         rows = np.isin(self.seeds, seeds)
         shown = np.isin(self.copy_seeds, seeds)
-        per_image = (self.seeds, self.memorized, self.nearest, self.ratios)
+        per_image = (self.seeds, self.memorized, self.nearest, self.ratios, self.digests, self.constant)
         return SnapshotAudit(*(values[rows] for values in per_image), self.copies[shown], self.copy_seeds[shown])
 
     def and_then(
@@ -71,9 +84,17 @@ class SnapshotAudit(ReportsRate):
             np.concatenate([self.memorized, memorized]),
             np.concatenate([self.nearest, nearest]),
             np.concatenate([self.ratios, ratios.astype(np.float32)]),
+            np.concatenate([self.digests, _digests(images)]),
+            np.concatenate([self.constant, (images == images[:, :, :1, :1]).all(axis=(1, 2, 3))]),
             np.concatenate([self.copies, images[memorized][:room]]),
             np.concatenate([self.copy_seeds, seeds[memorized][:room]]),
         )
+
+
+def _digests(images: np.ndarray) -> np.ndarray:
+    """Numbers above 0 that are equal for equal images, and else hardly ever; uint64 [n]."""
+    hashes = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest() for image in images]
+    return np.array([int.from_bytes(digest, "little") or 1 for digest in hashes], np.uint64)
 
 
 def audit_snapshot(
@@ -150,6 +171,9 @@ class AuditFiles:
         with parsing(path, "an audit of a snapshot", advice):
             if str(stored["way"]) != self.way or str(stored["fingerprint"]) != fingerprint:
                 return None
+            count = len(stored["seeds"])
+            unknown = {"digests": np.zeros(count, np.uint64), "constant": np.zeros(count, bool)}
+            stored = unknown | dict(stored)
             return SnapshotAudit(**{name: stored[name] for name in SnapshotAudit.__dataclass_fields__})
 
     def write(self, images: int, fingerprint: str, audited: SnapshotAudit) -> None:

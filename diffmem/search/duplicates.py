@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 import torch
@@ -90,8 +91,8 @@ def find_duplicates(
         >>> find_duplicates(images).group_of.tolist()
         [0, 1, 0]
     """
-    if not 0 <= radius < float("inf"):
-        raise InputError(f"the duplicate radius must be 0 or more grey levels (rms), got {radius}")
+    if not (isinstance(radius, Real) and 0 <= radius < float("inf")):
+        raise InputError(f"the duplicate radius must be 0 or more gray levels (rms), got {radius!r}")
     if index is not None:
         check_index(index, images)
     identical = _identical(images, flip, progress)
@@ -118,6 +119,8 @@ def find_duplicates(
 
 def check_index(index: TrainingIndex | ShardedIndex | FaissIndex, images: Images) -> None:
     """Raises InputError where `index` was not made of exactly these images, in this order."""
+    if not hasattr(index, "holds"):
+        raise InputError(f"index is no index of images but an object of type {type(index).__name__}")
     if len(index) != len(images):
         raise InputError(f"index holds {len(index):,} images, the training set {len(images):,}: build the index again")
     if not index.holds(images):

@@ -10,6 +10,7 @@ reports it in `stats`.
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -336,4 +337,5 @@ def _training_points(faiss, index) -> int:
 
 def _reason(error: Exception) -> str:
     """The last line of FAISS's message, without its source locations."""
-    return str(error).strip().splitlines()[-1].split("Error: ")[-1][:200]
+    line = str(error).strip().splitlines()[-1]
+    return re.sub(r"^Error in .* at \S+:\d+: ", "", line).split("Error: ")[-1][:200]

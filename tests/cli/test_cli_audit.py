@@ -143,7 +143,7 @@ def test_options_reach_the_audit(folder):
         (["audit", "builtin:digits", "builtin:digits", "--require-below", "nan"], 2, "no share"),
         (["audit", "builtin:digits", "builtin:patches"], 1, "--color"),
         (["audit", "builtin:digits", "builtin:digits", "--device", "abacus"], 1, "device 'abacus' is unknown"),
-        (["audit", "builtin:digits", "builtin:digits", "--device", "cuda:99"], 1, "device 'cuda:99' is not here"),
+        (["audit", "builtin:digits", "builtin:digits", "--device", "cuda:99"], 1, "device 'cuda:99' is not available"),
         (["nonsense"], 2, "No such command"),
     ],
 )

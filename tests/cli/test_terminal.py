@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from diffmem import cli
 from diffmem.cli.terminal import Output, TerminatedError, output, signals
 
 
@@ -85,3 +86,19 @@ def test_other_threads_leave_signals_alone():
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
+
+
+def test_what_an_import_makes_of_a_signal_is_an_interrupt_too(monkeypatch, capfd):
+    def swallowed(**_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except TerminatedError:
+            raise RecursionError from None
+
+    monkeypatch.setattr(cli.cli, "main", swallowed)
+    with signals() as ending:
+        assert cli._run([], ending) == cli.INTERRUPTED
+    assert "interrupted" in capfd.readouterr().err
+    monkeypatch.setattr(cli.cli, "main", lambda **_: 1 // 0)
+    with signals() as ending:
+        assert cli._run([], ending) == cli.FAILURE

@@ -461,7 +461,7 @@ def test_hugging_face_dataset(tmp_path, refused):
     refused(tmp_path / "both", "train, test", "key=")
     np.testing.assert_array_equal(load_images(tmp_path / "both", key="test").images, images[[1]])
     (next((tmp_path / "single").glob("*.arrow"))).write_bytes(b"")
-    refused(tmp_path / "single", "not a whole Hugging Face dataset")
+    refused(tmp_path / "single", "not a complete Hugging Face dataset")
 
 
 def test_pixels_are_those_that_datasets_gives(tmp_path):

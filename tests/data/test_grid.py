@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffmem
-from diffmem.data.grid import grid_of, looks_tiled, split_grid
+from diffmem.data.grid import grid_of, looks_tiled, sheets_of, split_grid
 from diffmem.errors import InputError
 
 
@@ -62,3 +62,31 @@ def test_center_crop_takes_the_central_square(tmp_path):
         np.testing.assert_array_equal(diffmem.load_images(source, center_crop=True).images, images[..., 2:12])
     both = diffmem.load_images(tmp_path / "images", center_crop=True, resize=5).images
     np.testing.assert_array_equal(both, diffmem.load_images(images[..., 2:12], resize=5).images)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_sheets_are_suspected_before_they_are_resized(cifar10, tmp_path, padding, factor):
+    training = diffmem.load_images(cifar10 / "cifar10-train.zip", limit=80)
+    large = diffmem.load_images(training, resize=32 * factor) if factor > 1 else training
+    sheets = np.concatenate([sheet(large.images[start : start + 16], 4, padding) for start in range(0, 64, 16)])
+    diffmem.data.write_folder(diffmem.ImageSet(sheets), tmp_path / "sheets")
+    for source in (sheets, tmp_path / "sheets", iter(sheets)):
+        resized = diffmem.load_images(source, resize=32)
+        result = diffmem.audit(resized, training)
+        assert "look like sheets of 4x4 images in a grid" in result.warnings[0]
+        assert result.gate(max_copies=0).state == "undecided"
+    cached = [diffmem.load_images(tmp_path / "sheets", resize=32, cache=True).sheets for _ in range(2)]
+    assert cached == [(4, 4), (4, 4)]
+    cut = diffmem.audit(sheets, training, split_grid=True)
+    assert (cut.total, cut.count, cut.warnings) == (64, 64, ())
+    # Training images that are such sheets too are compared as they are.
+    assert not diffmem.audit(resized, diffmem.load_images(sheets[::-1], resize=32)).warnings
+
+
+def test_photographs_and_blank_images_are_no_sheets(cifar10):
+    images = diffmem.load_images(cifar10 / "cifar10-test.zip", limit=400)
+    assert not any(sheets_of(images.images[start : start + 4]) for start in range(0, 400, 4))
+    assert sheets_of(np.zeros((3, 3, 2000, 2000), np.uint8)) is None
+    assert sheets_of(np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8)) is None
+    assert diffmem.load_images(images, resize=16).sheets is None

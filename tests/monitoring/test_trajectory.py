@@ -10,6 +10,7 @@ import torch
 from diffmem.cli import main
 from diffmem.data import load_images
 from diffmem.errors import InputError
+from diffmem.integrity import load_arrays, save_arrays
 from diffmem.memorization import Question
 from diffmem.monitoring import AuditEvery, snapshot_audit, trajectory
 from diffmem.sampling import Samples
@@ -223,3 +224,30 @@ def test_command_line_from_training_to_the_page(tmp_path, capfd):
     for options, message in ((["--stop-at", 0.9], "--audit-every"), (["--audit-every", 32, "--stop-at", 0], "0<x<=1")):
         status, _, errors = call(*train_it, *options)
         assert (status, message in errors) == (2, True)
+
+
+def test_no_gate_passes_on_a_newest_snapshot_that_has_collapsed(tmp_path, digits, made, monkeypatch, capfd):
+    run = a_run(tmp_path / "run", digits, (0.0, 0.0, 0.0, 0.0, 0.0))
+    result = trajectory(run, data=digits, seeds=range(40))
+    assert result.warnings == ()
+    # An audit written before its images' digests were kept still counts, without a warning.
+    for file in (run / "trajectory" / "audits").iterdir():
+        stored = {name: values for name, values in load_arrays(file, "").items() if name not in ("digests", "constant")}
+        with file.open("wb") as stream:
+            save_arrays(stream, stored, compress=True)
+    made.clear()
+    result = trajectory(run, data=digits, seeds=range(40))
+    assert (made, result.warnings, result.r_mem) == ([], (), 0)
+
+    np.savez(tmp_path / "digits.npz", images=digits.images, labels=digits.labels)
+
+    def black(denoiser, seeds, **settings):
+        yield Samples(torch.zeros(len(seeds), 1, 8, 8, dtype=torch.uint8), torch.tensor(seeds), None)
+
+    monkeypatch.setattr(snapshot_audit, "sample_batches", black)
+    gate = ["--seeds", "100-299", "--require-below", "0.5", "--device", "cpu"]
+    for again in range(2):  # as it is sampled, and as it is remembered
+        with pytest.raises(SystemExit) as ended:
+            main(["trajectory", str(run), "--data", str(tmp_path / "digits.npz"), *gate])
+        assert ended.value.code == 4, again
+        assert "200 of 200 images are of a single color" in capfd.readouterr().err
