@@ -73,6 +73,33 @@ def test_native_against_float64(tolerance, level, monkeypatch):
     assert dense or tolerance < 1e-3  # byte sums of so few images cannot be as exact as 1e-5
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+def test_native_small_sets_without_components(tolerance, level, monkeypatch):
+    """Every noise level is served, by one of all ways that there are, and to the tolerance."""
+    monkeypatch.setenv("DIFFMEM_CPU", level)
+    y = rows(900, 130)
+    y[7] = y[3]
+    centre = y.double().mean(dim=0).round()
+    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), None)
+    plans = set()
+    for sigma in (80.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.002):
+        x = noisy(y, sigma, 19)
+        x[5] = (y[1].double() + y[2]) / 2
+        levels = torch.full((19,), 127.5 * sigma, dtype=torch.float64)
+        plan = data.plan(127.5 * sigma, tolerance, len(y))
+        plans.add(None if plan is None else (plan.planes, plan.low == native.FLOAT))
+        result = type(posterior_mean(x, levels, y[:9]))(*data.mean(x, levels, tolerance, 0, len(y)))
+        assert_close(result, x, levels, y, tolerance)
+    assert len(plans) > 2 or tolerance > 1e-5
+    monkeypatch.setattr(native, "FLOAT_BYTES", 0)
+    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), None)
+    assert data.narrow_rows() is None
+    levels = torch.full((3,), 127.5 * 0.002, dtype=torch.float64)
+    result = type(posterior_mean(x[:3], levels, y[:9]))(*data.mean(noisy(y, 0.002, 3), levels, tolerance, 0, len(y)))
+    assert_close(result, noisy(y, 0.002, 3), levels, y, tolerance)
+
+
 @pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
 def test_native_with_more_rows_than_a_block_and_codes_that_are_not_kept(monkeypatch):
     y = rows(native.native_module().posterior_largest_sum + 300, 40)

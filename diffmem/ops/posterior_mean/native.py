@@ -32,6 +32,14 @@ that keeps them below shares of the tolerance (FIRST_SHARE, SECOND_SHARE) that l
 0–255 of CIFAR-10 (JPEG), and checked on 64 other seeds each of sets of 8,000, 20,000 and 50,000 of its images: the
 largest error of 12 noise levels from 80 down was half the tolerance.
 
+Small sets have no codes: their components take longer to find than they would save. u is rounded to three bytes there,
+which leaves so little that the rounding of the float32 scores counts, of rms 2^-24 (2 + R/2σ) R/σ, and Σλ² is
+estimated from inner products of a sample; the search has a single look, by the same product, with the bounds
+‖δ‖·max‖z‖ and 2^-21 of all magnitudes. N = 2,000 patches, 64 queries, one core, CPU time of one call by cdist, softmax
+and matmul in float32, which keeps to no tolerance: 31–43 ms; by blocks in PyTorch: 200 ms above σ = 0.5, 85 ms below;
+by this: 24–41 and 14–17 ms,
+and 60 ms around σ = 1, where no plan is good enough and logits are products in float64.
+
 Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 Gflop/s in float32: a
 product over all bytes is 79 Gop, 85 ms (float32: 340 ms); reading the images once, 153 MB, 8 ms. Predicted before it
 was written: dense calls 2.1 (tolerance 1e-3) to 3.4 (1e-5) such products, 0.25 and 0.35 s; search 0.06 s; so 5 times
@@ -58,6 +66,10 @@ from diffmem.ops.registry import native_kernel_unavailable, native_module
 from diffmem.progress import Progress, silent
 
 FIRST_SHARE, SECOND_SHARE = 1 / 24, 1 / 6  # of the tolerance, for the model's errors of the two products
+FLOAT = -1  # in a plan: weights and rows of the second product are float32
+FLOAT_BYTES = 1 << 26  # of rows that are kept in float32 too
+FLOAT_SHARE = 1 / 8  # and for the rounding of scores in float32, where the first product leaves less than that
+VARIANCE_SAMPLE = 512
 CAPS = (6.0, 24.0, 96.0)  # times the average weight: heavier images are computed exactly
 PAIR_COST = 100  # of a pair in float64, in units of the same pair's share of a product over all bytes
 LANES, PANEL = 16, 64  # queries in a vector, and side by side in a product
@@ -222,6 +234,8 @@ class NativeRows:
         self.longest = math.sqrt(2 * float(self.half_norms.max()))
         self.spread = max(math.sqrt(2 * float(self.half_norms.mean())), 1e-6)  # R
         self.codes = None if basis is None else Codes(self.rows, middle, basis, progress)
+        self.variances = _variances(self.rows, middle) if basis is None else self.spread**2
+        self._narrow_rows: torch.Tensor | None = None
         self.sums = BlockSums(self.rows)
         self.scratch = Scratch()
         self.core = native_module()
@@ -253,8 +267,14 @@ class NativeRows:
                 dropped[part] = state.dropped / state.mass
         return mean + self.centre.double(), log_sum, dropped
 
+    def narrow_rows(self) -> torch.Tensor | None:
+        """The rows less the center in float32, made once, of sets so small that there is room."""
+        if self._narrow_rows is None and 4 * self.rows.numel() <= FLOAT_BYTES:
+            self._narrow_rows = self.rows.float() - self.centre.float()
+        return self._narrow_rows
+
     def _key(self, sigma: float, plan: Plan | None) -> tuple[bool, Plan | None]:
-        return self.codes is not None and sigma < SEARCH_BELOW * self.spread, plan
+        return sigma < SEARCH_BELOW * self.spread, plan
 
     def plan(self, sigma: float, tolerance: float, images: int) -> Plan | None:
         """The cheapest plan whose model error (2) is small enough, None where there is none."""
@@ -267,10 +287,15 @@ class NativeRows:
         for cap in CAPS:
             concentration = min(cap, math.exp(min(50.0, (self.spread / sigma) ** 2)))
             first, second = None, None
-            for planes, corrected in itertools.product((1, 2), choices):
+            # More than two bytes are for sets without codes, whose components cannot correct what two leave.
+            for planes, corrected in itertools.product((1, 2, 3, 4) if self.codes is None else (1, 2), choices):
                 tail, variances = tails[corrected]
                 noise = rounding / 256 ** (planes - 1) / sigma**2
                 error = noise * (math.sqrt(tail * concentration / images) * self.spread + variances) / length
+                if planes > 2:  # beside which the rounding of the float32 scores counts
+                    score = (2 + self.spread / (2 * sigma)) * self.spread / sigma
+                    narrow = 2.0**-24 * score * math.sqrt(concentration / images) * self.spread / length
+                    error += narrow * FIRST_SHARE / FLOAT_SHARE
                 cost = planes + (corrected + min(corrected, FINE)) / d
                 if error < FIRST_SHARE * tolerance and (first is None or cost < first[0]):
                     first = cost, planes, corrected
@@ -281,6 +306,8 @@ class NativeRows:
                 if unit * left * 3**0.5 < SECOND_SHARE * tolerance:
                     second = 0.0 if low is None else 0.1 + low / d, low
                     break
+            if second is None and self.codes is None and self.narrow_rows() is not None:
+                second = 4.0, FLOAT  # float32 takes four times what bytes take
             if first is None or second is None:
                 continue
             cost = first[0] + second[0] + PAIR_COST * self._heavy(sigma, cap)
@@ -307,7 +334,7 @@ class NativeRows:
     def _tail(self, components: int) -> tuple[float, float]:
         """Mean energy beyond the leading components, and the root of the sum of the squared variances there."""
         if self.codes is None:
-            return self.spread**2, self.spread**2
+            return self.spread**2, self.variances
         energy = self.codes.energy
         beyond = max(self.spread**2 - float(energy.sum()), 0.0)
         rest = energy[components:]
@@ -343,11 +370,14 @@ class _Call:
         self.reach = math.log((stop - start) / (DROPPED_SHARE * self.tolerance))
         for first in range(start, stop, self.core.posterior_largest_sum):
             block = slice(first, min(stop, first + self.core.posterior_largest_sum))
-            if search and self._search(block):
+            if search and (self._search_pixels(block) if self.data.codes is None else self._search(block)):
                 continue
-            if self.plan is None:
+            if self.plan is not None:
+                self._dense(block)
+            elif self.data.narrow_rows() is not None:
+                self._dense_in_float64(block)
+            else:
                 return None
-            self._dense(block)
         return self.state
 
     # Search
@@ -385,6 +415,21 @@ class _Call:
                 break
         return False
 
+    def _search_pixels(self, block: slice) -> bool:
+        """The same without codes: by products of the rows with u in three bytes, which are dense but exact enough."""
+        terms, left = self._pixel_terms(block, 3)
+        scores = self._scores(terms, block)
+        where = self._top(scores)[1]
+        best = self._logits(torch.arange(self.count + 1), where.to(torch.int32), block)
+        known = torch.maximum(self.state.top, best)
+        error = left.norm(dim=1) * self.data.longest
+        error += 2.0**-21 * (self.lengths + self.data.longest) * self.data.longest  # of float32
+        limit = int(SEARCH_SHARE * self.count * (block.stop - block.start))
+        pairs = self._select(scores, known - self.reach - error * self.weight, None, None, limit)[1]
+        if pairs is not None:
+            self._add_pairs(*pairs, block)
+        return pairs is not None
+
     def _add_pairs(self, starts: torch.Tensor, images: torch.Tensor, block: slice) -> None:
         """Adds listed pairs by their exact logits, those without weight left out."""
         logits = self._logits(starts, images, block)
@@ -410,6 +455,13 @@ class _Call:
             terms += self._code_terms(coordinates.double(), block, groups, FINE)[0]
         scores = self._scores(terms, block)
         top = self._top(scores)[0]
+        if plan.low == FLOAT:
+            self.state.raise_top(top.double())
+            weights = scores[:, : self.count].sub(self.state.top.float()).exp_()
+            # What the top is off by in float32 is off in all weights alike.
+            self.state.mass += weights.sum(dim=0, dtype=torch.float64)
+            self.state.total += weights.T @ self.data.narrow_rows()[block]
+            return
         mass = self._mass(scores, top)
         limit = torch.minimum(top.double(), top.double() + (plan.cap * mass / n).log()).float()
         starts, images = self._select(
@@ -435,6 +487,15 @@ class _Call:
         left_out[chosen.long()] = False
         self.state.dropped += left_out * (mass - heavy).clamp(min=0) * (top.double() - self.state.top).exp()
         self.state.total += total
+
+    def _dense_in_float64(self, block: slice) -> None:
+        """Logits in float64, weights and their sums in float32: for small sets, where no plan is good enough."""
+        rows = self.data.narrow_rows()[block]
+        logits = torch.addmm(-self.data.half_norms[block], self.u, rows.double().T).mul_(self.weight[:, None])
+        self.state.raise_top(logits.amax(dim=1))
+        weights = logits.sub_(self.state.top[:, None]).exp_()
+        self.state.mass += weights.sum(dim=1)
+        self.state.total += weights.float() @ rows
 
     def _rounded_sums(
         self, scores: torch.Tensor, limit: torch.Tensor, chosen: torch.Tensor, block: slice
@@ -469,24 +530,25 @@ class _Call:
 
     # Terms
 
-    def _pixel_terms(self, block: slice) -> tuple[list, torch.Tensor]:
-        """Products of the rows with u rounded to one or two bytes, and what that leaves of u, float32 [B, d]."""
-        rows = self.data.rows[block]
+    def _pixel_terms(self, block: slice, planes: int | None = None) -> tuple[list, torch.Tensor]:
+        """Products of the rows with u rounded to `planes` bytes, and what that leaves of u [B, d], float32 (float64
+        where that is little)."""
+        rows, planes = self.data.rows[block], planes or self.plan.planes
         largest = self.u.abs().amax(dim=1).clamp(min=1e-30)
-        if self.plan.planes == 1:
-            unit = largest / 127
-            values = (self.u / unit[:, None]).round_()
-            return [self._term(rows, self.d, values, unit, self.data.centre)], (self.u - values * unit[:, None]).float()
-        unit = largest / 32512
-        values = (self.u / unit[:, None]).round_()
-        high = (values / 256).round_()
-        low = (values - 256 * high).clamp_(max=127)
-        left = (self.u - (256 * high + low) * unit[:, None]).float()
+        # The largest number that has its rounding: 127 followed by bytes of 127.
+        unit = largest / (127 * sum(256**place for place in range(planes)))
+        left = values = (self.u / unit[:, None]).round_()
+        digits = []
+        for _ in range(planes):  # −128 … 127, the lowest first
+            digit = (left + 128).remainder_(256).sub_(128)
+            left = (left - digit).div_(256)
+            digits.append(digit)
         terms = [
-            self._term(rows, self.d, high, 256 * unit, self.data.centre),
-            self._term(rows, self.d, low, unit, self.data.centre),
+            self._term(rows, self.d, digit, 256**place * unit, self.data.centre)
+            for place, digit in reversed(list(enumerate(digits)))
         ]
-        return terms, left
+        left = self.u - values * unit[:, None]
+        return terms, left if planes > 2 else left.float()
 
     def _code_terms(
         self,
@@ -618,6 +680,17 @@ class _Call:
             sums.data_ptr(), self.threads,
         )  # fmt: skip
         return sums
+
+
+def _variances(rows: torch.Tensor, middle: torch.Tensor) -> float:
+    """√Σλ² of the variances λ of rows [N, d] along their principal components: the root of the mean of (z_i·z_j)² over
+    pairs of different rows, of a sample. Half as much again is added for the sample."""
+    if len(rows) < 2:
+        return float((rows.double() - middle).square().sum())
+    z = rows[torch.linspace(0, len(rows) - 1, min(len(rows), VARIANCE_SAMPLE)).long()].double() - middle
+    squared = (z @ z.T).square_()
+    squared.fill_diagonal_(0)
+    return 1.5 * math.sqrt(float(squared.sum()) / (len(z) * (len(z) - 1)))
 
 
 def serves(rows: torch.Tensor, centre: torch.Tensor) -> bool:
