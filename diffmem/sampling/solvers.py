@@ -261,7 +261,9 @@ def is_compilable(denoiser: Any) -> bool:
 def _compiled_stage(denoiser: Any) -> Callable:
     """The compiled stage of this denoiser, made once."""
     if not is_compilable(denoiser):
-        raise InputError("compile: not for this denoiser; a module of your own may be given to torch.compile before")
+        raise InputError(
+            "compile: nothing to compile in this denoiser; give a module of your own to torch.compile yourself"
+        )
     if denoiser not in _COMPILED:
         device = next((parameter.device.type for parameter in denoiser.parameters()), "cpu")
         # CUDA graphs where there is CUDA: the step is dozens of small kernels.
