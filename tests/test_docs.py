@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from test_architecture import ALLOWED
 
 import diffmem
 from diffmem.cli import cli, main
@@ -130,6 +131,20 @@ def exists(name: str) -> bool:
         else:
             value = getattr(value, part)
     return True
+
+
+def test_the_picture_of_the_house_is_the_house():
+    """CONTRIBUTING draws the import directions that the architecture test enforces, and names files that exist."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    picture = next(code for _, language, code in FENCE.findall(text) if language == "text")
+    cells = [re.split(r"  +", line.strip()) for line in picture.split("---")[0].splitlines()]
+    drawn = {cell[0]: set(cell[-1].split()) for cell in cells}
+    assert drawn.pop("cli") == {"everything", "below"}
+    drawn |= {"ops": set(), "data": set()}  # what stands beside them are no rooms
+    assert drawn == {room: allowed for room, allowed in ALLOWED.items() if room != "cli"}
+    paths = re.findall(r"`((?:diffmem|csrc|tests|benchmarks|\.github)/[\w./-]+)`", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert len(paths) > 20
 
 
 def test_every_public_room_has_a_page_of_reference():

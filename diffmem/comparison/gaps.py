@@ -103,26 +103,37 @@ class NoiseRange(NamedTuple):
 class Comparison:
     """How close a network is to its training set's optimum.
 
-    levels: the S noise levels, ascending. gaps: by "training", "unseen" (with a holdout) and "generated".
-    copies: how many of the generated images are copies by the rule. reference_images: of the second optimum, 0: none.
-    examples, example_levels: pictures. settings, notes: how it was made, and what to know about that.
-
     With E the model's mean squared denoising error on training images, E′ that on unseen ones and E_opt the optimum's
     on training images: E = E_opt + gap in expectation over all training images, since D_opt is a conditional mean. So
     the gap on training images is the part of the training loss that training could still remove, and
-      memory(σ)    = 1 − E / E′       0: training images are denoised like any others; 1: known by heart,
-      ceiling(σ)   = 1 − E_opt / E′   what memory would be if the model denoised training images as the optimum does,
-      closeness(σ) = memory / ceiling = 1 − gap / (E′ − E_opt).
-    Towards high σ the ceiling falls to 0: every denoiser tends to a mean image, and there is nothing to memorize.
-    The model **has become its training set** at the noise levels where memory is at least 8/9: where its root mean
-    square error on training images is at most a third of that on unseen ones, the factor by which the memorization rule
-    asks a copy to be nearer than anything else. Sampling comes down from high σ: σ* is the upper end of that range.
-    Memory comes before copies: a model that denoises training images with half the squared error of others may not
-    yet copy one of them. Comparing errors on seen and unseen images by σ follows Kadkhodaie et al. (arXiv 2310.02557).
+
+    - memory(σ) = 1 − E / E′; 0: training images are denoised like any others; 1: learned by heart,
+    - ceiling(σ) = 1 − E_opt / E′, what memory would be if the model denoised training images as the optimum does,
+    - closeness(σ) = memory / ceiling = 1 − gap / (E′ − E_opt).
+
+    Towards high σ the ceiling falls to 0: every denoiser tends to a mean image, and there is nothing to memorize. The
+    model **has become its training set** at the noise levels where memory is at least 8/9: where its root mean square
+    error on training images is at most a third of that on unseen ones, the factor by which the memorization rule asks a
+    copy to be nearer than anything else. Sampling comes down from high σ: σ* is the upper end of that range. Memory
+    comes before copies: a model that denoises training images with half the squared error of others may not yet copy
+    one of them. Comparing errors on seen and unseen images by σ follows Kadkhodaie et al. (arXiv 2310.02557).
 
     Intervals: 95 %, percentiles of 1,000 bootstrap samples of the noisy images. They cover a little less than that, and
     much less at levels where a few images make most of a mean (see benchmarks/results/optimum). That of σ* knows
     nothing of the error of interpolating between levels: a few percent of σ* with 24 levels.
+
+    Attributes:
+        checkpoint: Where the network came from.
+        model: What it is, in words.
+        training: The training set.
+        levels: The S noise levels, ascending.
+        gaps: By "training", "unseen" (with a holdout) and "generated".
+        copies: How many of the generated images are copies by the rule.
+        reference_images: Of the second optimum; 0: none.
+        examples: Pictures.
+        example_levels: Their noise levels.
+        settings: How it was made, in JSON types.
+        notes: What to know about that.
     """
 
     checkpoint: str

@@ -135,7 +135,11 @@ def random_labels(images: ImageSet, classes: int, seed: int = RANDOM_LABEL_SEED)
 
 
 def unique_labels(images: ImageSet) -> ImageSet:
-    """`images` with label i for image i."""
+    """`images` with label i for image i.
+
+    Args:
+        images: Any set; its own labels are replaced.
+    """
     return replace(images, labels=np.arange(len(images), dtype=np.int64))
 
 
@@ -146,7 +150,11 @@ def consecutive_labels(images: ImageSet) -> ImageSet:
 
 
 def without_labels(images: ImageSet) -> ImageSet:
-    """`images` without labels."""
+    """`images` without labels.
+
+    Args:
+        images: Any set.
+    """
     return replace(images, labels=None)
 
 

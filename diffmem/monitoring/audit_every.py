@@ -20,15 +20,18 @@ from diffmem.training import Observer, Plan, Snapshot, Verdict, read_data
 class AuditEvery(Observer):
     """Audits the snapshots of a run as they are made, with few images each.
 
-    data: the run's training set, as for `diffmem.training.train`. out: the run's folder, which keeps the audits where
-        `diffmem.monitoring.trajectory` finds them. every: audit the first snapshot of every so many images; None: all.
-        The last one is always audited.
-    samples: images per audit at most, those of the protocol's first seeds.
-    question: "is R_mem at least …?": an audit ends as soon as this is answered at its snapshot, and the run ends at the
-        first snapshot that answers yes (R_mem of a run is the highest over its snapshots, so that a no is known at the
-        end only). Its confidence covers all audits of the run together.
-    flip: compare mirrored images too, for a run with xflip.
-    settings, device: of the sampler. tell: called with each finished audit.
+    Args:
+        data: The run's training set, as for `diffmem.training.train`.
+        out: The run's folder, which keeps the audits where `diffmem.monitoring.trajectory` finds them.
+        every: Audit the first snapshot of every so many images; None: all. The last one is always audited.
+        samples: Images per audit at most, those of the protocol's first seeds.
+        question: "Is R_mem at least …?": an audit ends as soon as this is answered at its snapshot, and the run ends at
+            the first snapshot that answers yes (R_mem of a run is the highest over its snapshots, so that a no is known
+            at the end only). Its confidence covers all audits of the run together.
+        flip: Compare mirrored images too, for a run with xflip.
+        settings: Of the sampler.
+        device: Of the sampler.
+        tell: Called with each finished audit.
     """
 
     def __init__(

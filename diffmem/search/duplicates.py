@@ -118,7 +118,15 @@ def find_duplicates(
 
 
 def check_index(index: TrainingIndex | ShardedIndex | FaissIndex, images: Images) -> None:
-    """Raises InputError where `index` was not made of exactly these images, in this order."""
+    """Raises InputError where an index was made of other images, or of the same ones in another order.
+
+    Args:
+        index: Made before.
+        images: The training images, [N, C, H, W] or an ImageSet.
+
+    Raises:
+        InputError: The index is not one of these images.
+    """
     if not hasattr(index, "holds"):
         raise InputError(f"index is no index of images but an object of type {type(index).__name__}")
     if len(index) != len(images):

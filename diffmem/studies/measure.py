@@ -65,14 +65,29 @@ class SnapshotResult:
 
 @dataclass(frozen=True)
 class Result:
-    """What a unit found.
+    """What a run found.
 
-    key, size, repetition, at_least: of the unit. count, total: copies and images of the snapshot with the highest
-    share, R_mem. decided: the answer to the unit's question, None where it has none or it stayed open; censored: the
-    run was ended by its answer, so that R_mem is at least what was seen. images, epochs: length of the run;
-    best_images: of the snapshot. training_seconds, sampling_seconds: wall-clock. parameters: of the network.
-    training_set: fingerprint. looks: how many snapshots were to be audited. device: "cpu" or "cuda", threads: of the
-    CPU; None where the run is older than the field.
+    Attributes:
+        key: Of the run.
+        size: N.
+        repetition: Of the run.
+        count: Copies among the images of the snapshot with the highest share, R_mem.
+        total: Images of that snapshot.
+        decided: The answer to the run's question; None where it has none or it stayed open.
+        censored: The run was ended by its answer, so that R_mem is at least what was seen.
+        images: Length of the run, images seen.
+        epochs: Length of the run.
+        best_images: Images seen at the snapshot with the highest share.
+        parameters: Of the network.
+        training_seconds: Wall time.
+        sampling_seconds: Wall time.
+        training_set: Its fingerprint.
+        snapshots: Each audited snapshot.
+        versions: Of diffmem and what decides the numbers.
+        at_least: Of the run's question.
+        looks: How many snapshots were to be audited.
+        device: "cpu" or "cuda"; None where the run is older than the field.
+        threads: Of the CPU; None where the run is older than the field.
     """
 
     key: str
@@ -142,9 +157,17 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
 
     Snapshots are audited as training goes on (see `diffmem.monitoring.AuditEvery`); with a question a yes ends the run.
     What depends on the machine's state is set for the length of the run: `setting.threads`, and that denormal numbers
-    count as zero. So on one kind of device the result is that of the unit, whoever runs it.
-    device: "cpu", "cuda", or "auto". Raises InputError where data, network and training do not fit, DivergedError for a
-    loss that is no number, InterruptedUnitError when stopped by SIGINT or SIGTERM.
+    count as zero. So on one kind of device the result is that of the run, whoever makes it.
+
+    Args:
+        unit: The run.
+        folder: Its folder.
+        device: "cpu", "cuda", or "auto".
+
+    Raises:
+        InputError: Data, network and training do not fit together.
+        DivergedError: The loss is no number.
+        InterruptedUnitError: SIGINT or SIGTERM stopped it.
     """
     folder = Path(folder)
     if (known := read_result(folder)) is not None:

@@ -25,7 +25,13 @@ _BUSY_SECONDS = 20.0  # before a unit is tried again whose folder another proces
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a unit ended: with a result or an error."""
+    """How a run ended.
+
+    Attributes:
+        unit: The run.
+        result: What it found; None where it failed.
+        error: What it failed with.
+    """
 
     unit: Unit
     result: Result | None
@@ -48,10 +54,17 @@ def run_units(
 ) -> list[Outcome]:
     """How each of `units` ended, in their order, after all that are not done yet were run, the first ones first.
 
-    root: folder of ledger and units. What is done there is not run again, what was interrupted continues; other
-    processes may work in the same folder, and units that they hold are waited for (wait_for_others) or left out. A unit
-    that fails is recorded, tried once more where trying again may help, and does not keep the others from running.
-    executor: see `diffmem.studies.executors`; default: in this process. tell: called with every unit that ends here.
+    What is done in `root` is not run again, what was interrupted continues; other processes may work in the same
+    folder. A run that fails is recorded, tried once more where trying again may help, and does not keep the others from
+    running.
+
+    Args:
+        units: The runs.
+        root: Folder of ledger and runs.
+        executor: See `diffmem.studies.executors`; default: in this process.
+        wait_for_others: Wait for runs that other processes hold, or leave them out.
+        tell: Called with every run that ends here.
+        progress: Called as `progress(stage, done, total)`.
     """
     executor = InProcess() if executor is None else executor
     root, ledger = Path(root), Ledger(root)

@@ -31,9 +31,14 @@ _SAMPLING = {f.name for f in dataclasses.fields(SampleSettings)} - {"precision",
 class DataRecipe:
     """Where the training images come from, all but how many: the P of EMM(P, M, T).
 
-    source: what `diffmem.load_images` reads from a path or name. color, resolution, classes, labels: as for
-    `diffmem.data.derive`; labels other than "none" make the model conditional on them. only_class: the images of this
-    class alone. mix: (source, share, class): a share of a class's images replaced by those of another source.
+    Attributes:
+        source: What `diffmem.load_images` reads from a path or name.
+        color: As for `diffmem.data.derive`.
+        resolution: As for `diffmem.data.derive`.
+        classes: As for `diffmem.data.derive`.
+        only_class: The images of this class alone.
+        labels: As for `diffmem.data.derive`; labels other than "none" make the model conditional on them.
+        mix: (source, share, class): a share of a class's images replaced by those of another source.
     """
 
     source: str
@@ -96,11 +101,16 @@ class DataRecipe:
 class Setting:
     """What memorization is studied of, but for the number of images and the repetition: P, M and T of EMM(P, M, T).
 
-    data: the distribution of training images. network: arguments of `diffmem.training.denoiser_config` (M). training:
-    fields of `TrainingConfig`, `ema` as those of `EMA` (T). length: one of images, epochs, duration (see `images_of`).
-    snapshots: R_mem is the highest over so many, evenly spaced. samples: images generated per snapshot at most.
-    sampling: fields of `SampleSettings`, all but precision and class_index. threads: on the CPU, of every run, wherever
-    it is made, for sums are rounded in an order that depends on their number; None: one.
+    Attributes:
+        data: P, the distribution of training images.
+        length: One of images, epochs, duration (see `images_of`).
+        network: M, arguments of `diffmem.training.denoiser_config`.
+        training: T, fields of `TrainingConfig`, `ema` as those of `EMA`.
+        snapshots: R_mem is the highest over so many, evenly spaced.
+        samples: Images generated per snapshot at most.
+        sampling: Fields of the sampler's settings, all but precision and class_index.
+        threads: On the CPU, of every run, wherever it is made, for sums are rounded in an order that depends on their
+            number; None: one.
     """
 
     data: DataRecipe
@@ -168,8 +178,12 @@ class Setting:
 class Unit:
     """One training run of a setting, with its audits.
 
-    size: N, training images. repetition: decides the subset and the run's seed. at_least: where given, the run ends as
-    soon as it is decided whether R_mem reaches this; else R_mem is measured with all samples.
+    Attributes:
+        setting: What is trained.
+        size: N, training images.
+        repetition: Decides the subset and the run's seed.
+        at_least: Where given, the run ends as soon as it is decided whether R_mem reaches this; else R_mem is measured
+            with all samples.
     """
 
     setting: Setting
