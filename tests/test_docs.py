@@ -71,6 +71,7 @@ def run_console(code: str, capsys) -> None:
 def run_python(code: str, where: str, names: dict, capsys) -> None:
     exec(compile(code, where, "exec"), names)
     printed = capsys.readouterr().out
+    assert not re.search(r"^\)  # ", code, re.MULTILINE), "a print is too long for its comment to stay beside it"
     for comment in re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE):
         shown(comment, printed)
 

@@ -54,6 +54,11 @@ class Search:
             raise InputError(f"sizes {self.low}:{self.high} hold no multiple of {self.step} from 2 on")
         self.posterior([])  # checks the rest
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest and the largest size that may be tried: multiples of `step`."""
+        return self._ceiling(self.low), self._floor(self.high)
+
     def posterior(self, seen: Sequence[Observation]) -> Posterior:
         return Posterior(seen, self.low, max(self.high, self.low + 1), self.zeta)
 

@@ -71,6 +71,11 @@ def test_emm_searches_says_what_is_unresolved_and_goes_on_where_it_stopped(run, 
     assert re.search(r"one run in full: about [\d.]+ \w+ at N = 20, [\d.]+ \w+ at N = 80", stdout)
     assert json.loads((out / "emm.json").read_text()) == found  # nothing was run, and nothing written
 
+    # Ends that are no multiples of the number of classes: the sizes within them that a search would try.
+    status, stdout, stderr = run(*["3:79" if each == "20:80" else each for each in arguments], "--dry-run")
+    assert status == 0, stderr
+    assert "sizes from 10 to 70" in stdout
+
     arguments[arguments.index(2)] = 3
     status, stdout, stderr = run(*arguments)
     assert status == 0, stderr
