@@ -83,7 +83,7 @@ def test_a_setting_from_json_names_what_is_unknown():
 
 def test_classes_are_asked_for_in_vain_where_there_are_none(tmp_path):
     np.save(tmp_path / "images.npy", np.zeros((9, 3, 5, 5), np.uint8))
-    with pytest.raises(InputError, match="no class indices"):
+    with pytest.raises(InputError, match="needs labels, and there are none"):
         DataRecipe(str(tmp_path / "images.npy"), only_class=7).training_set(4)
     with pytest.raises(InputError, match="no image has class 12"):
         DataRecipe("builtin:digits", only_class=12).training_set(4)
