@@ -307,7 +307,12 @@ class CopyDetector(ReportsRate):
         if training is not self.training:
             if self._detections:
                 raise InputError("images are float64, those before were float32: give all in one precision")
-            self._prepare(*in_one_precision(training, self._unseen))
+            before = dict(self.__dict__)
+            try:
+                self._prepare(*in_one_precision(training, self._unseen))
+            except BaseException:  # such as an index of float32 images: nothing has changed then
+                self.__dict__ = before
+                raise
         return images
 
     def _judge(self, images: np.ndarray) -> Detection:

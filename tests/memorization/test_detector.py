@@ -205,6 +205,11 @@ def test_bad_streams_are_refused():
     floats.update(generated.astype(np.float32))
     with pytest.raises(InputError, match="give all in one precision"):
         floats.update(generated.astype(np.float64))
+    indexed = CopyDetector(training.astype(np.float32), index=TrainingIndex(training.astype(np.float32)))
+    with pytest.raises(InputError, match="build the index again"):
+        indexed.update(generated.astype(np.float64))
+    indexed.update(generated.astype(np.float32))
+    assert indexed.compute().count == floats.compute().count
     floats.reset()
     floats.update(generated.astype(np.float64))
     floats.update(generated.astype(np.float32))  # each is a float64
