@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # On machines without a GPU, a CPU build of PyTorch saves gigabytes: give its requirement or wheel here.
 TORCH ?= torch
 # Not gpu: its FAISS is another package with the same module as the extra faiss brings, and 135 MB.
-EXTRAS ?= demo,faiss,triton,test,dev,docs
+EXTRAS ?= demo,faiss,triton,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
@@ -34,9 +34,14 @@ BUDGET ?= 480
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) --budget $(BUDGET) $(if $(INTERPRET),--interpret)
 
-# The pages in site/, without a network: a warning is an error.
-docs: setup
+# The pages in site/; the build itself fetches nothing, and a warning is an error.
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+DOCS := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("diffmem") if "extra == \"docs\"" in r))
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt $$($(BIN)/python -c '$(DOCS)')
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
