@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
-# What each room may import from the others; what EVERYBODY holds, and the package itself, is for all.
+# What each room may import from the others; what EVERYBODY holds, and the package itself, is for all. Rooms above
+# memorization reach the search through its CopyDetector.
 EVERYBODY = {
     "",
     "atomic_io",
@@ -34,7 +35,7 @@ ALLOWED = {
     "training": {"models", "ops", "data", "sampling"},
     "search": {"ops", "data"},
     "memorization": {"search", "data"},
-    "generation": {"models", "sampling", "data", "search", "memorization"},
+    "generation": {"models", "sampling", "data", "memorization"},
     "comparison": {
         "optimum",
         "training",
@@ -44,8 +45,8 @@ ALLOWED = {
         "memorization",
         "data",
     },
-    "monitoring": {"training", "generation", "sampling", "models", "memorization", "search", "data"},
-    "studies": {"monitoring", "training", "generation", "sampling", "models", "memorization", "search", "data"},
+    "monitoring": {"training", "generation", "sampling", "models", "memorization", "data"},
+    "studies": {"monitoring", "training", "generation", "sampling", "models", "memorization", "data"},
     "demo": {"monitoring", "training", "generation", "memorization", "data"},
     "environment": {"ops"},
     "cli": {
