@@ -171,7 +171,9 @@ def _from_pillow(image: Image.Image, options: PixelOptions, place: str) -> np.nd
 def _unread_file(image: Image.Image) -> bytes | None:
     """The file from which `image` was opened, where none of its pixels were loaded yet."""
     file = getattr(image, "fp", None)
-    if not (isinstance(image, ImageFile.ImageFile) and image.tile and file is not None):
+    # Pillow's readers of WebP and AVIF say what there is to decode once they decode it.
+    unread = isinstance(image, ImageFile.ImageFile) and (image.tile or getattr(image, "_im", image) is None)
+    if not unread or file is None:
         return None
     position = file.tell()
     file.seek(0)

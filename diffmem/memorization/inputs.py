@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffmem.data import ImageSet
-from diffmem.data.grid import grid_of, looks_tiled
+from diffmem.data.grid import MOST_ROWS, grid_of, looks_tiled
 from diffmem.data.value_range import extremes
 from diffmem.errors import InputError
 from diffmem.memorization.plausibility import scale_recipe
@@ -64,9 +64,12 @@ def check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
     if ours[0] != theirs[0]:
         kinds = {1: "gray (1 channel)", 3: "color (3 channels)"}
         our_kind, their_kind = (kinds.get(shape[0], f"{shape[0]}-channel") for shape in (ours, theirs))
+        way_out = "bring both to color='gray' or color='rgb'"
+        if not {ours[0], theirs[0]} <= {1, 3, 4}:
+            way_out = "if an array's axes are in another order, say layout='NCHW' or layout='NHWC'"
         raise InputError(
             f"{what} images ({images.source}) are {our_kind}, training images ({training.source}) are {their_kind}: "
-            "bring both to color='gray' or color='rgb'"
+            f"{way_out}"
         )
     if ours != theirs:
         raise InputError(
@@ -83,7 +86,7 @@ def _size_advice(images: ImageSet, training: ImageSet, what: str) -> str:
     if ours[0] * theirs[1] != ours[1] * theirs[0]:
         advice += ", and center_crop=True where the training images were prepared by cutting out their central square"
     grid = grid_of(images, theirs) if what == "generated" else None
-    if grid is not None:
+    if grid is not None and max(grid.rows, grid.columns) <= MOST_ROWS:
         seen = "They look like" if looks_tiled(images, grid, theirs) else "Where they are"
         advice += (
             f". {seen} sheets of {grid.rows}x{grid.columns} images in a grid"

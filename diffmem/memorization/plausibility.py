@@ -250,6 +250,8 @@ def suspicions(images: SetFigures, training: SetFigures) -> tuple[str, ...]:
 def _scale_suspicions(images: SetFigures, training: SetFigures, ours: Appearance, samples: int) -> list[str]:
     about = training.appearance
     way_out = "If they are on another scale, bring both to the same one (value_range=)."
+    if images.dtype == np.uint8:
+        way_out = "If they were made from floats, see that black became 0 and white 255."
     found = []
     if about.contrasts.mean() > 0 and _clearly_apart(ours.contrasts, about.contrasts, samples):
         ratio = ours.contrasts.mean() / about.contrasts.mean()

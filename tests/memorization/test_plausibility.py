@@ -117,3 +117,19 @@ def test_copies_of_few_training_images_are_alike(digits):
     """Every sample of an optimum is an exact copy: 200 of 20 images are no collapse."""
     draws = np.random.default_rng(0).integers(0, 20, 200)
     assert diffmem.audit(digits[:20][draws], digits[:20]).warnings == ()
+
+
+def test_the_way_out_fits_the_dtype(digits):
+    for dtype, words in (("uint8", "see that black became 0 and white 255"), ("float32", "value_range=")):
+        warnings = diffmem.audit((digits[1000:1100] // 2 + 60).astype(dtype), digits[:900].astype(dtype)).warnings
+        assert words in warnings[0]
+
+
+def test_an_array_read_in_the_wrong_order_is_told_apart_from_colors(digits):
+    with pytest.raises(InputError, match=r"are 8-channel, .* say layout='NCHW' or layout='NHWC'"):
+        diffmem.audit(diffmem.load_images(digits[:9].transpose(0, 2, 3, 1), layout="NCHW"), digits)
+    with pytest.raises(InputError, match="images in a grid") as told:
+        diffmem.audit(np.random.default_rng(0).integers(0, 256, (1, 1, 512, 512), np.uint8), digits)
+    assert "split_grid" in str(told.value)
+    with pytest.raises(InputError, match=r"to the smaller size with resize=8$"):
+        diffmem.audit(np.random.default_rng(0).integers(0, 256, (1, 1, 520, 520), np.uint8), digits)
