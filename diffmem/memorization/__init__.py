@@ -4,7 +4,7 @@ from diffmem.memorization.criteria import parse_threshold, published_rule, ratio
 from diffmem.memorization.detector import CopyDetector, Detection, audit
 from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.inputs import check_sets
-from diffmem.memorization.result import Audit, CopiedImage, SeenImage
+from diffmem.memorization.result import Audit, CopiedImage, SeenImage, UnkeptImages
 from diffmem.memorization.statistics import (
     CopyRate,
     Question,
@@ -25,6 +25,7 @@ __all__ = [
     "Question",
     "ReportsRate",
     "SeenImage",
+    "UnkeptImages",
     "anytime_interval",
     "audit",
     "check_sets",
