@@ -129,7 +129,7 @@ def sample_command(
     of `diffmem train`, for its newest snapshot.
 
     The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
-    OUT.partial until the whole is written: the same command, given again after an interrupt, goes on from there.
+    OUT.partial until the whole is written: the same command, given again after an interrupt, resumes from there.
 
     To save time, --solver unipc: its 14 network calls lead to the same verdict of the memorization rule as the
     protocol's 35 on all but a few seeds (measured: 0.4 % differ where the model memorizes all, 2.6 % where it memorizes
@@ -210,7 +210,7 @@ def says_what_is_kept(out: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if out is not None and is_first_rank() and work_folder(out).exists():
-            click.echo(f"finished images are kept in {work_folder(out)}; the same command goes on from there", err=True)
+            click.echo(f"finished images are kept in {work_folder(out)}; the same command resumes from there", err=True)
         raise
 
 

@@ -24,6 +24,8 @@ from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing, short
 
 _CHANNELS = (1, 3, 4)
+# Images are not packed more closely than this, unless there is next to nothing on them; deflate's limit is 1,032.
+_MOST_DEFLATED, _LARGE = 500, 2**30
 _LONGEST_HEADER = 10_000  # bytes of an .npy file's header, as numpy allows
 _BESIDE_IMAGES = ("labels", "names", "seeds")
 
@@ -217,6 +219,10 @@ def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
             if there != size:
                 raise ValueError(
                     f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, {there:,} are there"
+                )
+            if size > _LARGE and size > _MOST_DEFLATED * entry.compress_size:
+                raise ValueError(
+                    f"its {size / 1e9:.1f} GB are packed into {entry.compress_size / 1e6:.1f} MB, as in a zip bomb"
                 )
             array = allocate(shape[::-1] if fortran else shape, dtype)
             if size:

@@ -14,6 +14,7 @@ import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ class FaissIndex:
                 f"query images are {queries.shape[1]} values of {queries.dtype}, training images "
                 f"{self.rows.shape[1]} of {self.rows.dtype}"
             )
-        if not 1 <= k <= len(self):
+        if not (isinstance(k, Integral) and 1 <= k <= len(self)):
             raise InputError(f"k must be between 1 and the number of training images, {len(self)}; got {k}")
         width = min(len(self), max(k, self.candidates or max(8 * k, 32)))
         started = time.perf_counter()

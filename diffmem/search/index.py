@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ class TrainingIndex:
                 f"query images must be like the training images, {self.dimension} values of {self.rows.dtype}; "
                 f"got {queries.shape[1]} values of {queries.dtype}"
             )
-        if not 1 <= k <= len(self):
+        if not (isinstance(k, Integral) and 1 <= k <= len(self)):
             raise InputError(f"k must be between 1 and the number of training images, {len(self)}; got {k}")
         search = _Search(self, k)
         squared = np.empty((len(queries), k), np.int64 if queries.dtype == torch.uint8 else np.float64)

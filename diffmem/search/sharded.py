@@ -9,6 +9,7 @@ the lower index.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ class ShardedIndex:
 
     def query(self, images: Images, k: int = 2, *, progress: Progress = silent) -> Neighbors:
         """The k nearest training images of the whole set for each query image, as `TrainingIndex.query` gives them."""
-        if not 1 <= k <= self.total:
+        if not (isinstance(k, Integral) and 1 <= k <= self.total):
             raise InputError(f"k must be between 1 and the number of training images, {self.total}; got {k}")
         queries = as_rows(images, "query images")
         held = min(k, self.stop - self.start)

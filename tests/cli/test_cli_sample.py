@@ -188,7 +188,7 @@ def test_interrupted_and_killed_runs_go_on(run, checkpoint, tmp_path):
         assert process.returncode == status, err
         assert not disturbed.exists()
         if stop == signal.SIGINT:
-            assert "the same command goes on from there" in err
+            assert "the same command resumes from there" in err
             assert "Traceback" not in err
     status, out, _ = run(*arguments, disturbed)
     assert status == 0

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffmem.data import ImageSet, load_images
+from diffmem.data import ImageSet, arrays, load_images
 from diffmem.errors import InputError
 
 RNG = np.random.default_rng(11)
@@ -412,3 +412,12 @@ def test_tensors_of_other_kinds(tmp_path, refused):
     torch.save({"images": torch.from_numpy(NCHW)}, tmp_path / "mapped.pt")
     with pytest.raises(ValueError, match="read-only"):
         load_images(tmp_path / "mapped.pt").images[0] = 0
+
+
+def test_an_array_packed_as_in_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((600, 3, 64, 64), np.uint8))
+    assert len(load_images(tmp_path / "bomb.npz")) == 600  # small enough to be nobody's attack
+    monkeypatch.setattr(arrays, "_LARGE", 2**20)
+    monkeypatch.setattr(arrays, "allocate", lambda *_: pytest.fail("space was made for it"))
+    with pytest.raises(InputError, match=r"images.*packed into 0\.0 MB, as in a zip bomb"):
+        load_images(tmp_path / "bomb.npz")

@@ -232,6 +232,10 @@ def test_bad_arguments_are_one_clear_line():
         (lambda: TrainingIndex(images, method="magic"), "method must be one of auto, filtered"),
         (lambda: TrainingIndex(images, components=0), "components must be at least 1"),
         (lambda: TrainingIndex(images).query(images, 5), "k must be between 1 and the number of training images, 4"),
+        (
+            lambda: TrainingIndex(images).query(images, 2.5),
+            "k must be between 1 and the number of training images, 4; got 2.5",
+        ),
         (lambda: TrainingIndex(images).query(images[:, :3]), "10 values of torch.uint8; got 3"),
         (lambda: TrainingIndex(images).query(floats), "got 10 values of torch.float32"),
         (lambda: TrainingIndex(floats, method="filtered" if core is not None else "torch").query(floats), "NaN"),
