@@ -71,7 +71,7 @@ def test_dtypes(refused):
         np.testing.assert_array_equal(loaded.images, floats.astype(given))
     half = torch.from_numpy(floats).bfloat16()
     np.testing.assert_array_equal(load_images(half).images, half.float().numpy())
-    refused(object(), "cannot read images from a object")
+    refused(object(), "cannot read images from an object of type object")
 
 
 def test_nan_and_infinity_are_counted_and_located(refused, tmp_path):
