@@ -26,7 +26,11 @@ def network_kind(path: Path) -> str | None:
 def is_run(path: Path) -> bool:
     """Whether `path` is the folder of a run of `diffmem train`, finished or not."""
     described = (path / "config.json").is_file()
-    return (path / "snapshots.json").is_file() or (described and any((path / name).is_dir() for name in _RUN_FOLDERS))
+    return (
+        (path / "snapshots.json").is_file()
+        or (described and any((path / name).is_dir() for name in _RUN_FOLDERS))
+        or any(path.glob("state/*/state.json"))
+    )
 
 
 def _folder_kind(path: Path) -> str | None:

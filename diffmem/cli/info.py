@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -10,12 +11,24 @@ from diffmem.cli.options import debug_option
 
 
 @click.command("info")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@click.argument("path", metavar="[RUN]", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @debug_option
-def info_command(as_json: bool) -> None:
-    """What is installed, what this machine offers, and which implementation each op uses here and why."""
+def info_command(path: Path | None, as_json: bool) -> None:
+    """What is installed, what this machine offers, and which implementation each op uses here and why.
+
+    With RUN, a folder of diffmem train or a checkpoint: what was trained on what, and how the weights were averaged.
+    """
     from diffmem.environment import FAISS, describe
 
+    if path is not None:
+        found = _about(path)
+        if as_json:
+            click.echo(json.dumps(found, indent=1))
+        else:
+            for name, value in found.items():
+                click.echo(f"{name}: {value}")
+        return
     facts = describe()
     if as_json:
         click.echo(json.dumps(facts, indent=1))
@@ -43,3 +56,26 @@ def info_command(as_json: bool) -> None:
         state = found["version"] or f"not installed (pip install 'diffmem[{found['extra']}]')"
         if name in faiss["packages"] or not (name in FAISS and faiss["packages"]):
             click.echo(f"  {name} {state}: {found['purpose']}")
+
+
+def _about(path: Path) -> dict[str, str]:
+    """What a run, or a checkpoint, is, in words by what they are of."""
+    from diffmem.models import checkpoint_path, load
+    from diffmem.recognize import is_run
+    from diffmem.training import RunFolder
+
+    run = RunFolder.open(path) if is_run(path) else RunFolder.around(path) if path.is_dir() else None
+    if run is None:
+        return {"network": load(path).summary()}
+    config, snapshots = run.config, run.snapshots()
+    seen = max((line.images for line in run.stats()), default=0)
+    mirrored = ", and mirrored" if config.xflip else ""
+    return {
+        "run": str(run.path),
+        "network": load(checkpoint_path(path)).summary() if snapshots else "no snapshot yet",
+        "training set": f"{run.data['images']:,} images of {run.data['source']}{mirrored}",
+        "length": f"{seen:,} of {config.images:,} images, in batches of {config.batch}",
+        "optimizer": f"{config.optimizer}, learning rate {config.lr:g}, weight decay {config.weight_decay:g}",
+        "EMA weights": run.averaging(),
+        "snapshots": ", ".join(f"{record.images:,}" for record in snapshots) or "none",
+    }

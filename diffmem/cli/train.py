@@ -99,9 +99,9 @@ def resumed(out: Path, options: dict[str, Any], given: set[str]) -> tuple[dict[s
     """The options of a command that continues the run in `out`, those of the command that began it where they are not
     `given`, and the run itself where nothing is given that says what to train: then its own configuration counts."""
     from diffmem.integrity import read_sealed
-    from diffmem.training.run_folder import CONFIG, RunFolder
+    from diffmem.training.run_folder import CONFIG, RunFolder, holds_run
 
-    if not (out / CONFIG).is_file():
+    if not holds_run(out):
         if options["source"] is None:
             raise InputError(f"{out}: there is no run to continue ({CONFIG} is missing): give --data to begin one")
         return options, None

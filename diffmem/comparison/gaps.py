@@ -406,6 +406,7 @@ def compare(
         "seeds": format_seeds(seeds),
         "seed": seed,
         "tolerance": tolerance,
+        **({} if run is None else {"EMA weights": run.averaging()}),
         "sampling": {key: value for key, value in settings.to_dict().items() if key not in ("batch", "compile")},
         "conditional": bool(denoiser.label_dim),
     }

@@ -143,9 +143,11 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
                     " as diffmem writes it (a run's snapshots/…), or an EDM network-snapshot-*.pkl"
                 )
             raise InputError(f"{folder}: no {name} in it; a checkpoint is a folder with {_CONFIG} and {_WEIGHTS}")
-    values = read_json(folder / _CONFIG)
+    of_run = folder.absolute().parent.name == _SNAPSHOTS and is_run(folder.absolute().parent.parent)
+    advice = f"remove {folder}, and the run's other snapshots are used" if of_run else "make the checkpoint again"
+    values = read_json(folder / _CONFIG, advice)
     if isinstance(values, dict) and SEAL in values:
-        advice = f"make the checkpoint again, or remove {SEAL} and files from {_CONFIG} if you changed it on purpose"
+        advice += f", or remove {SEAL} and files from {_CONFIG} if you changed it on purpose"
         values = unsealed(values, folder / _CONFIG, advice)
         files = values.pop("files", None)
         check_file(folder / _WEIGHTS, files.get(_WEIGHTS) if isinstance(files, dict) else None, advice)
@@ -155,7 +157,7 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
         if (kind := network_kind(folder)) not in (None, "a checkpoint of diffmem"):
             raise InputError(f"{folder}: is {kind}, whose networks are not read: give one of diffmem or EDM") from None
         raise InputError(f"{folder / _CONFIG}: {error}") from None
-    with parsing(folder / _WEIGHTS, "a complete safetensors file"):
+    with parsing(folder / _WEIGHTS, "a complete safetensors file", advice):
         return config, load_file(folder / _WEIGHTS)
 
 

@@ -27,7 +27,7 @@ from diffmem.atomic_io import atomic_write, output_lock
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
-from diffmem.integrity import read_checked, sealed
+from diffmem.integrity import sealed
 from diffmem.models import Denoiser
 from diffmem.precision import AUTOCAST, float32_products, measured_convolutions
 from diffmem.timing import CompileCost, Timing, compiling_pays, measure
@@ -39,7 +39,7 @@ from diffmem.training.observers import Observer, Plan, Snapshot, Stats, Verdict,
 from diffmem.training.order import DataOrder
 from diffmem.training.parallel import Ranks
 from diffmem.training.passes import GraphedPass, Tensors, capture_cuda, forward_backward
-from diffmem.training.run_folder import ADVICE, CONFIG, STATS
+from diffmem.training.run_folder import CONFIG, STATS, read_description
 from diffmem.training.seeds import seed_of
 from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
 from diffmem.training.source import DataSource, read_data
@@ -593,7 +593,7 @@ def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snap
     if state is not None:
         _check_same_run(out, description, read_facts(state))
     elif path.exists():
-        _check_same_run(out, description, read_checked(path, ADVICE))
+        _check_same_run(out, description, read_description(out))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,11 +16,26 @@ from diffmem.progress import Progress, silent
 from diffmem.recognize import is_run
 from diffmem.training.config import TrainingConfig
 from diffmem.training.observers import Stats
-from diffmem.training.snapshots import RECORDS, SnapshotRecord, read_records, snapshot_folder
+from diffmem.training.snapshots import SnapshotRecord, read_records, snapshot_folder
 from diffmem.training.source import DataSource, read_data
+from diffmem.training.state import latest_state, read_facts
 
 CONFIG, STATS = "config.json", "stats.jsonl"
-ADVICE = "restore it, or remove its line sha256 if you changed it on purpose"
+
+
+def holds_run(out: Path) -> bool:
+    """Whether `read_description` finds what a run was in the folder `out`."""
+    return (out / CONFIG).is_file() or latest_state(out) is not None
+
+
+def read_description(out: Path) -> dict[str, Any]:
+    """What the run in `out` is (see `diffmem.training.loop.describe`): as its config.json says or, where that is
+    missing, its newest training state. Raises InputError, with a way out, where it is damaged."""
+    state = latest_state(out)
+    if state is not None and not (out / CONFIG).is_file():
+        return read_facts(state)
+    advice = "restore it" if state is None else f"remove it, and what it said is read from {state}"
+    return read_checked(out / CONFIG, f"{advice}; or remove its line sha256 if you changed it on purpose")
 
 
 @dataclass(frozen=True)
@@ -41,11 +56,11 @@ class RunFolder:
     def open(path: str | Path) -> RunFolder:
         """Raises InputError where no run lies there."""
         path = Path(path)
-        if not (path / CONFIG).is_file():
+        if not holds_run(path):
             raise InputError(f"{path}: no run of diffmem train lies there (there is no file {CONFIG})")
         if not is_run(path) and is_run(whose := path.absolute().parent.parent):
             raise InputError(f"{path}: is a snapshot: give its run, {whose}")
-        description = read_checked(path / CONFIG, ADVICE)
+        description = read_description(path)
         with parsing(path / CONFIG, "the description of a run"):
             try:
                 return RunFolder(path, TrainingConfig.from_json(description["config"]), dict(description["data"]))
@@ -61,7 +76,7 @@ class RunFolder:
     def around(path: Path) -> RunFolder | None:
         """The run whose folder `path` is, or among whose snapshots it lies; None where there is none."""
         for folder in (path, path.absolute().parent.parent):
-            if (folder / RECORDS).is_file():
+            if is_run(folder):
                 return RunFolder.open(folder)
         return None
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from diffmem.integrity import read_checked, sealed
 from diffmem.models import Denoiser, save
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
-_ADVICE = "restore it, or remove it and sample the snapshots beside it one by one"
+_ADVICE = "remove it, and the list is made again from snapshots/ and stats.jsonl"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def read_records(out: Path) -> list[SnapshotRecord]:
     """
     path = Path(out) / RECORDS
     if not path.exists():
-        return []
+        return _found_again(Path(out))
     values = read_checked(path, _ADVICE)
     values = values.get("snapshots") if isinstance(values, dict) else values  # without checksums it was a plain list
     with parsing(path, "a list of snapshots", _ADVICE):
@@ -144,3 +145,21 @@ def read_records(out: Path) -> list[SnapshotRecord]:
         if not all(type(record.images) is int and record.images >= 0 for record in records):
             raise ValueError("a snapshot after no number of images")
         return records
+
+
+def _found_again(out: Path) -> list[SnapshotRecord]:
+    """The snapshots in a run's folder that has no list of them, with epochs and losses from `stats.jsonl`."""
+    ticks = []
+    stats = out / "stats.jsonl"
+    for line in stats.read_text(errors="replace").splitlines() if stats.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError):
+            values = json.loads(line)
+            ticks.append((int(values["images"]), values["epochs"] / values["images"], float(values["loss"])))
+    numbers = [int(path.name) for path in (out / FOLDER).glob("*") if path.name.isascii() and path.name.isdigit()]
+    records, before = [], 0
+    for images in sorted(numbers) if ticks else ():
+        since = [tick for tick in ticks if before < tick[0] <= images] or [min(ticks, key=lambda t: abs(t[0] - images))]
+        loss = sum(tick[2] for tick in since) / len(since)
+        records.append(SnapshotRecord(images, images * since[-1][1], loss))
+        before = images
+    return records
