@@ -7,9 +7,9 @@ full length with 10,000 samples of 10 snapshots. Their intervals come from the s
 is the cheapest of a family (5, 9 or 17 sizes, 1 to 8 runs each) whose interval is as narrow as the search's on the same
 curve, or the largest where none is. "grid": over all sizes allowed, as the search has to start; "near grid": sizes from
 a third of the true EMM to three times it, as one who knows it already would choose them. Costs are in training steps of
-one image, a network call of sampling being a third of one. results/emm.csv holds a row per shape: how many of the 95 %
-intervals hold the true EMM, half their width (median, as a share of EMM), runs per search, and how much more the grids
-cost (median ratio).
+one image, an evaluation of the network in sampling being a third of one. results/emm.csv holds a row per shape: how
+many of the 95 % intervals hold the true EMM, half their width (median, as a share of EMM), runs per search, and how
+much more the grids cost (median ratio).
 """
 
 from __future__ import annotations

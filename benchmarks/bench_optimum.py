@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness import Bench, Contender
 from diffmem.data import load_images
 from diffmem.optimum import OptimalDenoiser
-from diffmem.sampling import SeededGenerators, heun_plan, heun_sample
+from diffmem.sampling import SamplerConfig, SeededGenerators, sample_latents
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10-train.zip"
 QUERIES, CHECKED = 256, 32
@@ -70,7 +70,7 @@ def run(bench: Bench) -> None:
 
     for tolerance in denoisers:
         name = f"optimum, {queries} images, 18 steps of Heun, tolerance {tolerance:g}{instructions()}"
-        bench.compare(name, contenders(tolerance, lambda d: heun_sample(d, latents)), repeats=1)
+        bench.compare(name, contenders(tolerance, lambda d: sample_latents(d, latents)), repeats=1)
     for x, sigma in met[::3]:
         for tolerance in denoisers:
             name = f"optimum, one call at sigma {sigma:.3g}, tolerance {tolerance:g}{instructions()}"
@@ -94,8 +94,8 @@ def states(denoiser: OptimalDenoiser, latents: torch.Tensor) -> list[tuple[torch
             met.setdefault(float(sigma), x.clone())
             return denoiser(x, sigma, labels)
 
-    heun_sample(Recorder(), latents)
-    assert len(met) == len({stage.sigma for stage in heun_plan(denoiser).stages})
+    sample_latents(Recorder(), latents)
+    assert len(met) == len({stage.sigma for stage in SamplerConfig().plan(denoiser).stages})
     return [(x, sigma) for sigma, x in met.items()]
 
 

@@ -1,4 +1,4 @@
-"""How few network calls leave the verdict of the memorization rule as it is.
+"""How few evaluations of the network (NFE) leave the verdict of the memorization rule as it is.
 
 `python -m benchmarks solvers` takes two models that really memorize (small networks trained here once, on 100 and on
 200 digits, in a quarter of an hour each, and kept in build/), samples the same 1,000 seeds with the protocol's sampler
@@ -26,7 +26,7 @@ from benchmarks.harness import RESULTS, Bench
 from diffmem.data import ImageSet, load_images
 from diffmem.memorization import Audit, audit
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
-from diffmem.sampling import sample
+from diffmem.sampling import clip_range, round_sigmas, sample, sigmas_logistic
 
 CHECKPOINTS = Path(__file__).parents[1] / "build"
 TRAINING_IMAGES = (100, 200)
@@ -36,7 +36,7 @@ STEPS = 8000
 LEARNING_RATE = 1e-3
 EMA = 0.999
 COLUMNS = (
-    "training_images", "solver", "noise_levels", "network_calls", "same_verdict", "R_mem", "same_source",
+    "training_images", "solver", "noise_levels", "nfe", "same_verdict", "R_mem", "same_source",
     "rms_to_protocol",
 )  # fmt: skip
 SAMPLERS = [
@@ -44,7 +44,7 @@ SAMPLERS = [
     *[("dpm++", {"steps": steps, "rho": rho}) for steps in (14, 12, 10) for rho in (5.0, 7.0, 20.0, 1000.0)],
     *[("dpm++", {"steps": steps}) for steps in (35, 18)],
     *[("unipc", {"steps": steps}) for steps in (35, 18, 14, 12, 10, 8)],
-    *[("unipc", {"steps": 14, "width": width}) for width in (1.0, 2.0)],
+    *[("unipc", {"steps": 14, "width": width}) for width in (1.0, 2.0)],  # of `sigmas_logistic`
     *[("unipc", {"steps": 14, "sigma_min": sigma_min}) for sigma_min in (0.002, 0.05)],
 ]
 
@@ -67,6 +67,9 @@ def compare(denoiser: Denoiser, training: ImageSet, seeds: range) -> Iterator[di
     """A row per sampler."""
 
     def judged(**arguments) -> tuple[np.ndarray, Audit]:
+        if width := arguments.pop("width", None):
+            levels = sigmas_logistic(arguments["steps"], *clip_range(denoiser, 0.02, 80.0), width=width)
+            arguments["sigmas"] = round_sigmas(levels, denoiser)
         images = sample(denoiser, seeds, batch=250, compile=False, **arguments).images.numpy()
         return images, audit(images, training)
 
@@ -81,7 +84,7 @@ def compare(denoiser: Denoiser, training: ImageSet, seeds: range) -> Iterator[di
             "training_images": str(len(training)),
             "solver": solver,
             "noise_levels": ", ".join(f"{name} {value:g}" for name, value in arguments.items()),
-            "network_calls": str(2 * steps - 1 if solver == "heun" else steps),
+            "nfe": str(2 * steps - 1 if solver == "heun" else steps),
             "same_verdict": f"{(verdict.memorized == protocol.memorized).mean():.4f}",
             "R_mem": f"{verdict.ratio:.4f}",
             "same_source": f"{sources.mean():.4f}" if len(sources) else "",

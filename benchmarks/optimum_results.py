@@ -26,9 +26,9 @@ import torch
 from diffmem.atomic_io import atomic_write
 from diffmem.comparison import compare, draw_memory, draw_sweeps, sweep
 from diffmem.comparison.sweep_page import images_of
-from diffmem.generation import SampleSettings
 from diffmem.pages import percent
 from diffmem.progress import Progress, progress_bars
+from diffmem.sampling import SamplerConfig
 from diffmem.training import DataSource, RunFolder
 
 RESULTS = Path(__file__).parent / "results" / "optimum"
@@ -71,7 +71,7 @@ def sweeps(runs: Path, progress: Progress) -> None:
             continue
         swept[name] = sweep(
             str(source), ["tikhonov", "bayes", "smooth"], runs / folder, seeds=range(seeds), labels=False,
-            settings=SampleSettings(batch=64), progress=progress,
+            settings=SamplerConfig(batch=64), progress=progress,
         )  # fmt: skip
         swept[name].save(runs / folder)
         shutil.copy(runs / folder / "sweep.csv", RESULTS / f"{folder}.csv")

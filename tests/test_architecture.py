@@ -47,7 +47,7 @@ ALLOWED = {
     },
     "monitoring": {"training", "generation", "sampling", "models", "memorization", "data"},
     "studies": {"monitoring", "training", "generation", "sampling", "models", "memorization", "data"},
-    "demo": {"monitoring", "training", "generation", "memorization", "data"},
+    "demo": {"monitoring", "training", "generation", "sampling", "memorization", "data"},
     "environment": {"ops"},
     "cli": {
         "data",
@@ -55,6 +55,7 @@ ALLOWED = {
         "memorization",
         "models",
         "generation",
+        "sampling",
         "training",
         "monitoring",
         "studies",

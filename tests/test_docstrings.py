@@ -17,7 +17,7 @@ ROOMS = sorted(
     if "__all__ = [" in path.read_text() and path.parent.name not in ("demo", "cli")
 )
 # Their docstrings may still describe arguments in running text.
-PLAIN = ("diffmem.sampling.", "diffmem.generation.SampleSettings")
+PLAIN = ("diffmem.sampling.",)
 SECTION = re.compile(r"^(Args|Attributes):\n((?:    .*\n|\n)+)", re.MULTILINE)
 
 

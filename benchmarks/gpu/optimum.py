@@ -18,7 +18,7 @@ from diffmem.ops.posterior_mean.reference import posterior_mean_reference
 from diffmem.ops.triton_ops import triton_unavailable
 from diffmem.optimum import OptimalDenoiser
 from diffmem.precision import float32_products
-from diffmem.sampling import heun_sample
+from diffmem.sampling import sample_latents
 
 SIGMAS, TOLERANCES = (2000.0, 200.0, 2.0), (1e-3, 1e-5)
 
@@ -96,11 +96,11 @@ def end_to_end(target: Target, rows: torch.Tensor) -> list[str]:
         denoiser = OptimalDenoiser(images, tolerance=tolerance, device=str(target.device), labels=False)
 
         def sample(denoiser=denoiser) -> torch.Tensor:
-            return heun_sample(denoiser, latents, steps=steps)
+            return sample_latents(denoiser, latents, steps=steps)
 
         def plainly() -> torch.Tensor:
             with float32_products("ieee"):
-                return heun_sample(direct, latents, steps=steps)
+                return sample_latents(direct, latents, steps=steps)
 
         gap = float(((sample() - plainly()).flatten(1).norm(dim=1) / shape[0] / side).median())
         if not gap < 0.1:  # images, not roundings: most paths end at the same image

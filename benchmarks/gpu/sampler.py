@@ -12,9 +12,9 @@ from benchmarks.gpu.target import Target, dry_compile
 from benchmarks.gpu.timing import Measured, elapsed, seconds_per_call
 from diffmem.models import Denoiser
 from diffmem.precision import AUTOCAST, float32_products
-from diffmem.sampling import heun_sample
+from diffmem.sampling import sample_latents
 
-STEPS, CALLS = 3, 35  # of which 5 network calls are timed; of the protocol's 18 steps
+STEPS, CALLS = 3, 35  # of which 5 evaluations of the network are timed; of the protocol's 18 steps
 # How far D(x; σ) may be from PyTorch's in float32, relative: rounding of the format, through some forty layers.
 ALLOWED = {"ieee": 1e-4, "tf32": 1e-2, "bf16": 6e-2}
 EXPECTED_SECONDS = {True: 22.0, False: 5.0}  # of a variant, compiled from the cache or not
@@ -39,7 +39,7 @@ def denoiser_of(variant: Variant, target: Target) -> Denoiser:
 
 
 def measure(variant: Variant, target: Target) -> list[str]:
-    """Checks one network call against PyTorch's in float32, then times a short run of the sampler by each."""
+    """Checks the network once against PyTorch's in float32, then times a short run of the sampler by each."""
     wrong: list[str] = []
     first = None
     for implementation in IMPLEMENTATIONS:
@@ -96,13 +96,13 @@ def distance(variant: Variant, denoiser: Denoiser, x: torch.Tensor, implementati
 def timed(
     variant: Variant, denoiser: Denoiser, latents: torch.Tensor, implementation: str, target: Target, repeats: int = 3
 ) -> Measured:
-    """Seconds of a network call with its step, of a run of STEPS."""
+    """Seconds of an evaluation of the network with its step, of a run of STEPS."""
     steps = 2 if target.tiny else STEPS
     calls = 2 * steps - 1
     with dry_compile(target), by(implementation), float32_products(variant.precision):
 
         def sample() -> torch.Tensor:
-            return heun_sample(denoiser, latents, steps=steps, compiled=variant.compiled)
+            return sample_latents(denoiser, latents, steps=steps, compiled=variant.compiled)
 
         if target.device.type == "cuda":
             sample()  # compiles
@@ -119,4 +119,4 @@ def compile_variant(variant: Variant, implementation: str, target: Target) -> No
     denoiser = denoiser_of(variant, target)
     _, latents = inputs(variant, target, denoiser)
     with dry_compile(target), by(implementation), float32_products(variant.precision):
-        heun_sample(denoiser, latents, steps=2, compiled=True)
+        sample_latents(denoiser, latents, steps=2, compiled=True)

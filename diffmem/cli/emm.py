@@ -57,7 +57,8 @@ class Percentage(click.ParamType):
 @click.option("--snapshots", type=POSITIVE, default=10, show_default=True, help="Audited snapshots per run.")
 @click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
 @click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
-              help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
+              help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14, with nearly the same "
+                   "verdicts.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Print what the search would try and cost at most, and stop.")
 @threads_option
 @executor_options

@@ -159,14 +159,15 @@ def optimum_command(
     import torch
 
     from diffmem.comparison import compare, sweep
-    from diffmem.generation import SampleSettings, generate
+    from diffmem.generation import generate
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
+    from diffmem.sampling import SamplerConfig
     from diffmem.training import DataSource
 
     use = "--compare" if checkpoint is not None else "--sweep" if variants else "sampling"
     _check_use(context, use)
-    settings = SampleSettings(solver=solver, steps=steps, class_index=class_index, batch=batch, compile="off")
+    settings = SamplerConfig(solver=solver, steps=steps, class_index=class_index, batch=batch, compile="off")
     torch.set_flush_denormal(True)
     reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:

@@ -55,8 +55,8 @@ class Seeds(click.ParamType):
 )  # fmt: skip
 @click.option(
     "--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
-    help="heun: the protocol's, 2·steps − 1 network calls. unipc: the fast one, one call per step. dpm++: "
-    "DPM-Solver++(2M), one call per step.",
+    help="heun: the protocol's, 2·steps − 1 evaluations of the network (NFE). unipc: the fast one, one per step. "
+    "dpm++: DPM-Solver++(2M), one per step.",
 )  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=2), help="Noise levels.  [default: heun 18, others 14]")
 @click.option(
@@ -131,24 +131,25 @@ def sample_command(
     The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
     OUT.partial until the whole is written: the same command, given again after an interrupt, resumes from there.
 
-    To save time, --solver unipc: its 14 network calls lead to the same verdict of the memorization rule as the
-    protocol's 35 on all but a few seeds (measured: 0.4 % differ where the model memorizes all, 2.6 % where it memorizes
-    95 %; 143 calls of heun differ from 35 on as many). For figures to be compared with published ones, keep the
-    default.
+    To save time, --solver unipc: its 14 evaluations of the network lead to the same verdict of the memorization rule
+    as the protocol's 35 on all but a few seeds (measured: 0.4 % differ where the model memorizes all, 2.6 % where it
+    memorizes 95 %; 143 evaluations of heun differ from 35 on as many). For figures to be compared with published
+    ones, keep the default.
 
     \b
     Examples:
       diffmem sample model/ --out samples.npz                           the protocol: seeds 0-9999, 18 steps of Heun
       diffmem sample model/ --seeds 0-999 --audit training.zip          only the share of copies
       diffmem sample network-snapshot.pkl --class 3 --out cats.zip --audit training.zip --report report
-      diffmem sample model/ --out samples.npz --solver unipc            14 network calls instead of 35
+      diffmem sample model/ --out samples.npz --solver unipc            NFE 14 instead of 35
       torchrun --nproc-per-node 8 -m diffmem sample model/ --out samples.npz --batch 512 --fp16
     """
     import torch
 
     from diffmem.data import load_images
-    from diffmem.generation import SampleSettings, generate
+    from diffmem.generation import generate
     from diffmem.progress import progress_bars
+    from diffmem.sampling import SamplerConfig
 
     if out is None and training is None:
         raise click.UsageError("nothing to do: give --out, --audit, or both")
@@ -163,7 +164,7 @@ def sample_command(
     if precision is not None and half not in (None, precision):
         raise click.UsageError(f"--precision {precision} and --{half} exclude each other")
     try:
-        settings = SampleSettings(precision=precision or half or "ieee", **settings)
+        settings = SamplerConfig(precision=precision or half or "ieee", **settings)
     except InputError as error:
         raise click.UsageError(str(error)) from None
     torch.set_flush_denormal(True)
@@ -243,7 +244,7 @@ def print_result(
 def print_summary(result: Generated) -> None:
     """What was made and how fast, and the verdict of the audit, on standard output."""
     images = len(result.samples.seeds)
-    line = f"{images:,} images, {result.network_calls} network calls each"
+    line = f"{images:,} images, NFE {result.nfe} each"
     if result.new < images:
         line += f", {images - result.new:,} of them kept from before"
     if result.new:

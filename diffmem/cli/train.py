@@ -44,7 +44,8 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 @click.option("--audit-every", type=POSITIVE, metavar="N", help="Audit a snapshot every N images, and the last.")
 @click.option("--audit-samples", type=POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
 @click.option("--audit-solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
-              help="heun: the protocol's 35 network calls; unipc: 14, with nearly the same verdicts.")  # fmt: skip
+              help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14, with nearly the same "
+                   "verdicts.")  # fmt: skip
 @click.option("--stop-at", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
               help="End the run once an audit shows that R_mem is at least SHARE.")  # fmt: skip
 @click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
@@ -147,9 +148,9 @@ def _train(
     """The command, with its options known."""
     import torch
 
-    from diffmem.generation import SampleSettings
     from diffmem.memorization import Question
     from diffmem.monitoring import AuditEvery
+    from diffmem.sampling import SamplerConfig
     from diffmem.training import (
         DataSource,
         Grids,
@@ -216,7 +217,7 @@ def _train(
                         samples=audit_samples,
                         question=None if stop_at is None else Question(stop_at, confidence),
                         flip=xflip,
-                        settings=SampleSettings(solver=audit_solver),
+                        settings=SamplerConfig(solver=audit_solver),
                         device=device,
                         tell=display.audited,
                     )

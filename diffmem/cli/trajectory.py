@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--resize", type=click.IntRange(min=1), metavar="R", help="With --data: as for diffmem train.")
 @reading_options()
 @click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
-              help="heun: the protocol's 35 network calls; unipc: 14.")  # fmt: skip
+              help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the page.  [default: RUN/trajectory]")
@@ -71,10 +71,10 @@ def trajectory_command(
     """
     import torch
 
-    from diffmem.generation import SampleSettings
     from diffmem.memorization import Question, decide_gate
     from diffmem.monitoring import trajectory
     from diffmem.progress import progress_bars
+    from diffmem.sampling import SamplerConfig
     from diffmem.training import DataSource, RunFolder
 
     given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
@@ -92,7 +92,7 @@ def trajectory_command(
             every=every,
             order=order,
             question=None if at_least is None else Question(at_least, confidence),
-            settings=SampleSettings(solver=solver, batch=batch),
+            settings=SamplerConfig(solver=solver, batch=batch),
             device=device,
             progress=progress,
         )

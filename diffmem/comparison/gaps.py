@@ -17,14 +17,14 @@ from diffmem.comparison.bootstrap import interval, resampled
 from diffmem.data import ImageSet, load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, checked_seeds, format_seeds, sample_detector
+from diffmem.generation import checked_seeds, format_seeds, sample_detector
 from diffmem.memorization import CopyRate
 from diffmem.models import as_denoiser, evaluating, load
 from diffmem.optimum import OptimalDenoiser
 from diffmem.pages import percent
 from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
-from diffmem.sampling import SeededGenerators, sample, to_uint8
+from diffmem.sampling import SamplerConfig, SeededGenerators, sample, to_uint8
 from diffmem.training import RunFolder
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ def compare(
     seeds: Sequence[int] | None = None,
     levels: int | Sequence[float] = LEVELS,
     seed: int = 0,
-    settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     tolerance: float = 1e-5,
     device: str = "auto",
     progress: Progress = silent,
@@ -380,10 +380,7 @@ def compare(
         reference = _reference(denoiser, rest, sets, tolerance, device, notes, progress)
     labels = None if denoiser.label_dim else False
     optimum = OptimalDenoiser(trained_on, labels=labels, tolerance=tolerance, device=str(place), progress=progress)
-    made = sample(
-        denoiser, seeds, solver=settings.solver, labels=settings.class_index, batch=settings.batch, progress=progress,
-        **settings.solver_arguments(),
-    )  # fmt: skip
+    made = sample(denoiser, seeds, config=settings, progress=progress)
     pixels = made.images.numpy()
     copies = sample_detector(trained_on, trained_on.image_shape, place, progress=progress).judge(pixels).count
     drawn = None if made.labels is None else made.labels.numpy()
@@ -407,7 +404,7 @@ def compare(
         "seed": seed,
         "tolerance": tolerance,
         **({} if run is None else {"EMA weights": run.averaging()}),
-        "sampling": {key: value for key, value in settings.to_dict().items() if key not in ("batch", "compile")},
+        "sampling": {key: value for key, value in settings.to_json().items() if key not in ("batch", "compile")},
         "conditional": bool(denoiser.label_dim),
     }
     return Comparison(

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,13 @@ import torch
 from diffmem.atomic_io import atomic_file, output_lock
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, checked_seeds, format_seeds, sample_detector
+from diffmem.generation import checked_seeds, format_seeds, sample_detector
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
 from diffmem.memorization import CopyDetector, CopyRate, ReportsRate
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Regularization, Smoothed, Tikhonov, parse_regularization
 from diffmem.progress import Progress, silent
-from diffmem.sampling import sample_batches
+from diffmem.sampling import SamplerConfig, sample_batches
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -162,7 +162,7 @@ def sweep(
     seeds: Sequence[int] = range(1000),
     labels: bool | None = None,
     tolerance: float = 1e-5,
-    settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     device: str = "auto",
     progress: Progress = silent,
 ) -> Sweep:
@@ -198,7 +198,7 @@ def sweep(
         raise InputError("sweep: no regularization is given")
     order = list(KINDS.values())
     chosen = sorted(set(chosen), key=lambda variant: (order.index(type(variant)), strength(variant)))
-    sampler = {name: value for name, value in settings.to_dict().items() if name not in ("batch", "compile")}
+    sampler = {name: value for name, value in settings.to_json().items() if name not in ("batch", "compile")}
     files = _PointFiles(Path(folder) / POINTS, {**sampler, "device": place.type}, images.image_shape)
     points = []
     with output_lock(folder):
@@ -214,7 +214,7 @@ def _point(
     denoiser: OptimalDenoiser,
     detector: CopyDetector,
     seeds: list[int],
-    settings: SampleSettings,
+    settings: SamplerConfig,
     files: _PointFiles,
     stage: str,
     progress: Progress,
@@ -224,11 +224,7 @@ def _point(
     known = set(point.seeds.tolist())
     left = [seed for seed in seeds if seed not in known]
     progress(stage, len(seeds) - len(left), len(seeds))
-    batches = sample_batches(
-        denoiser, left, solver=settings.solver, labels=settings.class_index, batch=settings.batch, compile=False,
-        **settings.solver_arguments(),
-    )  # fmt: skip
-    for made in batches:
+    for made in sample_batches(denoiser, left, config=replace(settings, compile="off")):
         pictures = made.images.numpy()
         found = detector.judge(pictures)
         nearest = found.neighbors

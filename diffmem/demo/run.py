@@ -11,10 +11,11 @@ import torch
 
 from diffmem.atomic_io import check_output_folder, output_lock
 from diffmem.data import ImageSet, load_images, write_edm_zip
-from diffmem.generation import SampleSettings, generate
+from diffmem.generation import generate
 from diffmem.memorization import Audit, audit
 from diffmem.monitoring import AuditEvery, Trajectory, trajectory
 from diffmem.progress import Progress, silent
+from diffmem.sampling import SamplerConfig
 from diffmem.training import EMA, Observer, Plan, Stats, TrainingConfig, denoiser_config, snapshot_folder, train
 
 FEW, MANY = 20, 1000  # training images
@@ -122,7 +123,7 @@ def _model(folder: Path, training: ImageSet, unseen: ImageSet, images: int, samp
         ema=EMA("target", target=0.99),
     )
     watched = range(min(WATCHED, samples))
-    settings = SampleSettings(solver="unipc", compile="off")
+    settings = SamplerConfig(solver="unipc", compile="off")
     watch = AuditEvery(training, run, samples=len(watched), settings=settings, device="cpu")
     what = f"training on {len(training):,} digits"
     done = train(
@@ -133,7 +134,7 @@ def _model(folder: Path, training: ImageSet, unseen: ImageSet, images: int, samp
     over_time.save()
     made = generate(
         snapshot_folder(run, done.images), range(samples), out=folder / "samples.npz",
-        settings=SampleSettings(batch=100, compile="off"), training=training, holdout=unseen, device="cpu",
+        settings=SamplerConfig(batch=100, compile="off"), training=training, holdout=unseen, device="cpu",
         progress=progress,
     )  # fmt: skip
     made.audit.save(folder / "audit")

@@ -6,12 +6,10 @@ from diffmem.generation.kept import work_folder
 from diffmem.generation.run import Generated, generate
 from diffmem.generation.running_audit import RunningAudit, sample_detector
 from diffmem.generation.seed_ranges import checked_seeds, format_seeds, parse_seeds
-from diffmem.generation.settings import SampleSettings
 
 __all__ = [
     "Generated",
     "RunningAudit",
-    "SampleSettings",
     "checked_seeds",
     "format_seeds",
     "generate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,11 @@ from diffmem.errors import InputError
 from diffmem.generation.kept import KeptBlocks
 from diffmem.generation.running_audit import RunningAudit, sample_detector
 from diffmem.generation.seed_ranges import checked_seeds, format_seeds
-from diffmem.generation.settings import SampleSettings
 from diffmem.memorization import Audit
 from diffmem.models import Denoiser, as_denoiser, checkpoint_path, evaluating, fingerprint, load
-from diffmem.precision import AUTOCAST, float32_products
 from diffmem.progress import Progress, silent
-from diffmem.sampling import Samples, is_compilable, is_compiled, sample_batches, worth_compiling
+from diffmem.sampling import SamplerConfig, Samples, is_compilable, is_compiled, sample_batches, worth_compiling
+from diffmem.sampling.batches import in_precision
 from diffmem.timing import measure
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Generated:
         samples: All images, uint8 [n, C, H, W], with seeds and labels, in the order asked for.
         new: How many of them this run made (the others were kept by an earlier one).
         seconds: What these took.
-        network_calls: NFE, network evaluations per image.
+        nfe: Number of function evaluations (of the network) per image.
         settings: Of the sampler.
         checkpoint: Where the denoiser came from, or what it is.
         fingerprint: The SHA-256 of what it is.
@@ -53,8 +52,8 @@ class Generated:
     samples: Samples
     new: int
     seconds: float
-    network_calls: int
-    settings: SampleSettings
+    nfe: int
+    settings: SamplerConfig
     checkpoint: str
     fingerprint: str
     out: Path | None = None
@@ -80,8 +79,8 @@ class Generated:
             "new": self.new,
             "seconds": self.seconds,
             "images_per_second": self.images_per_second,
-            "network_calls": self.network_calls,
-            "settings": self.settings.to_dict(),
+            "nfe": self.nfe,
+            "settings": self.settings.to_json(),
             "checkpoint": {"path": self.checkpoint, "fingerprint": self.fingerprint},
             "out": None if self.out is None else str(self.out),
             "audit": audit,
@@ -93,7 +92,7 @@ def generate(
     seeds: Sequence[int],
     *,
     out: str | Path | None = None,
-    settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     training: ImageSource | None = None,
     holdout: ImageSource | None = None,
     flip: bool = False,
@@ -147,7 +146,7 @@ def _generate(
     checkpoint: str | Path | torch.nn.Module | Callable[..., torch.Tensor],
     seeds: Sequence[int],
     out: str | Path | None,
-    settings: SampleSettings,
+    settings: SamplerConfig,
     training: ImageSource | None,
     holdout: ImageSource | None,
     flip: bool,
@@ -164,26 +163,11 @@ def _generate(
         denoiser = as_denoiser(checkpoint)
         source, place = denoiser.summary(), next(denoiser.parameters()).device
     identifier = fingerprint(denoiser) if isinstance(denoiser, Denoiser) else denoiser.fingerprint
-    with _precision(denoiser, settings.precision):
-        return _run(
-            denoiser, source, identifier, place, seeds, out, settings, training, holdout, flip, restart,
-            progress,
-        )  # fmt: skip
-
-
-@contextmanager
-def _precision(denoiser: torch.nn.Module, precision: str) -> Iterator[None]:
-    """The network in that precision for as long as this lasts."""
-    if not hasattr(denoiser, "autocast_dtype"):
-        if AUTOCAST[precision] is not None:
-            raise InputError(f"precision is {precision!r}, but this denoiser is no network")
-        yield
-        return
-    before, denoiser.autocast_dtype = denoiser.autocast_dtype, AUTOCAST[precision] or denoiser.autocast_dtype
-    try:
-        yield
-    finally:
-        denoiser.autocast_dtype = before
+    with in_precision(denoiser, settings.precision):
+        pass  # raises where the denoiser does not know it
+    return _run(
+        denoiser, source, identifier, place, seeds, out, settings, training, holdout, flip, restart, progress
+    )  # fmt: skip
 
 
 def _run(
@@ -193,7 +177,7 @@ def _run(
     place: torch.device,
     seeds: list[int],
     out: str | Path | None,
-    settings: SampleSettings,
+    settings: SamplerConfig,
     training: ImageSource | None,
     holdout: ImageSource | None,
     flip: bool,
@@ -202,7 +186,7 @@ def _run(
 ) -> Generated | None:
     group = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
-    network_calls = len(settings.plan(denoiser).stages)
+    nfe = settings.plan(denoiser).nfe
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     out = None if out is None else Path(out)
     if out is not None and rank == 0:
@@ -219,12 +203,12 @@ def _run(
     identity = {
         "checkpoint": identifier,
         "seeds": format_seeds(seeds),
-        **settings.to_dict(),
+        **settings.to_json(),
         "device": place.type,
         "diffmem": diffmem.__version__,
         "torch": torch.__version__,
     }
-    compiled = [share.begin(identity, restart, network_calls) if rank == 0 else None]
+    compiled = [share.begin(identity, restart, nfe) if rank == 0 else None]
     if group:
         dist.broadcast_object_list(compiled)
     began = time.perf_counter()
@@ -253,7 +237,7 @@ def _run(
         sizes = [(index, len(blocks[index].seeds)) for index in order]
         result = auditor.audit(_image_set(samples, str(out or source), named=True), sizes)
     return Generated(
-        samples, sum(new for _, new, _ in shares), seconds, network_calls, settings, source, identifier, out,
+        samples, sum(new for _, new, _ in shares), seconds, nfe, settings, source, identifier, out,
         result,
     )  # fmt: skip
 
@@ -265,7 +249,7 @@ class _Share:
         self,
         denoiser: torch.nn.Module,
         seeds: list[int],
-        settings: SampleSettings,
+        settings: SamplerConfig,
         rank: int,
         ranks: int,
         kept: KeptBlocks | None,
@@ -277,19 +261,19 @@ class _Share:
         self.blocks: dict[int, Samples] = {}
         self.new = 0
 
-    def begin(self, identity: dict[str, Any], restart: bool, network_calls: int) -> bool:
+    def begin(self, identity: dict[str, Any], restart: bool, nfe: int) -> bool:
         """Opens the work folder and returns whether this run's steps are compiled."""
         decided = None if self.kept is None else self.kept.begin(identity, restart)
         if decided is None:
             auto = self.settings.compile == "auto"
-            decided = self._worth_compiling(network_calls) if auto else self.settings.compile == "on"
+            decided = self._worth_compiling(nfe) if auto else self.settings.compile == "on"
             if self.kept is not None:
                 self.kept.decide(identity, decided)
         return decided
 
-    def _worth_compiling(self, network_calls: int) -> bool:
-        """Decided once for the whole run, by the time that one network call takes: blocks made in two ways would differ
-        by rounding, and a resumed run would depend on where it was interrupted."""
+    def _worth_compiling(self, nfe: int) -> bool:
+        """Decided once for the whole run, by the time that one evaluation of the network takes: blocks made in two
+        ways would differ by rounding, and a resumed run would depend on where it was interrupted."""
         if is_compiled(self.denoiser):
             return True
         if not is_compilable(self.denoiser):
@@ -297,10 +281,10 @@ class _Share:
         device = next(self.denoiser.parameters()).device
         size = min(self.settings.batch, self.total)
         x = torch.zeros(size, self.denoiser.channels, *[self.denoiser.resolution] * 2, device=device)
-        products = float32_products(self.settings.precision)
-        with torch.inference_mode(), evaluating(self.denoiser), _memory_errors(size), products:
+        precise = in_precision(self.denoiser, self.settings.precision)
+        with torch.inference_mode(), evaluating(self.denoiser), _memory_errors(size), precise:
             each = measure(lambda: self.denoiser(x, 1.0).sum().item(), budget=1.0)
-        return worth_compiling(self.denoiser, each, network_calls * len(self.seeds_of))
+        return worth_compiling(self.denoiser, each, nfe * len(self.seeds_of))
 
     def sample(self, compiled: bool, auditor: RunningAudit | None, progress: Progress) -> None:
         """Fills `blocks` with what is kept and what is left to make; tells the progress of all ranks, as if they kept
@@ -314,10 +298,13 @@ class _Share:
                     if auditor is not None:
                         auditor.add(index, block.images.numpy())
         progress(STAGE, min(done * self.ranks, self.total), self.total)
-        for index, seeds in self.seeds_of.items():
-            if index in self.blocks:
-                continue
-            block = self._make(seeds, compiled)
+        left = {index: seeds for index, seeds in self.seeds_of.items() if index not in self.blocks}
+        config = replace(self.settings, compile=compiled)
+        # Only the last block may be smaller than a batch, so that batches are blocks.
+        batches = sample_batches(self.denoiser, [seed for seeds in left.values() for seed in seeds], config=config)
+        for index, seeds in left.items():
+            with _memory_errors(len(seeds)):
+                block = next(batches)
             if self.kept is not None:
                 self.kept.write(index, block)
             self.blocks[index] = block
@@ -328,16 +315,6 @@ class _Share:
                 auditor.add(index, block.images.numpy())
                 stage = f"{STAGE}: {auditor.so_far()}"
             progress(stage, min(done * self.ranks, self.total), self.total)
-
-    def _make(self, seeds: list[int], compiled: bool) -> Samples:
-        settings = self.settings
-        with _memory_errors(len(seeds)):
-            return next(
-                sample_batches(
-                    self.denoiser, seeds, solver=settings.solver, labels=settings.class_index, batch=settings.batch,
-                    compile=compiled, precision=settings.precision, **settings.solver_arguments(),
-                )
-            )  # fmt: skip
 
 
 @contextmanager

@@ -9,7 +9,7 @@ The protocol is that of EDM's networks: `model(x, sigma, class_labels=None)` ret
     returns       (B, C, H, W)
 
 A module in half precision is given half-precision images at all noise levels, which costs accuracy where noise is high:
-a float32 module sampled with `SampleSettings(precision="bf16")` or "fp16" keeps it.
+a float32 module sampled with `SamplerConfig(precision="bf16")` or "fp16" keeps it.
 
 What the model says of itself is read from its attributes, under our names or EDM's: `resolution` or `img_resolution`,
 `channels` or `img_channels`, `label_dim`, `sigma_min`, `sigma_max`, `round_sigma`.

@@ -9,11 +9,12 @@ from typing import Any
 
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, sample_detector
+from diffmem.generation import sample_detector
 from diffmem.memorization import Question
 from diffmem.models import fingerprint
 from diffmem.monitoring.over_time import FOLDER, Point
 from diffmem.monitoring.snapshot_audit import AuditFiles, SnapshotAudit, audit_snapshot, way_of
+from diffmem.sampling import SamplerConfig
 from diffmem.training import Observer, Plan, Snapshot, Verdict, read_data
 
 
@@ -43,7 +44,7 @@ class AuditEvery(Observer):
         samples: int = 256,
         question: Question | None = None,
         flip: bool = False,
-        settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+        settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
         device: str = "auto",
         tell: Callable[[Point], None] = lambda point: None,
     ):

@@ -14,12 +14,13 @@ import diffmem
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, checked_seeds, format_seeds, sample_detector
+from diffmem.generation import checked_seeds, format_seeds, sample_detector
 from diffmem.memorization import CopyRate, Question, ReportsRate, highest_interval
 from diffmem.memorization.plausibility import single_color_share
 from diffmem.models import fingerprint, load
 from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.progress import Progress, silent
+from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, SnapshotRecord, Stats
 
 FOLDER = "trajectory"  # in the run's folder
@@ -174,7 +175,7 @@ def trajectory(
     every: int | None = None,
     order: str = "newest",
     question: Question | None = None,
-    settings: SampleSettings = SampleSettings(),  # noqa: B008 (frozen)
+    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     device: str = "auto",
     progress: Progress = silent,
 ) -> Trajectory:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffmem.atomic_io import atomic_file
-from diffmem.generation import SampleSettings
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
 from diffmem.memorization import CopyDetector, CopyRate, Question, ReportsRate
 from diffmem.memorization.plausibility import Collapse
 from diffmem.models import Denoiser
-from diffmem.sampling import sample_batches
+from diffmem.sampling import SamplerConfig, is_compiled, sample_batches
 
 SHOWN = 24  # copies whose images are kept
 PROTOCOL_SEEDS = range(10_000)
@@ -102,7 +101,7 @@ def audit_snapshot(
     detector: CopyDetector,
     seeds: Sequence[int],
     *,
-    settings: SampleSettings,
+    settings: SamplerConfig,
     question: Question | None = None,
     known: SnapshotAudit | None = None,
     after_batch: Callable[[SnapshotAudit], None] = lambda audited: None,
@@ -125,17 +124,16 @@ def audit_snapshot(
     of = len(PROTOCOL_SEEDS) if set(seeds) <= set(PROTOCOL_SEEDS) else None
     done = set(audited.seeds.tolist())
     left = [seed for seed in seeds if seed not in done]
-    compiled = {"auto": "auto", "on": True, "off": False}[settings.compile]
-    for start in range(0, len(left), settings.batch):
+    if question is not None and settings.compile == "auto" and not is_compiled(denoiser):
+        settings = replace(settings, compile="off")  # the answer may come after a few batches
+    batches = sample_batches(denoiser, left, config=settings)
+    while True:
         asked = audited.of(seeds)
         if question is not None and question.answer(asked.count, asked.total, of) is not None:
             break
-        made = next(
-            sample_batches(
-                denoiser, left[start : start + settings.batch], solver=settings.solver, labels=settings.class_index,
-                batch=settings.batch, compile=compiled, **settings.solver_arguments(),
-            )
-        )  # fmt: skip
+        made = next(batches, None)
+        if made is None:
+            break
         images = made.images.numpy()
         found = detector.judge(images)
         seeds_made, nearest = made.seeds.numpy(), found.neighbors
@@ -184,7 +182,7 @@ class AuditFiles:
             save_arrays(stream, {**about, **fields}, compress=True)
 
 
-def way_of(settings: SampleSettings, training_fingerprint: str, flip: bool, device_type: str) -> dict[str, Any]:
+def way_of(settings: SamplerConfig, training_fingerprint: str, flip: bool, device_type: str) -> dict[str, Any]:
     """What decides an image's verdict beside snapshot and seed. Batch size and compiling change it by rounding only."""
-    sampler = {name: value for name, value in settings.to_dict().items() if name not in ("batch", "compile")}
+    sampler = {name: value for name, value in settings.to_json().items() if name not in ("batch", "compile")}
     return {**sampler, "training": training_fingerprint, "flip": flip, "device": device_type}

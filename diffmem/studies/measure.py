@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -305,9 +305,8 @@ def _write_gallery(folder: Path, detector: CopyDetector, unit: Unit, at: int, de
     that is nearer, for a run that counts mirrored images)."""
     settings = unit.setting.sample_settings()
     denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
-    images = sample(
-        denoiser, range(SHOWN), batch=SHOWN, solver=settings.solver, compile=False, **settings.solver_arguments()
-    ).images.numpy()
+    config = replace(settings, batch=SHOWN, compile="off")
+    images = sample(denoiser, range(SHOWN), config=config).images.numpy()
     found = detector.judge(images)
     nearest = detector.training.images[found.neighbors.indices[:, 0]]
     if (mirrored := found.neighbors.mirrored) is not None:

@@ -73,11 +73,11 @@ def costs(
             with fixed_arithmetic(setting.threads or 1):
                 plan = plan_training(config, images, device=device, compile=False)
             settings = setting.sample_settings()
-            measured[kind] = plan.seconds_per_step, len(settings.plan(Denoiser(config.denoiser)).stages)
-        per_step, calls = measured[kind]
+            measured[kind] = plan.seconds_per_step, settings.plan(Denoiser(config.denoiser)).nfe
+        per_step, nfe = measured[kind]
         steps = math.ceil(config.images / config.batch)
-        per_call = per_step / config.batch * _FORWARD
-        found.append(Cost(unit, per_step * steps, per_call * calls * setting.samples * setting.snapshots))
+        per_evaluation = per_step / config.batch * _FORWARD
+        found.append(Cost(unit, per_step * steps, per_evaluation * nfe * setting.samples * setting.snapshots))
     progress("measuring costs", len(units), len(units))
     return found
 

@@ -18,13 +18,13 @@ from diffmem.data.classes import class_indices
 from diffmem.data.classes import label_dim as label_dim_of
 from diffmem.data.subsets import RANDOM_LABEL_SEED, has_classes, parse_labels
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings
+from diffmem.sampling import SamplerConfig
 from diffmem.training import EMA, TrainingConfig, denoiser_config, images_of
 
 # Fields of TrainingConfig that a setting may name; the others follow from the data, the length and the repetition.
 _TRAINING = {f.name for f in dataclasses.fields(TrainingConfig)} - {"denoiser", "images", "seed"}
 _LENGTHS = ("images", "epochs", "duration")
-_SAMPLING = {f.name for f in dataclasses.fields(SampleSettings)} - {"precision", "class_index"}
+_SAMPLING = {f.name for f in dataclasses.fields(SamplerConfig)} - {"precision", "class_index"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Setting:
         training: T, fields of `TrainingConfig`, `ema` as those of `EMA`.
         snapshots: R_mem is the highest over so many, evenly spaced.
         samples: Images generated per snapshot at most.
-        sampling: Fields of the sampler's settings, all but precision and class_index.
+        sampling: Fields of `SamplerConfig`, all but precision and class_index.
         threads: On the CPU, of every run, wherever it is made, for sums are rounded in an order that depends on their
             number; None: one.
     """
@@ -132,11 +132,11 @@ class Setting:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
         self.sample_settings()
 
-    def sample_settings(self) -> SampleSettings:
+    def sample_settings(self) -> SamplerConfig:
         """How images are sampled; raises InputError for unknown fields."""
         if unknown := set(self.sampling) - _SAMPLING:
             raise InputError(f"sampling has no field {', '.join(sorted(unknown))}: there are {', '.join(_SAMPLING)}")
-        return SampleSettings(**self.sampling)
+        return SamplerConfig(**self.sampling)
 
     def config(self, images: ImageSet, repetition: int = 0) -> TrainingConfig:
         """The training run on `images`."""

@@ -82,7 +82,7 @@ def test_golden_seeds(name, run, tmp_path):
         "sample", tmp_path / "model", "--seeds", "0-2,12345", "--batch", 3, "--out", tmp_path / "out.npz"
     )
     assert status == 0
-    assert "4 images, 35 network calls each" in out
+    assert "4 images, NFE 35 each" in out
     with np.load(tmp_path / "out.npz") as file:
         assert file["seeds"].tolist() == [0, 1, 2, 12345]
         assert_same_images(file["images"], tensors["images_uint8"])
@@ -123,7 +123,7 @@ def test_folder_zip_and_npz_hold_the_same(run, checkpoint, tmp_path):
         status, text, err = run("sample", checkpoint, "--seeds", "998-1001", "--steps", 3, "--out", out, "--json")
         assert (status, err) == (0, "")
         summary = json.loads(text)
-        assert (summary["seeds"], summary["images"], summary["network_calls"]) == ("998-1001", 4, 5)
+        assert (summary["seeds"], summary["images"], summary["nfe"]) == ("998-1001", 4, 5)
         assert summary["settings"]["steps"] == 3
         assert summary["images_per_second"] > 0
         assert summary["audit"] is None

@@ -16,13 +16,13 @@ from diffmem.comparison import compare
 from diffmem.comparison.gaps import _range
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings
 from diffmem.models import Denoiser, save
 from diffmem.optimum import OptimalDenoiser
+from diffmem.sampling import SamplerConfig
 from diffmem.training import TrainingConfig, denoiser_config, train
 
 N = 60
-FEW = {"images": 20, "levels": [0.1, 0.5, 2.0], "settings": SampleSettings(steps=4, compile="off"), "device": "cpu"}
+FEW = {"images": 20, "levels": [0.1, 0.5, 2.0], "settings": SamplerConfig(steps=4, compile="off"), "device": "cpu"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +66,7 @@ def test_a_known_offset_is_the_gap_and_the_batch_does_not_matter(training, digit
     results = [
         compare(
             Changed(training, lambda x, optimal: optimal + 0.1), training, holdout=digits,
-            **{**FEW, "settings": SampleSettings(steps=4, batch=batch)},
+            **{**FEW, "settings": SamplerConfig(steps=4, batch=batch)},
         )
         for batch in (64, 7)
     ]  # fmt: skip

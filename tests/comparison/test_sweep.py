@@ -9,11 +9,11 @@ import diffmem
 from diffmem.comparison import parse_sweep, sweep, sweeps
 from diffmem.comparison.sweeps import chosen_variants, expected_ratio
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings
 from diffmem.optimum import EmpiricalBayes, Smoothed, Tikhonov
+from diffmem.sampling import SamplerConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAST = {"labels": False, "settings": SampleSettings(steps=8, batch=8), "device": "cpu"}
+FAST = {"labels": False, "settings": SamplerConfig(steps=8, batch=8), "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_damaged_points_are_named(digits, tmp_path):
 
 
 def test_half_and_expectation(digits, tmp_path):
-    result = sweep(digits, ["tikhonov"], tmp_path, seeds=range(40), **{**FAST, "settings": SampleSettings(batch=40)})
+    result = sweep(digits, ["tikhonov"], tmp_path, seeds=range(40), **{**FAST, "settings": SamplerConfig(batch=40)})
     assert len(result.points) == 9
     assert result.points[0].ratio == 1
     assert result.points[-1].ratio == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.generation import (
     RunningAudit,
-    SampleSettings,
     format_seeds,
     generate,
     parse_seeds,
@@ -24,10 +24,10 @@ from diffmem.generation import (
     work_folder,
 )
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
-from diffmem.sampling import sample
+from diffmem.sampling import SamplerConfig, sample
 from diffmem.search import TrainingIndex
 
-QUICK = SampleSettings(steps=3, batch=4, compile="off")
+QUICK = SamplerConfig(steps=3, batch=4, compile="off")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +77,7 @@ def test_seeds_there_and_back(seeds):
 
 @pytest.mark.parametrize("solver", ["heun", "dpm++", "unipc"])
 def test_what_is_written_is_what_the_sampler_makes(solver, checkpoint, tmp_path):
-    settings = SampleSettings(solver=solver, steps=3, batch=4, compile="off")
+    settings = SamplerConfig(solver=solver, steps=3, batch=4, compile="off")
     result = generate(checkpoint, range(10), out=tmp_path / "out.npz", settings=settings)
     direct = sample(load(checkpoint), range(10), solver=solver, steps=3, batch=4, compile=False)
     with np.load(tmp_path / "out.npz") as file:
@@ -86,14 +86,14 @@ def test_what_is_written_is_what_the_sampler_makes(solver, checkpoint, tmp_path)
         np.testing.assert_array_equal(file["labels"], direct.labels)
         np.testing.assert_array_equal(file["seeds"], np.arange(10))
     assert torch.equal(result.samples.images, direct.images)
-    assert result.network_calls == {"heun": 5, "dpm++": 3, "unipc": 3}[solver]
+    assert result.nfe == {"heun": 5, "dpm++": 3, "unipc": 3}[solver]
     assert (result.new, result.out) == (10, tmp_path / "out.npz")
     assert direct.images.float().std() > 20  # the network really makes something
     assert not work_folder(tmp_path / "out.npz").exists()
 
 
 def test_churn_and_class_reach_the_sampler(checkpoint):
-    settings = SampleSettings(steps=3, S_churn=2.0, S_noise=1.1, S_max=50.0, class_index=2, compile="off")
+    settings = SamplerConfig(steps=3, S_churn=2.0, S_noise=1.1, S_max=50.0, class_index=2, compile="off")
     result = generate(checkpoint, [4, 1], settings=settings)
     direct = sample(
         load(checkpoint), [4, 1], steps=3, S_churn=2.0, S_noise=1.1, S_max=50.0, labels=2, compile=False
@@ -141,8 +141,8 @@ def test_resumed_run_gives_the_same_bytes(checkpoint, interrupted, tmp_path):
 
 def test_other_settings_are_refused_by_name(checkpoint, interrupted, tmp_path):
     for arguments, words in (
-        ({"settings": SampleSettings(steps=4, batch=4, compile="off")}, r"another run: steps 3 \(now 4\); finish"),
-        ({"settings": SampleSettings(steps=3, batch=5, rho=5, compile="off")}, r"rho 7.0 \(now 5\), batch 4 \(now 5\)"),
+        ({"settings": SamplerConfig(steps=4, batch=4, compile="off")}, r"another run: steps 3 \(now 4\); finish"),
+        ({"settings": SamplerConfig(steps=3, batch=5, rho=5, compile="off")}, r"rho 7.0 \(now 5\), batch 4 \(now 5\)"),
         ({"seeds": range(31)}, r"seeds 0-29 \(now 0-30\)"),
         ({"checkpoint": tiny(tmp_path / "other", label_dim=4)}, r"checkpoint \w{21}… \(now \w{21}…\);"),
     ):
@@ -172,13 +172,13 @@ def test_compiling_is_decided_once(checkpoint, tmp_path, monkeypatch):
     """An interrupted run that began compiled goes on compiled, whatever the clock says now."""
     compiled = []
 
-    def recorded(denoiser, seeds, *, compile, **arguments):
-        compiled.append(compile)
-        return sample_batches(denoiser, seeds, compile=False, **arguments)
+    def recorded(denoiser, seeds, *, config):
+        compiled.append(config.compile)
+        return sample_batches(denoiser, seeds, config=replace(config, compile="off"))
 
     sample_batches = run.sample_batches
     monkeypatch.setattr(run, "sample_batches", recorded)
-    settings = SampleSettings(steps=3, batch=2)
+    settings = SamplerConfig(steps=3, batch=2)
 
     def stop(stage, done, _total):
         if done == 4:
@@ -189,9 +189,9 @@ def test_compiling_is_decided_once(checkpoint, tmp_path, monkeypatch):
         generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings, progress=stop)
     monkeypatch.setattr(run, "worth_compiling", lambda *_: False)
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)
-    assert compiled == [True, True, True]
+    assert compiled == ["on", "on"]
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)
-    assert compiled[3:] == [False] * 3
+    assert compiled[2:] == ["off"]
 
 
 def test_running_audit_is_the_audit(tmp_path):
@@ -277,7 +277,7 @@ def test_images_that_are_not_finite(tmp_path):
 )
 def test_settings_that_make_no_sense(arguments, words):
     with pytest.raises(InputError, match=words):
-        SampleSettings(**arguments)
+        SamplerConfig(**arguments)
 
 
 def test_runs_that_make_no_sense(checkpoint, tmp_path):
@@ -285,13 +285,13 @@ def test_runs_that_make_no_sense(checkpoint, tmp_path):
         with pytest.raises(InputError, match="distinct whole numbers"):
             generate(checkpoint, seeds)
     for settings, words in (
-        (SampleSettings(class_index=3), "classes 0 … 2"),
-        (SampleSettings(steps=1), "steps is 1"),
-        (SampleSettings(sigma_min=90.0), "sigma_min < sigma_max"),
+        (SamplerConfig(class_index=3), "classes 0 … 2"),
+        (SamplerConfig(steps=1), "steps is 1"),
+        (SamplerConfig(sigma_min=90.0), "sigma_min < sigma_max"),
     ):
         with pytest.raises(InputError, match=words):
             generate(checkpoint, [0], settings=settings)
     with pytest.raises(InputError, match="unconditional"):
-        generate(tiny(tmp_path / "plain"), [0], settings=SampleSettings(class_index=0))
+        generate(tiny(tmp_path / "plain"), [0], settings=SamplerConfig(class_index=0))
     with pytest.raises(InputError, match="PNG files hold 1 or 3 channels"):
         generate(tiny(tmp_path / "two", channels=2), [0], out=tmp_path / "two.zip")

@@ -30,7 +30,7 @@ from diffmem.ops.posterior_mean import PosteriorRows, blocked
 from diffmem.ops.posterior_mean.reference import posterior_mean_reference
 from diffmem.optimum import OptimalDenoiser
 from diffmem.precision import float32_products, measured_convolutions
-from diffmem.sampling import heun_sample
+from diffmem.sampling import sample_latents
 from diffmem.search.gpu import GpuRows, available_backends
 from diffmem.training import TrainingConfig
 from diffmem.training.loop import Trainer
@@ -258,11 +258,11 @@ def test_compiled_sampler(monkeypatch):
     steps = 2 if DRY else 3
     latents = normal(1 if DRY else 4, 3, 8, 8, dtype=torch.float64, device="cpu")
     with by("PyTorch's"):
-        expected = heun_sample(denoiser, latents, steps=steps)
+        expected = sample_latents(denoiser, latents, steps=steps)
     denoiser.to(DEVICE)
     for compiled in (True,) if DRY else (False, True):
         for _ in range(1 if DRY else 2):  # the second replays
-            found = heun_sample(denoiser, latents.to(DEVICE), steps=steps, compiled=compiled).cpu()
+            found = sample_latents(denoiser, latents.to(DEVICE), steps=steps, compiled=compiled).cpu()
             assert float((found - expected).norm() / expected.norm()) < 1e-3
 
 

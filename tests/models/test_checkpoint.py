@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from diffmem.data import load_images
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, generate
+from diffmem.generation import generate
 from diffmem.models import Denoiser, checkpoint_path, fingerprint, load, preset, save
 from diffmem.monitoring import trajectory
+from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, TrainingConfig, train
 
 
@@ -197,7 +198,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_stands_for_its_newest_snapshot_wherever_a_checkpoint_is_taken(run):
-    newest, settings = run / "snapshots" / "000000016", SampleSettings(steps=2)
+    newest, settings = run / "snapshots" / "000000016", SamplerConfig(steps=2)
     assert checkpoint_path(run) == checkpoint_path(newest) == RunFolder.open(run).newest() == newest
     assert fingerprint(load(run)) == fingerprint(load(newest)) != fingerprint(load(run / "snapshots" / "000000008"))
     result = generate(run, range(2), settings=settings)

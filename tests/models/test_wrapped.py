@@ -7,13 +7,13 @@ from torch import nn
 
 from diffmem.data import load_images
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, generate
+from diffmem.generation import generate
 from diffmem.models import Denoiser, as_denoiser, preset
-from diffmem.sampling import sample
+from diffmem.sampling import SamplerConfig, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = SampleSettings(steps=4, compile="off", batch=8)
+QUICK = SamplerConfig(steps=4, compile="off", batch=8)
 
 
 class Gaussian(nn.Module):
@@ -78,7 +78,7 @@ def test_sigma_and_labels_come_in_the_form_that_the_model_takes():
     one_hot, per_image = images(Gaussian(3)), images(PerImage())
     assert torch.equal(one_hot.labels, per_image.labels)
     assert torch.equal(one_hot.images, per_image.images)
-    chosen = generate(PerImage(), range(4), settings=SampleSettings(steps=4, compile="off", class_index=2)).samples
+    chosen = generate(PerImage(), range(4), settings=SamplerConfig(steps=4, compile="off", class_index=2)).samples
     assert chosen.labels.tolist() == [2] * 4
     with pytest.raises(InputError, match=r"PerImage: cannot be called as model\(x, sigma, class_labels\)"):
         as_denoiser(PerImage(), sigma_per_image=False)

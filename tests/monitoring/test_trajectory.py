@@ -50,13 +50,18 @@ def made(monkeypatch, digits):
     that were sampled, in order."""
     sampled = []
 
-    def sample_batches(denoiser, seeds, **settings):
+    def sample_batches(denoiser, seeds, config):
+        seeds = list(seeds)
+        for start in range(0, len(seeds), config.batch):
+            yield batch_of(denoiser, seeds[start : start + config.batch])
+
+    def batch_of(denoiser, seeds):
         share = next(denoiser.parameters()).flatten()[0].item()
         rows = np.asarray(seeds) % N
         copies = (np.asarray(seeds) * 0.381966 % 1 < share)[:, None, None, None]
         images = np.where(copies, digits.images[rows], 255 - digits.images[rows])
         sampled.extend(seeds)
-        yield Samples(torch.from_numpy(images), torch.tensor(seeds), None)
+        return Samples(torch.from_numpy(images), torch.tensor(seeds), None)
 
     monkeypatch.setattr(snapshot_audit, "sample_batches", sample_batches)
     return sampled
@@ -112,14 +117,15 @@ def test_an_interrupt_loses_one_batch(tmp_path, digits, made, monkeypatch):
     batches = iter(range(3))
 
     def interrupted(*arguments, **settings):
-        if next(batches, None) is None:
-            raise KeyboardInterrupt
-        return sampler(*arguments, **settings)
+        for made in sampler(*arguments, **settings):
+            if next(batches, None) is None:
+                raise KeyboardInterrupt
+            yield made
 
     monkeypatch.setattr(snapshot_audit, "sample_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trajectory(run, data=digits, seeds=range(256), device="cpu")
-    assert made == [*range(192)]
+    assert made == [*range(256)]  # the last batch was sampled, and lost
     made.clear()
     monkeypatch.setattr(snapshot_audit, "sample_batches", sampler)
     trajectory(run, data=digits, seeds=range(256), device="cpu", every=STEPS * BATCH)
@@ -127,13 +133,13 @@ def test_an_interrupt_loses_one_batch(tmp_path, digits, made, monkeypatch):
 
 
 def test_other_weights_or_settings_are_audited_anew(tmp_path, digits, made):
-    from diffmem.generation import SampleSettings
+    from diffmem.sampling import SamplerConfig
 
     run = a_run(tmp_path / "run", digits)
     whole = {"data": digits, "seeds": range(64), "device": "cpu", "every": STEPS * BATCH}
     trajectory(run, **whole)
     made.clear()
-    assert trajectory(run, **whole, settings=SampleSettings(solver="unipc")).r_mem == 1.0
+    assert trajectory(run, **whole, settings=SamplerConfig(solver="unipc")).r_mem == 1.0
     assert len(made) == 64
     a_folder = run / "snapshots" / f"{STEPS * BATCH:09d}"
     from diffmem.models import load, save

@@ -8,10 +8,18 @@ import torch
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings, generate
+from diffmem.generation import generate
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Smoothed, Tikhonov, parse_regularization
 from diffmem.optimum import denoiser as denoiser_module
-from diffmem.sampling import general_sample, sample
+from diffmem.sampling import (
+    SamplerConfig,
+    clip_range,
+    sample,
+    sample_general,
+    sigmas_vp,
+    vp_betas,
+    vp_sigma,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +78,16 @@ def test_sampling_copies_whatever_the_batch(digits, solver):
 
 def test_the_general_sampler_copies_too(digits):
     latents = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    options = {"discretization": "vp", "schedule": "vp", "scaling": "vp", "steps": 100}
-    images = general_sample(OptimalDenoiser(digits, labels=False), latents, **options)
+    denoiser = OptimalDenoiser(digits, labels=False)
+    betas = vp_betas(*clip_range(denoiser, vp_sigma(1e-3), vp_sigma(1.0)))
+    sigmas = sigmas_vp(100, *betas)
+    images = sample_general(denoiser, latents * sigmas[0], sigmas, schedule="vp", scaling="vp", betas=betas)
     pixels = ((images + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
     assert diffmem.audit(pixels.numpy(), digits).ratio == 1
 
 
 def test_an_interrupted_run_goes_on(digits, tmp_path, monkeypatch):
-    settings = SampleSettings(batch=4, compile="off")
+    settings = SamplerConfig(batch=4, compile="off")
     generate(OptimalDenoiser(digits), range(12), out=tmp_path / "whole.npz", settings=settings)
     calls = []
 

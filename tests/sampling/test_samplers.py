@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,20 +10,51 @@ import torch
 from golden_networks import NAMES, golden_denoiser, relative_error
 
 from diffmem.errors import InputError
+from diffmem.models.preconditioning import IDDPM
 from diffmem.sampling import (
+    Churn,
+    SamplerConfig,
     SeededGenerators,
     batches,
-    dpmpp_sample,
-    general_sample,
-    heun_sample,
+    clip_range,
+    round_sigmas,
     sample,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_general,
+    sample_heun,
+    sample_latents,
+    sample_unipc,
+    sigmas_iddpm,
+    sigmas_karras,
+    sigmas_logistic,
+    sigmas_ve,
+    sigmas_vp,
     to_uint8,
-    unipc_sample,
+    vp_betas,
+    vp_sigma,
 )
-from diffmem.sampling.batches import SAMPLERS
 from diffmem.timing import CompileCost
 
 SEEDS = [0, 1, 2, 12345]
+
+
+RANGES = {"vp": (vp_sigma(1e-3), vp_sigma(1.0)), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
+
+
+def table_1(denoiser, latents, steps, discretization, sigma_min=None, sigma_max=None, M=1000, **arguments):
+    """The general sampler as the golden files use it: VP's betas fitted to the clipped range."""
+    low, high = RANGES[discretization]
+    low, high = clip_range(denoiser, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
+    betas = vp_betas(low, high)
+    sigmas = {
+        "vp": lambda: sigmas_vp(steps, *betas),
+        "ve": lambda: sigmas_ve(steps, low, high),
+        "iddpm": lambda: sigmas_iddpm(steps, low, high, M=M),
+        "edm": lambda: sigmas_karras(steps, low, high),
+    }[discretization]()
+    sigmas = round_sigmas(sigmas, denoiser)
+    return sample_general(denoiser, latents.double() * sigmas[0], sigmas, betas=betas, **arguments)
 
 
 def drawn(denoiser):
@@ -39,7 +71,7 @@ def test_heun_golden(name):
     assert torch.equal(latents, tensors["latents"])
     if labels is not None:
         assert torch.equal(labels, tensors["sample_class_index"])
-    images = heun_sample(denoiser, latents, labels=labels)
+    images = sample_latents(denoiser, latents, labels=labels)
     assert images.dtype == torch.float64
     assert relative_error(images, tensors["heun18"]) < 1e-4
     difference = (to_uint8(images).int() - tensors["images_uint8"].int()).abs()
@@ -51,7 +83,7 @@ def test_heun_golden(name):
 def test_churn_golden(name):
     denoiser, tensors = golden_denoiser(name)
     latents, labels, generators = drawn(denoiser)
-    images = heun_sample(
+    images = sample_latents(
         denoiser,
         latents,
         labels=labels,
@@ -71,19 +103,13 @@ def test_churn_golden(name):
 def test_table_1_golden(variant):
     denoiser, tensors = golden_denoiser("ddpmpp-vp-uncond")
     discretization, schedule, scaling, solver = variant.split(".")
-    images = general_sample(
-        denoiser,
-        tensors["latents"],
-        discretization=discretization,
-        schedule=schedule,
-        scaling=scaling,
-        solver=solver,
-        steps=10,
-    )
+    images = table_1(
+        denoiser, tensors["latents"], 10, discretization, solver=solver, schedule=schedule, scaling=scaling
+    )  # fmt: skip
     assert relative_error(images, tensors[f"ablation.{variant}"]) < 1e-4
 
 
-FAST = {"dpm++": dpmpp_sample, "unipc": unipc_sample}
+FAST = {"dpm++": sample_dpmpp_2m, "unipc": sample_unipc}
 
 
 class Gaussian:
@@ -105,9 +131,9 @@ def test_order_of_convergence(sampler, order):
     errors = []
     for steps in (40, 80, 160):
         if sampler in FAST:
-            images = FAST[sampler](exact, latents, steps=steps, sigma_min=1e-6)
+            images = sample_latents(exact, latents, solver=sampler, steps=steps, sigma_min=1e-6)
         else:
-            images = general_sample(exact, latents, solver=sampler, steps=steps, sigma_min=1e-4)
+            images = table_1(exact, latents, steps, "edm", 1e-4, solver=sampler)
         errors.append((images - exact.end(latents)).abs().max().item())
     assert errors[1] / errors[2] > 0.8 * 2**order
     assert errors[0] > errors[1] > errors[2]
@@ -118,10 +144,7 @@ def test_order_of_convergence(sampler, order):
 @pytest.mark.parametrize("discretization", ["vp", "ve", "iddpm", "edm"])
 def test_every_variant_solves_the_same_flow(discretization, schedule, scaling):
     exact, latents = Gaussian(), torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    images = general_sample(
-        exact, latents, discretization=discretization, schedule=schedule, scaling=scaling, steps=400, M=4000,
-        sigma_min=0.002, sigma_max=80.0,
-    )  # fmt: skip
+    images = table_1(exact, latents, 400, discretization, 0.002, 80.0, M=4000, schedule=schedule, scaling=scaling)
     # iDDPM's highest levels lie far apart, farthest in t = σ².
     assert relative_error(images, exact.end(latents)) < 0.03
 
@@ -129,9 +152,106 @@ def test_every_variant_solves_the_same_flow(discretization, schedule, scaling):
 def test_churn_keeps_the_distribution():
     exact, latents = Gaussian(), torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    images = heun_sample(exact, latents, steps=128, S_churn=16)
+    images = sample_latents(exact, latents, steps=128, S_churn=16)
     assert images.std().item() == pytest.approx(Gaussian.deviation, rel=0.02)
     assert torch.corrcoef(torch.stack([images.flatten(), latents.flatten().double()]))[0, 1] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [("euler", None), ("heun", "heun"), ("dpmpp_2m", "dpm++"), ("unipc", "unipc")]
+)
+def test_any_schedule_can_be_cut_in_two(name, solver):
+    """A schedule that ends above 0 gives the state there: what goes on from it ends as the whole does."""
+    exact, latents = Gaussian(), torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    sampler = {"euler": sample_euler, "heun": sample_heun, **{"dpmpp_2m": sample_dpmpp_2m, "unipc": sample_unipc}}[name]
+    sigmas = sigmas_logistic(60, 0.002) if name == "unipc" else sigmas_karras(60)
+    x = latents * sigmas[0]
+    whole = sampler(exact, x, torch.tensor(sigmas, dtype=torch.float64))
+    middle = sampler(exact, x, sigmas[:31])
+    variance = (Gaussian.deviation**2 + sigmas[30] ** 2) / (Gaussian.deviation**2 + sigmas[0] ** 2)
+    assert relative_error(middle, x * math.sqrt(variance)) < (0.15 if name == "euler" else 0.01)
+    again = sampler(exact, middle, sigmas[30:])
+    if name in ("euler", "heun"):
+        assert torch.equal(again, whole)
+    else:  # a multistep method forgets the evaluations before the cut
+        assert relative_error(again, whole) < 0.01
+    if solver is not None:  # SamplerConfig is the same sampler over its own schedule
+        config = SamplerConfig(solver=solver, steps=9)
+        levels = config.sigmas(exact)
+        assert torch.equal(sample_latents(exact, latents, config), sampler(exact, latents * levels[0], levels))
+
+
+def test_callback_sees_each_step():
+    """StepInfo: the state and its denoised image at the noise level of each step; the images stay as they are."""
+    exact, latents = Gaussian(), torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    sigmas = sigmas_karras(7)
+    for sampler, options in (
+        (sample_heun, {}),
+        (sample_general, {"schedule": "vp", "scaling": "vp"}),
+        (sample_dpmpp_2m, {}),
+        (sample_unipc, {}),
+    ):
+        seen = []
+        images = sampler(exact, latents * sigmas[0], sigmas, callback=seen.append, **options)
+        assert torch.equal(images, sampler(exact, latents * sigmas[0], sigmas, **options))
+        assert [(info.step, info.steps) for info in seen] == [(i, 7) for i in range(7)]
+        assert [info.sigma for info in seen] == pytest.approx(sigmas[:-1])
+        for info in seen:
+            assert relative_error(info.denoised, exact(info.x, info.sigma)) < 1e-12
+        assert relative_error(seen[-1].denoised, images) < 1e-5
+    churned = []
+    sample_heun(exact, latents * sigmas[0], sigmas, churn=Churn(S_churn=2.0), callback=churned.append)
+    assert all(info.sigma > sigma for info, sigma in zip(churned, sigmas, strict=False))
+
+
+def test_the_plan_is_built_once_per_run(monkeypatch):
+    denoiser, _ = golden_denoiser("ddpmpp-vp-skips")
+    plans, callbacks = [], []
+    plan = SamplerConfig.plan
+    monkeypatch.setattr(SamplerConfig, "plan", lambda *arguments: plans.append(plan(*arguments)) or plans[-1])
+    made = sample(denoiser, range(5), steps=3, batch=2, compile=False, callback=callbacks.append)
+    assert len(plans) == 1
+    assert plans[0].nfe == 5
+    assert [info.step for info in callbacks] == [0, 1, 2] * 3
+    own = sample(denoiser, range(5), batch=2, compile=False, sigmas=SamplerConfig(steps=3).sigmas(denoiser))
+    assert torch.equal(own.images, made.images)
+
+
+def test_schedules():
+    """Against the formulas, in numbers that were computed by hand, and the network's own range and rounding."""
+    assert sigmas_ve(3, 0.01, 1.0) == pytest.approx([1.0, 0.1, 0.01, 0.0])
+    assert sigmas_karras(3, 1.0, 9.0, rho=2) == pytest.approx([9.0, 4.0, 1.0, 0.0])
+    assert sigmas_logistic(3, 0.25, 4.0)[1] == pytest.approx(1.0)
+    assert sigmas_vp(5)[0] == pytest.approx(math.sqrt(math.exp(19.9 / 2 + 0.1) - 1))
+    levels = IDDPM(0.001, 0.008, 1000).levels
+    assert set(sigmas_iddpm(20)[:-1]) <= set(levels)
+    for low, high in ((0.002, 80.0), (0.02, 100.0)):
+        betas = vp_betas(low, high)
+        assert (vp_sigma(1e-3, *betas), vp_sigma(1.0, *betas)) == pytest.approx((low, high))
+
+    class Coarse(Gaussian):
+        sigma_min, sigma_max = 0.05, 40.0
+
+        @staticmethod
+        def round_sigma(sigma):
+            return round(sigma * 2) / 2 or 0.5
+
+    assert clip_range(Coarse(), 0.002, 80.0) == (0.05, 40.0)
+    assert SamplerConfig(steps=3).sigmas(Coarse()) == [40.0, round(sigmas_karras(3, 0.05, 40.0)[1] * 2) / 2, 0.5, 0.0]
+    with pytest.raises(InputError, match="steps is 40, more than the network's noise levels can tell apart"):
+        SamplerConfig(solver="dpm++", steps=40).plan(Coarse())
+
+
+def test_config_as_json():
+    for config in (
+        SamplerConfig(),
+        SamplerConfig(solver="unipc", compile=False),
+        SamplerConfig(S_churn=3.0, S_max=9.0),
+    ):
+        values = config.to_json()
+        assert SamplerConfig.from_json(json.loads(json.dumps(values, allow_nan=False))) == config
+    with pytest.raises(InputError, match="sampler's configuration"):
+        SamplerConfig.from_json({"solvers": "heun"})
 
 
 def test_seeds_are_independent_of_the_batch():
@@ -168,7 +288,7 @@ def test_a_given_class_shifts_no_noise():
     # By hand, in the order of the protocol: latent, class index, noise.
     latents, labels, generators = drawn(denoiser)
     by_hand = to_uint8(
-        heun_sample(
+        sample_latents(
             denoiser, latents, labels=labels, noise=lambda: generators.randn(latents.shape[1:], torch.float64), **churn
         )
     )
@@ -210,11 +330,11 @@ def test_auto_compiles_only_long_runs(monkeypatch):
     used = []
     monkeypatch.setitem(batches._COMPILING, "cpu", CompileCost(120.0, 0.2, 0))  # the network is a tiny one
 
-    def solver(_denoiser, latents, labels, compiled):
-        used.append((compiled, len(latents)))
-        return latents
+    def run_plan(_plan, _denoiser, x, *, compiled, **_):
+        used.append((compiled, len(x)))
+        return x
 
-    monkeypatch.setitem(SAMPLERS, "heun", solver)
+    monkeypatch.setattr(batches, "run_plan", run_plan)
     clock = iter(range(0, 10**9, 50))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     sample(denoiser, range(5), batch=2)
@@ -232,9 +352,22 @@ def test_bad_arguments():
         ({"sigma_min": 5.0, "sigma_max": 1.0}, "sigma_min < sigma_max"),
     ):
         with pytest.raises(InputError, match=message):
-            heun_sample(denoiser, tensors["latents"], **arguments)
-    with pytest.raises(InputError, match="discretization is 'ddim'"):
-        general_sample(denoiser, tensors["latents"], discretization="ddim")
+            sample_latents(denoiser, tensors["latents"], **arguments)
+    with pytest.raises(InputError, match="schedule is 'cosine'"):
+        sample_general(denoiser, tensors["latents"], [1.0, 0.0], schedule="cosine")
+    for sigmas, message in (
+        ([1.0], "at least two"),
+        ([1.0, 2.0, 0.0], "from high to low"),
+        ([1.0, 0.0, 0.0], "only the last may be 0"),
+        ([math.nan, 0.0], "finite"),
+        ([2.0, 1.0, -1.0], "positive"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sample_heun(denoiser, tensors["latents"], sigmas)
+    with pytest.raises(InputError, match="equal"):
+        sample_unipc(denoiser, tensors["latents"], [2.0, 1.0, 1.0, 0.0])
+    with pytest.raises(InputError, match="steps given beside it"):
+        sample(denoiser, [0], SamplerConfig(), steps=3)
     with pytest.raises(InputError, match="solver is 'rk45'"):
         sample(denoiser, [0], solver="rk45")
     with pytest.raises(InputError, match="unconditional"):
