@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from diffmem.cli import cli
 from diffmem.data import load_images
 from diffmem.errors import InputError
-from diffmem.generation import SampleSettings
 from diffmem.models import fingerprint, load, preset
 from diffmem.monitoring import trajectory
+from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, TrainingConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ def trained(out: Path, images: int = 32) -> str:
 
 def points(out: Path) -> list:
     data = load_images("builtin:digits").select(np.arange(10))
-    found = trajectory(out, data=data, seeds=range(2), settings=SampleSettings(steps=2, compile="off"))
+    found = trajectory(out, data=data, seeds=range(2), settings=SamplerConfig(steps=2, compile="off"))
     return [(point.images, round(point.epochs, 6), point.count) for point in found.points]
 
 
