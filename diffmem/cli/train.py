@@ -67,7 +67,7 @@ def train_command(context: click.Context, out: Path | None, resume: bool, dry_ru
 
     The defaults are the reference protocol of Gu et al. (arXiv 2310.02664) for CIFAR-10; images of at most 24x24 get a
     network that a CPU trains (--preset protocol: the paper's). OUT receives config.json,
-    stats.jsonl, snapshots/ (checkpoints of the averaged weights), grids/ and state/, from which --resume continues
+    stats.jsonl, snapshots/ (checkpoints of the EMA weights), grids/ and state/, from which --resume continues
     exactly: `diffmem train --resume --out OUT` knows the rest from the run. Options that are given then must be the
     run's, but for its length and for what does not decide the weights (snapshots, audits, device). Ctrl-C finishes the
     step and saves.

@@ -82,13 +82,13 @@ _OPTIONS = [
     click.option(
         "--ema-rule",
         type=click.Choice(["by-size", "compensated", "constant", "target"]),
-        help="How the averaged weights follow. [default: compensated; target with --ema-target and small presets]",
+        help="How the EMA weights follow. [default: compensated; target with --ema-target and small presets]",
     ),
     click.option("--ema-target", type=SHARE, help="The decay at which the rule target ends."),
     click.option(
         "--ema-halflife",
         type=POSITIVE,
-        help="Half-life of the averaged weights in images. [default: 500000]",
+        help="Half-life of the EMA weights in images. [default: 500000]",
     ),
     click.option(
         "--ema-protocol",

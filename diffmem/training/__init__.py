@@ -1,4 +1,4 @@
-"""Training of denoisers under the paper's factors: losses, averaged weights, the loop, states to resume from."""
+"""Training of denoisers under the paper's factors: losses, EMA weights, the loop, states to resume from."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ h = min(H·N/50000, ramp-up·s):
 Gu et al. (arXiv 2310.02664) study the last; the half-life with ramp-up is EDM's (arXiv 2206.00364).
 
 Two protocols give H·N/50000: "paper", as it stands there; and "published", the paper's public code, which floors it to
-whole thousands of images: 2,000 instead of 2,500 at N = 250, and 0 below N = 100, where β is 0 and the averaged weights
+whole thousands of images: 2,000 instead of 2,500 at N = 250, and 0 below N = 100, where β is 0 and the EMA weights
 are those of the last step. The rule "constant" does not depend on it.
 """
 

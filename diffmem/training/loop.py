@@ -1,6 +1,6 @@
 """The training loop: `train` runs, continues and stops a run; `plan_training` says what it would do and cost.
 
-A run's folder holds `config.json`, `stats.jsonl`, `snapshots/<images seen>/` (checkpoints of the averaged weights),
+A run's folder holds `config.json`, `stats.jsonl`, `snapshots/<images seen>/` (checkpoints of the EMA weights),
 `snapshots.json` and `state/` (see `diffmem.training.state`).
 """
 
@@ -242,10 +242,10 @@ class Trainer:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.share = config.batch // ranks.size
-        self.micro = self.share if batch_gpu is None else batch_gpu
-        if config.batch % ranks.size or self.micro < 1 or self.share % self.micro:
+        self.microbatch = self.share if batch_gpu is None else batch_gpu
+        if config.batch % ranks.size or self.microbatch < 1 or self.share % self.microbatch:
             raise InputError(
-                f"batch {config.batch} cannot be split into passes of batch_gpu {self.micro} on {ranks.size} "
+                f"batch {config.batch} cannot be split into passes of batch_gpu {self.microbatch} on {ranks.size} "
                 "process(es): choose a divisor"
             )
         images, source = read_data(data)
@@ -311,8 +311,8 @@ class Trainer:
         level, noise = level[mine], noise[mine]
         self.flat.values.grad.zero_()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start in range(0, self.share, self.micro):
-            part = slice(start, start + self.micro)
+        for start in range(0, self.share, self.microbatch):
+            part = slice(start, start + self.microbatch)
             # Dropout draws from torch's own generator.
             torch.manual_seed(seed_of(config.seed, "dropout", self.steps, first + start))
             given = (images, level, noise, labels, augment_labels)
@@ -375,7 +375,7 @@ class Trainer:
             parameters=parameters,
             device=str(self.device),
             ranks=self.ranks.size,
-            batch_gpu=self.micro,
+            batch_gpu=self.microbatch,
             seconds_per_step=per_step.median,
             seconds=whole.median,
             seconds_range=(whole.low, whole.high),
@@ -388,26 +388,26 @@ class Trainer:
 
     def _seconds_per_step(self) -> Timing:
         """Forward and backward passes, timed on as many images as do not take long."""
-        count = min(self.micro, 8)
+        count = min(self.microbatch, 8)
         left = max(self.total_steps - self.steps, 1)
         found = measure(partial(self._pass, count), budget=0.0)
         budget = min(_LONGEST_MEASURING, _MEASURING * found.median * self.share / count * left)
-        if count < self.micro and found.median * self.micro / count <= 1.0:
-            count = self.micro
+        if count < self.microbatch and found.median * self.microbatch / count <= 1.0:
+            count = self.microbatch
         found = measure(partial(self._pass, count), budget)
         self.flat.values.grad.zero_()
         found = found.times(self.share / count)
         # More images in a pass take less time each, as far as there is room in the processor.
-        return found if count == self.micro else found._replace(low=found.low / 2)
+        return found if count == self.microbatch else found._replace(low=found.low / 2)
 
     def _graph_pays(self, seconds: float) -> bool:
         """Whether a graph of the passes is faster than launching each kernel, which takes `seconds` a step."""
-        each = seconds * self.micro / self.share
+        each = seconds * self.microbatch / self.share
         if each > _GRAPH_BELOW:
             return False
         self.cuda_graph = True
         try:
-            return measure(partial(self._pass, self.micro, graphed=True), budget=1.0).median < each
+            return measure(partial(self._pass, self.microbatch, graphed=True), budget=1.0).median < each
         except RuntimeError:  # something in it cannot be captured
             return False
         finally:

@@ -1,4 +1,4 @@
-"""Snapshots of a run: the averaged weights at intervals, as checkpoint folders, and which of them are kept.
+"""Snapshots of a run: the EMA weights at intervals, as checkpoint folders, and which of them are kept.
 
 `snapshots.json` in the run's folder lists all that were made, also those no longer kept.
 """

@@ -1,6 +1,6 @@
 """Training states: all that a run needs to go on as if it had never stopped.
 
-A state is a folder `state/<images seen>` with `state.safetensors` (weights, averaged weights, optimizer, order of the
+A state is a folder `state/<images seen>` with `state.safetensors` (weights, EMA weights, optimizer, order of the
 data) and `state.json` (counters, the order's random state, the settings, and checksums over all of it). It is written
 beside its name and renamed when complete; the one before it is kept, so that a damaged state costs minutes and not the
 run, and older ones are removed only then. A process may be killed at any moment. There are no other random states (see

@@ -1,4 +1,4 @@
-"""The decay of the averaged weights: golden values of the four rules, and their limits."""
+"""The decay of the EMA weights: golden values of the four rules, and their limits."""
 
 import json
 from pathlib import Path
