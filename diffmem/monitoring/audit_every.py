@@ -15,7 +15,7 @@ from diffmem.models import fingerprint
 from diffmem.monitoring.over_time import FOLDER, Point
 from diffmem.monitoring.snapshot_audit import AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.sampling import SamplerConfig
-from diffmem.training import Observer, Plan, Snapshot, Verdict, read_data
+from diffmem.training import Observer, Plan, Snapshot, StopDecision, read_data
 
 
 class AuditEvery(Observer):
@@ -67,7 +67,7 @@ class AuditEvery(Observer):
         self.looks = math.ceil(plan.images / interval)
         self.asked = None if self.question is None else self.question.shared_among(self.looks)
 
-    def snapshot(self, snapshot: Snapshot) -> Verdict | None:
+    def snapshot(self, snapshot: Snapshot) -> StopDecision | None:
         last, self.last = self.last, snapshot.images
         due = self.every is None or snapshot.images // self.every > last // self.every
         if not due and snapshot.images < self.planned:
@@ -90,6 +90,6 @@ class AuditEvery(Observer):
         self.points.append(point)
         self.tell(point)
         if not point.answer:
-            return Verdict(score=point.ratio)
+            return StopDecision(score=point.ratio)
         reason = f"R_mem is at least {self.question.at_least:.4g} ({point.count} of {point.total} images are copies)"
-        return Verdict(point.ratio, stop=True, reason=reason)
+        return StopDecision(point.ratio, stop=True, reason=reason)

@@ -31,7 +31,7 @@ from diffmem.models import load
 from diffmem.monitoring import AuditEvery, Point
 from diffmem.sampling import sample
 from diffmem.studies.unit import Unit
-from diffmem.training import KeepLast, Plan, Snapshot, Verdict, snapshot_folder, train
+from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
 
 UNIT, RUN, AUDITS, RESULT, GALLERY = "unit.json", "run", "audits.json", "result.json", "gallery.npz"
 SHOWN = 16  # images in a gallery
@@ -250,7 +250,7 @@ class _Audits(AuditEvery):
         self.parameters = plan.parameters
         self.since = time.perf_counter()
 
-    def snapshot(self, snapshot: Snapshot) -> Verdict:
+    def snapshot(self, snapshot: Snapshot) -> StopDecision:
         now = time.perf_counter()
         self.training_seconds += now - self.since
         self.since = now

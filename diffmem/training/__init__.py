@@ -7,7 +7,7 @@ from diffmem.training.ema import EMA
 from diffmem.training.factors import denoiser_config
 from diffmem.training.loop import DivergedError, Run, plan_training, train
 from diffmem.training.losses import denoising_loss
-from diffmem.training.observers import Grids, Observer, Plan, Snapshot, Stats, TensorBoard, Verdict
+from diffmem.training.observers import Grids, Observer, Plan, Snapshot, Stats, StopDecision, TensorBoard
 from diffmem.training.presets import TrainingPreset, fitting_preset, training_preset
 from diffmem.training.run_folder import RunFolder
 from diffmem.training.snapshots import KeepLast, SnapshotRecord, keep_all, read_records, snapshot_folder
@@ -26,10 +26,10 @@ __all__ = [
     "Snapshot",
     "SnapshotRecord",
     "Stats",
+    "StopDecision",
     "TensorBoard",
     "TrainingConfig",
     "TrainingPreset",
-    "Verdict",
     "denoiser_config",
     "denoising_loss",
     "differences",

@@ -35,7 +35,7 @@ from diffmem.training.augmentation import augment, augmentation_labels, draw_aug
 from diffmem.training.config import TrainingConfig, differences
 from diffmem.training.dataset import TrainingImages
 from diffmem.training.losses import Draws, denoising_loss, draw
-from diffmem.training.observers import Observer, Plan, Snapshot, Stats, Verdict, combined
+from diffmem.training.observers import Observer, Plan, Snapshot, Stats, StopDecision, combined
 from diffmem.training.order import DataOrder
 from diffmem.training.parallel import Ranks
 from diffmem.training.passes import GraphedPass, Tensors, capture_cuda, forward_backward
@@ -546,11 +546,11 @@ def _run(
                         observer.tick(stats)
         if due:
             paused = time.perf_counter()
-            verdict = ranks.agree(partial(_snapshot, trainer, out, snapshots, snapshot_loss, observers))
+            decision = ranks.agree(partial(_snapshot, trainer, out, snapshots, snapshot_loss, observers))
             ticked += time.perf_counter() - paused  # the speed is that of training
             trainer.forget_losses(1)
-            if verdict.stop and not trainer.finished:
-                ending, reason = "stopped", verdict.reason
+            if decision.stop and not trainer.finished:
+                ending, reason = "stopped", decision.reason
         if stopping and not trainer.finished:
             ending = "interrupted"
         if due or ending != "finished" or time.perf_counter() - saved > 60 * state_minutes:
@@ -561,13 +561,15 @@ def _run(
     return Run(out, trainer.images, ending, reason, last_loss, tuple(snapshots.records))
 
 
-def _snapshot(trainer: Trainer, out: Path, snapshots: Snapshots, loss: float, observers: Sequence[Observer]) -> Verdict:
+def _snapshot(
+    trainer: Trainer, out: Path, snapshots: Snapshots, loss: float, observers: Sequence[Observer]
+) -> StopDecision:
     folder = snapshots.write(trainer.averaged, trainer.images)
     snapshot = Snapshot(folder, trainer.images, trainer.epochs, loss, trainer.averaged)
     with float32_products("ieee"):  # what is sampled and audited is sampled as the protocol says
-        verdict = combined([observer.snapshot(snapshot) for observer in observers])
-    snapshots.add(SnapshotRecord(trainer.images, trainer.epochs, loss, verdict.score))
-    return verdict
+        decision = combined([observer.snapshot(snapshot) for observer in observers])
+    snapshots.add(SnapshotRecord(trainer.images, trainer.epochs, loss, decision.score))
+    return decision
 
 
 def describe(config: TrainingConfig, data: TrainingImages, source: DataSource | None) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StopDecision:
     """What a callback says of a snapshot.
 
     Attributes:
@@ -129,7 +129,7 @@ class Observer:
     def tick(self, stats: Stats) -> None:
         """After every line of `stats.jsonl`."""
 
-    def snapshot(self, snapshot: Snapshot) -> Verdict | None:
+    def snapshot(self, snapshot: Snapshot) -> StopDecision | None:
         """After every snapshot was written; the run waits."""
 
     def finished(self) -> None:
@@ -179,9 +179,9 @@ class TensorBoard(Observer):
         self.writer.close()
 
 
-def combined(verdicts: Sequence[Verdict | None]) -> Verdict:
-    """One verdict of several: the last score, a stop where any asks for one."""
-    given = [verdict for verdict in verdicts if verdict is not None]
-    scores = [verdict.score for verdict in given if verdict.score is not None]
-    reasons = [verdict.reason for verdict in given if verdict.stop]
-    return Verdict(scores[-1] if scores else None, bool(reasons), "; ".join(filter(None, reasons)))
+def combined(decisions: Sequence[StopDecision | None]) -> StopDecision:
+    """One decision of several: the last score, a stop where any asks for one."""
+    given = [decision for decision in decisions if decision is not None]
+    scores = [decision.score for decision in given if decision.score is not None]
+    reasons = [decision.reason for decision in given if decision.stop]
+    return StopDecision(scores[-1] if scores else None, bool(reasons), "; ".join(filter(None, reasons)))

@@ -102,7 +102,7 @@ def test_precisions_train_alike(digits, tmp_path, precision):
     class Watch(loop.Observer):
         def snapshot(self, snapshot):
             seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
-            return loop.Verdict()
+            return loop.StopDecision()
 
     train(config, digits, tmp_path / "ieee", device="cpu", compile=False)
     other = dataclasses.replace(config, precision=precision)

@@ -24,8 +24,8 @@ from diffmem.training import (
     Grids,
     KeepLast,
     Observer,
+    StopDecision,
     TrainingConfig,
-    Verdict,
     denoiser_config,
     images_of,
     loop,
@@ -210,7 +210,7 @@ def test_snapshots_are_the_averaged_weights_and_are_kept_by_rule(digits, tmp_pat
             stored = load(snapshot.folder)
             assert same(stored.state_dict(), snapshot.denoiser.state_dict())
             self.seen.append(snapshot.images)
-            return Verdict(score=-abs(snapshot.images - 16), stop=snapshot.images == 48, reason="seen enough")
+            return StopDecision(score=-abs(snapshot.images - 16), stop=snapshot.images == 48, reason="seen enough")
 
         def finished(self):
             self.calls.append("finished")
