@@ -24,7 +24,10 @@ def read_json(path: Path, advice: str = "") -> Any:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise InputError(f"{path}: more than {LARGEST >> 20} MB, too large for a JSON document" + _tail(advice))
-        return json.loads(content)
+        try:
+            return json.loads(content)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not JSON ({error})" + _tail(advice)) from error
 
 
 def _tail(advice: str) -> str:

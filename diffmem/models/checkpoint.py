@@ -101,8 +101,7 @@ def checkpoint_path(path: str | Path) -> Path:
     snapshots = [folder for folder in (path / _SNAPSHOTS).glob("*") if folder.name.isdigit() and folder.is_dir()]
     if not snapshots:
         raise InputError(
-            f"{path}: this run has no snapshot yet; it makes one at its end, with --snapshot-images (snapshot_images=…)"
-            " before"
+            f"{path}: this run has no snapshot yet; it makes one at its end: `diffmem train --resume --out {path}`"
         )
     return max(snapshots, key=lambda folder: int(folder.name))
 

@@ -130,7 +130,7 @@ def test_pages_keep_their_pictures_and_say_on_what_runs_were_made(again):
     [
         ("runs.csv", lambda text: text.replace("1ab14034e048780d", "1ab14034e048780e"), r"runs.csv.*1ab14034e048780e"),
         ("runs.csv", lambda text: text.replace(",500,", ",many,"), r"runs.csv: not the runs of studies"),
-        ("studies.json", lambda text: text[:-9], r"studies.json: not a JSON document"),
+        ("studies.json", lambda text: text[:-9], r"studies.json: not JSON"),
         ("emm.json", lambda text: text.replace('"search"', '"sought"'), r"emm.json: not the result of a search"),
     ],
 )
