@@ -248,7 +248,8 @@ def test_no_gate_passes_on_a_newest_snapshot_that_has_collapsed(tmp_path, digits
     np.savez(tmp_path / "digits.npz", images=digits.images, labels=digits.labels)
 
     def black(denoiser, seeds, **settings):
-        yield Samples(torch.zeros(len(seeds), 1, 8, 8, dtype=torch.uint8), torch.tensor(seeds), None)
+        if seeds:
+            yield Samples(torch.zeros(len(seeds), 1, 8, 8, dtype=torch.uint8), torch.tensor(seeds), None)
 
     monkeypatch.setattr(snapshot_audit, "sample_batches", black)
     gate = ["--seeds", "100-299", "--require-below", "0.5", "--device", "cpu"]
