@@ -40,7 +40,7 @@ def adapt(images: np.ndarray, options: PixelOptions, where: str, progress: Progr
         if channels == 3 and wanted == 1:
             block = _luma(block)
         if size == (height, width):
-            out[start : start + rows] = block  # grey to colour: broadcast over the channels
+            out[start : start + rows] = block  # gray to color: broadcast over the channels
         else:
             for row, planes in enumerate(block):
                 for channel, plane in enumerate(planes):

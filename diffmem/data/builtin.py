@@ -44,7 +44,7 @@ def digits() -> Arrays:
 
 
 def patches(count: int, seed: int, source: str = "builtin:patches") -> Arrays:
-    """`count` 32×32 colour patches of scikit-learn's two photographs; the label says which (0 china.jpg, 1 flower.jpg).
+    """`count` 32×32 color patches of scikit-learn's two photographs; the label says which (0 china.jpg, 1 flower.jpg).
 
     The two photographs (427×640) have 2·396·609 = 482,328 places for a patch, no two of them alike (neighbours overlap,
     of course). Each is used once, in an order that `seed` decides, before any is used again; the patches of a smaller

@@ -4,7 +4,7 @@
 the pixels). Neither name nor date make it trusted: it holds the SHA-256 of the source's contents (an archive's bytes; a
 folder's file names and bytes) and of its own pixels, labels, names and all else that it says, and is used only where
 both are what they should be.
-Anything else is decoded anew and replaces it. Where it cannot be written, the images are returned all the same, with a
+Anything else is decoded again and replaces it. Where it cannot be written, the images are returned all the same, with a
 line in `ImageSet.notes` that says so.
 """
 

@@ -104,6 +104,11 @@ class ReportsRate:
         return self.rate.interval
 
 
+def _check_interval(count: int, total: int, confidence: float) -> None:
+    if not (0 <= count <= total and total >= 1 and 0 < confidence < 1):
+        raise InputError(f"no interval for {count} of {total} images at confidence {confidence}")
+
+
 def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval of a share of `count` out of `total`.
 
@@ -121,8 +126,7 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
     Raises:
         InputError: Unless 0 ≤ count ≤ total, total ≥ 1 and 0 < confidence < 1.
     """
-    if not (0 <= count <= total and total >= 1 and 0 < confidence < 1):
-        raise InputError(f"no interval for {count} of {total} images at confidence {confidence}")
+    _check_interval(count, total, confidence)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = count / total
     centre = share + z * z / (2 * total)
@@ -184,8 +188,7 @@ def exact_interval(count: int, total: int, confidence: float = 0.95) -> tuple[fl
     Raises:
         InputError: Unless 0 ≤ count ≤ total, total ≥ 1 and 0 < confidence < 1.
     """
-    if not (0 <= count <= total and total >= 1 and 0 < confidence < 1):
-        raise InputError(f"no interval for {count} of {total} images at confidence {confidence}")
+    _check_interval(count, total, confidence)
     side, share = (1 - confidence) / 2, count / total
     # P(X ≥ count) = I_p(count, total − count + 1) and P(X ≤ count) = I_(1−p)(total − count, count + 1).
     low = 0.0 if count == 0 else _edge(lambda p: _beta_cdf(p, count, total - count + 1) <= side, 0.0, share)

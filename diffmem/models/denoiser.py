@@ -47,7 +47,7 @@ class Denoiser(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Colour channels of the images."""
+        """Color channels of the images."""
         return self.config.network.channels
 
     @property

@@ -84,7 +84,7 @@ class GpuRows:
         return self.part >= len(self.rows)
 
     def query_block(self) -> int:
-        """How many queries to hand over at once: all that have room where the rows are sent anew for each call."""
+        """How many queries to hand over at once: all that have room where the rows are sent again for each call."""
         if self.resident:
             return 1 << 16
         room = (1 << 30) if self.device.type != "cuda" else _room(self.device) // 4

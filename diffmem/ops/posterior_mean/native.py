@@ -104,7 +104,7 @@ class Plan:
 
 
 class Scratch:
-    """Memory that calls use one after the other: pages that the system gives out anew for each cost as much as a
+    """Memory that calls use one after the other: pages that the system gives out again for each cost as much as a
     product over a hundred components. Calls that run at the same time get memory of their own."""
 
     def __init__(self):
