@@ -24,11 +24,11 @@ import click
 import torch
 
 from diffmem.atomic_io import atomic_write
-from diffmem.comparison import compare, draw_memory, draw_sweeps, sweep
-from diffmem.comparison.sweep_page import images_of
-from diffmem.pages import percent
+from diffmem.html_report import percent
 from diffmem.progress import Progress, progress_bars
 from diffmem.sampling import SamplerConfig
+from diffmem.studies.comparison import compare, draw_memory, draw_sweeps, sweep
+from diffmem.studies.comparison.sweeps_report import images_of
 from diffmem.training import DataSource, RunFolder
 
 RESULTS = Path(__file__).parent / "results" / "optimum"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffmem import (
         data,
         errors,
+        evaluation,
         memorization,
         models,
         optimum,
@@ -42,6 +43,7 @@ _NAMES = {
 _SUBPACKAGES = (
     "data",
     "errors",
+    "evaluation",
     "memorization",
     "models",
     "optimum",
@@ -62,6 +64,7 @@ __all__ = [
     "audit",
     "data",
     "errors",
+    "evaluation",
     "load_images",
     "memorization",
     "models",

@@ -41,7 +41,7 @@ def test_a_setting_that_is_no_device(monkeypatch):
 ASK_FOR_THE_CPU = [
     "memorization/test_audit.py::test_floats_are_audited_too", "search/test_index_stored.py",
     "cli/test_cli_audit.py::test_json_is_the_python_result_and_nothing_else",
-    "generation/test_generate.py::test_churn_and_class_reach_the_sampler",
+    "evaluation/test_generate.py::test_churn_and_class_reach_the_sampler",
     "training/test_training_loop.py::test_global_random_numbers_are_left_alone",
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ from diffmem.errors import InputError
 from diffmem.text import printable
 
 if TYPE_CHECKING:
-    from diffmem.generation import Generated
+    from diffmem.evaluation import Generated
     from diffmem.memorization import Audit, Gate
 
 
@@ -180,7 +180,7 @@ def as_json_asks(result: Audit | Generated, kind: str) -> dict[str, Any]:
 
 def print_verdict(result: Audit) -> None:
     """A short verdict that a person understands, on standard output."""
-    from diffmem.pages import percent, percent_range
+    from diffmem.html_report import percent, percent_range
 
     click.echo(f"{result.verdict()}.")
     for warning in result.warnings:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from diffmem.comparison import Comparison, Sweep
+    from diffmem.studies.comparison import Comparison, Sweep
 
 
 def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> None:
     """Saves the report where one is wanted, and prints JSON, or the curves and the verdict."""
-    from diffmem.pages import percent, percent_range
+    from diffmem.html_report import percent, percent_range
 
     page = None if report is None else result.save(report)
     if as_json:
@@ -50,7 +50,7 @@ def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> 
 
 def print_sweep(result: Sweep, report: Path, as_json: bool) -> None:
     """Saves the report, and prints JSON, or a line per point."""
-    from diffmem.pages import percent, percent_range
+    from diffmem.html_report import percent, percent_range
 
     page = result.save(report)
     if as_json:

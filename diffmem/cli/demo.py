@@ -25,7 +25,7 @@ def demo_command(out: Path, as_json: bool) -> None:
     import torch
 
     from diffmem.demo import run_demo
-    from diffmem.pages import percent, percent_range
+    from diffmem.html_report import percent, percent_range
     from diffmem.progress import progress_bars
 
     torch.set_flush_denormal(True)

@@ -65,7 +65,7 @@ def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, devic
 
 def tell_outcome(outcome: Outcome) -> None:
     """A line about a run that ended, on standard error."""
-    from diffmem.pages import percent, percent_range
+    from diffmem.html_report import percent, percent_range
 
     unit, result = outcome.unit, outcome.result
     where = f"N = {unit.size:,}, repetition {unit.repetition}"

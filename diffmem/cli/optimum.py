@@ -49,7 +49,7 @@ class Variants(click.ParamType):
     name = "kind[:values]"
 
     def convert(self, value, parameter, context):
-        from diffmem.comparison import parse_sweep
+        from diffmem.studies.comparison import parse_sweep
 
         try:
             return parse_sweep(value) if isinstance(value, str) else value
@@ -158,11 +158,11 @@ def optimum_command(
     """
     import torch
 
-    from diffmem.comparison import compare, sweep
-    from diffmem.generation import generate
+    from diffmem.evaluation import generate
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
     from diffmem.sampling import SamplerConfig
+    from diffmem.studies.comparison import compare, sweep
     from diffmem.training import DataSource
 
     use = "--compare" if checkpoint is not None else "--sweep" if variants else "sampling"

@@ -29,7 +29,7 @@ from diffmem.cli.options import (
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
-    from diffmem.generation import Generated
+    from diffmem.evaluation import Generated
     from diffmem.training import RunFolder
 
 
@@ -37,7 +37,7 @@ class Seeds(click.ParamType):
     name = "seeds"
 
     def convert(self, value, parameter, context) -> list[int]:
-        from diffmem.generation import parse_seeds
+        from diffmem.evaluation import parse_seeds
 
         try:
             return value if isinstance(value, list) else parse_seeds(value)
@@ -147,7 +147,7 @@ def sample_command(
     import torch
 
     from diffmem.data import load_images
-    from diffmem.generation import generate
+    from diffmem.evaluation import generate
     from diffmem.progress import progress_bars
     from diffmem.sampling import SamplerConfig
 
@@ -205,7 +205,7 @@ def checkpoint_of(path: Path) -> tuple[Path, RunFolder | None]:
 @contextmanager
 def says_what_is_kept(out: Path | None) -> Iterator[None]:
     """Says, on an interrupt, where the finished images are and how to go on."""
-    from diffmem.generation import work_folder
+    from diffmem.evaluation import work_folder
 
     try:
         yield

@@ -19,7 +19,7 @@ from diffmem.timing import TimeLeft, duration_range
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
-    from diffmem.monitoring import Point
+    from diffmem.evaluation import Point
     from diffmem.training import DataSource, Observer, Plan, Run, RunFolder, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
@@ -148,8 +148,8 @@ def _train(
     """The command, with its options known."""
     import torch
 
+    from diffmem.evaluation import AuditEvery
     from diffmem.memorization import Question
-    from diffmem.monitoring import AuditEvery
     from diffmem.sampling import SamplerConfig
     from diffmem.training import (
         DataSource,
@@ -332,7 +332,7 @@ def _display() -> Observer:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from diffmem.pages import percent, percent_range
+    from diffmem.html_report import percent, percent_range
     from diffmem.training import Observer
 
     class Display(Observer):

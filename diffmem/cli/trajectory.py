@@ -21,7 +21,7 @@ from diffmem.cli.options import (
 from diffmem.cli.sample import Seeds
 
 if TYPE_CHECKING:
-    from diffmem.monitoring import Trajectory
+    from diffmem.evaluation import Trajectory
 
 
 @click.command("trajectory")
@@ -71,8 +71,8 @@ def trajectory_command(
     """
     import torch
 
+    from diffmem.evaluation import trajectory
     from diffmem.memorization import Question, decide_gate
-    from diffmem.monitoring import trajectory
     from diffmem.progress import progress_bars
     from diffmem.sampling import SamplerConfig
     from diffmem.training import DataSource, RunFolder
@@ -115,7 +115,7 @@ def trajectory_command(
 
 def print_trajectory(result: Trajectory) -> None:
     """The table and the verdict, on standard output."""
-    from diffmem.pages import percent, percent_range
+    from diffmem.html_report import percent, percent_range
 
     click.echo(f"{'epochs':>10}  {'loss':>8}  {'R_mem':>8}  95 % interval       images")
     for point in result.points:

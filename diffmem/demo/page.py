@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffmem.atomic_io import atomic_write
-from diffmem.monitoring import draw
-from diffmem.pages import template
-from diffmem.pictures import data_url
+from diffmem.evaluation import draw
+from diffmem.html_report import template
+from diffmem.plotting import data_url
 
 if TYPE_CHECKING:
     from diffmem.demo.run import Demo, Model

@@ -11,9 +11,8 @@ import torch
 
 from diffmem.atomic_io import check_output_folder, output_lock
 from diffmem.data import ImageSet, load_images, write_edm_zip
-from diffmem.generation import generate
+from diffmem.evaluation import AuditEvery, Trajectory, generate, trajectory
 from diffmem.memorization import Audit, audit
-from diffmem.monitoring import AuditEvery, Trajectory, trajectory
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
 from diffmem.training import EMA, Observer, Plan, Stats, TrainingConfig, denoiser_config, snapshot_folder, train

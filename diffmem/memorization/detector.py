@@ -14,13 +14,13 @@ from diffmem.data import ImageSet, load_images
 from diffmem.data.grid import rows_and_columns
 from diffmem.data.grid import split_grid as cut_sheets
 from diffmem.errors import InputError
+from diffmem.html_report import percent
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
 from diffmem.memorization.hidden import NEIGHBORS, hidden_copies, hidden_radii
 from diffmem.memorization.inputs import check_sets, in_one_precision, value_ranges
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
 from diffmem.memorization.result import Audit, SeenImage, UnkeptImages
 from diffmem.memorization.statistics import CopyRate, ReportsRate
-from diffmem.pages import percent
 from diffmem.progress import Progress, silent
 from diffmem.search import (
     DistinctNeighbors,

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from diffmem.errors import InputError
-from diffmem.pages import percent, percent_range
+from diffmem.html_report import percent, percent_range
 
 PASSED, CLOSED, UNDECIDED = 0, 3, 4  # exit statuses
 

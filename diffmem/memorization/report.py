@@ -13,9 +13,9 @@ import numpy as np
 from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.data import ImageSet
 from diffmem.errors import MissingExtraError
+from diffmem.html_report import template, write_texts
 from diffmem.memorization.criteria import parse_threshold
-from diffmem.pages import template, write_texts
-from diffmem.pictures import data_url, plot, svg
+from diffmem.plotting import data_url, plot, svg
 from diffmem.text import write_table
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import torch
 
 import diffmem
 from diffmem.data import ImageSet, SkippedFile
+from diffmem.html_report import percent, percent_range
 from diffmem.memorization.criteria import published_rule
 from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.statistics import CopyRate, ReportsRate
-from diffmem.pages import percent, percent_range
 from diffmem.search import DuplicateGroups, Neighbors
 
 if TYPE_CHECKING:

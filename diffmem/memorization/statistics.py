@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffmem.errors import InputError
-from diffmem.pages import percent, percent_range
+from diffmem.html_report import percent, percent_range
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ import torch
 from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
+from diffmem.evaluation import AuditEvery, Point
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import CopyDetector, CopyRate, Question, highest_interval
 from diffmem.memorization.result import software_versions
 from diffmem.models import load
-from diffmem.monitoring import AuditEvery, Point
 from diffmem.sampling import sample
 from diffmem.studies.unit import Unit
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
@@ -155,7 +155,7 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
     """The result of `unit`, from its `folder` where it lies there; else trained, sampled and audited, continuing what
     lies there.
 
-    Snapshots are audited as training goes on (see `diffmem.monitoring.AuditEvery`); with a question a yes ends the run.
+    Snapshots are audited as training goes on (see `diffmem.evaluation.AuditEvery`); with a question a yes ends the run.
     What depends on the machine's state is set for the length of the run: `setting.threads`, and that denormal numbers
     count as zero. So on one kind of device the result is that of the run, whoever makes it.
 

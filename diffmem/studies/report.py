@@ -17,11 +17,11 @@ import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.errors import InputError
+from diffmem.html_report import level, template, write_texts
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
-from diffmem.pages import level, template, write_texts
-from diffmem.pictures import grid, picture_url, plot, svg
+from diffmem.plotting import grid, picture_url, plot, svg
 from diffmem.studies.findings import Findings, find_among
 from diffmem.studies.measure import GALLERY, Result
 from diffmem.studies.run import UNITS

@@ -121,7 +121,7 @@ def train(
         resume: Continue the run in `out` (from its beginning where it has saved no state yet); on a CPU, with the same
             batch_gpu, number of threads and processes, the weights become those of a run never interrupted, bit by bit.
         observers: Callbacks, see `Observer`.
-        found_at: How to find `data` again, where they are images in memory: then `diffmem.monitoring` needs not be
+        found_at: How to find `data` again, where they are images in memory: then `diffmem.evaluation` needs not be
             told.
 
     Returns:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffmem.atomic_io import atomic_file
 from diffmem.models import Denoiser
-from diffmem.pictures import grid
+from diffmem.plotting import grid
 from diffmem.sampling import sample
 
 

@@ -20,7 +20,7 @@ from golden_networks import golden, golden_denoiser, state_dict
 
 import diffmem
 from diffmem.cli import main
-from diffmem.generation import work_folder
+from diffmem.evaluation import work_folder
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
 
 # One thread each: networks this small only lose by more, and the same number gives the same bytes.

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from diffmem.data import load_images
 from diffmem.errors import InputError
-from diffmem.generation import generate
+from diffmem.evaluation import generate, trajectory
 from diffmem.models import Denoiser, checkpoint_path, fingerprint, load, preset, save
-from diffmem.monitoring import trajectory
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, TrainingConfig, train
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from diffmem.data import load_images
 from diffmem.errors import InputError
-from diffmem.generation import generate
+from diffmem.evaluation import generate
 from diffmem.models import Denoiser, as_denoiser, preset
 from diffmem.sampling import SamplerConfig, sample
 

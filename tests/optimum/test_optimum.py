@@ -8,7 +8,7 @@ import torch
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.generation import generate
+from diffmem.evaluation import generate
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Smoothed, Tikhonov, parse_regularization
 from diffmem.optimum import denoiser as denoiser_module
 from diffmem.sampling import (

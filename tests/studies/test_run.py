@@ -14,7 +14,7 @@ import torch
 from studies.tiny import TINY
 
 from diffmem.errors import InputError
-from diffmem.monitoring import snapshot_audit
+from diffmem.evaluation import snapshot_audit
 from diffmem.sampling import Samples
 from diffmem.studies import Processes, Setting, Unit, measure, run_unit, run_units
 from diffmem.studies.ledger import DONE, FAILED, Ledger

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from diffmem.cli import cli
 from diffmem.data import load_images
 from diffmem.errors import InputError
+from diffmem.evaluation import trajectory
 from diffmem.models import fingerprint, load, preset
-from diffmem.monitoring import trajectory
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, TrainingConfig, train
 

@@ -14,11 +14,11 @@ import diffmem
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import checked_seeds, format_seeds, sample_detector
+from diffmem.evaluation import checked_seeds, format_seeds, sample_detector
+from diffmem.evaluation.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.memorization import CopyRate, Question, ReportsRate, highest_interval
 from diffmem.memorization.plausibility import single_color_share
 from diffmem.models import fingerprint, load
-from diffmem.monitoring.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, SnapshotRecord, Stats
@@ -162,7 +162,7 @@ class Trajectory:
     def save(self, folder: str | Path | None = None) -> Path:
         """Writes `trajectory.html`, `.json`, `.csv` and `.svg` into `folder` (default: `trajectory/` in the run's
         folder) and returns the path of the page."""
-        from diffmem.monitoring.page import write_page
+        from diffmem.evaluation.trajectory_report import write_page
 
         return write_page(self, self.run / FOLDER if folder is None else Path(folder))
 

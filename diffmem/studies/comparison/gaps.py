@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from diffmem.comparison.bootstrap import interval, resampled
 from diffmem.data import ImageSet, load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import checked_seeds, format_seeds, sample_detector
+from diffmem.evaluation import checked_seeds, format_seeds, sample_detector
+from diffmem.html_report import percent
 from diffmem.memorization import CopyRate
 from diffmem.models import as_denoiser, evaluating, load
 from diffmem.optimum import OptimalDenoiser
-from diffmem.pages import percent
 from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig, SeededGenerators, sample, to_uint8
+from diffmem.studies.comparison.bootstrap import interval, resampled
 from diffmem.training import RunFolder
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class Comparison:
 
     def save(self, folder: str | Path) -> Path:
         """Writes `compare.html` (one self-contained page), `.svg`, `.csv` and `.json`; returns the page's path."""
-        from diffmem.comparison.compare_page import write_page
+        from diffmem.studies.comparison.gaps_report import write_page
 
         return write_page(self, Path(folder))
 

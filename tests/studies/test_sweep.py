@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import diffmem
-from diffmem.comparison import parse_sweep, sweep, sweeps
-from diffmem.comparison.sweeps import chosen_variants, expected_ratio
 from diffmem.errors import InputError
 from diffmem.optimum import EmpiricalBayes, Smoothed, Tikhonov
 from diffmem.sampling import SamplerConfig
+from diffmem.studies.comparison import parse_sweep, sweep, sweeps
+from diffmem.studies.comparison.sweeps import chosen_variants, expected_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = {"labels": False, "settings": SamplerConfig(steps=8, batch=8), "device": "cpu"}

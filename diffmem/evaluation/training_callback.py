@@ -9,11 +9,11 @@ from typing import Any
 
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation import sample_detector
+from diffmem.evaluation import sample_detector
+from diffmem.evaluation.snapshot_audit import AuditFiles, SnapshotAudit, audit_snapshot, way_of
+from diffmem.evaluation.trajectories import FOLDER, Point
 from diffmem.memorization import Question
 from diffmem.models import fingerprint
-from diffmem.monitoring.over_time import FOLDER, Point
-from diffmem.monitoring.snapshot_audit import AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.sampling import SamplerConfig
 from diffmem.training import Observer, Plan, Snapshot, StopDecision, read_data
 
@@ -23,7 +23,7 @@ class AuditEvery(Observer):
 
     Args:
         data: The run's training set, as for `diffmem.training.train`.
-        out: The run's folder, which keeps the audits where `diffmem.monitoring.trajectory` finds them.
+        out: The run's folder, which keeps the audits where `diffmem.evaluation.trajectory` finds them.
         every: Audit the first snapshot of every so many images; None: all. The last one is always audited.
         samples: Images per audit at most, those of the protocol's first seeds.
         question: "Is R_mem at least …?": an audit ends as soon as this is answered at its snapshot, and the run ends at

@@ -12,13 +12,13 @@ from edm_snapshots import network, pretended_edm_modules, snapshot
 from golden_networks import golden, state_dict
 
 import diffmem
-from diffmem.comparison import compare
-from diffmem.comparison.gaps import _range
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.models import Denoiser, save
 from diffmem.optimum import OptimalDenoiser
 from diffmem.sampling import SamplerConfig
+from diffmem.studies.comparison import compare
+from diffmem.studies.comparison.gaps import _range
 from diffmem.training import TrainingConfig, denoiser_config, train
 
 N = 60

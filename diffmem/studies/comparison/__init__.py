@@ -3,10 +3,10 @@ variants are from copying (`sweep`)."""
 
 from __future__ import annotations
 
-from diffmem.comparison.compare_page import draw_memory
-from diffmem.comparison.gaps import Comparison, Curve, Gaps, NoiseRange, compare
-from diffmem.comparison.sweep_page import draw as draw_sweeps
-from diffmem.comparison.sweeps import Sweep, SweepPoint, parse_sweep, sweep
+from diffmem.studies.comparison.gaps import Comparison, Curve, Gaps, NoiseRange, compare
+from diffmem.studies.comparison.gaps_report import draw_memory
+from diffmem.studies.comparison.sweeps import Sweep, SweepPoint, parse_sweep, sweep
+from diffmem.studies.comparison.sweeps_report import draw as draw_sweeps
 
 __all__ = [
     "Comparison",

@@ -17,9 +17,9 @@ from diffmem.atomic_io import check_output_file, output_lock
 from diffmem.data import ImageSet, write_edm_zip, write_folder, write_npz
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.generation.kept import KeptBlocks
-from diffmem.generation.running_audit import RunningAudit, sample_detector
-from diffmem.generation.seed_ranges import checked_seeds, format_seeds
+from diffmem.evaluation.resume_store import KeptBlocks
+from diffmem.evaluation.running_audit import RunningAudit, sample_detector
+from diffmem.evaluation.seed_ranges import checked_seeds, format_seeds
 from diffmem.memorization import Audit
 from diffmem.models import Denoiser, as_denoiser, checkpoint_path, evaluating, fingerprint, load
 from diffmem.progress import Progress, silent

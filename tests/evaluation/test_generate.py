@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import diffmem
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
-from diffmem.generation import (
+from diffmem.evaluation import (
     RunningAudit,
     format_seeds,
     generate,
+    generation,
     parse_seeds,
-    run,
     sample_detector,
     work_folder,
 )
@@ -176,18 +176,18 @@ def test_compiling_is_decided_once(checkpoint, tmp_path, monkeypatch):
         compiled.append(config.compile)
         return sample_batches(denoiser, seeds, config=replace(config, compile="off"))
 
-    sample_batches = run.sample_batches
-    monkeypatch.setattr(run, "sample_batches", recorded)
+    sample_batches = generation.sample_batches
+    monkeypatch.setattr(generation, "sample_batches", recorded)
     settings = SamplerConfig(steps=3, batch=2)
 
     def stop(stage, done, _total):
         if done == 4:
             raise Interruption
 
-    monkeypatch.setattr(run, "worth_compiling", lambda *_: True)
+    monkeypatch.setattr(generation, "worth_compiling", lambda *_: True)
     with pytest.raises(Interruption):
         generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings, progress=stop)
-    monkeypatch.setattr(run, "worth_compiling", lambda *_: False)
+    monkeypatch.setattr(generation, "worth_compiling", lambda *_: False)
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)
     assert compiled == ["on", "on"]
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)
@@ -239,7 +239,7 @@ def test_blocks_are_searched_once_in_whatever_order_they_come(monkeypatch):
 
 def test_sets_that_do_not_fit_are_found_before_the_work(tmp_path, monkeypatch):
     checkpoint = tiny(tmp_path / "model")
-    monkeypatch.setattr(run, "sample_batches", None)  # nothing is sampled
+    monkeypatch.setattr(generation, "sample_batches", None)  # nothing is sampled
     noise = np.random.default_rng(0).integers(0, 256, (5, 1, 4, 4), dtype=np.uint8)
     for training, holdout, words in (
         (np.zeros((5, 3, 4, 4), np.uint8), None, "3x4x4, this network makes 1x4x4"),

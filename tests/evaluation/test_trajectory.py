@@ -10,9 +10,9 @@ import torch
 from diffmem.cli import main
 from diffmem.data import load_images
 from diffmem.errors import InputError
+from diffmem.evaluation import AuditEvery, snapshot_audit, trajectory
 from diffmem.integrity import load_arrays, save_arrays
 from diffmem.memorization import Question
-from diffmem.monitoring import AuditEvery, snapshot_audit, trajectory
 from diffmem.sampling import Samples
 from diffmem.training import Observer, TrainingConfig, denoiser_config, read_records, train
 

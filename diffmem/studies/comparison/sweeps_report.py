@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffmem.atomic_io import check_output_folder
-from diffmem.comparison.sweeps import SweepPoint, expected_ratio, with_strength
-from diffmem.pages import template, write_report
-from diffmem.pictures import grid, picture_url, plot, svg
+from diffmem.html_report import template, write_report
+from diffmem.plotting import grid, picture_url, plot, svg
+from diffmem.studies.comparison.sweeps import SweepPoint, expected_ratio, with_strength
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffmem.comparison.sweeps import Sweep
+    from diffmem.studies.comparison.sweeps import Sweep
 
 NAMES = {
     "tikhonov": "Tikhonov: score (ȳ − x)/(σ² + c)",
@@ -58,7 +58,7 @@ def write_page(sweep: Sweep, folder: Path) -> Path:
         )
         for kind in sweep.kinds
     ]
-    page = template("diffmem.comparison", "sweep.html.j2").render(sweep=sweep, plot=drawing, sections=sections)
+    page = template("diffmem.studies", "sweep.html.j2").render(sweep=sweep, plot=drawing, sections=sections)
     rows = []
     for point in sweep.points:
         shares = (f"{value:.6g}" for value in (point.ratio, *point.interval, sweep.expected(point.variant)))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmem.atomic_io import check_output_folder
-from diffmem.pages import level, template, write_report
-from diffmem.pictures import data_url, plot, svg
+from diffmem.html_report import level, template, write_report
+from diffmem.plotting import data_url, plot, svg
 
 if TYPE_CHECKING:
-    from diffmem.monitoring.over_time import Trajectory
+    from diffmem.evaluation.trajectories import Trajectory
 
 GALLERY = 24  # first copies shown
 COLUMNS = ("images", "epochs", "loss", "count", "total", "ratio", "low", "high", "answer")
@@ -36,7 +36,7 @@ def write_page(trajectory: Trajectory, folder: Path) -> Path:
     """Writes the four files into `folder` and returns the page's path."""
     check_output_folder(folder)
     drawing = draw([trajectory])
-    page = template("diffmem.monitoring", "trajectory.html.j2").render(
+    page = template("diffmem.evaluation", "trajectory.html.j2").render(
         trajectory=trajectory, plot=drawing, copies=first_copies(trajectory), onset=trajectory.onset()
     )
     rows = []

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmem.atomic_io import check_output_folder
-from diffmem.comparison.gaps import BECOME
-from diffmem.pages import template, write_report
-from diffmem.pictures import data_url, plot, svg
+from diffmem.html_report import template, write_report
+from diffmem.plotting import data_url, plot, svg
+from diffmem.studies.comparison.gaps import BECOME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from diffmem.comparison.gaps import Comparison, Curve
+    from diffmem.studies.comparison.gaps import Comparison, Curve
 
 COLORS = {"training": "#a3261c", "unseen": "#3866a8", "generated": "#8a5a00"}
 
@@ -37,7 +37,7 @@ def write_page(comparison: Comparison, folder: Path) -> Path:
     check_output_folder(folder)
     drawing = draw(comparison)
     columns, rows = _table(comparison)
-    page = template("diffmem.comparison", "compare.html.j2").render(
+    page = template("diffmem.studies", "compare.html.j2").render(
         comparison=comparison, plot=drawing, panels=_panels(comparison)
     )
     texts = (["" if math.isnan(value) else f"{value:.6g}" for value in row] for row in rows)

@@ -17,7 +17,7 @@ import torch
 from diffmem.atomic_io import atomic_file, output_lock
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.generation import checked_seeds, format_seeds, sample_detector
+from diffmem.evaluation import checked_seeds, format_seeds, sample_detector
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
 from diffmem.memorization import CopyDetector, CopyRate, ReportsRate
@@ -149,7 +149,7 @@ class Sweep:
     def save(self, folder: str | Path) -> Path:
         """Writes `sweep.html` (one self-contained page), `.svg`, `.csv` and `.json`, and a grid of images per kind;
         returns the page's path."""
-        from diffmem.comparison.sweep_page import write_page
+        from diffmem.studies.comparison.sweeps_report import write_page
 
         return write_page(self, Path(folder))
 
