@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.harness import RESULTS, Bench
-from diffmem.memorization import Question
+from diffmem.memorization import SequentialTest
 from diffmem.studies.curve import Observation, Posterior
 from diffmem.studies.search import Search, Trial, carry_out, half_width
 
@@ -127,7 +127,7 @@ class Simulation:
 
     def search_run(self, trial: Trial) -> Observation:
         """A run as a unit with a question makes it: ended when decided."""
-        question = Question(1 - ZETA).shared_among(SNAPSHOTS)
+        question = SequentialTest(1 - ZETA).shared_among(SNAPSHOTS)
         z = self.generator.normal()
         best: Observation | None = None
         for snapshot in range(1, SNAPSHOTS + 1):

@@ -125,11 +125,11 @@ def test_wheel_that_could_not_have_the_core_is_for_every_platform_and_says_why(c
 
 def test_installs_and_says_why(pure, tmp_path):
     command = [*PYTHON, "-m", "diffmem", "info", "--json"]
-    facts = json.loads(
+    metadata = json.loads(
         subprocess.run(command, env=pure, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     )
-    assert facts["native"]["present"] is False
-    assert facts["native"]["why"] == "DIFFMEM_NATIVE=off when it was installed"
+    assert metadata["native"]["present"] is False
+    assert metadata["native"]["why"] == "DIFFMEM_NATIVE=off when it was installed"
     where = subprocess.run(
         [*PYTHON, "-c", "import diffmem; print(diffmem.__file__)"],
         env=pure,

@@ -22,8 +22,8 @@ def adopt_results(folder: Path, results: Path = RESULTS) -> Path:
     Raises ClickException for a dry run, and where there is nothing.
     """
     rows = read_table(folder / ROWS)
-    facts = json.loads((folder / STAGES_FILE).read_text()) if (folder / STAGES_FILE).exists() else {}
-    if not rows or facts.get("dry_run", True):
+    metadata = json.loads((folder / STAGES_FILE).read_text()) if (folder / STAGES_FILE).exists() else {}
+    if not rows or metadata.get("dry_run", True):
         raise click.ClickException(f"{folder}: holds no results of a GPU (a dry run's are none)")
     (machine,) = {row["machine"] for row in rows}
     path = results / f"gpu.{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}.csv"

@@ -265,14 +265,14 @@ def write_stages(
     out: Path, outcomes: Sequence[Outcome], interpret: bool, compilations: Compilations, seconds: float
 ) -> None:
     """What became of the stages so far."""
-    facts = {
+    metadata = {
         "dry_run": interpret,
         "seconds": round(seconds, 1),
         "stages": [{**asdict(each), "seconds": round(each.seconds, 1)} for each in outcomes],
         "compilations": dict(compilations.outcomes),
     }
     partial = out / f".{STAGES_FILE}"
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.write_text(json.dumps(metadata, indent=1) + "\n")
     partial.replace(out / STAGES_FILE)
 
 

@@ -112,7 +112,7 @@ def emm_command(
     with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
         found = find_emm(
             setting, out, sizes=sizes, zeta=zeta, precision=precision, repetitions=repetitions, runs=max_runs,
-            executor=executor, tell=tell_outcome, watch=lambda emm: write_emm(emm, out, running=True),
+            executor=executor, on_trial=tell_outcome, watch=lambda emm: write_emm(emm, out, running=True),
             progress=progress,
         )  # fmt: skip
     page = found.save(out)

@@ -150,7 +150,7 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
     torch.set_flush_denormal(True)
     chosen = _chosen(**choice)
     with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
-        outcomes = run_studies(chosen, out, executor, retry=retry, tell=tell_outcome, progress=progress)
+        outcomes = run_studies(chosen, out, executor, retry=retry, on_trial=tell_outcome, progress=progress)
     failed = [outcome for outcome in outcomes if outcome.result is None]
     click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")
     for outcome in failed:

@@ -20,7 +20,7 @@ from diffmem.timing import TimeLeft, duration_range
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
     from diffmem.evaluation import Point
-    from diffmem.training import DataSource, Observer, Plan, Run, RunFolder, Snapshot, Stats, TrainingConfig
+    from diffmem.training import Callback, DataSource, Plan, Run, RunFolder, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
 _LONG = 12 * 3600.0  # seconds
@@ -127,17 +127,17 @@ def _data_of_run(run: RunFolder, source: str | None, changes: dict[str, Any]) ->
     from diffmem.progress import progress_bars
     from diffmem.training import DataSource
 
-    found_at = run.data.get("found_at")
-    found_at = None if found_at is None else DataSource(**found_at)
+    data_source = run.data.get("data_source")
+    data_source = None if data_source is None else DataSource(**data_source)
     changes = {name: value for name, value in changes.items() if value not in (None, False)}
     if source is not None:
         changes["path"] = source
     if changes:
-        if found_at is None and source is None:
+        if data_source is None and source is None:
             raise InputError(f"{run.path}: does not know where its training set lies: say it (--data)")
-        found_at = DataSource(**changes) if found_at is None else replace(found_at, **changes)
+        data_source = DataSource(**changes) if data_source is None else replace(data_source, **changes)
     with progress_bars(is_first_rank()) as progress:
-        return run.training_images(found_at, progress), found_at
+        return run.training_images(data_source, progress), data_source
 
 
 def _train(
@@ -149,7 +149,7 @@ def _train(
     import torch
 
     from diffmem.evaluation import AuditEvery
-    from diffmem.memorization import Question
+    from diffmem.memorization import SequentialTest
     from diffmem.sampling import SamplerConfig
     from diffmem.training import (
         DataSource,
@@ -173,7 +173,7 @@ def _train(
         read_as = reading(color=color, alpha=alpha, key=key, layout=layout, skip_bad=skip_bad)
         preset_line = None
         if of_run is not None:
-            data, found_at = _data_of_run(of_run, source, {"size": size, "resize": resize, **read_as})
+            data, data_source = _data_of_run(of_run, source, {"size": size, "resize": resize, **read_as})
             config = of_run.config
             xflip = config.xflip
             items = len(data) * (2 if xflip else 1)
@@ -181,8 +181,8 @@ def _train(
             if any(value is not None for value in length.values()):
                 config = replace(config, images=images_of(items, **length))
         else:
-            found_at = DataSource(source, size, resize, **read_as)
-            data = _load(found_at)
+            data_source = DataSource(source, size, resize, **read_as)
+            data = _load(data_source)
             config, items, preset_line = _configuration(data, source, cond, seed, precision, options)
             xflip = config.xflip
         choices = {
@@ -202,30 +202,30 @@ def _train(
                 _print_plan(plan)
             return 0
         display = _display()
-        observers = [display]
+        callbacks = [display]
         if of_run is None:
-            observers.append(_remember(out, {**recorded, "source": found_at.path}))
+            callbacks.append(_remember(out, {**recorded, "source": data_source.path}))
         if audit_every is not None:
             # Without a snapshot there is nothing to audit.
             snapshot_images = min(snapshot_images or audit_every, audit_every)
             if is_first_rank():
-                observers.append(
+                callbacks.append(
                     AuditEvery(
                         data,
                         out,
                         every=audit_every,
                         samples=audit_samples,
-                        question=None if stop_at is None else Question(stop_at, confidence),
+                        question=None if stop_at is None else SequentialTest(stop_at, confidence),
                         flip=xflip,
                         settings=SamplerConfig(solver=audit_solver),
                         device=device,
-                        tell=display.audited,
+                        on_audit=display.audited,
                     )
                 )
         if grid:
-            observers.append(Grids(out, grid))
+            callbacks.append(Grids(out, grid))
         if TensorBoard.available() and is_first_rank():
-            observers.append(TensorBoard(out))
+            callbacks.append(TensorBoard(out))
         run = train(
             config,
             data,
@@ -233,8 +233,8 @@ def _train(
             snapshot_images=snapshot_images,
             keep=keep_all if keep is None else KeepLast(keep),
             resume=resume,
-            observers=observers,
-            found_at=found_at,
+            callbacks=callbacks,
+            data_source=data_source,
             **choices,
         )
     if is_first_rank():
@@ -268,14 +268,14 @@ def _configuration(
     return config, items, describe_preset(parts.preset, data.image_shape[1])
 
 
-def _remember(out: Path, options: dict[str, Any]) -> Observer:
-    """An observer that writes down the options of the command, for those that continue the run."""
+def _remember(out: Path, options: dict[str, Any]) -> Callback:
+    """A callback that writes down the options of the command, for those that continue the run."""
     from diffmem.atomic_io import atomic_write
     from diffmem.integrity import sealed
-    from diffmem.training import Observer
+    from diffmem.training import Callback
 
-    class Remember(Observer):
-        def started(self, plan: Plan) -> None:
+    class Remember(Callback):
+        def on_start(self, plan: Plan) -> None:
             atomic_write(out / COMMAND, json.dumps(sealed(options), indent=1) + "\n")
 
     return Remember()
@@ -326,17 +326,17 @@ def _print_ending(run: Run, config: TrainingConfig) -> None:
         )
 
 
-def _display() -> Observer:
-    """An observer that shows the plan, and then loss, images per second and time left: a bar on terminals, else a line
+def _display() -> Callback:
+    """A callback that shows the plan, and then loss, images per second and time left: a bar on terminals, else a line
     every ten seconds, on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from diffmem.html_report import percent, percent_range
-    from diffmem.training import Observer
+    from diffmem.training import Callback
 
-    class Display(Observer):
-        def started(self, plan: Plan) -> None:
+    class Display(Callback):
+        def on_start(self, plan: Plan) -> None:
             _print_plan(plan)
             self.plan, self.shown, self.left, self.ticks = plan, time.monotonic(), TimeLeft(), 0
             console = Console(stderr=True)
@@ -346,7 +346,7 @@ def _display() -> Observer:
                 self.bar.start()
                 self.task = self.bar.add_task("training", total=plan.images, completed=plan.resumed_at, line="")
 
-        def tick(self, stats: Stats) -> None:
+        def on_log(self, stats: Stats) -> None:
             line = f"loss {stats.loss:.4g}, {stats.images_per_second:,.0f} images/s"
             self.ticks += 1
             if self.ticks > 1 or not self.plan.compiled:  # else the first step has compiled
@@ -359,7 +359,7 @@ def _display() -> Observer:
                 self.shown = time.monotonic()
                 click.echo(f"{stats.images:,} of {self.plan.images:,} images: {line}", err=True)
 
-        def snapshot(self, snapshot: Snapshot) -> None:
+        def on_snapshot(self, snapshot: Snapshot) -> None:
             if self.bar is None:
                 click.echo(f"snapshot {snapshot.folder}: loss {snapshot.loss:.4g}", err=True)
 
@@ -368,7 +368,7 @@ def _display() -> Observer:
             line += f"({percent_range(point.interval)}), {point.count:,} of {point.total:,} images"
             click.echo(line, err=True) if self.bar is None else self.bar.console.print(line, highlight=False)
 
-        def finished(self) -> None:
+        def on_end(self) -> None:
             if self.bar is not None:
                 self.bar.stop()
 

@@ -72,7 +72,7 @@ def trajectory_command(
     import torch
 
     from diffmem.evaluation import trajectory
-    from diffmem.memorization import Question, decide_gate
+    from diffmem.memorization import SequentialTest, decide_gate
     from diffmem.progress import progress_bars
     from diffmem.sampling import SamplerConfig
     from diffmem.training import DataSource, RunFolder
@@ -91,7 +91,7 @@ def trajectory_command(
             seeds=seeds,
             every=every,
             order=order,
-            question=None if at_least is None else Question(at_least, confidence),
+            question=None if at_least is None else SequentialTest(at_least, confidence),
             settings=SamplerConfig(solver=solver, batch=batch),
             device=device,
             progress=progress,

@@ -15,7 +15,7 @@ from diffmem.evaluation import AuditEvery, Trajectory, generate, trajectory
 from diffmem.memorization import Audit, audit
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
-from diffmem.training import EMA, Observer, Plan, Stats, TrainingConfig, denoiser_config, snapshot_folder, train
+from diffmem.training import EMA, Callback, Plan, Stats, TrainingConfig, denoiser_config, snapshot_folder, train
 
 FEW, MANY = 20, 1000  # training images
 SEED = 0
@@ -127,7 +127,7 @@ def _model(folder: Path, training: ImageSet, unseen: ImageSet, images: int, samp
     what = f"training on {len(training):,} digits"
     done = train(
         config, training, run, snapshot_images=-(-images // SNAPSHOTS), device="cpu", compile=False, resume=True,
-        observers=[watch, _Shown(progress, what)],
+        callbacks=[watch, _Shown(progress, what)],
     )  # fmt: skip
     over_time = trajectory(run, data=training, seeds=watched, settings=settings, device="cpu")
     over_time.save()
@@ -141,15 +141,15 @@ def _model(folder: Path, training: ImageSet, unseen: ImageSet, images: int, samp
     return Model(folder, training, over_time, made.audit, control)
 
 
-class _Shown(Observer):
+class _Shown(Callback):
     """Tells a progress callback how far a training is."""
 
     def __init__(self, progress: Progress, what: str):
         self.progress, self.what = progress, what
 
-    def started(self, plan: Plan) -> None:
+    def on_start(self, plan: Plan) -> None:
         self.total = plan.images
         self.progress(self.what, plan.resumed_at, self.total)
 
-    def tick(self, stats: Stats) -> None:
+    def on_log(self, stats: Stats) -> None:
         self.progress(f"{self.what}: loss {stats.loss:.3f}", stats.images, self.total)

@@ -14,7 +14,7 @@ import numpy as np
 from diffmem.atomic_io import atomic_file
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
-from diffmem.memorization import CopyDetector, CopyRate, Question, ReportsRate
+from diffmem.memorization import CopyDetector, CopyRate, ReportsRate, SequentialTest
 from diffmem.memorization.plausibility import Collapse
 from diffmem.models import Denoiser
 from diffmem.sampling import SamplerConfig, is_compiled, sample_batches
@@ -102,7 +102,7 @@ def audit_snapshot(
     seeds: Sequence[int],
     *,
     settings: SamplerConfig,
-    question: Question | None = None,
+    question: SequentialTest | None = None,
     known: SnapshotAudit | None = None,
     after_batch: Callable[[SnapshotAudit], None] = lambda audited: None,
 ) -> SnapshotAudit:

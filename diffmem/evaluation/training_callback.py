@@ -1,4 +1,4 @@
-"""An observer of training that audits as the model learns, and can end the run once a question is answered."""
+"""A callback of training that audits as the model learns, and can end the run once a question is answered."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from diffmem.errors import InputError
 from diffmem.evaluation import sample_detector
 from diffmem.evaluation.snapshot_audit import AuditFiles, SnapshotAudit, audit_snapshot, way_of
 from diffmem.evaluation.trajectories import FOLDER, Point
-from diffmem.memorization import Question
+from diffmem.memorization import SequentialTest
 from diffmem.models import fingerprint
 from diffmem.sampling import SamplerConfig
-from diffmem.training import Observer, Plan, Snapshot, StopDecision, read_data
+from diffmem.training import Callback, Plan, Snapshot, StopDecision, read_data
 
 
-class AuditEvery(Observer):
+class AuditEvery(Callback):
     """Audits the snapshots of a run as they are made, with few images each.
 
     Args:
@@ -32,7 +32,7 @@ class AuditEvery(Observer):
         flip: Compare mirrored images too, for a run with xflip.
         settings: Of the sampler.
         device: Of the sampler.
-        tell: Called with each finished audit.
+        on_audit: Called with each finished audit.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class AuditEvery(Observer):
         *,
         every: int | None = None,
         samples: int = 256,
-        question: Question | None = None,
+        question: SequentialTest | None = None,
         flip: bool = False,
         settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
         device: str = "auto",
-        tell: Callable[[Point], None] = lambda point: None,
+        on_audit: Callable[[Point], None] = lambda point: None,
     ):
         if samples < 1 or (every is not None and every < 1):
             raise InputError(f"an audit of {samples} samples every {every} images: both must be at least 1")
         self.out, self.every = Path(out), every
         self.seeds = range(samples)
-        self.question, self.flip, self.settings, self.tell = question, flip, settings, tell
+        self.question, self.flip, self.settings, self.on_audit = question, flip, settings, on_audit
         self.device = pick_device(device)
         self.training, _ = read_data(data)
         self.detector = sample_detector(self.training, self.training.image_shape, self.device, flip=flip)
@@ -61,13 +61,13 @@ class AuditEvery(Observer):
             self.out / FOLDER / "audits", way_of(settings, self.training.fingerprint, flip, self.device.type)
         )
 
-    def started(self, plan: Plan) -> None:
+    def on_start(self, plan: Plan) -> None:
         self.planned, self.last = plan.images, plan.resumed_at
         interval = max(self.every or 0, plan.snapshot_images or plan.images)
         self.looks = math.ceil(plan.images / interval)
         self.asked = None if self.question is None else self.question.shared_among(self.looks)
 
-    def snapshot(self, snapshot: Snapshot) -> StopDecision | None:
+    def on_snapshot(self, snapshot: Snapshot) -> StopDecision | None:
         last, self.last = self.last, snapshot.images
         due = self.every is None or snapshot.images // self.every > last // self.every
         if not due and snapshot.images < self.planned:
@@ -88,7 +88,7 @@ class AuditEvery(Observer):
         )
         point = Point(snapshot.images, snapshot.epochs, snapshot.loss, audited.of(self.seeds), self.asked)
         self.points.append(point)
-        self.tell(point)
+        self.on_audit(point)
         if not point.answer:
             return StopDecision(score=point.ratio)
         reason = f"R_mem is at least {self.question.at_least:.4g} ({point.count} of {point.total} images are copies)"

@@ -16,7 +16,7 @@ from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.evaluation import checked_seeds, format_seeds, sample_detector
 from diffmem.evaluation.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
-from diffmem.memorization import CopyRate, Question, ReportsRate, highest_interval
+from diffmem.memorization import CopyRate, ReportsRate, SequentialTest, highest_interval
 from diffmem.memorization.plausibility import single_color_share
 from diffmem.models import fingerprint, load
 from diffmem.progress import Progress, silent
@@ -44,7 +44,7 @@ class Point(ReportsRate):
     epochs: float
     loss: float
     audited: SnapshotAudit
-    question: Question | None = None
+    question: SequentialTest | None = None
 
     @property
     def rate(self) -> CopyRate:
@@ -85,7 +85,7 @@ class Trajectory:
     losses: tuple[Stats, ...]
     training: ImageSet
     settings: dict[str, Any]
-    question: Question | None = None
+    question: SequentialTest | None = None
     looks: int | None = None
 
     @cached_property
@@ -109,7 +109,7 @@ class Trajectory:
     def answer(self) -> bool | None:
         """Whether some snapshot's R_mem is as high as the question asks; None where that is open."""
         # Nothing is known of what was left out.
-        return Question.of_highest([*(point.answer for point in self.points), *(None for _ in self.left_out)])
+        return SequentialTest.of_highest([*(point.answer for point in self.points), *(None for _ in self.left_out)])
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ def trajectory(
     seeds: Sequence[int] = PROTOCOL_SEEDS,
     every: int | None = None,
     order: str = "newest",
-    question: Question | None = None,
+    question: SequentialTest | None = None,
     settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     device: str = "auto",
     progress: Progress = silent,

@@ -7,8 +7,8 @@ from diffmem.memorization.inputs import check_sets
 from diffmem.memorization.result import Audit, CopiedImage, SeenImage, UnkeptImages
 from diffmem.memorization.statistics import (
     CopyRate,
-    Question,
     ReportsRate,
+    SequentialTest,
     anytime_interval,
     exact_interval,
     highest_interval,
@@ -22,9 +22,9 @@ __all__ = [
     "CopyRate",
     "Detection",
     "Gate",
-    "Question",
     "ReportsRate",
     "SeenImage",
+    "SequentialTest",
     "UnkeptImages",
     "anytime_interval",
     "audit",

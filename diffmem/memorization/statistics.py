@@ -283,7 +283,7 @@ def _edge(excluded: Callable[[float], bool], outside: float, inside: float) -> f
 
 
 @dataclass(frozen=True)
-class Question:
+class SequentialTest:
     """Is the memorization ratio at least `at_least`? To be answered with `confidence`, after as few images as will do.
 
     An answer may be sought after every image: the probability that one of the answers is wrong stays below
@@ -297,7 +297,7 @@ class Question:
         InputError: A share outside (0, 1] or a confidence outside (0, 1).
 
     Example:
-        >>> question = Question(at_least=0.9)
+        >>> question = SequentialTest(at_least=0.9)
         >>> question.answer(0, 20), question.answer(19, 20), question.answer(400, 400)
         (False, None, True)
     """
@@ -341,7 +341,7 @@ class Question:
             return True
         return None if None in answers else False
 
-    def shared_among(self, looks: int) -> Question:
+    def shared_among(self, looks: int) -> SequentialTest:
         """The same question to each of `looks` models: with the confidence that keeps all answers right together
         (Bonferroni)."""
-        return Question(self.at_least, 1 - (1 - self.confidence) / max(looks, 1))
+        return SequentialTest(self.at_least, 1 - (1 - self.confidence) / max(looks, 1))

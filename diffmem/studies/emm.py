@@ -164,7 +164,7 @@ def find_emm(
     repetitions: int = 5,
     runs: int = 40,
     executor: Executor | None = None,
-    tell: Callable[[Outcome], None] = lambda outcome: None,
+    on_trial: Callable[[Outcome], None] = lambda outcome: None,
     watch: Callable[[EMM], None] = lambda emm: None,
     progress: Progress = silent,
 ) -> EMM:
@@ -184,7 +184,7 @@ def find_emm(
         repetitions: Runs per size at most.
         runs: Runs in all at most.
         executor: See `diffmem.studies.executors`; with several slots, up to six runs are made at once.
-        tell: Called with every run that ends.
+        on_trial: Called with every run that ends.
         watch: Called with what is known so far, at the start and after every round of runs.
         progress: Called as `progress(stage, done, total)`.
 
@@ -192,7 +192,7 @@ def find_emm(
         InputError: Nothing can be found out, because no run succeeds.
     """
     with output_lock(out):
-        return _find_emm(setting, out, sizes, zeta, precision, repetitions, runs, executor, tell, watch, progress)
+        return _find_emm(setting, out, sizes, zeta, precision, repetitions, runs, executor, on_trial, watch, progress)
 
 
 def _find_emm(
@@ -204,7 +204,7 @@ def _find_emm(
     repetitions: int,
     runs: int,
     executor: Executor | None,
-    tell: Callable[[Outcome], None],
+    on_trial: Callable[[Outcome], None],
     watch: Callable[[EMM], None],
     progress: Progress,
 ) -> EMM:
@@ -222,7 +222,7 @@ def _find_emm(
     def measure(trials: Sequence[Trial]) -> list[Observation | None]:
         units = [Unit(setting, trial.size, trial.repetition, at_least=1 - zeta) for trial in trials]
         seen: list[Observation | None] = []
-        for outcome in run_units(units, out, executor, tell=tell):
+        for outcome in run_units(units, out, executor, on_trial=on_trial):
             if outcome.result is None:
                 failures.append((outcome.unit.size, outcome.error))
             else:

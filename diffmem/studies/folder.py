@@ -32,7 +32,7 @@ def run_studies(
     executor: Executor | None = None,
     *,
     retry: bool = False,
-    tell: Callable[[Outcome], None] = lambda outcome: None,
+    on_trial: Callable[[Outcome], None] = lambda outcome: None,
     progress: Progress = silent,
 ) -> list[Outcome]:
     """Runs what is not done yet of some studies in a folder; see `run_units`. The first repetition of every study comes
@@ -43,7 +43,7 @@ def run_studies(
         root: Folder of the runs and the ledger.
         executor: See `diffmem.studies.executors`; default: in this process.
         retry: Try again what failed for good.
-        tell: Called with every run that ends here.
+        on_trial: Called with every run that ends here.
         progress: Called as `progress(stage, done, total)`.
     """
     root = Path(root)
@@ -54,7 +54,7 @@ def run_studies(
     with output_lock(root, shared=True):
         if retry:
             Ledger(root).retry([unit.key for unit in units])
-        return run_units(units, root, executor, tell=tell, progress=progress)
+        return run_units(units, root, executor, on_trial=on_trial, progress=progress)
 
 
 def all_units(studies: Sequence[Study]) -> list[Unit]:

@@ -26,7 +26,7 @@ from diffmem.devices import pick_device
 from diffmem.evaluation import AuditEvery, Point
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
-from diffmem.memorization import CopyDetector, CopyRate, Question, highest_interval
+from diffmem.memorization import CopyDetector, CopyRate, SequentialTest, highest_interval
 from diffmem.memorization.result import software_versions
 from diffmem.models import load
 from diffmem.sampling import sample
@@ -209,7 +209,7 @@ def _run_unit(unit: Unit, folder: Path, device: str) -> Result:
         keep=KeepLast(1),
         state_minutes=2.0,
         resume=True,
-        observers=[audits],
+        callbacks=[audits],
     )
     if run.ending == "interrupted":
         raise InterruptedUnitError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
@@ -229,17 +229,17 @@ class _Audits(AuditEvery):
             training,
             folder / RUN,
             samples=setting.samples,
-            question=None if unit.at_least is None else Question(unit.at_least),
+            question=None if unit.at_least is None else SequentialTest(unit.at_least),
             flip=bool(setting.training.get("xflip")),
             settings=setting.sample_settings(),
             device=device,
-            tell=self._add,
+            on_audit=self._add,
         )
         self.unit, self.folder = unit, folder
         self.audits: list[SnapshotResult] = []
 
-    def started(self, plan: Plan) -> None:
-        super().started(plan)
+    def on_start(self, plan: Plan) -> None:
+        super().on_start(plan)
         path = self.folder / AUDITS
         known = _read_audits(path) if path.exists() else []
         self.audits = [audited for audited in known if audited.images <= plan.resumed_at]
@@ -250,11 +250,11 @@ class _Audits(AuditEvery):
         self.parameters = plan.parameters
         self.since = time.perf_counter()
 
-    def snapshot(self, snapshot: Snapshot) -> StopDecision:
+    def on_snapshot(self, snapshot: Snapshot) -> StopDecision:
         now = time.perf_counter()
         self.training_seconds += now - self.since
         self.since = now
-        return super().snapshot(snapshot)
+        return super().on_snapshot(snapshot)
 
     def _add(self, point: Point) -> None:
         now = time.perf_counter()
@@ -282,7 +282,7 @@ class _Audits(AuditEvery):
             repetition=self.unit.repetition,
             count=best.count,
             total=best.total,
-            decided=Question.of_highest(audited.answer for audited in self.audits),
+            decided=SequentialTest.of_highest(audited.answer for audited in self.audits),
             censored=censored,
             images=images,
             epochs=epochs,

@@ -49,7 +49,7 @@ def run_units(
     executor: Executor | None = None,
     *,
     wait_for_others: bool = True,
-    tell: Callable[[Outcome], None] = lambda outcome: None,
+    on_trial: Callable[[Outcome], None] = lambda outcome: None,
     progress: Progress = silent,
 ) -> list[Outcome]:
     """How each of `units` ended, in their order, after all that are not done yet were run, the first ones first.
@@ -63,7 +63,7 @@ def run_units(
         root: Folder of ledger and runs.
         executor: See `diffmem.studies.executors`; default: in this process.
         wait_for_others: Wait for runs that other processes hold, or leave them out.
-        tell: Called with every run that ends here.
+        on_trial: Called with every run that ends here.
         progress: Called as `progress(stage, done, total)`.
     """
     executor = InProcess() if executor is None else executor
@@ -98,7 +98,7 @@ def run_units(
             ledger.finish(key, result.seconds)
             outcome = Outcome(unit, result)
         held.discard(key)
-        tell(outcome)
+        on_trial(outcome)
 
     def is_busy(key: str) -> bool:
         return busy.get(key, 0.0) > time.monotonic()

@@ -32,10 +32,10 @@ from diffmem.models import Denoiser
 from diffmem.precision import AUTOCAST, float32_products, measured_convolutions
 from diffmem.timing import CompileCost, Timing, compiling_pays, measure
 from diffmem.training.augmentation import augment, augmentation_labels, draw_augmentation
+from diffmem.training.callbacks import Callback, Plan, Snapshot, Stats, StopDecision, combined
 from diffmem.training.config import TrainingConfig, differences
 from diffmem.training.dataset import TrainingImages
 from diffmem.training.losses import Draws, denoising_loss, draw
-from diffmem.training.observers import Observer, Plan, Snapshot, Stats, StopDecision, combined
 from diffmem.training.order import DataOrder
 from diffmem.training.parallel import Ranks
 from diffmem.training.passes import GraphedPass, Tensors, capture_cuda, forward_backward
@@ -43,7 +43,7 @@ from diffmem.training.run_folder import CONFIG, STATS, read_description
 from diffmem.training.seeds import seed_of
 from diffmem.training.snapshots import KeepRule, SnapshotRecord, Snapshots, keep_all
 from diffmem.training.source import DataSource, read_data
-from diffmem.training.state import checked_tensor, latest_state, read_facts, read_tensors, save_state
+from diffmem.training.state import checked_tensor, latest_state, read_metadata, read_tensors, save_state
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 
 # CPU: measured on a 32-channel network at 8×8 (122 s idle, 7 %) and, beside other work, on one of 78,000 parameters
@@ -95,8 +95,8 @@ def train(
     keep: KeepRule = keep_all,
     state_minutes: float = 10.0,
     resume: bool = False,
-    observers: Sequence[Observer] = (),
-    found_at: DataSource | None = None,
+    callbacks: Sequence[Callback] = (),
+    data_source: DataSource | None = None,
 ) -> Run:
     """Trains a denoiser on `data` and returns how that ended; the results lie in the folder `out`.
 
@@ -120,8 +120,8 @@ def train(
         state_minutes: A state to resume from is saved so often, and at every snapshot, interruption and end.
         resume: Continue the run in `out` (from its beginning where it has saved no state yet); on a CPU, with the same
             batch_gpu, number of threads and processes, the weights become those of a run never interrupted, bit by bit.
-        observers: Callbacks, see `Observer`.
-        found_at: How to find `data` again, where they are images in memory: then `diffmem.evaluation` needs not be
+        callbacks: Callbacks, see `Callback`.
+        data_source: How to find `data` again, where they are images in memory: then `diffmem.evaluation` needs not be
             told.
 
     Returns:
@@ -143,25 +143,25 @@ def train(
         raise InputError(f"snapshot_images is {snapshot_images}, but must be at least 1")
     with _own_random_numbers(), _stop_requests() as stop, contextlib.ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(output_lock(out)))
-        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, found_at, cuda_graph)
+        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, data_source, cuda_graph)
         trainer.enter(stack)
         snapshots = ranks.agree(lambda: _open_run(out, trainer, keep, resume))
         state = ranks.agree(lambda: latest_state(out) if resume else None)
         if state is not None:
-            facts = read_facts(state)
-            trainer.restore(facts, read_tensors(state, facts))
+            metadata = read_metadata(state)
+            trainer.restore(metadata, read_tensors(state, metadata))
         plan = replace(trainer.plan(), snapshot_images=snapshot_images)
         if ranks.rank == 0:
             snapshots.forget_after(trainer.images)
             _truncate_stats(out / STATS, trainer.images)
-            for observer in observers:
-                observer.started(plan)
+            for callback in callbacks:
+                callback.on_start(plan)
         try:
-            return _run(trainer, out, snapshots, snapshot_images, state_minutes, observers, ranks, stop)
+            return _run(trainer, out, snapshots, snapshot_images, state_minutes, callbacks, ranks, stop)
         finally:
             if ranks.rank == 0:
-                for observer in observers:
-                    observer.finished()
+                for callback in callbacks:
+                    callback.on_end()
 
 
 def plan_training(
@@ -228,7 +228,7 @@ class Trainer:
         batch_gpu: int | None = None,
         compile: bool | str = "auto",
         ranks: Ranks | None = None,
-        found_at: DataSource | None = None,
+        data_source: DataSource | None = None,
         cuda_graph: bool | str = "auto",
     ):
         ranks = Ranks() if ranks is None else ranks
@@ -249,7 +249,7 @@ class Trainer:
                 "process(es): choose a divisor"
             )
         images, source = read_data(data)
-        self.source = source or found_at
+        self.source = source or data_source
         self.data = TrainingImages(images, config.denoiser.network, self.device, config.xflip)
         self.order = DataOrder(len(self.data), seed_of(config.seed, "order"), config.window)
         torch.manual_seed(seed_of(config.seed, "weights"))
@@ -430,7 +430,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors, facts) for `save_state`."""
+        """(tensors, metadata) for `save_state`."""
         tensors = {
             "weights": self.flat.to_stored(self.flat.values),
             "averaged": self.flat_averaged.to_stored(self.flat_averaged.values),
@@ -441,20 +441,20 @@ class Trainer:
             if isinstance(value, torch.Tensor):
                 moments = value.shape == self.flat.values.shape
                 tensors[f"optimizer.{name}"] = self.flat.to_stored(value) if moments else value
-        facts = {
+        metadata = {
             "images": self.images,
             "loss_counts": self.loss_counts,
             "order": self.order.state(),
             "compiled": bool(self.compile),
             **describe(self.config, self.data, self.source),
         }
-        return tensors, facts
+        return tensors, metadata
 
-    def restore(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    def restore(self, metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Continues where `state` was taken."""
         count, size = self.flat.values.numel(), len(self.order.order)
-        if facts["images"] % self.config.batch:
-            raise InputError(f"the training state is after {facts['images']:,} images, no multiple of the batch")
+        if metadata["images"] % self.config.batch:
+            raise InputError(f"the training state is after {metadata['images']:,} images, no multiple of the batch")
         weights = checked_tensor(tensors, "weights", (count,), self.flat.values.dtype)
         averaged = checked_tensor(tensors, "averaged", (count,), self.flat_averaged.values.dtype)
         order = checked_tensor(tensors, "order", (size,), torch.int64)
@@ -463,7 +463,7 @@ class Trainer:
             if name.startswith("optimizer.") and name != "optimizer.step":
                 checked_tensor(tensors, name, (count,), self.flat.values.dtype)
         with parsing("the training state", "an order of this training set"):
-            self.order.restore(facts["order"], order.numpy())
+            self.order.restore(metadata["order"], order.numpy())
         self.flat.values.data.copy_(self.flat.from_stored(weights))
         self.flat_averaged.values.data.copy_(self.flat_averaged.from_stored(averaged))
         state = {}
@@ -476,11 +476,11 @@ class Trainer:
             layout = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**layout, "state": {0: state}})
         self.loss_sums.copy_(loss_sums)
-        self.loss_counts = list(facts["loss_counts"])
-        self.images = facts["images"]
+        self.loss_counts = list(metadata["loss_counts"])
+        self.images = metadata["images"]
         # Compiled code rounds differently: what was decided at the start holds for the whole run.
         if self.compile == "auto":
-            self.compile = facts["compiled"]
+            self.compile = metadata["compiled"]
 
 
 def _run(
@@ -489,7 +489,7 @@ def _run(
     snapshots: Snapshots,
     snapshot_images: int | None,
     state_minutes: float,
-    observers: Sequence[Observer],
+    callbacks: Sequence[Callback],
     ranks: Ranks,
     stop: threading.Event,
 ) -> Run:
@@ -542,11 +542,11 @@ def _run(
                 if first:
                     with (out / STATS).open("a") as stream:
                         stream.write(json.dumps(asdict(stats)) + "\n")
-                    for observer in observers:
-                        observer.tick(stats)
+                    for callback in callbacks:
+                        callback.on_log(stats)
         if due:
             paused = time.perf_counter()
-            decision = ranks.agree(partial(_snapshot, trainer, out, snapshots, snapshot_loss, observers))
+            decision = ranks.agree(partial(_snapshot, trainer, out, snapshots, snapshot_loss, callbacks))
             ticked += time.perf_counter() - paused  # the speed is that of training
             trainer.forget_losses(1)
             if decision.stop and not trainer.finished:
@@ -562,12 +562,12 @@ def _run(
 
 
 def _snapshot(
-    trainer: Trainer, out: Path, snapshots: Snapshots, loss: float, observers: Sequence[Observer]
+    trainer: Trainer, out: Path, snapshots: Snapshots, loss: float, callbacks: Sequence[Callback]
 ) -> StopDecision:
     folder = snapshots.write(trainer.averaged, trainer.images)
     snapshot = Snapshot(folder, trainer.images, trainer.epochs, loss, trainer.averaged)
     with float32_products("ieee"):  # what is sampled and audited is sampled as the protocol says
-        decision = combined([observer.snapshot(snapshot) for observer in observers])
+        decision = combined([callback.on_snapshot(snapshot) for callback in callbacks])
     snapshots.add(SnapshotRecord(trainer.images, trainer.epochs, loss, decision.score))
     return decision
 
@@ -580,7 +580,7 @@ def describe(config: TrainingConfig, data: TrainingImages, source: DataSource | 
             "source": data.source,
             "images": data.count,
             "fingerprint": data.fingerprint,
-            "found_at": None if source is None else source.to_json(),
+            "data_source": None if source is None else source.to_json(),
         },
     }
     return json.loads(json.dumps(description))  # as it will be read back
@@ -593,7 +593,7 @@ def _open_run(out: Path, trainer: Trainer, keep: KeepRule, resume: bool) -> Snap
     if not resume and (path.exists() or state is not None):
         raise InputError(f"{out}: holds a run already: continue it with resume=True, or choose another folder")
     if state is not None:
-        _check_same_run(out, description, read_facts(state))
+        _check_same_run(out, description, read_metadata(state))
     elif path.exists():
         _check_same_run(out, description, read_description(out))
     try:
@@ -620,7 +620,7 @@ def _comparable(description: dict[str, Any]) -> dict[str, Any]:
     newer than the run has its default."""
     config = json.loads(json.dumps(TrainingConfig.from_json(description["config"]).to_json()))
     del config["images"]
-    data = {name: value for name, value in description["data"].items() if name not in ("source", "found_at")}
+    data = {name: value for name, value in description["data"].items() if name not in ("source", "data_source")}
     return {**config, "data": data}
 
 

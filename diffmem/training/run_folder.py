@@ -14,11 +14,11 @@ from diffmem.integrity import read_checked
 from diffmem.models import checkpoint_path
 from diffmem.progress import Progress, silent
 from diffmem.recognize import is_run
+from diffmem.training.callbacks import Stats
 from diffmem.training.config import TrainingConfig
-from diffmem.training.observers import Stats
 from diffmem.training.snapshots import SnapshotRecord, read_records, snapshot_folder
 from diffmem.training.source import DataSource, read_data
-from diffmem.training.state import latest_state, read_facts
+from diffmem.training.state import latest_state, read_metadata
 
 CONFIG, STATS = "config.json", "stats.jsonl"
 
@@ -33,7 +33,7 @@ def read_description(out: Path) -> dict[str, Any]:
     missing, its newest training state. Raises InputError, with a way out, where it is damaged."""
     state = latest_state(out)
     if state is not None and not (out / CONFIG).is_file():
-        return read_facts(state)
+        return read_metadata(state)
     advice = "restore it" if state is None else f"remove it, and what it said is read from {state}"
     return read_checked(out / CONFIG, f"{advice}; or remove its line sha256 if you changed it on purpose")
 
@@ -45,7 +45,7 @@ class RunFolder:
     Attributes:
         path: The folder.
         config: The run's configuration.
-        data: What its training set was: `source` in words, `images`, `fingerprint`, `found_at`.
+        data: What its training set was: `source` in words, `images`, `fingerprint`, `data_source`.
     """
 
     path: Path
@@ -112,9 +112,9 @@ class RunFolder:
         Raises InputError where it is not found, or is not the one that the run was trained on.
         """
         if data is None:
-            if self.data.get("found_at") is None:
+            if self.data.get("data_source") is None:
                 raise InputError(f"{self.path}: does not know where its training set lies: say it with data=…")
-            data = DataSource(**self.data["found_at"])
+            data = DataSource(**self.data["data_source"])
         images, _ = read_data(data, progress)
         if images.fingerprint != self.data["fingerprint"]:
             raise InputError(

@@ -24,18 +24,18 @@ from diffmem.integrity import check_file, read_sealed, save_tensors, sealed
 
 FOLDER = "state"
 KEPT = 2
-_TENSORS, _FACTS = "state.safetensors", "state.json"
+_TENSORS, _METADATA = "state.safetensors", "state.json"
 _FIELDS = {"images": int, "loss_counts": list, "order": dict, "compiled": bool, "config": dict, "data": dict}
 
 
-def save_state(out: Path, images: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Path:
+def save_state(out: Path, images: int, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Path:
     """Writes a state and removes all but the one before it; returns its folder."""
     folder = out / FOLDER / f"{images:09d}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as partial:
             checksum = save_tensors(partial / _TENSORS, tensors)
-            (partial / _FACTS).write_text(json.dumps(sealed({**facts, "files": {_TENSORS: checksum}})) + "\n")
+            (partial / _METADATA).write_text(json.dumps(sealed({**metadata, "files": {_TENSORS: checksum}})) + "\n")
     for path in sorted(_states(out), key=_images, reverse=True)[KEPT:]:
         shutil.rmtree(path, ignore_errors=True)
     return folder
@@ -46,24 +46,24 @@ def latest_state(out: Path) -> Path | None:
     return max(_states(out), key=_images, default=None)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """The JSON part of a state; raises InputError, with a way out, where it is damaged or was edited."""
-    path = folder / _FACTS
-    facts = read_sealed(path, _way_out(folder))
+    path = folder / _METADATA
+    metadata = read_sealed(path, _way_out(folder))
     for name, kind in _FIELDS.items():
-        if type(facts.get(name)) is not kind:
-            raise InputError(f"{path}: {name} is {short(facts.get(name))}: {_way_out(folder)}")
-    counts = facts["loss_counts"]
+        if type(metadata.get(name)) is not kind:
+            raise InputError(f"{path}: {name} is {short(metadata.get(name))}: {_way_out(folder)}")
+    counts = metadata["loss_counts"]
     whole_counts = len(counts) == 2 and all(type(count) is int and count >= 0 for count in counts)
-    if facts["images"] != _images(folder) or not whole_counts:
+    if metadata["images"] != _images(folder) or not whole_counts:
         raise InputError(f"{path}: its counts of images do not fit: {_way_out(folder)}")
-    return facts
+    return metadata
 
 
-def read_tensors(folder: Path, facts: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a state of which `facts` were read; raises InputError, with a way out, where they are damaged."""
+def read_tensors(folder: Path, metadata: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of the state that `metadata` describes; raises InputError, with a way out, where they are damaged."""
     path = folder / _TENSORS
-    files = facts.get("files")
+    files = metadata.get("files")
     check_file(path, files.get(_TENSORS) if isinstance(files, dict) else None, _way_out(folder))
     with parsing(path, "a complete safetensors file", _way_out(folder)):
         return load_file(path)

@@ -126,10 +126,10 @@ def test_options_reach_the_audit(folder):
         "--duplicates", "keep", "--duplicate-radius", 2, "--resize", 4, "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    facts = json.loads(result.stdout)
-    assert facts["total"] == 50
-    assert facts["settings"]["generated"]["shape"] == [1, 4, 4]
-    chosen = {name: facts["settings"][name] for name in ("flip", "threshold", "duplicates", "duplicate_radius")}
+    metadata = json.loads(result.stdout)
+    assert metadata["total"] == 50
+    assert metadata["settings"]["generated"]["shape"] == [1, 4, 4]
+    chosen = {name: metadata["settings"][name] for name in ("flip", "threshold", "duplicates", "duplicate_radius")}
     assert chosen == {"flip": True, "threshold": "1/2", "duplicates": "keep", "duplicate_radius": 2.0}
 
 
@@ -173,9 +173,9 @@ def test_bad_files_end_in_one_line(folder, tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
     skipped = run("audit", corrupt, folder / "training.zip", "--skip-bad", "--json")
     assert skipped.returncode == 0, skipped.stderr
-    facts = json.loads(skipped.stdout)
-    assert facts["total"] == 39
-    assert [file["name"] for file in facts["settings"]["generated"]["skipped"]] == [bad]
+    metadata = json.loads(skipped.stdout)
+    assert metadata["total"] == 39
+    assert [file["name"] for file in metadata["settings"]["generated"]["skipped"]] == [bad]
 
     truncated = tmp_path / "truncated.zip"
     truncated.write_bytes((folder / "training.zip").read_bytes()[:5000])
@@ -268,8 +268,8 @@ def test_names_that_are_no_text(folder, tmp_path):
 def test_folder_of_seeds(folder, tmp_path):
     digits = diffmem.load_images("builtin:digits")
     write_folder(digits.select(slice(0, 12)), tmp_path / "samples", seeds=range(995, 1007))
-    facts = json.loads(run("audit", tmp_path / "samples", folder / "training.zip", "--json").stdout)
-    assert facts["count"] == 12
+    metadata = json.loads(run("audit", tmp_path / "samples", folder / "training.zip", "--json").stdout)
+    assert metadata["count"] == 12
 
 
 def test_faiss_from_the_command_line():

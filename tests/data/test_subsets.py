@@ -242,10 +242,10 @@ def test_written_sets_are_reproducible_and_say_how_they_were_made(tmp_path, name
     assert manifest["diffmem"] == __version__
 
     # The manifest is enough to make the set again.
-    def source(facts):
-        place = facts["name"] if facts["name"].startswith("builtin:") else tmp_path / facts["name"]
-        images = load_images(place, **facts["options"])
-        assert images.fingerprint == facts["fingerprint"]
+    def source(metadata):
+        place = metadata["name"] if metadata["name"].startswith("builtin:") else tmp_path / metadata["name"]
+        images = load_images(place, **metadata["options"])
+        assert images.fingerprint == metadata["fingerprint"]
         return images
 
     again = source(manifest["source"])

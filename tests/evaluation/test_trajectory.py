@@ -12,9 +12,9 @@ from diffmem.data import load_images
 from diffmem.errors import InputError
 from diffmem.evaluation import AuditEvery, snapshot_audit, trajectory
 from diffmem.integrity import load_arrays, save_arrays
-from diffmem.memorization import Question
+from diffmem.memorization import SequentialTest
 from diffmem.sampling import Samples
-from diffmem.training import Observer, TrainingConfig, denoiser_config, read_records, train
+from diffmem.training import Callback, TrainingConfig, denoiser_config, read_records, train
 
 BATCH, STEPS = 8, 10
 N = 40
@@ -28,13 +28,13 @@ def digits():
     return load_images("builtin:digits").select(slice(0, N))
 
 
-class Grow(Observer):
+class Grow(Callback):
     """Makes the k-th snapshot one that copies `shares[k]` of the time: its first parameter says how often."""
 
     def __init__(self, shares):
         self.shares = iter(shares)
 
-    def snapshot(self, snapshot):
+    def on_snapshot(self, snapshot):
         with torch.no_grad():
             next(snapshot.denoiser.parameters()).fill_(next(self.shares))
 
@@ -154,28 +154,30 @@ def test_other_weights_or_settings_are_audited_anew(tmp_path, digits, made):
 def test_questions_take_few_images_and_bisection_few_snapshots(tmp_path, digits, made):
     run = a_run(tmp_path / "run", digits)
     result = trajectory(
-        run, data=digits, seeds=range(2000), device="cpu", question=Question(0.5), order="bisect",
+        run, data=digits, seeds=range(2000), device="cpu", question=SequentialTest(0.5), order="bisect",
     )  # fmt: skip
     assert result.answer is True
     assert [point.images for point in result.points] == [32, 48, 64, 80]
     assert result.left_out == (16,)
     assert len(made) < 600
     assert all(point.answer is (point.ratio > 0.5) for point in result.points)
-    never = trajectory(run, data=digits, seeds=range(2000), device="cpu", question=Question(0.999), order="oldest")
+    never = trajectory(
+        run, data=digits, seeds=range(2000), device="cpu", question=SequentialTest(0.999), order="oldest"
+    )
     assert never.answer is None  # 2,000 images do not tell 1 from 0.999
     low = a_run(tmp_path / "low", digits, (0.0, 0.0, 0.1, 0.1, 0.2))
-    assert trajectory(low, data=digits, seeds=range(2000), device="cpu", question=Question(0.9)).answer is False
+    assert trajectory(low, data=digits, seeds=range(2000), device="cpu", question=SequentialTest(0.9)).answer is False
 
 
 def test_audits_during_training_end_the_run(tmp_path, digits, made):
     told = []
     out = tmp_path / "run"
     watch = AuditEvery(
-        digits, out, every=2 * BATCH, samples=400, question=Question(0.5), device="cpu", tell=told.append
+        digits, out, every=2 * BATCH, samples=400, question=SequentialTest(0.5), device="cpu", on_audit=told.append
     )  # fmt: skip
     run = train(
         config(), digits, out, snapshot_images=BATCH, device="cpu", compile=False,
-        observers=[Grow([0.0] * 3 + [0.2] * 2 + [0.9] * 5), watch],
+        callbacks=[Grow([0.0] * 3 + [0.2] * 2 + [0.9] * 5), watch],
     )  # fmt: skip
     assert (run.ending, run.images) == ("stopped", 6 * BATCH)
     assert "R_mem is at least 0.5" in run.reason
@@ -189,8 +191,8 @@ def test_audits_during_training_end_the_run(tmp_path, digits, made):
 
 def test_the_last_snapshot_is_audited(tmp_path, digits, made):
     told = []
-    watch = AuditEvery(digits, tmp_path / "run", every=7 * BATCH, samples=8, device="cpu", tell=told.append)
-    train(config(), digits, tmp_path / "run", snapshot_images=BATCH, device="cpu", compile=False, observers=[watch])
+    watch = AuditEvery(digits, tmp_path / "run", every=7 * BATCH, samples=8, device="cpu", on_audit=told.append)
+    train(config(), digits, tmp_path / "run", snapshot_images=BATCH, device="cpu", compile=False, callbacks=[watch])
     assert [point.images for point in told] == [7 * BATCH, 10 * BATCH]
 
 

@@ -10,7 +10,14 @@ from scipy.special import betaln, xlog1py, xlogy
 from scipy.stats import beta
 
 from diffmem.errors import InputError
-from diffmem.memorization import CopyRate, Question, anytime_interval, exact_interval, highest_interval, wilson_interval
+from diffmem.memorization import (
+    CopyRate,
+    SequentialTest,
+    anytime_interval,
+    exact_interval,
+    highest_interval,
+    wilson_interval,
+)
 
 Z = 1.959963984540054
 
@@ -74,7 +81,7 @@ def test_looking_often_does_not_break_the_promise(share):
 
 
 def test_answers():
-    question = Question(at_least=0.9)
+    question = SequentialTest(at_least=0.9)
     assert question.answer(0, 0) is None
     assert question.answer(60, 60) is True
     assert question.answer(10, 20) is False
@@ -87,7 +94,7 @@ def test_answers():
     assert question.shared_among(5).confidence == pytest.approx(0.99)
     for values in ((1.1, 0.95), (0.0, 0.95), (0.9, 1.0)):
         with pytest.raises(InputError, match="both lie between"):
-            Question(*values)
+            SequentialTest(*values)
 
 
 @given(CASES, st.floats(0.5, 0.9999))
@@ -150,7 +157,7 @@ def test_the_interval_covers_where_answers_end_snapshots_and_runs(growth):
     """A run of six snapshots at most that ends with the first whose R_mem is found to be at least 0.6, each sampled in
     batches of 20 until that is known."""
     random, covered = np.random.default_rng(2), 0
-    question = Question(0.6).shared_among(6)
+    question = SequentialTest(0.6).shared_among(6)
     for _ in range(150):
         shares, counts = 0.6 + growth * (np.arange(6) - 3), []
         for share in shares:

@@ -43,11 +43,11 @@ def test_dry_run_covers_every_stage_kernel_and_baseline(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:] + log[-4000:]
     assert not list(home.iterdir())
 
-    facts = json.loads((out / runner.STAGES_FILE).read_text())
-    assert [(each["stage"], each["status"]) for each in facts["stages"]] == [
+    metadata = json.loads((out / runner.STAGES_FILE).read_text())
+    assert [(each["stage"], each["status"]) for each in metadata["stages"]] == [
         (stage.name, "finished") for stage in runner.STAGES
     ]
-    assert facts["compilations"] == {job.name: "finished" for job in DRY_JOBS}
+    assert metadata["compilations"] == {job.name: "finished" for job in DRY_JOBS}
     assert len([path for path in out.rglob("*") if path.is_file()]) <= 8
     assert (out / runner.SUMMARY).read_text().strip() in done.stdout
 
@@ -116,8 +116,8 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch):
         ("bad", "failed", "1 wrong: it is"), ("hangs", "ended at its limit", "so far"), ("writes", "finished", ""),
         ("good", "finished", "all well"),
     ]  # fmt: skip
-    facts = json.loads((tmp_path / runner.STAGES_FILE).read_text())
-    assert facts["compilations"] == {"one": "finished", "two": "finished"}
+    metadata = json.loads((tmp_path / runner.STAGES_FILE).read_text())
+    assert metadata["compilations"] == {"one": "finished", "two": "finished"}
     summary = (tmp_path / runner.SUMMARY).read_text()
     assert said[-1] == summary.rstrip("\n")
     assert "a workload" in summary

@@ -33,7 +33,7 @@ def test_one_failure_does_not_sink_the_others_and_nothing_runs_twice(tmp_path):
     wrong = replace(TINY, network={**TINY.network, "model_channels": 3})
     units = [Unit(TINY, 20), Unit(wrong, 20), Unit(TINY, 30)]
     told = []
-    outcomes = run_units(units, tmp_path, tell=told.append)
+    outcomes = run_units(units, tmp_path, on_trial=told.append)
     assert [outcome.result is None for outcome in outcomes] == [False, True, False]
     assert "model_channels is 3" in outcomes[1].error
     assert len(told) == 3  # wrong input is not tried again
@@ -46,7 +46,7 @@ def test_one_failure_does_not_sink_the_others_and_nothing_runs_twice(tmp_path):
 
     written = (unit_folder(tmp_path, units[0]) / "result.json").stat().st_mtime_ns
     again = []
-    assert [o.result for o in run_units(units, tmp_path, tell=again.append)] == [o.result for o in outcomes]
+    assert [o.result for o in run_units(units, tmp_path, on_trial=again.append)] == [o.result for o in outcomes]
     assert again == []
     assert (unit_folder(tmp_path, units[0]) / "result.json").stat().st_mtime_ns == written
     # A ledger that was lost is made again from the folders.

@@ -99,14 +99,14 @@ def test_precisions_train_alike(digits, tmp_path, precision):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     seen = []
 
-    class Watch(loop.Observer):
-        def snapshot(self, snapshot):
+    class Watch(loop.Callback):
+        def on_snapshot(self, snapshot):
             seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
             return loop.StopDecision()
 
     train(config, digits, tmp_path / "ieee", device="cpu", compile=False)
     other = dataclasses.replace(config, precision=precision)
-    train(other, digits, tmp_path / precision, device="cpu", compile=False, observers=[Watch()])
+    train(other, digits, tmp_path / precision, device="cpu", compile=False, callbacks=[Watch()])
     for ours, theirs in zip(losses(tmp_path / precision), losses(tmp_path / "ieee"), strict=True):
         assert ours == pytest.approx(theirs, rel=3e-2)
     found, exact = weights(tmp_path / precision, 48), weights(tmp_path / "ieee", 48)

@@ -20,10 +20,10 @@ from diffmem.models import load
 from diffmem.timing import CompileCost
 from diffmem.training import (
     EMA,
+    Callback,
     DivergedError,
     Grids,
     KeepLast,
-    Observer,
     StopDecision,
     TrainingConfig,
     denoiser_config,
@@ -113,7 +113,7 @@ def test_states_hold_everything_in_the_order_of_edms_tensors(digits):
     trainer = Trainer(tiny(3, **RICH), digits, device="cpu")
     before = trainer.state()[0]["weights"]
     trainer.step()
-    facts, tensors = (each := trainer.state())[1], {name: value.clone() for name, value in each[0].items()}
+    metadata, tensors = (each := trainer.state())[1], {name: value.clone() for name, value in each[0].items()}
     start, regrouped = 0, 0
     names = [name for name, _ in trainer.denoiser.named_parameters()]
     for name in names:
@@ -134,7 +134,7 @@ def test_states_hold_everything_in_the_order_of_edms_tensors(digits):
     assert (moved != 0).sum() > 1000
 
     again = Trainer(tiny(3, **RICH), digits, device="cpu")
-    again.restore(facts, tensors)
+    again.restore(metadata, tensors)
     for one, other in ((again.flat, trainer.flat), (again.flat_averaged, trainer.flat_averaged)):
         assert torch.equal(one.values, other.values)
     restored, kept = (each.optimizer.state[each.flat.values] for each in (again, trainer))
@@ -200,24 +200,24 @@ def test_a_run_from_before_a_field_has_its_default(digits, tmp_path):
 
 
 def test_snapshots_are_the_averaged_weights_and_are_kept_by_rule(digits, tmp_path):
-    class Judge(Observer):
+    class Judge(Callback):
         def __init__(self):
             self.calls, self.seen = [], []
 
-        def started(self, plan):
+        def on_start(self, plan):
             self.calls.append("started")
 
-        def snapshot(self, snapshot):
+        def on_snapshot(self, snapshot):
             stored = load(snapshot.folder)
             assert same(stored.state_dict(), snapshot.denoiser.state_dict())
             self.seen.append(snapshot.images)
             return StopDecision(score=-abs(snapshot.images - 16), stop=snapshot.images == 48, reason="seen enough")
 
-        def finished(self):
+        def on_end(self):
             self.calls.append("finished")
 
     judge = Judge()
-    run = train(tiny(20), digits, tmp_path, snapshot_images=16, keep=KeepLast(1), observers=[judge, Grids(tmp_path, 5)])
+    run = train(tiny(20), digits, tmp_path, snapshot_images=16, keep=KeepLast(1), callbacks=[judge, Grids(tmp_path, 5)])
     assert (run.ending, run.reason, run.images) == ("stopped", "seen enough", 48)
     assert judge.seen == [16, 32, 48]
     assert judge.calls == ["started", "finished"]

@@ -117,26 +117,26 @@ class StopDecision:
     reason: str = ""
 
 
-class Observer:
+class Callback:
     """Callbacks of a run, all of them optional, called on the first process only and in this order.
 
     They may draw from torch's random generators: no draw of the run depends on them.
     """
 
-    def started(self, plan: Plan) -> None:
+    def on_start(self, plan: Plan) -> None:
         """Before the first step."""
 
-    def tick(self, stats: Stats) -> None:
+    def on_log(self, stats: Stats) -> None:
         """After every line of `stats.jsonl`."""
 
-    def snapshot(self, snapshot: Snapshot) -> StopDecision | None:
+    def on_snapshot(self, snapshot: Snapshot) -> StopDecision | None:
         """After every snapshot was written; the run waits."""
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         """After the last step, whatever ended the run."""
 
 
-class Grids(Observer):
+class Grids(Callback):
     """Writes `grids/<images>.png` in the run's folder: the images of fixed seeds at every snapshot.
 
     Args:
@@ -147,14 +147,14 @@ class Grids(Observer):
     def __init__(self, out: str | Path, count: int = 16):
         self.out, self.seeds = Path(out) / "grids", range(count)
 
-    def snapshot(self, snapshot: Snapshot) -> None:
+    def on_snapshot(self, snapshot: Snapshot) -> None:
         images = sample(snapshot.denoiser, self.seeds, batch=len(self.seeds), compile=False).images.numpy()
         self.out.mkdir(exist_ok=True)
         with atomic_file(self.out / f"{snapshot.images:09d}.png", durable=False) as partial:
             grid(images).save(partial, "PNG")
 
 
-class TensorBoard(Observer):
+class TensorBoard(Callback):
     """Writes scalars to `tensorboard/` in the run's folder. Needs the extra `tensorboard`; see `available`.
 
     Args:
@@ -171,11 +171,11 @@ class TensorBoard(Observer):
         """Whether the package is installed."""
         return importlib.util.find_spec("tensorboard") is not None
 
-    def tick(self, stats: Stats) -> None:
+    def on_log(self, stats: Stats) -> None:
         for name, value in asdict(stats).items():
             self.writer.add_scalar(name, value, stats.images)
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         self.writer.close()
 
 
