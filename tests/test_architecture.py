@@ -34,7 +34,8 @@ ALLOWED = {
     "optimum": {"models", "ops", "search", "data"},
     "training": {"models", "ops", "data", "sampling"},
     "search": {"ops", "data"},
-    "memorization": {"search", "data"},
+    "features": {"data", "search", "ops"},
+    "memorization": {"search", "data", "features"},
     "evaluation": {"training", "models", "sampling", "data", "memorization"},
     "studies": {"evaluation", "optimum", "training", "sampling", "models", "memorization", "data"},
     "demo": {"evaluation", "training", "sampling", "memorization", "data"},
@@ -42,6 +43,7 @@ ALLOWED = {
     "cli": {
         "data",
         "search",
+        "features",
         "memorization",
         "models",
         "evaluation",

@@ -133,6 +133,13 @@ def check_finite(images: np.ndarray, where: str) -> None:
 
 def read_npy(path: Path, layout: str | None) -> Arrays:
     """The images in an `.npy` file, memory-mapped."""
+    array = map_npy(path)
+    with parsing(path, "a complete .npy array of numbers"):
+        return Arrays(as_nchw(array, layout, str(path)))
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """The array in an `.npy` file, memory-mapped; raises InputError where there is no plain, complete one."""
     with parsing(path, "a complete .npy array of numbers"):
         with open(path, "rb") as file:
             shape, fortran, dtype = _npy_header(file)
@@ -141,10 +148,8 @@ def read_npy(path: Path, layout: str | None) -> Arrays:
         if size > there:
             raise ValueError(f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, {there:,} are there")
         if size == 0:
-            array = np.empty(shape, dtype)
-        else:
-            array = np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")
-        return Arrays(as_nchw(array, layout, str(path)))
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")
 
 
 def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -188,7 +193,7 @@ def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
             chosen = _pick(names, key, path)
 
             def member(name: str) -> np.ndarray | None:
-                return _npz_member(archive, name, path) if name in names else None
+                return npz_member(archive, name, path) if name in names else None
 
             assume = {"images": "NCHW", "arr_0": "NHWC"}.get(chosen)
             images = as_nchw(member(chosen), layout, f"{path}: {chosen}", assume=assume)
@@ -209,7 +214,7 @@ def _labels_of(labels: np.ndarray | None, images: np.ndarray, path: Path) -> np.
     return None if labels is None else check_labels(labels, len(images), str(path))
 
 
-def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+def npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     """One array, unpacked straight to where it will lie; its header is not believed before the sizes agree."""
     with parsing(f"{path}: {name}", "an array that can be read"):
         entry = archive.getinfo(f"{name}.npy")
@@ -295,11 +300,11 @@ def _pick(names: Sequence[str], key: str | None, path: Path) -> str:
         candidates = [name for name in ("images", "arr_0") if name in names][:1]
         candidates = candidates or [name for name in names if name not in _BESIDE_IMAGES]
     if len(candidates) != 1:
-        problem = "no array" if not names else f"pick the array of images with key=…: {_listed(names)}"
+        problem = "no array" if not names else f"pick the array of images with key=…: {listed(names)}"
         raise InputError(f"{path}: {problem}" + ("" if key is None else f" (there is no {key!r})"))
     return candidates[0]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(name[:80] for name in names[:20]) + more
