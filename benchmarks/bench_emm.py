@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.harness import RESULTS, Bench
 from diffmem.memorization import SequentialTest
 from diffmem.studies.curve import Observation, Posterior
-from diffmem.studies.search import Search, Trial, carry_out, half_width
+from diffmem.studies.search import Candidate, Search, carry_out, half_width
 
 CURVES, COMPARED = 120, 12  # curves per shape, and how many of them are gridded too
 PRECISION = 0.1
@@ -125,21 +125,21 @@ class Simulation:
         self.curve, self.generator = curve, generator
         self.cost = 0.0
 
-    def search_run(self, trial: Trial) -> Observation:
-        """A run as a unit with a question makes it: ended when decided."""
+    def search_run(self, candidate: Candidate) -> Observation:
+        """A run as a trial with a question makes it: ended when decided."""
         question = SequentialTest(1 - ZETA).shared_among(SNAPSHOTS)
         z = self.generator.normal()
         best: Observation | None = None
         for snapshot in range(1, SNAPSHOTS + 1):
-            self.cost += trial.size * EPOCHS / SNAPSHOTS
-            share = float(self.curve.share(trial.size, z, snapshot / SNAPSHOTS))
+            self.cost += candidate.size * EPOCHS / SNAPSHOTS
+            share = float(self.curve.share(candidate.size, z, snapshot / SNAPSHOTS))
             count = total = 0
             while total < SAMPLES and question.answer(count, total) is None:
                 count, total = count + int(self.generator.binomial(BATCH, share)), total + BATCH
             self.cost += total * CALLS / 3
             censored = bool(question.answer(count, total)) and snapshot < SNAPSHOTS
             if best is None or count / total >= best.count / best.total:
-                best = Observation(trial.size, count, total, censored)
+                best = Observation(candidate.size, count, total, censored)
             if censored:
                 break
         return best
@@ -169,7 +169,7 @@ def answer(posterior: Posterior, simulation: Simulation, runs: int) -> Answer:
 def searched(curve: Curve, generator: np.random.Generator, search: Search) -> Answer:
     """EMM of a curve by the search."""
     simulation = Simulation(curve, generator)
-    made = carry_out(search, lambda trials: [simulation.search_run(trial) for trial in trials])
+    made = carry_out(search, lambda candidates: [simulation.search_run(candidate) for candidate in candidates])
     return answer(search.posterior([seen for _, seen in made]), simulation, len(made))
 
 

@@ -124,7 +124,7 @@ def emm_command(
 
 def _print_plan(setting: Setting, sizes: tuple[int, int] | None, repetitions: int, runs: int, device: str) -> None:
     """Sizes, number of runs, and what one costs at the ends of the sizes, measured on a few passes here."""
-    from diffmem.studies import Unit
+    from diffmem.studies import Trial
     from diffmem.studies.schedule import costs
     from diffmem.studies.search import Search
     from diffmem.timing import duration
@@ -132,7 +132,7 @@ def _print_plan(setting: Setting, sizes: tuple[int, int] | None, repetitions: in
     classes, largest = setting.data.limits()
     low, high = sizes or (2 * classes, largest)
     low, high = Search(low, min(high, largest), repetitions=repetitions, runs=runs, step=classes).ends
-    each = [cost.left for cost in costs([Unit(setting, size) for size in (low, high)], None, device)]
+    each = [cost.left for cost in costs([Trial(setting, size) for size in (low, high)], None, device)]
     click.echo(f"sizes from {low:,} to {high:,}, up to {repetitions} runs per size and {runs} in all")
     click.echo(f"one run in full: about {duration(each[0])} at N = {low:,}, {duration(each[1])} at N = {high:,}")
     click.echo(f"all runs: {duration(runs * max(each))} of one device at most; runs that are decided end earlier")

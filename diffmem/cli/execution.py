@@ -67,8 +67,8 @@ def tell_outcome(outcome: Outcome) -> None:
     """A line about a run that ended, on standard error."""
     from diffmem.html_report import percent, percent_range
 
-    unit, result = outcome.unit, outcome.result
-    where = f"N = {unit.size:,}, repetition {unit.repetition}"
+    trial, result = outcome.trial, outcome.result
+    where = f"N = {trial.size:,}, repetition {trial.repetition}"
     if result is None:
         click.echo(f"{where}: failed: {outcome.error}", err=True)
         return

@@ -72,7 +72,11 @@ def list_command(as_json: bool) -> None:
     from diffmem.studies.presets import NAMES, SCALES, build
 
     rows = [
-        {"name": name, "title": build(name).title, "runs": {scale: len(build(name, scale).units()) for scale in SCALES}}
+        {
+            "name": name,
+            "title": build(name).title,
+            "runs": {scale: len(build(name, scale).trials()) for scale in SCALES},
+        }
         for name in NAMES
     ]
     if as_json:
@@ -96,7 +100,7 @@ def show_command(out, workers, device, as_json, **choice) -> None:
     import torch
 
     from diffmem.progress import progress_bars
-    from diffmem.studies.folder import all_units
+    from diffmem.studies.folder import all_trials
     from diffmem.studies.schedule import costs, schedule
 
     torch.set_flush_denormal(True)
@@ -107,17 +111,17 @@ def show_command(out, workers, device, as_json, **choice) -> None:
         )
         return
     for study in chosen:
-        click.echo(f"{study.name}: {study.title}; {len(study.units())} runs, {study.repetitions} per cell")
+        click.echo(f"{study.name}: {study.title}; {len(study.trials())} runs, {study.repetitions} per cell")
         for variant in study.variants:
             sizes = ", ".join(f"{size:,}" for size in variant.sizes or study.sizes)
             click.echo(f"  {variant.name:24} N = {sizes}")
         for line in (*(f"the paper: {claim.text}" for claim in study.claims), *study.notes):
             click.echo(f"  {line}")
-    units = all_units(chosen)
-    click.echo(f"{len(units)} different runs")
+    trials = all_trials(chosen)
+    click.echo(f"{len(trials)} different runs")
     if workers:
         with progress_bars() as progress:
-            estimates = costs(units, out, device, progress)
+            estimates = costs(trials, out, device, progress)
         done = sum(cost.done for cost in estimates)
         click.echo(f"{done} of them done; the others, on this {device if device != 'auto' else 'machine'}'s measure:")
         for count in workers:
@@ -154,7 +158,7 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
     failed = [outcome for outcome in outcomes if outcome.result is None]
     click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")
     for outcome in failed:
-        click.echo(f"N = {outcome.unit.size:,}, repetition {outcome.unit.repetition}: {outcome.error}")
+        click.echo(f"N = {outcome.trial.size:,}, repetition {outcome.trial.repetition}: {outcome.error}")
     click.echo(f"report: {report_studies(out)}")
     return FAILURE if failed else 0
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from diffmem.studies.emm import EMM, find_emm
 from diffmem.studies.executors import InProcess, Processes, Ray
 from diffmem.studies.folder import report_studies, run_studies
-from diffmem.studies.measure import Result, run_unit
-from diffmem.studies.run import Outcome, run_units
+from diffmem.studies.measure import Result, run_trial
+from diffmem.studies.run import Outcome, run_trials
 from diffmem.studies.study import Claim, Study, Variant, load_study
-from diffmem.studies.unit import DataRecipe, Setting, Unit
+from diffmem.studies.trial import DataRecipe, Setting, Trial
 
 __all__ = [
     "EMM",
@@ -21,12 +21,12 @@ __all__ = [
     "Result",
     "Setting",
     "Study",
-    "Unit",
+    "Trial",
     "Variant",
     "find_emm",
     "load_study",
     "report_studies",
     "run_studies",
-    "run_unit",
-    "run_units",
+    "run_trial",
+    "run_trials",
 ]

@@ -17,9 +17,9 @@ from diffmem.progress import Progress, silent
 from diffmem.studies.curve import Observation, Posterior
 from diffmem.studies.executors import Executor, InProcess
 from diffmem.studies.measure import Result
-from diffmem.studies.run import Outcome, run_units
-from diffmem.studies.search import Search, Trial, carry_out
-from diffmem.studies.unit import Setting, Unit
+from diffmem.studies.run import Outcome, run_trials
+from diffmem.studies.search import Candidate, Search, carry_out
+from diffmem.studies.trial import Setting, Trial
 from diffmem.text import counted
 
 _AT_ONCE = 6  # runs: more of them could not make use of what each other finds
@@ -219,12 +219,12 @@ def _find_emm(
     results: list[Result] = []
     failures: list[tuple[int, str]] = []
 
-    def measure(trials: Sequence[Trial]) -> list[Observation | None]:
-        units = [Unit(setting, trial.size, trial.repetition, at_least=1 - zeta) for trial in trials]
+    def measure(candidates: Sequence[Candidate]) -> list[Observation | None]:
+        trials = [Trial(setting, each.size, each.repetition, at_least=1 - zeta) for each in candidates]
         seen: list[Observation | None] = []
-        for outcome in run_units(units, out, executor, on_trial=on_trial):
+        for outcome in run_trials(trials, out, executor, on_trial=on_trial):
             if outcome.result is None:
-                failures.append((outcome.unit.size, outcome.error))
+                failures.append((outcome.trial.size, outcome.error))
             else:
                 results.append(outcome.result)
             seen.append(None if outcome.result is None else observation(outcome.result))

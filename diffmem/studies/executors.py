@@ -1,7 +1,7 @@
-"""Where units run: in this process, in a pool of processes, or on the machines of a Ray cluster.
+"""Where trials run: in this process, in a pool of processes, or on the machines of a Ray cluster.
 
-An executor has a number of slots and a method `submit`, which returns a future of the unit's result. It knows nothing
-of the ledger, which `run_units` keeps.
+An executor has a number of slots and a method `submit`, which returns a future of the trial's result. It knows nothing
+of the ledger, which `run_trials` keeps.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from diffmem.errors import InputError, MissingExtraError
-from diffmem.studies.measure import Result, run_unit
-from diffmem.studies.unit import Unit
+from diffmem.studies.measure import Result, run_trial
+from diffmem.studies.trial import Trial
 
 _WATCH_SECONDS = 5.0  # between looks of a process at whether its parent is still there
 
 
 class Executor(Protocol):
-    """slots: units that run at the same time."""
+    """slots: trials that run at the same time."""
 
     slots: int
 
-    def submit(self, unit: Unit, folder: Path) -> Future[Result]:
-        """Starts a unit."""
+    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
+        """Starts a trial."""
         ...
 
     def close(self) -> None:
-        """Lets units that still run save what they have, and ends them."""
+        """Lets trials that still run save what they have, and ends them."""
         ...
 
 
@@ -42,7 +42,7 @@ class InProcess:
     """One run after another, in this process.
 
     Args:
-        device: As for `run_unit`.
+        device: As for `run_trial`.
     """
 
     slots = 1
@@ -50,10 +50,10 @@ class InProcess:
     def __init__(self, device: str = "auto"):
         self.device = device
 
-    def submit(self, unit: Unit, folder: Path) -> Future[Result]:
+    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
         future: Future[Result] = Future()
         try:
-            future.set_result(run_unit(unit, folder, self.device))
+            future.set_result(run_trial(trial, folder, self.device))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -70,7 +70,7 @@ class Processes:
         workers: How many.
         threads: Of each, outside its runs, which set their own (`Setting.threads`), for results depend on their number;
             None: the machine's cores, divided among the processes.
-        device: As for `run_unit`; "cuda" deals the GPUs out in turns.
+        device: As for `run_trial`; "cuda" deals the GPUs out in turns.
     """
 
     def __init__(self, workers: int, *, threads: int | None = None, device: str = "auto"):
@@ -84,7 +84,7 @@ class Processes:
         self._busy: list[Future[Result] | None] = [None] * workers
         self._processes = [0] * workers
 
-    def submit(self, unit: Unit, folder: Path) -> Future[Result]:
+    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
         place = next(i for i, future in enumerate(self._busy) if future is None or future.done())
         for _ in range(2):
             if self._pools[place] is None:
@@ -93,13 +93,13 @@ class Processes:
                 )
             try:
                 self._processes[place] = self._pools[place].submit(os.getpid).result()
-                future = self._pools[place].submit(run_unit, unit, folder, self._device(place))
+                future = self._pools[place].submit(run_trial, trial, folder, self._device(place))
             except BrokenProcessPool:
-                self._pools[place] = None  # its process died with the unit before
+                self._pools[place] = None  # its process died with the trial before
                 continue
             self._busy[place] = future
             return future
-        raise InputError("no process can be started to run a unit in")
+        raise InputError("no process can be started to run a trial in")
 
     def _device(self, place: int) -> str:
         if self.device == "cuda":
@@ -150,7 +150,7 @@ class Ray:
         cpus: That a run takes.
         retries: Of a run whose machine or process is lost.
         slots: Runs at the same time; None: as many as the cluster has room for.
-        device: As for `run_unit`.
+        device: As for `run_trial`.
         **init: Passed on to `ray.init`.
 
     Raises:
@@ -187,14 +187,14 @@ class Ray:
             self.close()
             raise InputError(
                 f"the Ray cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: no room for a "
-                f"unit that takes {cpus:g} and {gpus:g}"
+                f"trial that takes {cpus:g} and {gpus:g}"
             )
         self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(_run_on_cluster)
         self._cpus = cpus
         self.device = device
 
-    def submit(self, unit: Unit, folder: Path) -> Future[Result]:
-        reference = self._task.remote(unit.to_json(), str(Path(folder).absolute()), self.device, self._cpus)
+    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
+        reference = self._task.remote(trial.to_json(), str(Path(folder).absolute()), self.device, self._cpus)
         self._references.append(reference)
         return _translated(reference.future(), self._ray.exceptions.RayTaskError)
 
@@ -206,13 +206,13 @@ class Ray:
             self._ray.shutdown()
 
 
-def _run_on_cluster(unit: dict[str, Any], folder: str, device: str, cpus: float) -> Result:
+def _run_on_cluster(trial: dict[str, Any], folder: str, device: str, cpus: float) -> Result:
     _prepare(max(1, int(cpus)))
-    return run_unit(Unit.from_json(unit), folder, device)
+    return run_trial(Trial.from_json(trial), folder, device)
 
 
 def _translated(inner: Future[Result], wrapper: type[Exception]) -> Future[Result]:
-    """A future that fails with what the unit failed with, not with Ray's account of it."""
+    """A future that fails with what the trial failed with, not with Ray's account of it."""
     outer: Future[Result] = Future()
 
     def settle(done: Future[Result]) -> None:

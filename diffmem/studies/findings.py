@@ -78,7 +78,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Findings:
-    """A study with what its runs found. failures: (variant's name, size, repetition, error); missing: units without a
+    """A study with what its runs found. failures: (variant's name, size, repetition, error); missing: trials without a
     result or an error; emm: (median, interval) for variants measured at two sizes or more."""
 
     study: Study
@@ -117,42 +117,42 @@ def spread_of(groups: Sequence[Sequence[Result]]) -> Spread:
 
 
 def find_among(studies: Sequence[Study], results: Mapping[str, Result], errors: Mapping[str, str]) -> list[Findings]:
-    """What `results` (by unit key) and `errors` say of studies that share a spread between runs."""
-    groups = {trial: each for study in studies for trial, each in _groups(study, results).items()}
+    """What `results` (by trial key) and `errors` say of studies that share a spread between runs."""
+    groups = {key: each for study in studies for key, each in _groups(study, results).items()}
     spread = spread_of([list(group.values()) for group in groups.values()])
     return [findings(study, results, errors, spread) for study in studies]
 
 
 def _groups(study: Study, results: Mapping[str, Result]) -> dict[str, dict[int, Result]]:
-    """The results of every trial, by the key of its first unit and by repetition, those beyond the study's own number
-    of repetitions too: runs of one trial are as good, whichever study they were made for."""
+    """The results of every cell, by the key of its first trial and by repetition, those beyond the study's own number
+    of repetitions too: runs of one setting and size are as good, whichever study they were made for."""
     repetitions = max([study.repetitions, *(result.repetition + 1 for result in results.values())])
     groups: dict[str, dict[int, Result]] = {}
-    for _, unit in replace(study, repetitions=repetitions).cells():
-        if unit.key in results:
-            groups.setdefault(replace(unit, repetition=0).key, {})[unit.repetition] = results[unit.key]
+    for _, trial in replace(study, repetitions=repetitions).cells():
+        if trial.key in results:
+            groups.setdefault(replace(trial, repetition=0).key, {})[trial.repetition] = results[trial.key]
     return groups
 
 
 def findings(
     study: Study, results: Mapping[str, Result], errors: Mapping[str, str], spread: Spread | None = None
 ) -> Findings:
-    """What `results` (by unit key) and `errors` say of a study: a cell has all the results of its trial, also those of
-    repetitions that the study does not ask for. spread: of runs; None: from this study alone."""
+    """What `results` (by trial key) and `errors` say of a study: a cell has all the results of its setting and size,
+    also those of repetitions that the study does not ask for. spread: of runs; None: from this study alone."""
     failures, missing = [], 0
-    for variant, unit in study.cells():
-        if unit.key not in results and unit.key in errors:
-            failures.append((variant.name, unit.size, unit.repetition, errors[unit.key]))
-        elif unit.key not in results:
+    for variant, trial in study.cells():
+        if trial.key not in results and trial.key in errors:
+            failures.append((variant.name, trial.size, trial.repetition, errors[trial.key]))
+        elif trial.key not in results:
             missing += 1
     groups = _groups(study, results)
     spread = spread_of([list(each.values()) for each in groups.values()]) if spread is None else spread
     order = [variant.name for variant in study.variants]
-    places = {(variant.name, unit.size): (variant, unit) for variant, unit in replace(study, repetitions=1).cells()}
+    places = {(variant.name, trial.size): (variant, trial) for variant, trial in replace(study, repetitions=1).cells()}
     cells = [
-        Cell(variant, unit.size, tuple(groups[unit.key].values()), spread)
-        for variant, unit in places.values()
-        if unit.key in groups
+        Cell(variant, trial.size, tuple(groups[trial.key].values()), spread)
+        for variant, trial in places.values()
+        if trial.key in groups
     ]
     cells.sort(key=lambda cell: (order.index(cell.variant.name), cell.size))
     return Findings(

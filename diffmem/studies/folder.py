@@ -1,7 +1,7 @@
-"""A folder in which studies are run: their units, one ledger, and what each study is, so that a report needs no more.
+"""A folder in which studies are run: their trials, one ledger, and what each study is, so that a report needs no more.
 
-`studies/<name>.json` holds a study, `units/<key>/` a unit, `ledger.sqlite` the states. Studies that share a folder
-share the units that they have in common.
+`studies/<name>.json` holds a study, `trials/<key>/` a trial, `ledger.sqlite` the states. Studies that share a folder
+share the trials that they have in common.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from diffmem.studies.executors import Executor
 from diffmem.studies.findings import Findings, find_among
 from diffmem.studies.ledger import FAILED, FILE, Ledger
 from diffmem.studies.measure import Result, read_result
-from diffmem.studies.run import UNITS, Outcome, run_units
+from diffmem.studies.run import Outcome, run_trials, trials_folder
 from diffmem.studies.study import Study
-from diffmem.studies.unit import Unit
+from diffmem.studies.trial import Trial
 
 STUDIES = "studies"
 
@@ -35,8 +35,8 @@ def run_studies(
     on_trial: Callable[[Outcome], None] = lambda outcome: None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Runs what is not done yet of some studies in a folder; see `run_units`. The first repetition of every study comes
-    before the second of any.
+    """Runs what is not done yet of some studies in a folder; see `run_trials`. The first repetition of every study
+    comes before the second of any.
 
     Args:
         studies: What to run.
@@ -47,20 +47,21 @@ def run_studies(
         progress: Called as `progress(stage, done, total)`.
     """
     root = Path(root)
+    trials_folder(root)  # before anything is written
     (root / STUDIES).mkdir(parents=True, exist_ok=True)
     for study in studies:
         atomic_write(root / STUDIES / f"{study.name}.json", json.dumps(study.to_json(), indent=1) + "\n")
-    units = all_units(studies)
+    trials = all_trials(studies)
     with output_lock(root, shared=True):
         if retry:
-            Ledger(root).retry([unit.key for unit in units])
-        return run_units(units, root, executor, on_trial=on_trial, progress=progress)
+            Ledger(root).retry([trial.key for trial in trials])
+        return run_trials(trials, root, executor, on_trial=on_trial, progress=progress)
 
 
-def all_units(studies: Sequence[Study]) -> list[Unit]:
-    """The units of some studies, each once, first repetitions first."""
-    units = {unit.key: unit for study in studies for unit in study.units()}
-    return sorted(units.values(), key=lambda unit: unit.repetition)
+def all_trials(studies: Sequence[Study]) -> list[Trial]:
+    """The trials of some studies, each once, first repetitions first."""
+    trials = {trial.key: trial for study in studies for trial in study.trials()}
+    return sorted(trials.values(), key=lambda trial: trial.repetition)
 
 
 def read_studies(root: str | Path, names: Sequence[str] = ()) -> list[Study]:
@@ -84,7 +85,7 @@ def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
     made for."""
     root = Path(root)
     results: dict[str, Result] = {}
-    for folder in sorted((root / UNITS).glob("*")):
+    for folder in sorted(trials_folder(root).glob("*")):
         if (result := read_result(folder)) is not None:
             results[result.key] = result
     errors = {}

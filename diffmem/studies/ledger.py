@@ -1,9 +1,9 @@
-"""The ledger of a study's folder: which units wait, run, are done or failed, at what cost, in one SQLite file.
+"""The ledger of a study's folder: which trials wait, run, are done or failed, at what cost, in one SQLite file.
 
-Several processes may work from one ledger. A unit is taken under a lease that its holder renews; when the holder dies,
-the lease runs out and another takes the unit up, where it continues from what lies in its folder. No clock is shared: a
-lease is a number that its holder counts up, and it has run out for whoever saw the same number for `LEASE_SECONDS`, by
-a clock of its own that is never set back. It ends at once where the holder was a process that this one can see to be
+Several processes may work from one ledger. A trial is taken under a lease that its holder renews; when the holder dies,
+the lease runs out and another takes the trial up, where it continues from what lies in its folder. No clock is shared:
+a lease is a number that its holder counts up, and it has run out for whoever saw the same number for `LEASE_SECONDS`,
+by a clock of its own that is never set back. It ends at once where the holder was a process that this one can see to be
 gone: of the same boot of the machine and the same container, by its number and start time. The file is in WAL mode: it
 must not lie on a network file system that several machines write to. Runs on many machines go through one process that
 keeps the ledger (see `diffmem.studies.executors`).
@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffmem.errors import InputError
-from diffmem.studies.unit import Unit
+from diffmem.studies.trial import Trial
 
 FILE = "ledger.sqlite"
 LEASE_SECONDS = 120.0
-ATTEMPTS = 2  # after so many failures a unit is left alone
+ATTEMPTS = 2  # after so many failures a trial is left alone
 LOSSES = 5  # after so many holders that died with it, too
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS units (
+CREATE TABLE IF NOT EXISTS trials (
     key      TEXT PRIMARY KEY,
     spec     TEXT NOT NULL,
     state    TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'running', 'done', 'failed')),
@@ -64,7 +64,7 @@ class Entry:
 
 
 class Ledger:
-    """The ledger in `folder`, made if need be. holder: the name under which this object takes units. clock: seconds,
+    """The ledger in `folder`, made if need be. holder: the name under which this object takes trials. clock: seconds,
     never set back.
 
     Raises InputError where the file cannot be opened or is none.
@@ -85,47 +85,47 @@ class Ledger:
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"{self.path}: cannot be used as a ledger ({error})") from None
 
-    def add(self, units: Sequence[Unit]) -> None:
-        """Enters the units that are not there yet, as waiting."""
-        rows = [(unit.key, json.dumps(unit.to_json(), sort_keys=True), time.time()) for unit in units]
+    def add(self, trials: Sequence[Trial]) -> None:
+        """Enters the trials that are not there yet, as waiting."""
+        rows = [(trial.key, json.dumps(trial.to_json(), sort_keys=True), time.time()) for trial in trials]
         with self._transaction() as connection:
-            connection.executemany("INSERT OR IGNORE INTO units (key, spec, changed) VALUES (?, ?, ?)", rows)
+            connection.executemany("INSERT OR IGNORE INTO trials (key, spec, changed) VALUES (?, ?, ?)", rows)
 
     def claim(self, keys: Sequence[str]) -> str | None:
         """Takes the first of `keys` that waits, or whose holder is gone, or that failed and may be tried again; None
         where there is none."""
         with self._transaction() as connection:
-            known = {row["key"]: row for row in connection.execute("SELECT * FROM units")}
+            known = {row["key"]: row for row in connection.execute("SELECT * FROM trials")}
             lost = [key for key in keys if key in known and self._lost(known[key])]
             for key in lost:
                 if known[key]["losses"] >= LOSSES:
                     connection.execute(
-                        "UPDATE units SET state = 'failed', attempts = ?, holder = NULL, lease = NULL, error = ?,"
+                        "UPDATE trials SET state = 'failed', attempts = ?, holder = NULL, lease = NULL, error = ?,"
                         " changed = ? WHERE key = ?",
                         (ATTEMPTS, f"{LOSSES + 1} processes died while they ran it", time.time(), key),
                     )
                     del known[key]
             waiting = [key for key in keys if key in known and self._free(known[key])]
-            # A unit that failed before comes after those that never did.
+            # A trial that failed before comes after those that never did.
             key = min(waiting, key=lambda key: known[key]["attempts"], default=None)
             if key is not None:
                 connection.execute(
-                    "UPDATE units SET state = 'running', losses = losses + (state = 'running'), holder = ?, lease = ?,"
+                    "UPDATE trials SET state = 'running', losses = losses + (state = 'running'), holder = ?, lease = ?,"
                     " changed = ? WHERE key = ?",
                     (self.holder, self._next_beat(), time.time(), key),
                 )
             return key
 
     def renew(self, keys: Sequence[str]) -> None:
-        """Extends the leases of units that this holder runs."""
+        """Extends the leases of trials that this holder runs."""
         with self._transaction() as connection:
             connection.executemany(
-                "UPDATE units SET lease = ? WHERE key = ? AND holder = ? AND state = 'running'",
+                "UPDATE trials SET lease = ? WHERE key = ? AND holder = ? AND state = 'running'",
                 [(self._next_beat(), key, self.holder) for key in keys],
             )
 
     def finish(self, key: str, seconds: float) -> None:
-        """The unit is done, after `seconds` in all."""
+        """The trial is done, after `seconds` in all."""
         self._settle(key, DONE, "error = NULL, seconds = ?", seconds)
 
     def fail(self, key: str, error: str, seconds: float, attempts: int = 1) -> None:
@@ -134,16 +134,16 @@ class Ledger:
         self._settle(key, FAILED, changes, error, seconds, attempts)
 
     def release(self, key: str) -> None:
-        """The unit was interrupted: it waits again."""
+        """The trial was interrupted: it waits again."""
         self._settle(key, WAITING, "changed = changed")
 
     def retry(self, keys: Sequence[str]) -> int:
-        """Lets failed units be tried again; returns how many there are."""
+        """Lets failed trials be tried again; returns how many there are."""
         with self._transaction() as connection:
             count = 0
             for key in keys:
                 count += connection.execute(
-                    "UPDATE units SET state = 'waiting', attempts = 0, losses = 0 WHERE key = ? AND state = 'failed'",
+                    "UPDATE trials SET state = 'waiting', attempts = 0, losses = 0 WHERE key = ? AND state = 'failed'",
                     (key,),
                 ).rowcount
             return count
@@ -152,7 +152,7 @@ class Ledger:
         """All lines, by key."""
         with self._readable(), closing(self._connect()) as connection:
             names = list(Entry.__dataclass_fields__)
-            rows = connection.execute(f"SELECT {', '.join(names)} FROM units")
+            rows = connection.execute(f"SELECT {', '.join(names)} FROM trials")
             return {row["key"]: Entry(**row) for row in rows}
 
     def _free(self, row: dict[str, object]) -> bool:
@@ -173,10 +173,10 @@ class Ledger:
         return self._beat
 
     def _settle(self, key: str, state: str, changes: str, *values: object) -> None:
-        """What became of a unit, unless another holder has it by now."""
+        """What became of a trial, unless another holder has it by now."""
         with self._transaction() as connection:
             connection.execute(
-                f"UPDATE units SET state = ?, {changes}, holder = NULL, lease = NULL, changed = ?"
+                f"UPDATE trials SET state = ?, {changes}, holder = NULL, lease = NULL, changed = ?"
                 " WHERE key = ? AND holder = ?",
                 (state, *values, time.time(), key, self.holder),
             )
@@ -193,7 +193,7 @@ class Ledger:
         except sqlite3.Error as error:
             raise InputError(
                 f"{self.path}: cannot be used as a ledger ({error}): if it is damaged, remove it: results of finished"
-                " units lie in their folders and are found again"
+                " trials lie in their folders and are found again"
             ) from error
 
     @contextmanager

@@ -1,6 +1,6 @@
-"""`run_unit`: trains, samples and audits one unit, in a folder from which it continues when interrupted.
+"""`run_trial`: trains, samples and audits one trial, in a folder from which it continues when interrupted.
 
-The folder holds `unit.json` (what is run), `run/` (the training run, with its last and its best snapshot),
+The folder holds `trial.json` (what is run), `run/` (the training run, with its last and its best snapshot),
 `audits.json` (R_mem of each snapshot so far, and costs), and when all is done `result.json` and `gallery.npz`
 (generated images of the best snapshot beside the training images nearest to them).
 """
@@ -30,23 +30,23 @@ from diffmem.memorization import CopyDetector, CopyRate, SequentialTest, highest
 from diffmem.memorization.result import software_versions
 from diffmem.models import load
 from diffmem.sampling import sample
-from diffmem.studies.unit import Unit
+from diffmem.studies.trial import Trial
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
 
-UNIT, RUN, AUDITS, RESULT, GALLERY = "unit.json", "run", "audits.json", "result.json", "gallery.npz"
+TRIAL, RUN, AUDITS, RESULT, GALLERY = "trial.json", "run", "audits.json", "result.json", "gallery.npz"
 SHOWN = 16  # images in a gallery
 
 
-class InterruptedUnitError(Exception):
-    """The unit was asked to stop before its end; run again, it continues."""
+class InterruptedTrialError(Exception):
+    """The trial was asked to stop before its end; run again, it continues."""
 
 
 @dataclass(frozen=True)
 class SnapshotResult:
     """R_mem of one snapshot: copies among the images of seeds 0 … total − 1, and what the run had cost by then.
 
-    answer: to the unit's question, None where it has none or it stayed open. training_seconds, sampling_seconds:
-    wall-clock time since the start of the unit, over all its continuations.
+    answer: to the trial's question, None where it has none or it stayed open. training_seconds, sampling_seconds:
+    wall-clock time since the start of the trial, over all its continuations.
     """
 
     images: int
@@ -141,18 +141,18 @@ class Result:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result that lies in a unit's folder, None where there is none yet."""
+    """The result that lies in a trial's folder, None where there is none yet."""
     path = folder / RESULT
     if not path.exists():
         return None
     advice = "remove its folder to run it again"
     values = read_checked(path, advice)
-    with parsing(path, "the result of a unit", advice):
+    with parsing(path, "the result of a trial", advice):
         return Result.from_json(values)
 
 
-def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
-    """The result of `unit`, from its `folder` where it lies there; else trained, sampled and audited, continuing what
+def run_trial(trial: Trial, folder: str | Path, device: str = "auto") -> Result:
+    """The result of `trial`, from its `folder` where it lies there; else trained, sampled and audited, continuing what
     lies there.
 
     Snapshots are audited as training goes on (see `diffmem.evaluation.AuditEvery`); with a question a yes ends the run.
@@ -160,20 +160,20 @@ def run_unit(unit: Unit, folder: str | Path, device: str = "auto") -> Result:
     count as zero. So on one kind of device the result is that of the run, whoever makes it.
 
     Args:
-        unit: The run.
+        trial: The run.
         folder: Its folder.
         device: "cpu", "cuda", or "auto".
 
     Raises:
         InputError: Data, network and training do not fit together.
         DivergedError: The loss is no number.
-        InterruptedUnitError: SIGINT or SIGTERM stopped it.
+        InterruptedTrialError: SIGINT or SIGTERM stopped it.
     """
     folder = Path(folder)
     if (known := read_result(folder)) is not None:
         return known
-    with fixed_arithmetic(unit.setting.threads or 1):
-        return _run_unit(unit, folder, device)
+    with fixed_arithmetic(trial.setting.threads or 1):
+        return _run_trial(trial, folder, device)
 
 
 @contextlib.contextmanager
@@ -190,14 +190,14 @@ def fixed_arithmetic(threads: int) -> Iterator[None]:
         torch.set_flush_denormal(not kept)
 
 
-def _run_unit(unit: Unit, folder: Path, device: str) -> Result:
-    images = unit.setting.data.training_set(unit.size, unit.repetition)
-    config = unit.setting.config(images, unit.repetition)
+def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
+    images = trial.setting.data.training_set(trial.size, trial.repetition)
+    config = trial.setting.config(images, trial.repetition)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / UNIT, unit.to_json())
+    _write_json(folder / TRIAL, trial.to_json())
     steps = math.ceil(config.images / config.batch)
-    snapshot_steps = math.ceil(steps / unit.setting.snapshots)
-    audits = _Audits(unit, images, folder, device)
+    snapshot_steps = math.ceil(steps / trial.setting.snapshots)
+    audits = _Audits(trial, images, folder, device)
     run = train(
         config,
         images,
@@ -212,30 +212,30 @@ def _run_unit(unit: Unit, folder: Path, device: str) -> Result:
         callbacks=[audits],
     )
     if run.ending == "interrupted":
-        raise InterruptedUnitError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
+        raise InterruptedTrialError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
     result = audits.result(run.images, run.images / len(images), censored=run.ending == "stopped")
-    _write_gallery(folder, audits.detector, unit, result.best_images, device)
+    _write_gallery(folder, audits.detector, trial, result.best_images, device)
     _write_json(folder / RESULT, result.to_json())
     shutil.rmtree(folder / RUN / "state", ignore_errors=True)
     return result
 
 
 class _Audits(AuditEvery):
-    """Audits every snapshot of a unit's run, and keeps the list of what was found and spent."""
+    """Audits every snapshot of a trial's run, and keeps the list of what was found and spent."""
 
-    def __init__(self, unit: Unit, training: ImageSet, folder: Path, device: str):
-        setting = unit.setting
+    def __init__(self, trial: Trial, training: ImageSet, folder: Path, device: str):
+        setting = trial.setting
         super().__init__(
             training,
             folder / RUN,
             samples=setting.samples,
-            question=None if unit.at_least is None else SequentialTest(unit.at_least),
+            question=None if trial.at_least is None else SequentialTest(trial.at_least),
             flip=bool(setting.training.get("xflip")),
             settings=setting.sample_settings(),
             device=device,
             on_audit=self._add,
         )
-        self.unit, self.folder = unit, folder
+        self.trial, self.folder = trial, folder
         self.audits: list[SnapshotResult] = []
 
     def on_start(self, plan: Plan) -> None:
@@ -277,9 +277,9 @@ class _Audits(AuditEvery):
     def result(self, images: int, epochs: float, censored: bool) -> Result:
         last, best = self.audits[-1], max(self.audits, key=lambda audited: audited.ratio)
         return Result(
-            key=self.unit.key,
-            size=self.unit.size,
-            repetition=self.unit.repetition,
+            key=self.trial.key,
+            size=self.trial.size,
+            repetition=self.trial.repetition,
             count=best.count,
             total=best.total,
             decided=SequentialTest.of_highest(audited.answer for audited in self.audits),
@@ -293,17 +293,17 @@ class _Audits(AuditEvery):
             training_set=self.training.fingerprint,
             snapshots=tuple(self.audits),
             versions=software_versions(),
-            at_least=self.unit.at_least,
+            at_least=self.trial.at_least,
             looks=self.looks,
             device=self.device.type,
-            threads=self.unit.setting.threads or 1,
+            threads=self.trial.setting.threads or 1,
         )
 
 
-def _write_gallery(folder: Path, detector: CopyDetector, unit: Unit, at: int, device: str) -> None:
+def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, at: int, device: str) -> None:
     """The first images of the snapshot after `at` images, beside the training images nearest to them (mirrored where
     that is nearer, for a run that counts mirrored images)."""
-    settings = unit.setting.sample_settings()
+    settings = trial.setting.sample_settings()
     denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
     config = replace(settings, batch=SHOWN, compile="off")
     images = sample(denoiser, range(SHOWN), config=config).images.numpy()
@@ -317,9 +317,9 @@ def _write_gallery(folder: Path, detector: CopyDetector, unit: Unit, at: int, de
 
 
 def _read_audits(path: Path) -> list[SnapshotResult]:
-    advice = f"remove the folder {path.parent} to run its unit again"
+    advice = f"remove the folder {path.parent} to run its trial again"
     values = read_checked(path, advice)
-    with parsing(path, "the audits of a unit", advice):
+    with parsing(path, "the audits of a trial", advice):
         values = values["audits"] if isinstance(values, dict) else values  # without checksums it was a plain list
         return [SnapshotResult(**each) for each in values]
 

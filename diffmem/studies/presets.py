@@ -14,7 +14,7 @@ from typing import Any
 
 from diffmem.errors import InputError
 from diffmem.studies.study import Claim, Study, Variant, changed
-from diffmem.studies.unit import DataRecipe, Setting
+from diffmem.studies.trial import DataRecipe, Setting
 
 SCALES = ("digits", "cifar10")
 DIGITS_SOURCE, CIFAR10_SOURCE = "builtin:digits", "cifar10-train.zip"

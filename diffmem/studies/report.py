@@ -24,9 +24,9 @@ from diffmem.integrity import NoChecksumError, load_arrays
 from diffmem.plotting import grid, picture_url, plot, svg
 from diffmem.studies.findings import Findings, find_among
 from diffmem.studies.measure import GALLERY, Result
-from diffmem.studies.run import UNITS
+from diffmem.studies.run import trials_folder
 from diffmem.studies.study import Study
-from diffmem.studies.unit import Unit
+from diffmem.studies.trial import Trial
 from diffmem.text import counted, printable, table
 from diffmem.training import differences
 
@@ -136,36 +136,36 @@ def _read_report(source: Path) -> tuple[list[Findings], dict[str, list[Picture]]
     with parsing(source / STUDIES, "the findings of studies"):
         described = read_json(source / STUDIES)
         studies = [Study.from_json(each["study"]) for each in described]
-        units = {
-            (study.name, variant.name, unit.size): unit
+        trials = {
+            (study.name, variant.name, trial.size): trial
             for study in studies
-            for variant, unit in replace(study, repetitions=1).cells()
+            for variant, trial in replace(study, repetitions=1).cells()
         }
         errors = {}
         for each in described:
             for failed in each["failures"]:
-                unit = units[each["study"]["name"], failed["variant"], failed["size"]]
-                errors[replace(unit, repetition=failed["repetition"]).key] = failed["error"]
+                trial = trials[each["study"]["name"], failed["variant"], failed["size"]]
+                errors[replace(trial, repetition=failed["repetition"]).key] = failed["error"]
     results = {}
     with parsing(source / RUNS, "the runs of studies"), open(source / RUNS, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            unit = replace(units[row["study"], row["variant"], int(row["size"])], repetition=int(row["repetition"]))
-            results[unit.key] = _result(row, unit)
+            trial = replace(trials[row["study"], row["variant"], int(row["size"])], repetition=int(row["repetition"]))
+            results[trial.key] = _result(row, trial)
     galleries = _galleries((source / PAGE).read_text(encoding="utf-8")) if (source / PAGE).is_file() else {}
     return find_among(studies, results, errors), galleries
 
 
-def _result(row: Mapping[str, str], unit: Unit) -> Result:
+def _result(row: Mapping[str, str], trial: Trial) -> Result:
     """The result of a line of `runs.csv`, which says nothing of the snapshots but how many there were."""
-    if row["key"] != unit.key:
-        raise InputError(f"run {row['key']} is not the one of {row['study']}, {row['variant']}: that is {unit.key}")
+    if row["key"] != trial.key:
+        raise InputError(f"run {row['key']} is not the one of {row['study']}, {row['variant']}: that is {trial.key}")
     versions = dict(each.rsplit(" ", 1) for each in (row.get("versions") or "").split("; ") if each)
     return Result(
-        unit.key, unit.size, unit.repetition, count=int(row["count"]), total=int(row["total"]), decided=None,
+        trial.key, trial.size, trial.repetition, count=int(row["count"]), total=int(row["total"]), decided=None,
         censored=False, images=int(row["images"]), epochs=float(row["epochs"]), best_images=int(row["best_images"]),
         parameters=int(row["parameters"]), training_seconds=float(row["training_seconds"]),
         sampling_seconds=float(row["sampling_seconds"]), training_set="", snapshots=(), versions=versions,
-        looks=unit.setting.snapshots, device=row.get("device") or None, threads=int(row.get("threads") or 0) or None,
+        looks=trial.setting.snapshots, device=row.get("device") or None, threads=int(row.get("threads") or 0) or None,
     )  # fmt: skip
 
 
@@ -355,7 +355,7 @@ def _gallery(found: Findings, root: Path) -> list[Picture]:
             continue
         # Where some are copies and some are not, there is most to see.
         cell = min(cells, key=lambda cell: abs(cell.r_mem - 0.5))
-        paths = [root / UNITS / result.key / GALLERY for result in cell.results]
+        paths = [trials_folder(root) / result.key / GALLERY for result in cell.results]
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             continue

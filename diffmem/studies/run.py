@@ -1,4 +1,4 @@
-"""`run_units`: works units off a ledger through an executor, whatever happens to single ones."""
+"""`run_trials`: works trials off a ledger through an executor, whatever happens to single ones."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from diffmem.errors import InputError, OutputInUseError
 from diffmem.progress import Progress, silent
 from diffmem.studies.executors import Executor, InProcess
 from diffmem.studies.ledger import ATTEMPTS, DONE, LEASE_SECONDS, RUNNING, Ledger
-from diffmem.studies.measure import InterruptedUnitError, Result, read_result
-from diffmem.studies.unit import Unit
+from diffmem.studies.measure import InterruptedTrialError, Result, read_result
+from diffmem.studies.trial import Trial
 
-UNITS = "units"
+_TRIALS = "trials"
+_EARLIER = "units"  # what earlier versions called it
 _LOOK_SECONDS = 2.0  # between looks at what other processes do
-_BUSY_SECONDS = 20.0  # before a unit is tried again whose folder another process writes to
+_BUSY_SECONDS = 20.0  # before a trial is tried again whose folder another process writes to
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,34 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        unit: The run.
+        trial: The run.
         result: What it found; None where it failed.
         error: What it failed with.
     """
 
-    unit: Unit
+    trial: Trial
     result: Result | None
     error: str | None = None
 
 
-def unit_folder(root: str | Path, unit: Unit) -> Path:
-    """Where a unit lies in a study's folder."""
-    return Path(root) / UNITS / unit.key
+def trials_folder(root: str | Path) -> Path:
+    """Where the trials lie in a study's folder. Raises InputError where an earlier version of diffmem put them."""
+    earlier, folder = Path(root) / _EARLIER, Path(root) / _TRIALS
+    if earlier.is_dir():
+        raise InputError(
+            f"{root}: its runs lie in {_EARLIER}/, where an earlier version of diffmem kept them: "
+            + (f"move what is in it to {folder}" if folder.exists() else f"rename that folder to {_TRIALS}")
+        )
+    return folder
 
 
-def run_units(
-    units: Sequence[Unit],
+def trial_folder(root: str | Path, trial: Trial) -> Path:
+    """Where a trial lies in a study's folder; see `trials_folder`."""
+    return trials_folder(root) / trial.key
+
+
+def run_trials(
+    trials: Sequence[Trial],
     root: str | Path,
     executor: Executor | None = None,
     *,
@@ -52,14 +64,14 @@ def run_units(
     on_trial: Callable[[Outcome], None] = lambda outcome: None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """How each of `units` ended, in their order, after all that are not done yet were run, the first ones first.
+    """How each of `trials` ended, in their order, after all that are not done yet were run, the first ones first.
 
     What is done in `root` is not run again, what was interrupted continues; other processes may work in the same
     folder. A run that fails is recorded, tried once more where trying again may help, and does not keep the others from
     running.
 
     Args:
-        units: The runs.
+        trials: The runs.
         root: Folder of ledger and runs.
         executor: See `diffmem.studies.executors`; default: in this process.
         wait_for_others: Wait for runs that other processes hold, or leave them out.
@@ -67,21 +79,22 @@ def run_units(
         progress: Called as `progress(stage, done, total)`.
     """
     executor = InProcess() if executor is None else executor
+    trials_folder(root)  # before anything is written
     root, ledger = Path(root), Ledger(root)
-    by_key = {unit.key: unit for unit in units}
+    by_key = {trial.key: trial for trial in trials}
     keys = list(by_key)
     ledger.add(list(by_key.values()))
     running: dict[Future[Result], tuple[str, float]] = {}
     held: set[str] = set()
-    busy: dict[str, float] = {}  # until when to leave a unit alone
+    busy: dict[str, float] = {}  # until when to leave a trial alone
 
     def settle(future: Future[Result]) -> None:
         key, began = running.pop(future)
         seconds = time.monotonic() - began
-        unit = by_key[key]
+        trial = by_key[key]
         try:
             result = future.result()
-        except InterruptedUnitError:
+        except InterruptedTrialError:
             raise KeyboardInterrupt from None
         except OutputInUseError:
             # Its last holder, which let the lease run out (asleep, say), still writes there.
@@ -93,20 +106,20 @@ def run_units(
             message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             # What is wrong with the input is wrong again.
             ledger.fail(key, message, seconds, attempts=ATTEMPTS if isinstance(error, InputError) else 1)
-            outcome = Outcome(unit, None, message)
+            outcome = Outcome(trial, None, message)
         else:
             ledger.finish(key, result.seconds)
-            outcome = Outcome(unit, result)
+            outcome = Outcome(trial, result)
         held.discard(key)
         on_trial(outcome)
 
     def is_busy(key: str) -> bool:
         return busy.get(key, 0.0) > time.monotonic()
 
-    def next_unit() -> str | None:
+    def next_trial() -> str | None:
         while (key := ledger.claim([key for key in keys if not is_busy(key)])) is not None:
             held.add(key)
-            if (known := read_result(unit_folder(root, by_key[key]))) is None:
+            if (known := read_result(trial_folder(root, by_key[key]))) is None:
                 return key
             ledger.finish(key, known.seconds)
             held.discard(key)
@@ -117,8 +130,8 @@ def run_units(
             while True:
                 entries = ledger.entries()
                 progress("runs", sum(entries[key].state == DONE for key in keys), len(keys))
-                while len(running) < executor.slots and (key := next_unit()) is not None:
-                    running[executor.submit(by_key[key], unit_folder(root, by_key[key]))] = (key, time.monotonic())
+                while len(running) < executor.slots and (key := next_trial()) is not None:
+                    running[executor.submit(by_key[key], trial_folder(root, by_key[key]))] = (key, time.monotonic())
                 if running:
                     for future in wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED).done:
                         settle(future)
@@ -134,15 +147,17 @@ def run_units(
                 ledger.release(key)
     entries = ledger.entries()
     return [
-        Outcome(unit, read_result(unit_folder(root, unit)), None if entry.state == DONE else entry.error or entry.state)
-        for unit in by_key.values()
-        for entry in [entries[unit.key]]
+        Outcome(
+            trial, read_result(trial_folder(root, trial)), None if entry.state == DONE else entry.error or entry.state
+        )
+        for trial in by_key.values()
+        for entry in [entries[trial.key]]
     ]
 
 
 @contextmanager
 def _renewed(ledger: Ledger, held: set[str]) -> Iterator[None]:
-    """Renews the leases of the units held, in a thread of its own, as long as this lasts."""
+    """Renews the leases of the trials held, in a thread of its own, as long as this lasts."""
     stop = threading.Event()
 
     def renew() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from diffmem.models import Denoiser
 from diffmem.progress import Progress, silent
 from diffmem.studies.measure import fixed_arithmetic, read_result
-from diffmem.studies.run import unit_folder
-from diffmem.studies.unit import Unit
+from diffmem.studies.run import trial_folder
+from diffmem.studies.trial import Trial
 from diffmem.training import plan_training
 
 # A training step's share that one pass of the network forward takes: forward, and twice that back.
@@ -22,9 +22,9 @@ _FORWARD = 1 / 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a unit, in training and in sampling, on one device. done: it is done, and this is what it took."""
+    """Seconds of a trial, in training and in sampling, on one device. done: it is done, and this is what it took."""
 
-    unit: Unit
+    trial: Trial
     training: float
     sampling: float
     done: bool = False
@@ -37,7 +37,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A simulated run of units on some workers, in order, each as soon as a worker is free.
+    """A simulated run of trials on some workers, in order, each as soon as a worker is free.
 
     seconds: until the last one ends. work: of all together. utilization: work over the workers' time.
     """
@@ -52,22 +52,22 @@ class Schedule:
 
 
 def costs(
-    units: Sequence[Unit], root: str | Path | None, device: str = "auto", progress: Progress = silent
+    trials: Sequence[Trial], root: str | Path | None, device: str = "auto", progress: Progress = silent
 ) -> list[Cost]:
-    """What each unit costs on `device`: what it took where it is done in `root`, else an estimate: its steps times the
+    """What each trial costs on `device`: what it took where it is done in `root`, else an estimate: its steps times the
     time of one, from `plan_training` on a few passes, once per network and batch; and all its snapshots sampled in
     full. Runs with a question may end earlier."""
     measured: dict[str, tuple[float, int]] = {}
     found = []
-    for position, unit in enumerate(units):
-        progress("measuring costs", position, len(units))
-        known = None if root is None else read_result(unit_folder(root, unit))
+    for position, trial in enumerate(trials):
+        progress("measuring costs", position, len(trials))
+        known = None if root is None else read_result(trial_folder(root, trial))
         if known is not None:
-            found.append(Cost(unit, known.training_seconds, known.sampling_seconds, done=True))
+            found.append(Cost(trial, known.training_seconds, known.sampling_seconds, done=True))
             continue
-        setting = unit.setting
-        images = setting.data.training_set(unit.size, unit.repetition)
-        config = setting.config(images, unit.repetition)
+        setting = trial.setting
+        images = setting.data.training_set(trial.size, trial.repetition)
+        config = setting.config(images, trial.repetition)
         kind = json.dumps([config.denoiser.to_json(), config.batch, config.augment > 0, setting.threads])
         if kind not in measured:
             with fixed_arithmetic(setting.threads or 1):
@@ -77,8 +77,8 @@ def costs(
         per_step, nfe = measured[kind]
         steps = math.ceil(config.images / config.batch)
         per_evaluation = per_step / config.batch * _FORWARD
-        found.append(Cost(unit, per_step * steps, per_evaluation * nfe * setting.samples * setting.snapshots))
-    progress("measuring costs", len(units), len(units))
+        found.append(Cost(trial, per_step * steps, per_evaluation * nfe * setting.samples * setting.snapshots))
+    progress("measuring costs", len(trials), len(trials))
     return found
 
 

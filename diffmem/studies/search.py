@@ -20,7 +20,7 @@ _TURNS = (0.5, 0.25, 0.6, 0.4, 0.1, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """A run that the search asks for: `size` training images, repetition 0, 1, …"""
 
     size: int
@@ -66,15 +66,17 @@ class Search:
         """Whether the interval of EMM is as narrow as was asked for, and rests on runs enough."""
         return len(seen) >= _FEWEST_RUNS and half_width(self.posterior(seen)) <= self.precision
 
-    def next_trials(self, seen: Sequence[Observation], tried: Sequence[Trial], count: int = 1) -> list[Trial]:
+    def next_candidates(
+        self, seen: Sequence[Observation], tried: Sequence[Candidate], count: int = 1
+    ) -> list[Candidate]:
         """Up to `count` runs to be made at the same time, after those that were `tried`; none where nothing is left to
         try or to find out."""
         if self.precise(seen):
             return []
         posterior = self.posterior(seen)
-        chosen: list[Trial] = []
+        chosen: list[Candidate] = []
         while len(chosen) < count and len(tried) + len(chosen) < self.runs:
-            made = [trial.size for trial in (*tried, *chosen)]
+            made = [candidate.size for candidate in (*tried, *chosen)]
             turn = len(made) % len(_TURNS)
             sizes = [posterior.quantile(each) for each in (*_TURNS[turn:], *_TURNS[:turn])]
             sizes = [min(max(self._nearest(size), self._ceiling(self.low)), self._floor(self.high)) for size in sizes]
@@ -83,7 +85,7 @@ class Search:
             possible = [s for s in sizes if self.low <= s <= self.high and made.count(s) < self.repetitions]
             if not possible:
                 break
-            chosen.append(Trial(possible[0], made.count(possible[0])))
+            chosen.append(Candidate(possible[0], made.count(possible[0])))
         return chosen
 
     def unresolved(self, seen: Sequence[Observation]) -> list[str]:
@@ -129,16 +131,16 @@ def half_width(posterior: Posterior) -> float:
 
 
 def carry_out(
-    search: Search, measure: Callable[[Sequence[Trial]], Sequence[Observation | None]], at_once: int = 1
-) -> list[tuple[Trial, Observation | None]]:
+    search: Search, measure: Callable[[Sequence[Candidate]], Sequence[Observation | None]], at_once: int = 1
+) -> list[tuple[Candidate, Observation | None]]:
     """Every run that the search asked for, with what was seen; None for a run that failed.
 
     measure: makes some runs and returns what each showed. at_once: how many it is asked for at a time.
     """
-    made: list[tuple[Trial, Observation | None]] = []
+    made: list[tuple[Candidate, Observation | None]] = []
     while True:
         seen = [observation for _, observation in made if observation is not None]
-        trials = search.next_trials(seen, [trial for trial, _ in made], at_once)
-        if not trials:
+        candidates = search.next_candidates(seen, [candidate for candidate, _ in made], at_once)
+        if not candidates:
             return made
-        made += zip(trials, measure(trials), strict=True)
+        made += zip(candidates, measure(candidates), strict=True)

@@ -1,4 +1,4 @@
-"""What a study is: a grid of units, each with its place in a figure, and what the paper says of the outcome."""
+"""What a study is: a grid of trials, each with its place in a figure, and what the paper says of the outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
-from diffmem.studies.unit import Setting, Unit
+from diffmem.studies.trial import Setting, Trial
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class Study:
             if unknown := {claim.higher, claim.lower} - set(names):
                 raise InputError(f"study {self.name}: a claim names {', '.join(unknown)}, which is no variant")
 
-    def units(self) -> list[Unit]:
-        """All units, the first repetitions of everything first."""
-        return [unit for _, unit in self.cells()]
+    def trials(self) -> list[Trial]:
+        """All trials, the first repetitions of everything first."""
+        return [trial for _, trial in self.cells()]
 
-    def cells(self) -> list[tuple[Variant, Unit]]:
-        """Each unit with its variant, in the order of `units`."""
+    def cells(self) -> list[tuple[Variant, Trial]]:
+        """Each trial with its variant, in the order of `trials`."""
         return [
-            (variant, Unit(variant.setting, size, repetition))
+            (variant, Trial(variant.setting, size, repetition))
             for repetition in range(self.repetitions)
             for variant in self.variants
             for size in variant.sizes or self.sizes

@@ -9,19 +9,19 @@ import pytest
 from studies.tiny import TINY
 
 from diffmem.integrity import sealed
-from diffmem.studies import EMM, Claim, Result, Study, Unit, Variant
+from diffmem.studies import EMM, Claim, Result, Study, Trial, Variant
 from diffmem.studies.findings import CONTRARY, HOLDS, UNDECIDED, UNMEASURED, Cell, Spread, findings, spread_of, student
 from diffmem.studies.folder import find_all
 from diffmem.studies.measure import RESULT
 from diffmem.studies.report import made_with, write_emm
-from diffmem.studies.run import unit_folder
+from diffmem.studies.run import trial_folder
 from diffmem.studies.schedule import Cost, costs, schedule
 from diffmem.studies.search import Search
 
 
-def result(unit, count, total=1000) -> Result:
+def result(trial, count, total=1000) -> Result:
     return Result(
-        unit.key, unit.size, unit.repetition, count, total, None, False, 100, 5.0, 100, 10, 1.0, 0.5, "", (), {}
+        trial.key, trial.size, trial.repetition, count, total, None, False, 100, 5.0, 100, 10, 1.0, 0.5, "", (), {}
     )
 
 
@@ -34,9 +34,9 @@ def study(claim: Claim, repetitions: int = 2) -> Study:
 def judged(claim: Claim, shares: dict[str, tuple[float, ...]], spread: Spread = Spread(0.4, 20)):  # noqa: B008
     subject = study(claim)
     results = {}
-    for variant, unit in subject.cells():
+    for variant, trial in subject.cells():
         if variant.name in shares:
-            results[unit.key] = result(unit, round(1000 * shares[variant.name][unit.repetition]))
+            results[trial.key] = result(trial, round(1000 * shares[variant.name][trial.repetition]))
     return findings(subject, results, {}, spread).judged[0]
 
 
@@ -72,7 +72,7 @@ def test_a_mean_covers_though_each_run_is_its_highest_snapshot():
     covered = 0
     for counts in highest.tolist():
         results = tuple(
-            replace(result(unit, count, 100), looks=3) for unit, count in zip(subject.units(), counts, strict=False)
+            replace(result(trial, count, 100), looks=3) for trial, count in zip(subject.trials(), counts, strict=False)
         )
         low, high = Cell(subject.variants[0], 20, results, Spread(0.0, 50)).interval
         covered += low <= 0.5 <= high
@@ -81,12 +81,12 @@ def test_a_mean_covers_though_each_run_is_its_highest_snapshot():
 
 
 def test_spread_between_runs_is_learnt_from_repetitions():
-    units = study(Claim("", "wide", "narrow"), 30).units()
+    trials = study(Claim("", "wide", "narrow"), 30).trials()
     # Logits alternate between ±0.8: a standard deviation of 0.8 but for the noise of sampling.
-    groups = [[result(unit, 310 + 380 * (unit.repetition % 2), 1000) for unit in units if unit.size == 20]]
+    groups = [[result(trial, 310 + 380 * (trial.repetition % 2), 1000) for trial in trials if trial.size == 20]]
     assert spread_of(groups).tau == pytest.approx(0.8, abs=0.05)
     assert spread_of([]).tau == pytest.approx(0.4)
-    assert spread_of([[result(units[0], 500)]]).freedom == spread_of([]).freedom
+    assert spread_of([[result(trials[0], 500)]]).freedom == spread_of([]).freedom
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.776), (10, 2.228), (30, 2.042), (1000, 1.962)])
@@ -96,7 +96,7 @@ def test_student(freedom, quantile):
 
 def test_what_is_missing_and_what_failed_is_counted():
     subject = study(Claim("", "wide", "narrow"))
-    first, second, *rest = subject.units()
+    first, second, *rest = subject.trials()
     found = findings(subject, {first.key: result(first, 500)}, {second.key: "diverged"})
     assert found.missing == len(rest)
     assert found.failures == (("narrow", 30, 0, "diverged"),)
@@ -106,11 +106,11 @@ def test_a_cell_holds_every_finished_run_of_its_trial_whichever_study_asked_for_
     """Two repetitions were asked for, and a third lies in the folder: made for another study, or when more were."""
     subject = study(Claim("", "wide", "narrow"), 2)
     counts = {0: 300, 1: 400, 2: 800}
-    for unit in replace(subject, repetitions=3).units():
-        if unit.repetition < 2 or unit.size == 30:
-            folder = unit_folder(tmp_path, unit)
+    for trial in replace(subject, repetitions=3).trials():
+        if trial.repetition < 2 or trial.size == 30:
+            folder = trial_folder(tmp_path, trial)
             folder.mkdir(parents=True)
-            (folder / RESULT).write_text(json.dumps(sealed(result(unit, counts[unit.repetition]).to_json())))
+            (folder / RESULT).write_text(json.dumps(sealed(result(trial, counts[trial.repetition]).to_json())))
     for found in find_all([subject], tmp_path):
         assert [[each.repetition for each in cell.results] for cell in found.cells] == [[0, 1], [0, 1, 2]] * 2
         assert [cell.r_mem for cell in found.cells] == pytest.approx([0.35, 0.5] * 2)
@@ -120,14 +120,16 @@ def test_a_cell_holds_every_finished_run_of_its_trial_whichever_study_asked_for_
 
 def test_two_variants_with_one_setting_are_two_cells():
     subject = Study("s", "S", "f", (Variant("a", TINY), Variant("b", TINY)), (20, 20))
-    unit = subject.units()[0]
-    assert [cell.variant.name for cell in findings(subject, {unit.key: result(unit, 5)}, {}).cells] == ["a", "b"]
+    trial = subject.trials()[0]
+    assert [cell.variant.name for cell in findings(subject, {trial.key: result(trial, 5)}, {}).cells] == ["a", "b"]
 
 
 def test_what_the_best_of_several_snapshots_adds_is_said_and_taken_off():
     """The bound is that of snapshots that are alike: the mean of the highest of as many estimates."""
-    units = [Unit(replace(TINY, samples=500), size, repetition, 0.9) for size in (20, 40, 80) for repetition in (0, 1)]
-    found = EMM(units[0].setting, Search(20, 200), tuple(result(u, 960 - 8 * u.size) for u in units))
+    trials = [
+        Trial(replace(TINY, samples=500), size, repetition, 0.9) for size in (20, 40, 80) for repetition in (0, 1)
+    ]
+    found = EMM(trials[0].setting, Search(20, 200), tuple(result(u, 960 - 8 * u.size) for u in trials))
     highest = np.random.default_rng(0).binomial(500, 0.9, (100_000, 3)).max(axis=1).mean() / 500 - 0.9
     assert found.upward.points == pytest.approx(highest, rel=0.06)
     assert found.interval[0] < found.upward.emm < found.size
@@ -135,12 +137,12 @@ def test_what_the_best_of_several_snapshots_adds_is_said_and_taken_off():
 
 
 def test_the_page_of_a_search_that_runs_reloads_itself_and_says_what_is_known_so_far(tmp_path):
-    units = [Unit(TINY, size, at_least=0.9) for size in (20, 40)]
+    trials = [Trial(TINY, size, at_least=0.9) for size in (20, 40)]
     nothing = EMM(TINY, Search(20, 200), ())
     page = write_emm(nothing, tmp_path, running=True).read_text()
     assert 'http-equiv="refresh"' in page
     assert "No run has ended yet" in page
-    found = replace(nothing, results=tuple(result(unit, 900) for unit in units))
+    found = replace(nothing, results=tuple(result(trial, 900) for trial in trials))
     page = write_emm(found, tmp_path, running=True).read_text()
     assert "The search is running; this page reloads itself." in page
     assert "from 2 runs" in page
@@ -151,10 +153,10 @@ def test_the_page_of_a_search_that_runs_reloads_itself_and_says_what_is_known_so
 
 
 def test_what_runs_were_made_with_is_told_apart():
-    unit = study(Claim("", "wide", "narrow")).units()[0]
+    trial = study(Claim("", "wide", "narrow")).trials()[0]
     one, other = {"torch": "2.13.0"}, {"torch": "2.14.0"}
     ways = [(one, "cpu", 1), (other, "cuda", None), (one, "cpu", 1), ({}, None, None)]
-    made = made_with([replace(result(unit, 1), versions=v, device=d, threads=t) for v, d, t in ways])
+    made = made_with([replace(result(trial, 1), versions=v, device=d, threads=t) for v, d, t in ways])
     assert made == [
         ("torch 2.13.0, on the CPU, 1 thread", 2),
         ("torch 2.14.0, on a GPU", 1),
@@ -163,8 +165,8 @@ def test_what_runs_were_made_with_is_told_apart():
 
 
 def test_a_schedule_fills_its_workers():
-    units = study(Claim("", "wide", "narrow")).units()
-    estimates = [Cost(unit, seconds, 0.0) for unit, seconds in zip(units, (4, 3, 2, 1, 1, 1, 5, 1), strict=True)]
+    trials = study(Claim("", "wide", "narrow")).trials()
+    estimates = [Cost(trial, seconds, 0.0) for trial, seconds in zip(trials, (4, 3, 2, 1, 1, 1, 5, 1), strict=True)]
     assert schedule(estimates, 1).seconds == schedule(estimates, 1).work == 18
     assert schedule(estimates, 100).seconds == 5
     # In order: 4 1 5 | 3 1 1 1 … as each worker gets free.
@@ -173,7 +175,7 @@ def test_a_schedule_fills_its_workers():
 
 
 def test_costs_are_measured_per_network_and_grow_with_length(tmp_path):
-    short, long = (next(iter(study(Claim("", "wide", "narrow")).units())) for _ in range(2))
+    short, long = (next(iter(study(Claim("", "wide", "narrow")).trials())) for _ in range(2))
     long = replace(long, setting=replace(long.setting, length={"images": 480}, samples=200))
     first, second = costs([short, long], tmp_path, "cpu")
     assert second.training == pytest.approx(10 * first.training)

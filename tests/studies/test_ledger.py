@@ -1,4 +1,4 @@
-"""The ledger under several writers, and units under a lease."""
+"""The ledger under several writers, and trials under a lease."""
 
 import multiprocessing
 import os
@@ -6,11 +6,11 @@ import os
 import pytest
 
 from diffmem.errors import InputError
-from diffmem.studies import DataRecipe, Setting, Unit
+from diffmem.studies import DataRecipe, Setting, Trial
 from diffmem.studies.ledger import ATTEMPTS, DONE, FAILED, LEASE_SECONDS, RUNNING, WAITING, Ledger
 
-UNITS = [Unit(Setting(DataRecipe("builtin:digits"), {"epochs": 1}), size) for size in range(10, 30)]
-KEYS = [unit.key for unit in UNITS]
+TRIALS = [Trial(Setting(DataRecipe("builtin:digits"), {"epochs": 1}), size) for size in range(10, 30)]
+KEYS = [trial.key for trial in TRIALS]
 
 
 class Clock:
@@ -28,7 +28,7 @@ def clock() -> Clock:
 
 def ledger_of(folder, holder, clock) -> Ledger:
     ledger = Ledger(folder, holder, clock)
-    ledger.add(UNITS)
+    ledger.add(TRIALS)
     return ledger
 
 
@@ -39,14 +39,14 @@ def _take_all(folder: str, taken) -> None:
         ledger.finish(key, 1.0)
 
 
-def test_two_processes_share_the_units_and_none_runs_twice(tmp_path):
-    Ledger(tmp_path).add(UNITS)
+def test_two_processes_share_the_trials_and_none_runs_twice(tmp_path):
+    Ledger(tmp_path).add(TRIALS)
     context = multiprocessing.get_context("fork")
     taken = context.Queue()
     workers = [context.Process(target=_take_all, args=(str(tmp_path), taken)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    keys = sorted(taken.get(timeout=60)[0] for _ in UNITS)
+    keys = sorted(taken.get(timeout=60)[0] for _ in TRIALS)
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
@@ -74,7 +74,7 @@ def test_a_lease_that_is_renewed_holds_and_one_that_is_not_runs_out(tmp_path, cl
     assert (entry.state, entry.holder) == (RUNNING, "there:2")
 
 
-def test_a_unit_whose_holder_keeps_dying_is_given_up(tmp_path, clock):
+def test_a_trial_whose_holder_keeps_dying_is_given_up(tmp_path, clock):
     ledger = ledger_of(tmp_path, "there:2", clock)
     for _ in range(100):
         ledger.claim(KEYS[:1])
@@ -84,10 +84,10 @@ def test_a_unit_whose_holder_keeps_dying_is_given_up(tmp_path, clock):
     assert "died" in entry.error
 
 
-def test_the_unit_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path, clock):
+def test_the_trial_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path, clock):
     context = multiprocessing.get_context("fork")
     gone = context.Process(target=lambda: Ledger(tmp_path).claim(KEYS[:1]))
-    Ledger(tmp_path).add(UNITS)
+    Ledger(tmp_path).add(TRIALS)
     gone.start()
     gone.join(timeout=60)
     ledger = Ledger(tmp_path)
@@ -111,7 +111,7 @@ def test_a_process_is_gone_only_where_it_would_be_seen(tmp_path, changed, gone):
     for place, value in changed.items():
         parts[place] = value
     ledger = Ledger(tmp_path, ":".join(parts))
-    ledger.add(UNITS)
+    ledger.add(TRIALS)
     assert ledger.claim(KEYS[:1]) == KEYS[0]
     assert Ledger(tmp_path).claim(KEYS[:1]) == (KEYS[0] if gone else None)
 

@@ -18,8 +18,8 @@ from diffmem.training import EMA
 @pytest.mark.parametrize("name", NAMES)
 def test_every_study_is_whole(name, scale):
     study = build(name, scale)
-    units = study.units()
-    assert len({unit.key for unit in units}) == len(units)
+    trials = study.trials()
+    assert len({trial.key for trial in trials}) == len(trials)
     assert Study.from_json(study.to_json()) == study
     assert study.published is None or study.published in published()
     if scale == "digits":  # its data are here: every variant can be trained
@@ -68,11 +68,11 @@ def test_own_studies_from_json_and_python(tmp_path):
     }
     (tmp_path / "rates.json").write_text(json.dumps(values))
     study = load_study(tmp_path / "rates.json")
-    assert [unit.size for unit in study.units()] == [20, 30]
-    assert study.units()[1].setting.training["lr"] == 1e-2
+    assert [trial.size for trial in study.trials()] == [20, 30]
+    assert study.trials()[1].setting.training["lr"] == 1e-2
     (tmp_path / "rates.py").write_text(f"study = {values!r}")
     assert load_study(tmp_path / "rates.py") == study
-    assert [unit.size for unit in at_sizes(study, (40,), 2).units()] == [40, 40, 40, 40]
+    assert [trial.size for trial in at_sizes(study, (40,), 2).trials()] == [40, 40, 40, 40]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Units through executors: failures, deaths, interruptions; what is done is done once."""
+"""Trials through executors: failures, deaths, interruptions; what is done is done once."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from studies.tiny import TINY
 from diffmem.errors import InputError
 from diffmem.evaluation import snapshot_audit
 from diffmem.sampling import Samples
-from diffmem.studies import Processes, Setting, Unit, measure, run_unit, run_units
+from diffmem.studies import Processes, Setting, Study, Trial, Variant, measure, run_studies, run_trial, run_trials
 from diffmem.studies.ledger import DONE, FAILED, Ledger
 from diffmem.studies.measure import read_result
-from diffmem.studies.run import unit_folder
+from diffmem.studies.run import trial_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,9 +31,9 @@ def numbers(result):
 
 def test_one_failure_does_not_sink_the_others_and_nothing_runs_twice(tmp_path):
     wrong = replace(TINY, network={**TINY.network, "model_channels": 3})
-    units = [Unit(TINY, 20), Unit(wrong, 20), Unit(TINY, 30)]
+    trials = [Trial(TINY, 20), Trial(wrong, 20), Trial(TINY, 30)]
     told = []
-    outcomes = run_units(units, tmp_path, on_trial=told.append)
+    outcomes = run_trials(trials, tmp_path, on_trial=told.append)
     assert [outcome.result is None for outcome in outcomes] == [False, True, False]
     assert "model_channels is 3" in outcomes[1].error
     assert len(told) == 3  # wrong input is not tried again
@@ -41,37 +41,37 @@ def test_one_failure_does_not_sink_the_others_and_nothing_runs_twice(tmp_path):
     assert (result.size, result.total, len(result.snapshots)) == (20, 20, 3)
     assert result.count == max(each.count for each in result.snapshots)
     entries = Ledger(tmp_path).entries()
-    assert [entries[unit.key].state for unit in units] == [DONE, FAILED, DONE]
-    assert [path.name for path in sorted(tmp_path.glob("units/*/result.json"))] == ["result.json"] * 2
+    assert [entries[trial.key].state for trial in trials] == [DONE, FAILED, DONE]
+    assert [path.name for path in sorted(tmp_path.glob("trials/*/result.json"))] == ["result.json"] * 2
 
-    written = (unit_folder(tmp_path, units[0]) / "result.json").stat().st_mtime_ns
+    written = (trial_folder(tmp_path, trials[0]) / "result.json").stat().st_mtime_ns
     again = []
-    assert [o.result for o in run_units(units, tmp_path, on_trial=again.append)] == [o.result for o in outcomes]
+    assert [o.result for o in run_trials(trials, tmp_path, on_trial=again.append)] == [o.result for o in outcomes]
     assert again == []
-    assert (unit_folder(tmp_path, units[0]) / "result.json").stat().st_mtime_ns == written
+    assert (trial_folder(tmp_path, trials[0]) / "result.json").stat().st_mtime_ns == written
     # A ledger that was lost is made again from the folders.
     (tmp_path / "ledger.sqlite").unlink()
-    assert run_units(units[:1], tmp_path)[0].result == result
-    assert Ledger(tmp_path).entries()[units[0].key].state == DONE
+    assert run_trials(trials[:1], tmp_path)[0].result == result
+    assert Ledger(tmp_path).entries()[trials[0].key].state == DONE
 
 
-def test_an_interrupted_unit_waits_and_continues_to_the_same_result(tmp_path):
-    unit = Unit(replace(TINY, length={"images": 160}, snapshots=10), 20)
-    whole = run_unit(unit, tmp_path / "whole")
+def test_an_interrupted_trial_waits_and_continues_to_the_same_result(tmp_path):
+    trial = Trial(replace(TINY, length={"images": 160}, snapshots=10), 20)
+    whole = run_trial(trial, tmp_path / "whole")
 
     def interrupt() -> None:
-        while not (unit_folder(tmp_path / "root", unit) / "audits.json").exists():
+        while not (trial_folder(tmp_path / "root", trial) / "audits.json").exists():
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_units([unit], tmp_path / "root")
+        run_trials([trial], tmp_path / "root")
     thread.join()
-    assert Ledger(tmp_path / "root").entries()[unit.key].state == "waiting"
-    assert read_result(unit_folder(tmp_path / "root", unit)) is None
-    outcome = run_units([unit], tmp_path / "root")[0]
+    assert Ledger(tmp_path / "root").entries()[trial.key].state == "waiting"
+    assert read_result(trial_folder(tmp_path / "root", trial)) is None
+    outcome = run_trials([trial], tmp_path / "root")[0]
     assert numbers(outcome.result) == numbers(whole)
 
 
@@ -86,19 +86,19 @@ def test_a_question_ends_the_run_once_it_is_answered(tmp_path):
         samples=200,
         sampling={"solver": "unipc", "batch": 50},
     )
-    yes = run_unit(Unit(two, 2, at_least=0.2), tmp_path / "yes")
+    yes = run_trial(Trial(two, 2, at_least=0.2), tmp_path / "yes")
     assert (yes.decided, yes.censored, yes.images) == (True, True, 1600)
     assert yes.total < 200
-    no = run_unit(Unit(replace(TINY, samples=200), 20, at_least=0.99), tmp_path / "no")
+    no = run_trial(Trial(replace(TINY, samples=200), 20, at_least=0.99), tmp_path / "no")
     assert (no.decided, no.censored, len(no.snapshots)) == (False, False, 3)
     assert no.total < 200
     with pytest.raises(InputError, match="at_least is 0"):
-        Unit(TINY, 20, at_least=0)
+        Trial(TINY, 20, at_least=0)
 
 
 def test_processes_survive_the_death_of_one(tmp_path):
-    units = [Unit(TINY, 20), Unit(replace(TINY, length={"images": 1600}, snapshots=20), 20), Unit(TINY, 30)]
-    long = unit_folder(tmp_path, units[1])
+    trials = [Trial(TINY, 20), Trial(replace(TINY, length={"images": 1600}, snapshots=20), 20), Trial(TINY, 30)]
+    long = trial_folder(tmp_path, trials[1])
     executor = Processes(2, threads=1)
 
     def kill() -> None:
@@ -111,36 +111,36 @@ def test_processes_survive_the_death_of_one(tmp_path):
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        outcomes = run_units(units, tmp_path, executor)
+        outcomes = run_trials(trials, tmp_path, executor)
     finally:
         executor.close()
         thread.join()
     assert all(outcome.error is None for outcome in outcomes)
-    assert Ledger(tmp_path).entries()[units[1].key].attempts >= 1
-    assert numbers(outcomes[0].result) == numbers(run_unit(units[0], tmp_path / "here"))
+    assert Ledger(tmp_path).entries()[trials[1].key].attempts >= 1
+    assert numbers(outcomes[0].result) == numbers(run_trial(trials[0], tmp_path / "here"))
     assert outcomes[1].result.images == 1600
 
 
-def test_threads_are_those_of_the_unit_whoever_runs_it(tmp_path):
-    """A result depends on its key, not on the threads of the process that made it; other threads are another unit."""
-    unit = Unit(replace(TINY, length={"images": 400}, network={**TINY.network, "model_channels": 16}), 20)
+def test_threads_are_those_of_the_trial_whoever_runs_it(tmp_path):
+    """A result depends on its key, not on the threads of the process that made it; other threads are another trial."""
+    trial = Trial(replace(TINY, length={"images": 400}, network={**TINY.network, "model_channels": 16}), 20)
     many = torch.get_num_threads() + 3
     torch.set_num_threads(many)
-    here = run_unit(unit, tmp_path / "here")
+    here = run_trial(trial, tmp_path / "here")
     assert torch.get_num_threads() == many
     torch.set_num_threads(1)
     found = {}
     for threads in (1, 2):
         executor = Processes(1, threads=threads)
         try:
-            found[threads] = run_units([unit], tmp_path / str(threads), executor)[0].result
+            found[threads] = run_trials([trial], tmp_path / str(threads), executor)[0].result
         finally:
             executor.close()
     assert numbers(found[1]) == numbers(found[2]) == numbers(here)
     assert (here.threads, here.device) == (1, "cpu")
-    assert Unit(replace(unit.setting, threads=2), 20).key != unit.key
-    old = {name: value for name, value in unit.setting.to_json().items() if name != "threads"}
-    assert Unit(Setting.from_json(old), 20).key == unit.key  # what was run before there was a choice is not run again
+    assert Trial(replace(trial.setting, threads=2), 20).key != trial.key
+    old = {name: value for name, value in trial.setting.to_json().items() if name != "threads"}
+    assert Trial(Setting.from_json(old), 20).key == trial.key  # what was run before there was a choice is not run again
     with pytest.raises(InputError, match="threads is 0"):
         replace(TINY, threads=0)
 
@@ -148,8 +148,8 @@ def test_threads_are_those_of_the_unit_whoever_runs_it(tmp_path):
 @pytest.mark.parametrize("xflip", [False, True])
 def test_the_gallery_counts_copies_as_the_audit_does(tmp_path, xflip, monkeypatch):
     """Images that mirror training images: copies where the run counts mirrored images, in the gallery too."""
-    unit = Unit(replace(TINY, training={**TINY.training, "xflip": xflip}), 20)
-    training = unit.setting.data.training_set(20).images
+    trial = Trial(replace(TINY, training={**TINY.training, "xflip": xflip}), 20)
+    training = trial.setting.data.training_set(20).images
     mirrored = np.ascontiguousarray(training[..., ::-1])
 
     def sampled(denoiser, seeds, **settings):
@@ -158,7 +158,7 @@ def test_the_gallery_counts_copies_as_the_audit_does(tmp_path, xflip, monkeypatc
 
     monkeypatch.setattr(snapshot_audit, "sample_batches", lambda *a, **settings: iter([sampled(*a, **settings)]))
     monkeypatch.setattr(measure, "sample", sampled)
-    result = run_unit(unit, tmp_path)
+    result = run_trial(trial, tmp_path)
     with np.load(tmp_path / "gallery.npz") as gallery:
         share = gallery["memorized"].mean()
         assert (gallery["nearest"] == gallery["generated"]).all() == xflip
@@ -168,13 +168,30 @@ def test_the_gallery_counts_copies_as_the_audit_does(tmp_path, xflip, monkeypatc
     assert (result.r_mem == 1.0) == xflip
 
 
-def test_a_unit_folder_that_holds_something_else_is_named(tmp_path):
+def test_a_trial_folder_that_holds_something_else_is_named(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"count": 1}))
-    with pytest.raises(InputError, match="not the result of a unit"):
+    with pytest.raises(InputError, match="not the result of a trial"):
         read_result(Path(tmp_path))
 
 
-def test_ray_runs_units_and_reports_their_errors_as_they_are(tmp_path):
+def test_a_folder_of_an_earlier_version_is_continued_once_it_is_renamed(tmp_path):
+    outcome = run_trials([Trial(TINY, 20)], tmp_path)[0]
+    (tmp_path / "trials").rename(tmp_path / "units")
+    (tmp_path / "ledger.sqlite").unlink()
+    study = Study("tiny", "", "none", (Variant("one", TINY),), (20,))
+    for start in (lambda: run_trials([Trial(TINY, 20)], tmp_path), lambda: run_studies([study], tmp_path)):
+        with pytest.raises(
+            InputError, match=f"{tmp_path.name}: its runs lie in units/.*: rename that folder to trials"
+        ):
+            start()
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["units"]
+    (tmp_path / "units").rename(tmp_path / "trials")
+    written = (trial_folder(tmp_path, outcome.trial) / "result.json").stat().st_mtime_ns
+    assert run_trials([Trial(TINY, 20)], tmp_path) == [outcome]
+    assert (trial_folder(tmp_path, outcome.trial) / "result.json").stat().st_mtime_ns == written
+
+
+def test_ray_runs_trials_and_reports_their_errors_as_they_are(tmp_path):
     pytest.importorskip("ray", reason="the extra ray is not installed")
     from diffmem.studies import Ray
 
@@ -182,8 +199,8 @@ def test_ray_runs_units_and_reports_their_errors_as_they_are(tmp_path):
     executor = Ray(num_cpus=2, include_dashboard=False, cpus=1)
     try:
         assert executor.slots == 2
-        outcomes = run_units([Unit(TINY, 20), Unit(wrong, 20)], tmp_path, executor)
+        outcomes = run_trials([Trial(TINY, 20), Trial(wrong, 20)], tmp_path, executor)
     finally:
         executor.close()
-    assert numbers(outcomes[0].result) == numbers(run_unit(Unit(TINY, 20), tmp_path / "here"))
+    assert numbers(outcomes[0].result) == numbers(run_trial(Trial(TINY, 20), tmp_path / "here"))
     assert outcomes[1].error.startswith("InputError: model_channels is 3")

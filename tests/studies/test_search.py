@@ -8,7 +8,7 @@ import pytest
 from benchmarks.bench_emm import HIGH, LOW, SHAPES, ZETA, Curve, Simulation, cheapest_grid, searched
 from diffmem.errors import InputError
 from diffmem.studies.curve import Observation, Posterior
-from diffmem.studies.search import Search, Trial, carry_out
+from diffmem.studies.search import Candidate, Search, carry_out
 
 
 def test_a_share_of_exactly_one_minus_zeta_puts_emm_there():
@@ -53,16 +53,18 @@ def test_the_search_keeps_to_its_limits():
     search = Search(20, 200, step=10, repetitions=2, runs=12, precision=0.02)
     asked = []
 
-    def measure(trials):
-        asked.extend(trials)
+    def measure(candidates):
+        asked.extend(candidates)
         return [
-            None if trial.size == 100 else Observation(trial.size, 50 if trial.size > 60 else 98, 100)
-            for trial in trials
+            None if candidate.size == 100 else Observation(candidate.size, 50 if candidate.size > 60 else 98, 100)
+            for candidate in candidates
         ]
 
     made = carry_out(search, measure, at_once=3)
     assert len(made) == len(set(asked)) <= 12
-    assert all(trial.size % 10 == 0 and 20 <= trial.size <= 200 and trial.repetition < 2 for trial in asked)
+    assert all(
+        candidate.size % 10 == 0 and 20 <= candidate.size <= 200 and candidate.repetition < 2 for candidate in asked
+    )
     seen = [observation for _, observation in made if observation is not None]
     assert 40 < search.posterior(seen).median < 100
     assert any("allow more runs" in line for line in search.unresolved(seen))
@@ -71,7 +73,7 @@ def test_the_search_keeps_to_its_limits():
 @pytest.mark.parametrize(("count", "words"), [(0, "may lie below 100"), (1000, "may lie above 1,000")])
 def test_an_emm_outside_the_sizes_is_said_to_be_unresolved(count, words):
     search = Search(100, 1000)
-    made = carry_out(search, lambda trials: [Observation(trial.size, count, 1000) for trial in trials])
+    made = carry_out(search, lambda candidates: [Observation(candidate.size, count, 1000) for candidate in candidates])
     assert any(words in line for line in search.unresolved([seen for _, seen in made]))
 
 
@@ -103,5 +105,5 @@ def test_the_simulation_is_what_it_claims():
     shares = [Simulation(curve, np.random.default_rng(seed)).grid_run(round(curve.emm)) for seed in range(400)]
     assert np.mean([seen.count / seen.total for seen in shares]) == pytest.approx(1 - ZETA, abs=0.01)
     simulation = Simulation(curve, np.random.default_rng(0))
-    assert simulation.search_run(Trial(300, 0)).censored
+    assert simulation.search_run(Candidate(300, 0)).censored
     assert simulation.cost < 300 * 40_000 + 10 * 10_000 * 35 / 3

@@ -1,4 +1,4 @@
-"""The smallest units that still train, sample and audit: half a second each."""
+"""The smallest trials that still train, sample and audit: half a second each."""
 
 from diffmem.studies import DataRecipe, Setting
 

@@ -1,4 +1,4 @@
-"""A unit of work: one training run with its audits, named by the hash of all that decides its result."""
+"""A trial: one training run with its audits, named by the hash of all that decides its result."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Trial:
     """One training run of a setting, with its audits.
 
     Attributes:
@@ -204,7 +204,7 @@ class Unit:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """The unit as plain JSON values."""
+        """The trial as plain JSON values."""
         return {
             "setting": self.setting.to_json(),
             "size": self.size,
@@ -213,14 +213,14 @@ class Unit:
         }
 
     @staticmethod
-    def from_json(values: Mapping[str, Any]) -> Unit:
-        """The unit that `to_json` gave."""
-        return Unit(**{**values, "setting": Setting.from_json(values["setting"])})
+    def from_json(values: Mapping[str, Any]) -> Trial:
+        """The trial that `to_json` gave."""
+        return Trial(**{**values, "setting": Setting.from_json(values["setting"])})
 
 
 @lru_cache(maxsize=1)
 def _loaded(source: str, changed: int) -> ImageSet:
-    """The images of a source, read once for all the units of a study."""
+    """The images of a source, read once for all the trials of a study."""
     return load_images(source)
 
 

@@ -1,4 +1,4 @@
-"""Names of units, and the training sets that they stand for."""
+"""Names of trials, and the training sets that they stand for."""
 
 from dataclasses import replace
 
@@ -8,27 +8,27 @@ from studies.tiny import TINY
 
 from diffmem.data import load_images, write_npz
 from diffmem.errors import InputError
-from diffmem.studies import DataRecipe, Setting, Unit
+from diffmem.studies import DataRecipe, Setting, Trial
 
 
 def test_keys_stay_what_they_are():
     """A key that changes orphans all that was ever computed under it."""
-    assert Unit(TINY, 20).key == "9caf4aad958820f1"
-    assert Unit(TINY, 20, at_least=None).key == Unit(TINY, 20).key
+    assert Trial(TINY, 20).key == "9caf4aad958820f1"
+    assert Trial(TINY, 20, at_least=None).key == Trial(TINY, 20).key
 
 
 def test_everything_that_decides_the_result_is_in_the_key():
-    units = [
-        Unit(TINY, 20),
-        Unit(TINY, 30),
-        Unit(TINY, 20, repetition=1),
-        Unit(TINY, 20, at_least=0.9),
-        Unit(replace(TINY, samples=30), 20),
-        Unit(replace(TINY, data=replace(TINY.data, labels="random:3")), 20),
-        Unit(replace(TINY, training={**TINY.training, "lr": 2e-3}), 20),
+    trials = [
+        Trial(TINY, 20),
+        Trial(TINY, 30),
+        Trial(TINY, 20, repetition=1),
+        Trial(TINY, 20, at_least=0.9),
+        Trial(replace(TINY, samples=30), 20),
+        Trial(replace(TINY, data=replace(TINY.data, labels="random:3")), 20),
+        Trial(replace(TINY, training={**TINY.training, "lr": 2e-3}), 20),
     ]
-    assert len({unit.key for unit in units}) == len(units)
-    assert [Unit.from_json(unit.to_json()) for unit in units] == units
+    assert len({trial.key for trial in trials}) == len(trials)
+    assert [Trial.from_json(trial.to_json()) for trial in trials] == trials
 
 
 def contains(images, smaller) -> bool:
