@@ -7,8 +7,6 @@ import importlib
 from collections.abc import Iterator
 from unittest import mock
 
-import torch
-
 from benchmarks.gpu.jobs import Variant
 from benchmarks.gpu.target import Target
 from diffmem.models import DenoiserConfig, UNetConfig, preset
@@ -23,12 +21,10 @@ def by(implementation: str) -> Iterator[None]:
     if implementation == "diffmem":
         yield
         return
-    # torch.compile takes what this returns for a constant, as it does with the ops' own: no graph break.
-    choice = torch.compiler.assume_constant_result(lambda *_: "pytorch")
     with contextlib.ExitStack() as stack:
         for op in OPS:
             module = importlib.import_module(f"diffmem.ops.{op}")
-            stack.enter_context(mock.patch.object(module, "_choose", choice))
+            stack.enter_context(mock.patch.object(module, "OP", module.OP.only("torch")))
         yield
 
 

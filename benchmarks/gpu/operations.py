@@ -85,12 +85,12 @@ def group_norm_cases(target: Target) -> Iterator[Case]:
         same = [[each.to(dtype) for each in given] for given in inputs]
         ways = {
             "triton": with_gradients(partial(function, impl="triton"), inputs, dy),
-            "PyTorch eager": with_gradients(partial(function, impl="pytorch"), same, dy),
+            "PyTorch eager": with_gradients(partial(function, impl="torch"), same, dy),
         }
         # Generated code takes seconds each: where the question is decided, in the dtype that is used.
         if dtype == dtypes(target)[0] and (step == "inference" or shape == shapes[0][0]):
             compiled = target.compile(group_norm_silu)
-            ways["torch.compile"] = with_gradients(partial(function, impl="pytorch", op=compiled), same, dy)
+            ways["torch.compile"] = with_gradients(partial(function, impl="torch", op=compiled), same, dy)
         exact = [[each.double() for each in inputs[0]]]
         yield Case(
             name,
@@ -142,7 +142,7 @@ def attention_cases(target: Target) -> Iterator[Case]:
             exact = of("reference", [[inputs[0][0].double()]], None if dy is None else dy.double())
             yield Case(
                 name,
-                {"triton": of("triton"), "SDPA": of("pytorch")},
+                {"triton": of("triton"), "SDPA": of("torch")},
                 partial(exact, 0),
                 "SDPA",
                 ("triton",),

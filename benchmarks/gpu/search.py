@@ -86,7 +86,7 @@ def cases(target: Target, count: int, n: int, d: int) -> Iterator[Case]:
     offsets = torch.arange(count + 1, device=target.device) * each
 
     def refine(_: int) -> Values:
-        return list(refine_cuda(queries, training, candidates.flatten(), offsets, 2))[::-1]
+        return list(refine_cuda(queries, training, candidates.flatten(), offsets, 2))
 
     def by_pytorch(_: int) -> Values:
         found = []
@@ -194,10 +194,10 @@ def sanitized(target: Target) -> list[str]:
         offsets = torch.arange(count + 1, device=target.device) * n
 
         def search(_: int, queries=queries, training=training, k=k) -> Values:
-            return list(nearest_cuda(queries, training, k))[::-1]
+            return list(nearest_cuda(queries, training, k))
 
         def refine(_: int, queries=queries, training=training, all=everything, offsets=offsets, k=k) -> Values:
-            return list(refine_cuda(queries, training, all, offsets, k))[::-1]
+            return list(refine_cuda(queries, training, all, offsets, k))
 
         for name, way in (("search", search), ("refine", refine)):
             found = on_device(target, way)(0)

@@ -1,8 +1,8 @@
-"""Which implementations an op has, which of them work here, and which one is used.
+"""One protocol for the backends of all ops: which there are, which of them can be used here, and which one is.
 
-Nothing falls back silently: an implementation is chosen by the first entry of the op's list that is available for
-the device, and `explain` says why the others before it are not. Forcing one that is unavailable raises with that
-reason.
+An op lists its backends, best first; `Op.select` takes the first that supports the device and the arguments. Nothing
+falls back silently: `explain` says why the backends before it are not used, and forcing one that cannot be used raises
+with that reason.
 """
 
 from __future__ import annotations
@@ -10,56 +10,129 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from diffmem.errors import InputError
 
+NAMES = ("reference", "torch", "native", "triton", "cuda")
 
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute an op.
 
-    `unavailable(device_type)` returns None where it can run, else the reason in one phrase.
+def anywhere(device_type: str) -> None:
+    """`unavailable` of a backend that runs on every device."""
+    return None
+
+
+def anything(*arguments: Any) -> None:
+    """`unfit` of a backend that takes whatever its op takes."""
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """One way to compute an op. All backends of an op take the same arguments and return the same results, in the same
+    order.
+
+    Attributes:
+        name: Of an op, one of `NAMES`.
+        description: How it computes, in a few words.
+        function: Computes the op; imports what only this backend needs when it is called.
+        unavailable: Why it cannot run on a device type ("cpu", "cuda"), as a clause, or None.
+        unfit: Why it cannot take some arguments, as a clause, or None. Asked only where it is available; looks at
+            metadata alone, so that torch.compile can trace it.
     """
 
     name: str
     description: str
-    unavailable: Callable[[str], str | None]
+    function: Callable[..., Any]
+    unavailable: Callable[[str], str | None] = anywhere
+    unfit: Callable[..., str | None] = anything
+
+    def supports(self, device_type: str, *arguments: Any) -> str | None:
+        """None where it can compute the op on `device_type`, of these arguments if any are given; else why not."""
+        reason = self.unavailable(device_type)
+        return reason if reason is not None or not arguments else self.unfit(*arguments)
 
 
-@dataclass(frozen=True)
 class Op:
-    """An op's implementations, best first. The last one, `reference`, always works."""
+    """An op's backends, best first.
 
-    name: str
-    implementations: tuple[Implementation, ...] = field(default=())
+    Args:
+        name: Of the op.
+        backends: Best first; the last one of an op, its reference, supports everything.
+        autotuned: Names of backends of which, where several can be used, the fastest is found by measurement on GPUs.
+    """
 
-    def choose(self, device_type: str, impl: str | None = None) -> str:
-        """The implementation to use on `device_type` ("cpu", "cuda"); `impl` forces one by name."""
-        names = [candidate.name for candidate in self.implementations]
+    def __init__(self, name: str, backends: tuple[Backend, ...], autotuned: tuple[str, ...] = ()):
+        self.name, self.backends, self.autotuned = name, backends, autotuned
+
+    def __getitem__(self, name: str) -> Backend:
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        known = ", ".join(backend.name for backend in self.backends)
+        raise InputError(f"{self.name} has no backend {name!r}; choose from {known}")
+
+    def only(self, *names: str) -> Op:
+        """The op with these of its backends."""
+        return Op(self.name, tuple(self[name] for name in names))
+
+    def candidates(self, device_type: str, *arguments: Any) -> list[Backend]:
+        """The backends that can be used on `device_type`, of these arguments if any are given; best first."""
+        return [backend for backend in self.backends if self._supports(backend, device_type, *arguments) is None]
+
+    def select(self, device_type: str, impl: str | None, *arguments: Any) -> Backend:
+        """The backend to use on `device_type`, of these arguments if any are given.
+
+        Args:
+            device_type: "cpu" or "cuda".
+            impl: The name of a backend, to force it.
+            arguments: The op's.
+
+        Raises:
+            InputError: There is no backend of that name, or it cannot be used; the message says why.
+        """
         if impl is not None:
-            if impl not in names:
-                raise InputError(f"{self.name} has no implementation {impl!r}; choose from {', '.join(names)}")
-            reason = self.implementations[names.index(impl)].unavailable(device_type)
+            backend = self[impl]
+            reason = self._supports(backend, device_type)
             if reason is not None:
-                raise InputError(f"{self.name}: implementation {impl!r} cannot be used here: {reason}")
-            return impl
-        for candidate in self.implementations:
-            if candidate.unavailable(device_type) is None:
-                return candidate.name
-        raise InputError(f"{self.name} has no implementation for device {device_type!r}")
+                raise InputError(f"{self.name}: backend {impl!r} cannot be used here: {reason}")
+            reason = self._supports(backend, device_type, *arguments)
+            if reason is not None:
+                raise InputError(f"{self.name}: backend {impl!r} cannot take these arguments: {reason}")
+            return backend
+        for backend in self.backends:
+            if self._supports(backend, device_type, *arguments) is None:
+                return backend
+        raise InputError(f"{self.name} has no backend for device {device_type!r}")
 
-    def explain(self, device_type: str) -> str:
-        """One line: what is used on `device_type`, and why not what comes before it."""
-        chosen = self.choose(device_type)
-        passed_over = []
-        for candidate in self.implementations:
-            if candidate.name == chosen:
-                return f"{chosen} ({candidate.description})" + "".join(f"; not {text}" for text in passed_over)
-            passed_over.append(f"{candidate.name}: {candidate.unavailable(device_type)}")
-        raise AssertionError("choose() returns a listed implementation")
+    def explain(self, device_type: str, *arguments: Any) -> str:
+        """One line: what is used on `device_type`, of these arguments if any are given, and why not what comes before
+        it."""
+        chosen = self.select(device_type, None, *arguments)
+        rivals = [each for each in self.candidates(device_type, *arguments) if each.name in self.autotuned]
+        if device_type == "cuda" and len(rivals) > 1 and chosen in rivals:
+            ways = ", ".join(f"{each.name} ({each.description})" for each in rivals)
+            text = f"the fastest of {ways}, measured at its first use"
+        else:
+            text = f"{chosen.name} ({chosen.description})"
+        before = self.backends[: self.backends.index(chosen)]
+        reasons = [f"{each.name}: {each.supports(device_type, *arguments)}" for each in before]
+        return text + "".join(f"; not {reason}" for reason in reasons)
+
+    def _supports(self, backend: Backend, device_type: str, *arguments: Any) -> str | None:
+        """`backend.supports`, of which torch.compile traces what looks at arguments only."""
+        reason = _unavailable(backend, device_type)
+        return reason if reason is not None or not arguments else backend.unfit(*arguments)
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(backend: Backend, device_type: str) -> str | None:
+    return backend.unavailable(device_type)
 
 
 OPS: dict[str, Op] = {}
@@ -68,11 +141,6 @@ OPS: dict[str, Op] = {}
 def register(op: Op) -> Op:
     OPS[op.name] = op
     return op
-
-
-def always(device_type: str) -> None:
-    """Available everywhere."""
-    return None
 
 
 def native_unavailable(device_type: str) -> str | None:
@@ -99,7 +167,7 @@ def native_kernel_unavailable(device_type: str, kernel: str, instructions: str) 
 def available_core(op: str, unavailable: str | None):
     """The compiled core, for an operator that needs it; unavailable: why it cannot be had for that, or None."""
     if unavailable is not None:
-        raise InputError(f"{op}: implementation 'native' cannot be used here: {unavailable}")
+        raise InputError(f"{op}: backend 'native' cannot be used here: {unavailable}")
     return native_module()
 
 

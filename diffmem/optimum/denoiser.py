@@ -70,7 +70,7 @@ class OptimalDenoiser(nn.Module):
             level from `seed`, so that the denoiser stays a function of (x, σ) and images do not depend on the batch
             size.
         seed: Of the subsets.
-        impl: "reference", "native", "triton", …: which implementation of the posterior mean; None: the fastest here.
+        impl: "reference", "native", "triton", …: which backend of the posterior mean; None: the fastest here.
         progress: Called as `progress(stage, done, total)`.
 
     Raises:
@@ -133,7 +133,8 @@ class OptimalDenoiser(nn.Module):
             raise InputError(f"subset: {subset} images cannot be drawn from {largest:,} (of the largest class)")
         place = pick_device(device)
         mean = _mean(rows)
-        basis = self._basis(rows, mean) if OP.choose(place.type, impl) == "native" and order is None else None
+        native = OP.select(place.type, impl, rows, mean, order).name == "native"
+        basis = self._basis(rows, mean) if native else None
         length = float(self._to_images(mean).norm()) * (127.5 if self.integer else 1)
         self.rows = PosteriorRows(
             rows, mean, place, order=order, basis=basis, length=length, impl=impl, progress=progress

@@ -44,7 +44,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from diffmem.ops.measured import Remembered, device_name, seconds_of
+from diffmem.ops.autotune import AutotuneCache, device_name, seconds_of
 from diffmem.ops.nearest import exact_squared_distances
 from diffmem.ops.nearest.blocked import nearest_blocked
 from diffmem.ops.registry import native_unavailable
@@ -60,7 +60,7 @@ TF32_PROPOSALS = (16, 128)  # beyond k: at first, and where these do not do
 LARGEST_VALUE = 2.0**60  # of vectors whose products float32 holds
 ALIGNMENT = 64  # bytes of a row of int8: what the kernel takes; cuBLAS wants multiples of 8, and 32 rows
 
-CHOICES = Remembered("search")
+CACHE = AutotuneCache("search")
 
 
 class GpuRows:
@@ -68,7 +68,7 @@ class GpuRows:
 
     rows: [N, d] uint8 or float32, anywhere.
     backend: "cuda", "int8" or "faiss" for uint8 rows, "tf32" or "float64" for float32 ones, to force one; None measures
-        at the first query and remembers, for other processes too (`diffmem.ops.measured`).
+        at the first query and remembers, for other processes too (`diffmem.ops.autotune`).
     """
 
     def __init__(self, rows: torch.Tensor, device: torch.device, backend: str | None = None):
@@ -117,17 +117,15 @@ class GpuRows:
             return backends[0]
         dtype = str(self.rows.dtype).removeprefix("torch.")
         case = f"{dtype}, d {self.rows.shape[1]}, N 2^{len(self.rows).bit_length()}, k {'≤ 64' if k <= 64 else '> 64'}"
-        found = CHOICES.best(device_name(self.device), case)
-        if found not in backends:
+
+        def measure() -> dict[str, float]:
             kind = _Bytes if self.rows.dtype == torch.uint8 else _Floats
             trial = kind(self.rows[:TRIAL_ROWS], self.device)
             some = queries[:TRIAL_QUERIES]
-            seconds = seconds_of(
-                {name: lambda name=name: trial.search(name, some, min(k, len(trial))) for name in backends}, self.device
-            )
-            CHOICES.add(device_name(self.device), case, seconds)
-            found = min(seconds, key=seconds.get)
-        return found
+            runs = {name: lambda name=name: trial.search(name, some, min(k, len(trial))) for name in backends}
+            return seconds_of(runs, self.device)
+
+        return CACHE.fastest(device_name(self.device), case, backends, measure)
 
 
 def available_backends(device: torch.device, dtype: torch.dtype = torch.uint8) -> list[str]:
@@ -192,10 +190,9 @@ class _Bytes:
     def _kernel(self, x: torch.Tensor, norms: torch.Tensor, k: int) -> Answer:
         from diffmem.ops.nearest.cuda import CentredImages, nearest_cuda
 
-        indices, squared = nearest_cuda(
+        return nearest_cuda(
             CentredImages(x, norms, self.d), CentredImages(self.values[: self.count], self.norms, self.d), k
         )
-        return squared, indices
 
     def _products(self, x: torch.Tensor, norms: torch.Tensor, k: int) -> Answer:
         answers = []

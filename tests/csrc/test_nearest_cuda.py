@@ -272,11 +272,11 @@ def test_torch_functions(on_the_stand_in):
     assert len(prepared) == 90
     for given_ in (images_, prepared):
         found = cuda.nearest_cuda(asked, given_, 3)
-        np.testing.assert_array_equal(np.stack([each.numpy() for each in found]), expected)
+        np.testing.assert_array_equal(np.stack([each.numpy() for each in found[::-1]]), expected)
     assert [each.shape for each in cuda.nearest_cuda(asked[:0], prepared, 3)] == [(0, 3), (0, 3)]
     offsets = torch.tensor([0, 90, 180, 270])
     found = cuda.refine_cuda(asked, images_, torch.arange(90).repeat(3), offsets, 3)
-    np.testing.assert_array_equal(np.stack([each.numpy() for each in found]), expected)
+    np.testing.assert_array_equal(np.stack([each.numpy() for each in found[::-1]]), expected)
 
 
 @pytest.mark.gpu
@@ -291,7 +291,7 @@ def test_on_a_gpu(queries, n, d, k):
     on_device = torch.from_numpy(asked).cuda(), torch.from_numpy(training).cuda()
     candidates, offsets = torch.arange(n).repeat(queries).cuda(), (torch.arange(queries + 1) * n).cuda()
     for found in (cuda.nearest_cuda(*on_device, k), cuda.refine_cuda(*on_device, candidates, offsets, k)):
-        np.testing.assert_array_equal(torch.stack(found).cpu().numpy(), expected)
+        np.testing.assert_array_equal(torch.stack(found[::-1]).cpu().numpy(), expected)
 
 
 def test_torch_functions_refuse_what_they_cannot_use(on_the_stand_in, monkeypatch):

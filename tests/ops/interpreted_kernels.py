@@ -61,7 +61,7 @@ def values_and_gradients(function, tensors, dy, dtype, impl):
 def assert_as_exact(function, tensors, dy, dtype):
     """Errors of the kernels against float64 at most twice PyTorch's in the same dtype, plus a rounding floor."""
     exact = values_and_gradients(function, tensors, dy, torch.float64, "reference")
-    plain = values_and_gradients(function, tensors, dy, dtype, "pytorch")
+    plain = values_and_gradients(function, tensors, dy, dtype, "torch")
     found = values_and_gradients(function, tensors, dy, None, "triton")
     for name, (ours, theirs, right) in enumerate(zip(found, plain, exact, strict=True)):
         floor = 8 * torch.finfo(ours.dtype).eps * right.abs().max()
@@ -238,7 +238,7 @@ def test_attention_tf32_tiles(monkeypatch):
 def test_attention_of_large_and_equal_scores():
     """Scores of ±2500 leave one weight each, equal ones the mean; no power overflows, nothing is divided by zero."""
     sharp = 50 * normal(1, 48, 4, 5)
-    torch.testing.assert_close(attention(sharp, 1, "triton"), attention(sharp, 1, "pytorch"), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(attention(sharp, 1, "triton"), attention(sharp, 1, "torch"), rtol=1e-4, atol=1e-3)
     equal = normal(1, 48, 4, 5)
     equal[:, :16] = 0
     mean = equal[:, 32:].mean(dim=(2, 3), keepdim=True).expand(1, 16, 4, 5)
@@ -324,7 +324,7 @@ def test_posterior_mean(queries, n, d, tolerance, sigmas, monkeypatch):
         x[0] = (y[1].double() + y[2]) / 2  # as near to the one, twice, as to the other
         levels = torch.full((queries,), sigma, dtype=torch.float64)
         levels[1] *= 1.5
-        expected, log_sum = posterior_mean_reference(x, levels, y)
+        expected, log_sum, _ = posterior_mean_reference(x, levels, y)
         on_device = sigma == 40.0  # as on a GPU with room for the rows
         found = PosteriorRows(y, centre, x.device, impl="triton", resident=on_device).mean(x, levels, tolerance)
         error = (found.mean - expected).norm(dim=1) / (expected - 60).norm(dim=1)

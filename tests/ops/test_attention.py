@@ -8,7 +8,7 @@ import torch
 from diffmem.errors import InputError
 from diffmem.ops.attention import OP, attention
 
-IMPLS = [implementation.name for implementation in OP.implementations if implementation.unavailable("cpu") is None]
+IMPLS = [backend.name for backend in OP.candidates("cpu")]
 
 
 def packed(*shape, seed=0, dtype=torch.float32):
@@ -73,7 +73,7 @@ def test_channels_last_maps_are_not_copied(heads, channels):
         moved = ("aten::copy_", "aten::clone", "aten::contiguous", "aten::cat")
         return value, sorted(event.name for event in profile.events() if event.name in moved)
 
-    out, copies = large_copies(lambda: attention(qkv, heads, impl="pytorch"))
+    out, copies = large_copies(lambda: attention(qkv, heads, impl="torch"))
     assert not copies
     assert out.is_contiguous(memory_format=torch.channels_last)
     (gradient,), copies = large_copies(lambda: torch.autograd.grad(out, qkv, dy))

@@ -8,9 +8,9 @@ import torch
 from diffmem.errors import InputError
 from diffmem.ops.group_norm_silu import OP, group_norm_silu
 
-IMPLS = ["pytorch", "reference"]  # those that take everything; `native` has its own tests below, `triton` its own file
+IMPLS = ["torch", "reference"]  # those that take everything; `native` has its own tests below, `triton` its own file
 native = pytest.mark.skipif(
-    (reason := OP.implementations[1].unavailable("cpu")) is not None, reason=f"no compiled normalization: {reason}"
+    (reason := OP["native"].supports("cpu")) is not None, reason=f"no compiled normalization: {reason}"
 )
 
 
@@ -110,7 +110,7 @@ def test_bad_arguments():
         group_norm_silu(x, groups, weight, bias, eps, scale)
     with pytest.raises(InputError, match="shift"):
         group_norm_silu(x, groups, weight, bias, eps, scale, shift[:2])
-    with pytest.raises(InputError, match="no implementation 'fast'"):
+    with pytest.raises(InputError, match="no backend 'fast'"):
         group_norm_silu(x, groups, weight, bias, eps, impl="fast")
     with pytest.raises(InputError, match="added"):
         group_norm_silu(x, groups, weight, bias, eps, added=shift[:, :-1])
@@ -160,7 +160,7 @@ def test_native_is_as_exact_as_pytorch(shape, groups, adaptive, added, silu, mea
     exact = gradients(
         x.double(), in_float64(rest), None if rows is None else rows.double(), dy.double(), silu, "reference"
     )
-    plain = gradients(x.contiguous(), rest, rows, dy, silu, "pytorch")
+    plain = gradients(x.contiguous(), rest, rows, dy, silu, "torch")
     found = gradients(x, rest, rows, dy, silu, "native")
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     for ours, theirs, right in zip(found, plain, exact, strict=True):

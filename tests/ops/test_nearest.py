@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmem.errors import InputError
-from diffmem.ops.nearest import NEAREST, blocked, nearest, pairs_within
+from diffmem.ops.nearest import OP, blocked, nearest, pairs_within
 
-IMPLEMENTATIONS = [i.name for i in NEAREST.implementations if i.unavailable("cpu") is None]
+BACKENDS = [backend.name for backend in OP.candidates("cpu")]
 
 
 def brute_force(queries: np.ndarray, training: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +36,7 @@ def hostile_images(rng: np.random.Generator, kind: str, n: int, d: int) -> np.nd
     return rng.integers(0, 256, (max(1, n // 3), d), dtype=np.uint8)[rng.integers(0, max(1, n // 3), n)]  # duplicates
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", BACKENDS)
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(["noise", "extremes", "near ties", "duplicates"]),

@@ -187,4 +187,4 @@ def test_bad_arguments():
     reason = "uint8" if native.unavailable("cpu") is None else "cannot be used here"
     with pytest.raises(InputError, match=reason):
         PosteriorRows(y.float(), torch.zeros(4), torch.device("cpu"), impl="native")
-    assert OP.implementations[-1].name == "reference"
+    assert OP.backends[-1].name == "reference"

@@ -136,7 +136,7 @@ def test_the_fastest_is_chosen_and_remembered_across_processes(monkeypatch, tmp_
     monkeypatch.setattr(gpu, "available_backends", lambda device, dtype: ["int8", "faiss"])
     images = torch.randint(0, 256, (50, 12), dtype=torch.uint8)
     for _ in range(2):  # each time as in a new process, which knows only what is in the file
-        monkeypatch.setattr(gpu, "CHOICES", gpu.Remembered("search", tmp_path / "choices.json"))
+        monkeypatch.setattr(gpu, "CACHE", gpu.AutotuneCache("search", tmp_path / "autotune.json"))
         rows = gpu.GpuRows(images, CPU)
         assert rows(images[:5], 1)[1].flatten().tolist() == [0, 1, 2, 3, 4]
         assert rows.backend == "int8"
@@ -178,10 +178,10 @@ def test_kernel_is_left_where_it_cannot_serve(monkeypatch):
     monkeypatch.setattr(cuda, "nearest_cuda", refuse)
     assert "no kernel image is available" in cuda.kernel_unavailable(CPU)
     cuda.kernel_unavailable.cache_clear()
-    monkeypatch.setattr(cuda, "nearest_cuda", lambda x, y, k: nearest(x, y, k)[::-1])
+    monkeypatch.setattr(cuda, "nearest_cuda", lambda x, y, k: nearest(x, y, k))
     assert cuda.kernel_unavailable(CPU) is None
     cuda.kernel_unavailable.cache_clear()
-    monkeypatch.setattr(cuda, "nearest_cuda", lambda x, y, k: (nearest(x, y, k)[1], nearest(x, y, k)[0] + 1))
+    monkeypatch.setattr(cuda, "nearest_cuda", lambda x, y, k: (nearest(x, y, k)[0] + 1, nearest(x, y, k)[1]))
     assert "wrong answers" in cuda.kernel_unavailable(CPU)
     cuda.kernel_unavailable.cache_clear()
 

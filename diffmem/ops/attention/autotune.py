@@ -1,8 +1,8 @@
 """On a GPU: our kernels, or PyTorch's scaled_dot_product_attention?
 
-Measured once per device and shape, at its first use, and kept in the autotune cache (`diffmem.ops.measured`). PyTorch's
+Measured once per device and shape, at its first use, and kept in the autotune cache (`diffmem.ops.autotune`). PyTorch's
 is used where nothing was measured: while a graph is traced or captured nothing can be, and DIFFMEM_ATTENTION=cache
-forbids it. DIFFMEM_ATTENTION=triton or pytorch decides without a measurement.
+forbids it. DIFFMEM_ATTENTION=triton or torch decides without a measurement.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.ops.attention.tiles import precision_of
-from diffmem.ops.measured import Remembered, device_name, seconds_of
+from diffmem.ops.autotune import AutotuneCache, device_name, seconds_of
 
 SETTING = "DIFFMEM_ATTENTION"
-DEFAULT = "pytorch"  # where nothing was measured
-CACHE = Remembered("attention")
+DEFAULT = "torch"  # where nothing was measured
+CACHE = AutotuneCache("attention")
 RUNS = 10
 
 
 def fastest_backend(
     qkv: torch.Tensor, num_heads: int, backends: dict[str, Callable[[torch.Tensor, int], torch.Tensor]]
 ) -> str:
-    """The key of `backends` ("triton", "pytorch") to be used for qkv on its device. Raises InputError for an unknown
+    """The key of `backends` ("triton", "torch") to be used for qkv on its device. Raises InputError for an unknown
     setting."""
     shape = (qkv.shape[2] * qkv.shape[3], num_heads, qkv.shape[1] // (3 * num_heads))
     layout = "contiguous" if qkv.is_contiguous() else "channels_last"
@@ -49,7 +49,7 @@ def settled(
 ) -> str:
     """What the setting says, else what was measured, else DEFAULT."""
     setting = _setting()
-    if setting in ("triton", "pytorch"):
+    if setting in ("triton", "torch"):
         return setting
     case = (device_type, device_index, tokens, num_heads, head_channels, dtype, layout, training)
     return CACHE.best(*cache_key(*case)) or DEFAULT
@@ -57,7 +57,7 @@ def settled(
 
 def _setting() -> str:
     setting = os.environ.get(SETTING, "measure")
-    if setting not in (known := ("measure", "cache", "triton", "pytorch")):
+    if setting not in (known := ("measure", "cache", "triton", "torch")):
         raise InputError(f"{SETTING}={setting}: choose {', '.join(known)}")
     return setting
 

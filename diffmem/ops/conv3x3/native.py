@@ -13,7 +13,7 @@ from diffmem.ops.conv3x3.arguments import check_weight_gradient, check_winograd
 from diffmem.ops.registry import available_core, native_kernel_unavailable
 
 # Below this many 4×4 tiles the transformed weights cost more than they save.
-_LEAST_TILES = 64
+_MIN_TILES = 64
 
 
 def unavailable(device_type: str) -> str | None:
@@ -21,17 +21,24 @@ def unavailable(device_type: str) -> str | None:
     return native_kernel_unavailable(device_type, "conv3x3", "AVX2")
 
 
-def fits(x: torch.Tensor, outputs: int) -> bool:
-    """Whether Winograd convolution can, and is worth to, be used for x (B, C, H, W) and `outputs` channels."""
+def unfit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Why Winograd convolution cannot, or is not worth to, be used for x (B, C, H, W) and weight (O, C, 3, 3), or
+    None."""
     batch, channels, height, width = x.shape
-    return (
-        x.dtype == torch.float32
-        and channels % 8 == 0
-        and outputs % 16 == 0
-        and min(height, width) >= 4
-        and batch * -(-height // 4) * -(-width // 4) >= _LEAST_TILES
-        and not torch.is_autocast_enabled("cpu")
-    )
+    if x.dtype != torch.float32:
+        return f"{x.dtype} is not float32"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast asks for a narrower dtype"
+    if channels % 8 or weight.shape[0] % 16:
+        return f"{channels} channels and {weight.shape[0]} outputs are not multiples of 8 and 16"
+    if min(height, width) < 4 or batch * -(-height // 4) * -(-width // 4) < _MIN_TILES:
+        return f"{batch} images of {height}×{width} pixels are fewer than {_MIN_TILES} tiles of 4×4 pixels"
+    return None
+
+
+def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x convolved with weight, see `diffmem.ops.conv3x3`."""
+    return conv3x3_winograd(x, weight, bias, False)
 
 
 @torch.library.custom_op("diffmem::conv3x3_winograd", mutates_args=(), device_types="cpu")

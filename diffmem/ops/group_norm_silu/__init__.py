@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import torch
 
-from diffmem.errors import InputError
 from diffmem.ops.group_norm_silu import arguments, native, reference, torch_backend
-from diffmem.ops.registry import Implementation, Op, always, register
+from diffmem.ops.registry import Backend, Op, register
 from diffmem.ops.triton_ops import triton_unavailable
+
+
+def _triton_kernels():
+    from diffmem.ops.group_norm_silu import triton_kernels  # imports triton
+
+    return triton_kernels
+
 
 OP = register(
     Op(
         "group_norm_silu",
         (
-            Implementation("triton", "one launch, one pass over memory", triton_unavailable),
-            Implementation(
-                "native", "float32 channels_last, channels in multiples of 8; else PyTorch's", native.unavailable
+            Backend(
+                "triton",
+                "one launch, one pass over memory",
+                lambda *all_arguments: _triton_kernels().group_norm_silu(*all_arguments),
+                triton_unavailable,
+                lambda x, num_groups, *others: _triton_kernels().unfit(x, num_groups),
             ),
-            Implementation("pytorch", "PyTorch operations, fused under torch.compile", always),
-            Implementation("reference", "the plain formula", always),
+            Backend(
+                "native",
+                "AVX2, for float32 channels_last maps with channels in multiples of 8; torch for others",
+                native.group_norm_silu,
+                native.unavailable,
+                lambda x, num_groups, *others: native.unfit(x, num_groups),
+            ),
+            Backend("torch", "PyTorch operations, fused under torch.compile", torch_backend.group_norm_silu),
+            Backend("reference", "the plain formula", reference.group_norm_silu),
         ),
     )
 )
 
-_FUNCTIONS = {"pytorch": torch_backend.group_norm_silu, "reference": reference.group_norm_silu}
-
-
-@torch.compiler.assume_constant_result  # torch.compile is not to trace how the choice is made
-def _choose(device_type: str, impl: str | None) -> str:
-    return OP.choose(device_type, impl)
-
 
 def fuses_added(device_type: str) -> bool:
     """Whether `added` costs no pass over the map of its own on a device of that type."""
-    return _choose(device_type, None) in ("triton", "native")
+    return OP.select(device_type, None).name in ("triton", "native")
 
 
 def group_norm_silu(
@@ -55,21 +64,9 @@ def group_norm_silu(
     1803.08494); then y·(1 + scale) + shift (the adaptive form of ADM, arXiv 2105.05233); then y·sigmoid(y).
 
     x (B, C, …) floating; num_groups divides C; weight, bias (C,); scale and shift both (B or 1, C), or both None;
-    silu=False stops before the SiLU; added (B or 1, C) or None. `impl` forces an implementation. Raises InputError
+    silu=False stops before the SiLU; added (B or 1, C) or None. `impl` forces a backend. Raises InputError
     where shapes, dtypes, devices or numbers do not fit, or a forced one cannot take them, TypeError for other kinds.
     """
     arguments.check(x, num_groups, weight, bias, eps, scale, shift, added)
-    function = _FUNCTIONS.get(chosen := _choose(x.device.type, impl))
-    if function is None:
-        fast = native if chosen == "native" else _triton_kernels()
-        why_not = fast.unfit(x, num_groups)
-        if why_not is not None and impl is not None:
-            raise InputError(f"group_norm_silu: implementation {impl!r} cannot take these arguments: {why_not}")
-        function = fast.group_norm_silu if why_not is None else torch_backend.group_norm_silu
-    return function(x, num_groups, weight, bias, eps, scale, shift, silu, added)
-
-
-def _triton_kernels():
-    from diffmem.ops.group_norm_silu import triton_kernels  # imports triton
-
-    return triton_kernels
+    backend = OP.select(x.device.type, impl, x, num_groups)
+    return backend.function(x, num_groups, weight, bias, eps, scale, shift, silu, added)

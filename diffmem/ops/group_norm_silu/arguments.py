@@ -11,6 +11,16 @@ from diffmem.ops.arguments import check_number, check_shape, check_tensor, check
 
 OP = "group_norm_silu"
 
+# What the operators of all backends take: the arguments of `diffmem.ops.group_norm_silu`, and those of its gradient.
+FORWARD = (
+    "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, "
+    "Tensor? scale, Tensor? shift, bool silu, Tensor? added"
+)
+BACKWARD = (
+    "Tensor dy, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor weight, Tensor bias, "
+    "Tensor? scale, Tensor? shift, bool silu, Tensor? added"
+)
+
 
 def check(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any, scale: Any, shift: Any, added: Any) -> None:
     check_tensor(OP, "x", x)

@@ -36,18 +36,13 @@ def _unfit(x: torch.Tensor, num_groups: int) -> str | None:
     return None
 
 
-@torch.library.custom_op("diffmem::group_norm_silu_native", mutates_args=(), device_types="cpu")
-def group_norm_silu_forward(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    silu: bool,
-    added: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "diffmem::group_norm_silu_native",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({arguments.FORWARD}) -> (Tensor, Tensor, Tensor)",
+)
+def group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     """The result, and the mean (float64) and 1/√(variance + eps) of each image's groups, (B, num_groups)."""
     _check(x, num_groups, weight, bias, eps, scale, shift, added)
     core = available_core("group_norm_silu", unavailable("cpu"))
@@ -77,20 +72,13 @@ def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     )
 
 
-@torch.library.custom_op("diffmem::group_norm_silu_native_backward", mutates_args=(), device_types="cpu")
-def group_norm_silu_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    silu: bool,
-    added: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "diffmem::group_norm_silu_native_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({arguments.BACKWARD}) -> (Tensor, Tensor)",
+)
+def group_norm_silu_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
     """dx, and sums (3, B, C): Σ g, Σ g·x̂ and Σ dx over each channel's pixels, g the gradient before SiLU."""
     _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
     core = available_core("group_norm_silu", unavailable("cpu"))
@@ -163,16 +151,6 @@ def _backward(ctx, dy, _dmean, _drstd):
 group_norm_silu_forward.register_autograd(_backward, setup_context=_save)
 
 
-def group_norm_silu(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    silu: bool = True,
-    added: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """silu((x − mean)/√(var + eps)·weight + bias), see `diffmem.ops.group_norm_silu`."""
-    return group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu, added)[0]
+def group_norm_silu(*all_arguments) -> torch.Tensor:
+    """silu((x − mean)/√(var + eps)·weight + bias), with the arguments of `diffmem.ops.group_norm_silu`."""
+    return group_norm_silu_forward(*all_arguments)[0]

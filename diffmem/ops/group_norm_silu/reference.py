@@ -1,4 +1,4 @@
-"""GroupNorm, scale and shift, SiLU: the plain formula, fit for float64, which all implementations are held against."""
+"""GroupNorm, scale and shift, SiLU: the plain formula, fit for float64, which all backends are held against."""
 
 from __future__ import annotations
 

@@ -453,17 +453,7 @@ def _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, a
     arguments.check_saved(dy, x, mean, rstd, (2, x.shape[0], num_groups), torch.float32)
 
 
-def launch_forward(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    silu: bool,
-    added: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def launch_forward(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     """The result, and the statistics of each image's groups, float32: the mean as the sum of two numbers (2, B,
     num_groups), since one is not enough where it is far from zero, and 1/√(variance + eps) (B, num_groups)."""
     _check(x, num_groups, weight, bias, eps, scale, shift, added)
@@ -486,7 +476,12 @@ def launch_forward(
     return y, mean, rstd
 
 
-group_norm_silu_forward = torch.library.custom_op("diffmem::group_norm_silu_triton", launch_forward, mutates_args=())
+group_norm_silu_forward = torch.library.custom_op(
+    "diffmem::group_norm_silu_triton",
+    launch_forward,
+    mutates_args=(),
+    schema=f"({arguments.FORWARD}) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @group_norm_silu_forward.register_fake
@@ -496,19 +491,7 @@ def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     return _empty_like(x), mean, torch.empty_like(mean[0])
 
 
-def launch_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    silu: bool,
-    added: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def launch_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
     """Gradients of x, weight, bias, scale, shift and added; those of absent ones have no elements."""
     _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
     mean, rstd = mean.contiguous(), rstd.contiguous()
@@ -562,7 +545,10 @@ def _empty_gradients(x, weight, bias, scale, shift, added) -> tuple[torch.Tensor
 
 
 group_norm_silu_backward = torch.library.custom_op(
-    "diffmem::group_norm_silu_triton_backward", launch_backward, mutates_args=()
+    "diffmem::group_norm_silu_triton_backward",
+    launch_backward,
+    mutates_args=(),
+    schema=f"({arguments.BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -595,16 +581,6 @@ def _backward(ctx, dy, _dmean, _drstd):
 group_norm_silu_forward.register_autograd(_backward, setup_context=_save)
 
 
-def group_norm_silu(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    silu: bool = True,
-    added: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """silu((x − mean)/√(var + eps)·weight + bias), see `diffmem.ops.group_norm_silu`."""
-    return group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu, added)[0]
+def group_norm_silu(*all_arguments) -> torch.Tensor:
+    """silu((x − mean)/√(var + eps)·weight + bias), with the arguments of `diffmem.ops.group_norm_silu`."""
+    return group_norm_silu_forward(*all_arguments)[0]

@@ -6,34 +6,26 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.ops.arguments import check_shape, check_tensor, check_whole
+from diffmem.ops.nearest import cuda, native
 from diffmem.ops.nearest.blocked import exact_squared_distances, nearest_blocked, pairs_within
-from diffmem.ops.nearest.cuda import kernel_unavailable
-from diffmem.ops.nearest.native import native_rows, native_serves, nearest_native
+from diffmem.ops.nearest.native import native_rows, nearest_native
 from diffmem.ops.nearest.reference import nearest_reference
-from diffmem.ops.registry import Implementation, Op, always, native_unavailable, register
+from diffmem.ops.registry import Backend, Op, register
 
-__all__ = ["NEAREST", "exact_squared_distances", "native_rows", "nearest", "nearest_native", "pairs_within"]
+__all__ = ["OP", "exact_squared_distances", "native_rows", "nearest", "nearest_native", "pairs_within"]
 
-
-def _native_unavailable(device_type: str) -> str | None:
-    reason = native_unavailable(device_type)
-    if reason is None and device_type == "cuda" and torch.cuda.is_available():
-        return kernel_unavailable(torch.device("cuda", torch.cuda.current_device()))
-    return reason
-
-
-NEAREST = register(
+OP = register(
     Op(
         "nearest",
         (
-            Implementation("native", "integer products of all pairs, compiled", _native_unavailable),
-            Implementation("torch", "blocked matrix products, exact re-ranking", always),
-            Implementation("reference", "every difference, in PyTorch", always),
+            Backend("cuda", "int8 products on tensor cores", cuda.nearest, cuda.unavailable, cuda.unfit),
+            Backend("native", "integer products of all pairs", nearest_native, native.unavailable, native.unfit),
+            Backend("torch", "blocked matrix products, exact re-ranking", nearest_blocked),
+            Backend("reference", "every difference, in PyTorch", nearest_reference),
         ),
     )
 )
 DTYPES = (torch.uint8, torch.float32, torch.float64)
-_FUNCTIONS = {"native": nearest_native, "torch": nearest_blocked, "reference": nearest_reference}
 
 
 def nearest(
@@ -46,18 +38,14 @@ def nearest(
     queries: [Q, d] uint8, float32 or float64.
     training: [N, d], the same dtype; it may lie on another device and is then moved block by block.
     k: from 1 to N.
-    impl: "native", "torch" or "reference" to force one (see `diffmem.ops.registry`). By default the core serves what
-        it can: k up to 64, on GPUs uint8 rows only; "torch" the rest.
+    impl: "cuda", "native", "torch" or "reference", to force a backend (`diffmem.ops.registry`). By default the core
+        serves what it can: k up to 64, on GPUs uint8 rows only; "torch" the rest.
     Returns squared distances [Q, k], int64 for uint8 rows and float64 for floats, and indices int64 [Q, k].
     Raises InputError for shapes and dtypes that do not fit, k out of range, or values that are not finite.
     """
     _check(queries, training, k)
-    chosen = NEAREST.choose(queries.device.type, impl)
-    if chosen == "native" and (why_not := native_serves(queries, training, k)) is not None:
-        if impl == "native":
-            raise InputError(f"nearest: implementation 'native' cannot take these arguments: {why_not}")
-        chosen = "torch"
-    return torch.ops.diffmem.nearest(queries, training, k, chosen)
+    backend = OP.select(queries.device.type, impl, queries, training, k)
+    return torch.ops.diffmem.nearest(queries, training, k, backend.name)
 
 
 def _check(queries: torch.Tensor, training: torch.Tensor, k: int) -> None:
@@ -75,15 +63,13 @@ def _check(queries: torch.Tensor, training: torch.Tensor, k: int) -> None:
 @torch.library.custom_op("diffmem::nearest", mutates_args=())
 def _nearest(queries: torch.Tensor, training: torch.Tensor, k: int, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     _check(queries, training, k)
-    impl = NEAREST.choose(queries.device.type, impl)
+    backend = OP.select(queries.device.type, impl, queries, training, k)
     if len(queries) == 0:
         return _nearest_fake(queries, training, k, impl)
-    if impl == "native" and (why_not := native_serves(queries, training, k)) is not None:
-        raise InputError(f"nearest: implementation 'native' cannot take these arguments: {why_not}")
     for name, rows in (("queries", queries), ("training", training)):
-        if impl != "native" and rows.is_floating_point() and not bool(rows.isfinite().all()):
+        if rows.is_floating_point() and not bool(rows.isfinite().all()):
             raise InputError(f"nearest: {name} must be finite, but hold NaN or infinity")
-    return _FUNCTIONS[impl](queries, training, k)
+    return backend.function(queries, training, k)
 
 
 @_nearest.register_fake

@@ -11,9 +11,10 @@ from functools import cache
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.registry import build_info, native_module
+from diffmem.ops.registry import build_info, native_module, native_unavailable
 
 DEVICE_TYPE = "cuda"
+LARGEST_K = 64  # kMaxNeighbors of csrc/nearest/nearest_cuda.h
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _centre(images: torch.Tensor | CentredImages, name: str) -> CentredImages:
 def nearest_cuda(
     queries: torch.Tensor | CentredImages, training: torch.Tensor | CentredImages, k: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices int64 [Q, k] and exact squared distances int64 [Q, k] of the k nearest training images, nearest first.
+    """Exact squared distances int64 [Q, k] and indices int64 [Q, k] of the k nearest training images, nearest first.
 
     ‖x − y‖² = ‖x‖² + ‖y‖² − 2 x·y over all pairs, with exact integer products; equal distances go to the lower index.
 
@@ -101,13 +102,13 @@ def nearest_cuda(
             squared_distances=squared_distances.data_ptr(),
             stream=_stream(indices),
         )
-    return indices, squared_distances
+    return squared_distances, indices
 
 
 def refine_cuda(
     queries: torch.Tensor, training: torch.Tensor, candidate_indices: torch.Tensor, offsets: torch.Tensor, k: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices int64 [Q, k] and exact squared distances int64 [Q, k] of each query's k nearest candidates.
+    """Exact squared distances int64 [Q, k] and indices int64 [Q, k] of each query's k nearest candidates.
 
     Nearest first; equal distances go to the lower index; a candidate listed twice counts once. Where a query has fewer
     than k candidates the rest is index −1 at distance 2⁶³ − 1.
@@ -148,7 +149,7 @@ def refine_cuda(
             squared_distances=squared_distances.data_ptr(),
             stream=_stream(indices),
         )
-    return indices, squared_distances
+    return squared_distances, indices
 
 
 @cache
@@ -162,13 +163,37 @@ def kernel_unavailable(device: torch.device) -> str | None:
     squared = (images[:40, None].long() - images[None, 40:].long()).square().sum(dim=2)
     expected, order = squared.sort(dim=1, stable=True)
     try:
-        indices, found = nearest_cuda(images[:40].to(device), images[40:].to(device), 3)
+        found, indices = nearest_cuda(images[:40].to(device), images[40:].to(device), 3)
         indices, found = indices.cpu(), found.cpu()
     except RuntimeError as error:
         return f"the kernel does not run on this GPU: {str(error).splitlines()[0]}"
     if not (torch.equal(indices, order[:, :3]) and torch.equal(found, expected[:, :3])):
         return "the kernel gives wrong answers on this GPU"
     return None
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on `device_type`, or None."""
+    if device_type != "cuda":
+        return "kernels for NVIDIA GPUs"
+    reason = native_unavailable("cuda")
+    if reason is None and torch.cuda.is_available():
+        return kernel_unavailable(torch.device("cuda", torch.cuda.current_device()))
+    return reason
+
+
+def unfit(queries: torch.Tensor, training: torch.Tensor, k: int) -> str | None:
+    """Why the kernels cannot take the arguments of `nearest`, or None."""
+    if queries.dtype != torch.uint8:
+        return f"it takes uint8 images, not {queries.dtype}"
+    if k > LARGEST_K:
+        return f"k is {k}, and at most {LARGEST_K} there"
+    return None
+
+
+def nearest(queries: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared distances [Q, k] and indices [Q, k]; see `diffmem.ops.nearest.nearest`."""
+    return nearest_cuda(queries.contiguous(), training.to(queries.device).contiguous(), k)
 
 
 def _core():

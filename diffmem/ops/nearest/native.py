@@ -1,10 +1,10 @@
-"""Op `nearest` in the compiled core: integer products of all pairs on the CPU, int8 tensor cores on a GPU."""
+"""Op `nearest` in the compiled core: integer products of all pairs."""
 
 from __future__ import annotations
 
 import torch
 
-from diffmem.ops.registry import native_module
+from diffmem.ops.registry import native_module, native_unavailable
 
 LARGEST_K = 64
 
@@ -21,26 +21,22 @@ def native_rows(rows: torch.Tensor):
     return core.NearestRows(rows.data_ptr(), len(rows), stride, rows.shape[1], types[rows.dtype])
 
 
-def native_serves(queries: torch.Tensor, training: torch.Tensor, k: int) -> str | None:
-    """Why the core cannot take these arguments (where it is there at all), or None."""
+def unavailable(device_type: str) -> str | None:
+    """Why the compiled search cannot run on `device_type`, or None."""
+    return "written for the CPU" if device_type != "cpu" else native_unavailable("cpu")
+
+
+def unfit(queries: torch.Tensor, training: torch.Tensor, k: int) -> str | None:
+    """Why the compiled search cannot take these arguments, or None."""
     if k > LARGEST_K:
-        return f"k is at most {LARGEST_K} there"
-    if queries.device.type == "cuda" and queries.dtype != torch.uint8:
-        return "the GPU kernel takes uint8 images"
-    if queries.device.type == "cpu" and training.device.type != "cpu":
+        return f"k is {k}, and at most {LARGEST_K} there"
+    if training.device.type != "cpu":
         return "the training images lie on another device"
-    if queries.dtype != torch.uint8 and not (torch.isfinite(queries).all() and torch.isfinite(training).all()):
-        return "values are not finite"
     return None
 
 
 def nearest_native(queries: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared distances [Q, k] and indices [Q, k]; see `diffmem.ops.nearest.nearest`."""
-    if queries.device.type == "cuda":
-        from diffmem.ops.nearest.cuda import nearest_cuda
-
-        indices, squared = nearest_cuda(queries.contiguous(), training.to(queries.device).contiguous(), k)
-        return squared, indices
     queries, training = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (queries, training))
     squared = torch.empty(len(queries), k, dtype=torch.int64 if queries.dtype == torch.uint8 else torch.float64)
     indices = torch.empty(len(queries), k, dtype=torch.int64)

@@ -28,7 +28,7 @@ def posterior_mean(
     training: [N, d] uint8, float32 or float64; it may lie on the CPU while x does not. Whoever asks the same rows again
         and again makes them ready once: `PosteriorRows`.
     tolerance: the relative error of the mean that is aimed at, ‖mean − exact‖ / ‖exact‖, for means whose length is
-        about the spread of the rows or more. impl: forces an implementation.
+        about the spread of the rows or more. impl: forces a backend.
     Raises InputError where shapes do not fit, the training set is empty or a noise level is not positive.
     """
     check_rows(training)

@@ -83,6 +83,7 @@ SEARCH_SHARE = 1 / 24  # of the pairs: with more of them left the search gives u
 SEARCH_BELOW = 1 / 4  # noise level over R from which down the search is tried
 GROUP_RATIO = 3.0  # of the scales of the components in one group
 FINE = 256  # components whose part of δ is rounded to two bytes: its first byte would leave a hundredth of their error
+LARGEST_ROW = 65536  # values whose products 32 bits can add up, kLargestSum of csrc/posterior_mean
 ENERGIES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 
 
@@ -693,7 +694,16 @@ def _variances(rows: torch.Tensor, middle: torch.Tensor) -> float:
     return 1.5 * math.sqrt(float(squared.sum()) / (len(z) * (len(z) - 1)))
 
 
-def serves(rows: torch.Tensor, centre: torch.Tensor) -> bool:
-    """Whether rows can be taken: bytes on the CPU, not too many of them per row, about a centre of bytes."""
-    whole = bool(((centre == centre.round()) & (centre >= 0) & (centre <= 255)).all())
-    return rows.dtype == torch.uint8 and rows.device.type == "cpu" and rows.shape[1] <= 65536 and whole
+def unfit(rows: torch.Tensor, centre: torch.Tensor, order: torch.Tensor | None) -> str | None:
+    """Why rows [N, d] about this center cannot be taken, or None."""
+    if rows.dtype != torch.uint8:
+        return f"rows are {rows.dtype}, not uint8"
+    if rows.device.type != "cpu":
+        return "rows lie on another device"
+    if rows.shape[1] > LARGEST_ROW:
+        return f"rows of {rows.shape[1]:,} values are longer than {LARGEST_ROW:,}"
+    if order is not None:
+        return "rows are not in the order they are asked for"
+    if not bool(((centre == centre.round()) & (centre >= 0) & (centre <= 255)).all()):
+        return "the center is not one of whole gray levels"
+    return None

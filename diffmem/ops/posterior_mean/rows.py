@@ -1,4 +1,4 @@
-"""`PosteriorRows`: training rows made ready to be averaged again and again, by the implementation that fits best."""
+"""`PosteriorRows`: training rows made ready to be averaged again and again, by the backend that fits best."""
 
 from __future__ import annotations
 
@@ -10,21 +10,42 @@ from diffmem.errors import InputError
 from diffmem.ops.arguments import check_shape, check_tensor
 from diffmem.ops.posterior_mean import native, tensor_cores
 from diffmem.ops.posterior_mean.arguments import REAL, check_images, check_queries, check_rows, check_values
-from diffmem.ops.posterior_mean.blocked import SMALL, Float32Products, posterior_mean_blocked
+from diffmem.ops.posterior_mean.blocked import SMALL, SupportsBlocks, posterior_mean_blocked
 from diffmem.ops.posterior_mean.reference import posterior_mean_reference
 from diffmem.ops.posterior_mean.resident import Request, ResidentRows, fits
-from diffmem.ops.registry import Implementation, Op, always, register
+from diffmem.ops.registry import Backend, Op, register
 from diffmem.ops.triton_ops import triton_unavailable
 from diffmem.progress import Progress, silent
 
+
+def _by_tensor_cores(
+    x: torch.Tensor, sigma: torch.Tensor, training: SupportsBlocks, tolerance: float, center: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return posterior_mean_blocked(x, sigma, training, tolerance, center, tensor_cores.TensorCoreProducts)
+
+
+# `unfit` looks at the training rows, their center, and the order they are taken in; the functions take (x, sigma,
+# training, tolerance, center). `PosteriorRows` keeps what "native" and, on GPUs, "triton" and "torch" derive from rows.
 OP = register(
     Op(
         "posterior_mean",
         (
-            Implementation("triton", "exact products of bytes, only spans that carry weight", triton_unavailable),
-            Implementation("native", "8-bit integer products, bounds from principal components", native.unavailable),
-            Implementation("torch", "blocked float32 products, float64 where they do not do", always),
-            Implementation("reference", "every difference, in float64", always),
+            Backend(
+                "triton",
+                "exact products of bytes, only spans that carry weight",
+                _by_tensor_cores,
+                triton_unavailable,
+                tensor_cores.unfit,
+            ),
+            Backend(
+                "native",
+                "8-bit integer products, bounds from principal components; small problems in float64",
+                posterior_mean_blocked,
+                native.unavailable,
+                native.unfit,
+            ),
+            Backend("torch", "blocked float32 products, float64 where they do not do", posterior_mean_blocked),
+            Backend("reference", "every difference, in float64", posterior_mean_reference),
         ),
     )
 )
@@ -60,7 +81,7 @@ class ListedRows:
 
 
 class PosteriorRows:
-    """Training rows [N, d] uint8, float32 or float64, and what the implementation derives from them.
+    """Training rows [N, d] uint8, float32 or float64, and what the backend derives from them.
 
     rows: anywhere. Where `device` is a GPU with room for them they are sent there once, with their norms
         (`diffmem.ops.posterior_mean.resident`); else they are sent block by block at each call.
@@ -70,10 +91,10 @@ class PosteriorRows:
         decides about rounding only.
     device: where queries come from and answers go. basis: leading principal components [m, d] of the rows, which
         "native" makes use of. length: of the mean row, for what a relative error is relative to (default: ‖centre‖).
-        impl: forces an implementation. resident: whether the rows are to live on the device; None: where it is a GPU
+        impl: forces a backend. resident: whether the rows are to live on the device; None: where it is a GPU
         and they fit.
-    Raises InputError where the rows are none, a center of uint8 rows is not one of whole numbers, or the implementation
-    cannot be used here.
+    Raises InputError where the rows are none, a center of uint8 rows is not one of whole numbers, or the backend cannot
+    be used here.
     """
 
     def __init__(
@@ -99,25 +120,14 @@ class PosteriorRows:
         if rows.dtype == torch.uint8 and not bool((centre == centre.round()).all()):
             raise InputError("centre: the center of uint8 rows must be one of whole numbers")
         self.rows, self.order, self.centre, self.device = rows, order, centre.double(), device
-        self.impl = OP.choose(device.type, impl)
+        self.backend = OP.select(device.type, impl, rows, self.centre, order)
         length = float(self.centre.norm()) if length is None else length
         self.native: native.NativeRows | None = None
-        if self.impl == "native":
-            if order is None and native.serves(rows, self.centre):
-                self.native = native.NativeRows(rows, self.centre, length, basis, progress)
-            elif impl == "native":
-                raise InputError("posterior_mean: impl='native' takes uint8 rows of at most 65,536 values on the CPU")
-        self.products = Float32Products
-        if self.impl == "triton":
-            reason = tensor_cores.unfit(rows, self.centre)
-            if reason is None:
-                self.products = tensor_cores.TensorCoreProducts
-            elif impl == "triton":
-                raise InputError(f"posterior_mean: impl='triton' cannot take these rows: {reason}")
+        if self.backend.name == "native":
+            self.native = native.NativeRows(rows, self.centre, length, basis, progress)
         self.resident: ResidentRows | None = None
-        if self.impl in ("triton", "torch") and (fits(rows, device) if resident is None else resident):
-            kernels = self.products is not Float32Products
-            products = {"products": self.products} if kernels else {}
+        if self.backend.name in ("triton", "torch") and (fits(rows, device) if resident is None else resident):
+            products = {"products": tensor_cores.TensorCoreProducts} if self.backend.name == "triton" else {}
             self.resident = ResidentRows(rows, self.centre, device, order, **products)
 
     @property
@@ -177,10 +187,7 @@ class PosteriorRows:
             result = self.native.mean(x, sigma, tolerance, start, stop)
             if result is not None:
                 return PosteriorMean(*result)
-        if self.impl == "reference":
-            mean, log_sum = posterior_mean_reference(x, sigma, chosen[:])
-            return PosteriorMean(mean, log_sum, torch.zeros_like(log_sum))
-        return PosteriorMean(*posterior_mean_blocked(x, sigma, chosen, tolerance, self.centre, self.products))
+        return PosteriorMean(*self.backend.function(x, sigma, chosen, tolerance, self.centre))
 
 
 def _require(checks: dict[str, torch.Tensor], passed: list[bool]) -> None:

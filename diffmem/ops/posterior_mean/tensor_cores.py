@@ -19,7 +19,7 @@ COARSE = 1e-4  # tolerance from which two bytes of u do
 FLOAT32 = 4 * 2.0**-24  # roundings of a float32 sum of P + 1 terms and a product, over their sizes
 
 
-def unfit(rows: torch.Tensor, centre: torch.Tensor) -> str | None:
+def unfit(rows: torch.Tensor, centre: torch.Tensor, order: torch.Tensor | None) -> str | None:
     """Why the kernels cannot take rows [N, d] about this centre, or None."""
     if rows.dtype != torch.uint8:
         return f"rows are {rows.dtype}, not uint8"

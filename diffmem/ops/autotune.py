@@ -1,8 +1,8 @@
-"""Which of several ways to compute the same is fastest on a device: measured once and remembered.
+"""The autotune cache: which backend of an op is fastest on a device, measured once and remembered.
 
-A `Remembered` choice is kept in memory and in one file for all processes of this user,
-`$DIFFMEM_CACHE/choices.json` (by default in ~/.cache/diffmem). Where that cannot be read or written, every process
-measures for itself. Delete the file to have everything measured again.
+An `AutotuneCache` is kept in memory and in one file for all processes of this user, `$DIFFMEM_CACHE/autotune.json` (by
+default in ~/.cache/diffmem). Where that cannot be read or written, every process measures for itself. Delete the file
+to have everything measured again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,17 +19,19 @@ import torch
 from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
 
+Timing = dict[str, float]  # backend: seconds
+
 
 def seconds_of(
-    ways: dict[str, Callable[[], object]],
+    backends: dict[str, Callable[[], object]],
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
     runs: int = 1,
-) -> dict[str, float]:
-    """Seconds per run of each of `ways`, each run once to warm up, then `runs` times with the device synchronized
+) -> Timing:
+    """Seconds per run of each of `backends`, each run once to warm up, then `runs` times with the device synchronized
     around them."""
     seconds = {}
-    for name, run in ways.items():
+    for name, run in backends.items():
         run()
         _synchronize(device)
         started = clock()
@@ -40,16 +42,6 @@ def seconds_of(
     return seconds
 
 
-def fastest(
-    ways: dict[str, Callable[[], object]], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> str:
-    """The name of the quickest of `ways`; nothing is run where there is only one."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    seconds = seconds_of(ways, device, clock)
-    return min(seconds, key=seconds.get)
-
-
 def device_name(device: torch.device) -> str:
     """What measurements on `device` are filed under: its model, and the versions whose kernels they timed."""
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -57,25 +49,34 @@ def device_name(device: torch.device) -> str:
 
 
 def cache_file() -> Path:
-    """Where choices are kept."""
+    """Where the cache is kept."""
     folder = os.environ.get("DIFFMEM_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "diffmem") / "choices.json"
+    return (Path(folder) if folder else Path.home() / ".cache" / "diffmem") / "autotune.json"
 
 
 @dataclass
-class Remembered:
-    """The measured choices of one op: {device: {case: {way: seconds}}}, read from the file when first asked."""
+class AutotuneCache:
+    """The measurements of one op: {device: {case: {backend: seconds}}}, read from the file when first asked."""
 
     op: str
     path: Path | None = None
-    table: dict[str, dict[str, dict[str, float]]] | None = field(default=None, repr=False)
+    table: dict[str, dict[str, Timing]] | None = field(default=None, repr=False)
 
-    def best(self, device: str, case: str) -> str | None:
-        """The way that was fastest, or None where it was not measured."""
+    def best(self, device: str, case: str, among: Collection[str] | None = None) -> str | None:
+        """The backend that was fastest, or None where nothing was measured, or what was is not one of `among`."""
         seconds = self._loaded().get(device, {}).get(case)
-        return min(seconds, key=seconds.get) if seconds else None
+        found = min(seconds, key=seconds.get) if seconds else None
+        return found if among is None or found in among else None
 
-    def add(self, device: str, case: str, seconds: dict[str, float]) -> None:
+    def fastest(self, device: str, case: str, among: Collection[str], measure: Callable[[], Timing]) -> str:
+        """The fastest of the backends `among`, which `measure` times where that is not known yet."""
+        found = self.best(device, case, among)
+        if found is None:
+            self.add(device, case, measure())
+            found = self.best(device, case)
+        return found
+
+    def add(self, device: str, case: str, seconds: Timing) -> None:
         """Remembers a measurement, and writes it beside what other processes have written by now."""
         self._loaded().setdefault(device, {})[case] = seconds
         path = self.path or cache_file()
@@ -87,14 +88,14 @@ class Remembered:
         except (OSError, InputError):
             return  # remembered by this process only
 
-    def _loaded(self) -> dict[str, dict[str, dict[str, float]]]:
+    def _loaded(self) -> dict[str, dict[str, Timing]]:
         if self.table is None:
             self.table = _read(self.path or cache_file()).get(self.op, {})
         return self.table
 
 
 def _read(path: Path) -> dict:
-    """The file's {op: {device: {case: {way: seconds}}}}, empty where it cannot be read as that."""
+    """The file's {op: {device: {case: {backend: seconds}}}}, empty where it cannot be read as that."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -102,8 +103,8 @@ def _read(path: Path) -> dict:
     good = isinstance(found, dict) and all(
         isinstance(cases, dict)
         and all(
-            isinstance(ways, dict) and ways and all(isinstance(seconds, float) for seconds in ways.values())
-            for ways in cases.values()
+            isinstance(backends, dict) and backends and all(isinstance(each, float) for each in backends.values())
+            for backends in cases.values()
         )
         for devices in found.values()
         for cases in (devices.values() if isinstance(devices, dict) else [None])
