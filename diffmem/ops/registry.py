@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffmem.errors import InputError
 
 NAMES = ("reference", "torch", "native", "triton", "cuda")
@@ -130,9 +128,12 @@ class Op:
         return reason if reason is not None or not arguments else backend.unfit(*arguments)
 
 
-@torch.compiler.assume_constant_result
 def _unavailable(backend: Backend, device_type: str) -> str | None:
     return backend.unavailable(device_type)
+
+
+# What torch.compiler.assume_constant_result does; calling that would import Dynamo, and with it Triton, here.
+_unavailable._dynamo_marked_constant = True
 
 
 OPS: dict[str, Op] = {}
