@@ -24,6 +24,9 @@ OPTIONAL = {
     "triton": ("triton", "fused GPU kernels"),
     "datasets": ("datasets", "Hugging Face data sets on disk"),
     "pandas": ("pandas", "audits as data frames"),
+    "timm": ("features", "DINOv2, CLIP and other networks' features"),
+    "onnxruntime": ("onnx", "features of networks in ONNX files"),
+    "pyarrow": ("parquet", "features and names in parquet files"),
     "ray": ("ray", "studies on many machines"),
 }
 

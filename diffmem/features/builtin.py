@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class Function:
             batch = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
         if self.prepare is not None:
             batch = self.prepare(batch)
-        with torch.inference_mode():
+        with torch.inference_mode(), _evaluating(self.function):
             try:
                 answer = self.function(batch)
             except (RuntimeError, ValueError, TypeError) as error:
@@ -105,3 +106,16 @@ class Function:
             )
         vectors = vectors.reshape(len(images), -1)
         return vectors.astype(np.uint8 if self.metric == "hamming" else np.float32)
+
+
+@contextmanager
+def _evaluating(function: Any) -> Iterator[None]:
+    """A module in training mode answers for evaluation while this lasts: no dropout, no batch statistics."""
+    parts = [part for part in function.modules() if part.training] if isinstance(function, torch.nn.Module) else []
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True

@@ -14,6 +14,7 @@ from diffmem.data import ImageSet, load_images
 from diffmem.data.storage import allocate
 from diffmem.data.value_range import extremes
 from diffmem.errors import InputError
+from diffmem.features.builtin import PerceptualHash, Pixels
 from diffmem.features.feature_set import FeatureExtractor, FeatureSet
 from diffmem.features.named import extractor
 from diffmem.features.precomputed import read_own
@@ -56,7 +57,7 @@ def extract(
     images = load_images(source, progress=progress)
     maker = extractor(features, **options)
     about = {"names": images.names, "source": images.source, "features": maker.name}
-    if maker.name == "pixels":
+    if isinstance(maker, Pixels):
         return FeatureSet(images.images.reshape(len(images), -1), maker.metric, _pixels(images), **about)
     if images.images.dtype != np.uint8:
         low, high = extremes(images.images)
@@ -115,7 +116,7 @@ def _vectors(images: ImageSet, maker: FeatureExtractor, progress: Progress) -> n
 
 def _place(images: ImageSet, maker: FeatureExtractor) -> Path | None:
     """Where the vectors are kept, or None where they are cheap, or their maker or their source has no name."""
-    if maker.fingerprint is None or maker.name in ("pixels", "hash") or images.source in _NO_FILE:
+    if maker.fingerprint is None or isinstance(maker, Pixels | PerceptualHash) or images.source in _NO_FILE:
         return None
     path = Path(images.source)
     if not path.exists():  # built-in sets, iterables
