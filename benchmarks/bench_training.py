@@ -19,8 +19,8 @@ from benchmarks.harness import Bench, Contender
 from diffmem.data import ImageSet
 from diffmem.models import Denoiser
 from diffmem.training import TrainingConfig, denoiser_config
-from diffmem.training.loop import Trainer
 from diffmem.training.losses import Draws, draw
+from diffmem.training.trainer import Trainer
 
 BATCH = 128
 STEPS = 4  # per timing

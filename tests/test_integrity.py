@@ -111,7 +111,7 @@ def test_damaged_documents_are_one_line(damage, tmp_path):
     from diffmem.studies.measure import read_result
     from diffmem.studies.study import load_study
     from diffmem.training.run_folder import RunFolder
-    from diffmem.training.snapshots import read_records
+    from diffmem.training.run_folder.snapshots import read_records
 
     (tmp_path / "studies").mkdir()
     for name, read in (
@@ -129,7 +129,7 @@ def test_damaged_documents_are_one_line(damage, tmp_path):
 
 
 def test_lists_of_snapshots(tmp_path):
-    from diffmem.training.snapshots import SnapshotRecord, read_records
+    from diffmem.training.run_folder.snapshots import SnapshotRecord, read_records
 
     path = tmp_path / "snapshots.json"
     for values in ([SNAPSHOT], sealed({"snapshots": [SNAPSHOT]})):  # of an older version, and of this one

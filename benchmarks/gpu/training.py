@@ -14,7 +14,7 @@ from benchmarks.gpu.networks import by, config_of
 from benchmarks.gpu.target import Target, dry_compile
 from diffmem.data import ImageSet
 from diffmem.training import TrainingConfig
-from diffmem.training.loop import Trainer
+from diffmem.training.trainer import Trainer
 
 ALLOWED = {"ieee": 1e-3, "tf32": 1e-2, "bf16": 3e-2}  # between the losses of two ways after a few steps, relative
 CHECKED = 3  # steps

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from diffmem.training.callbacks import Callback, Grids, Plan, Snapshot, Stats, StopDecision, TensorBoard
+from diffmem.training.callbacks import Callback, Grids, Snapshot, StopDecision, TensorBoard
 from diffmem.training.config import TrainingConfig, differences, images_of
 from diffmem.training.ema import EMA
 from diffmem.training.factors import denoiser_config
 from diffmem.training.loop import DivergedError, Run, plan_training, train
 from diffmem.training.losses import denoising_loss
+from diffmem.training.planning import Plan
 from diffmem.training.presets import TrainingPreset, fitting_preset, training_preset
-from diffmem.training.run_folder import RunFolder
-from diffmem.training.snapshots import KeepLast, SnapshotRecord, keep_all, read_records, snapshot_folder
+from diffmem.training.run_folder import (
+    KeepLast,
+    RunFolder,
+    SnapshotRecord,
+    Stats,
+    keep_all,
+    read_records,
+    snapshot_folder,
+)
 from diffmem.training.source import DataSource, read_data
 
 __all__ = [

@@ -11,76 +11,8 @@ from diffmem.atomic_io import atomic_file
 from diffmem.models import Denoiser
 from diffmem.plotting import grid
 from diffmem.sampling import sample
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do and cost, measured on a few passes before it starts.
-
-    Attributes:
-        images: Of the complete run, images seen.
-        steps: Of the complete run.
-        images_left: What is left of it.
-        size: N, images of the training set.
-        epochs: Of the complete run.
-        parameters: Of the network.
-        device: "cpu" or "cuda".
-        ranks: Processes.
-        batch_gpu: Images per forward pass of a process.
-        seconds_per_step: Without compiling, the median of several passes.
-        seconds: All that is left, without compiling.
-        seconds_range: From low to high, as far as the passes differed.
-        compiled: Whether it will run through torch.compile.
-        resident: Whether the training set lies on the device.
-        resumed_at: Images seen before; 0 for a new run.
-        snapshot_images: The interval of snapshots; None for one at the end.
-        graphed: Whether its passes are replayed as a CUDA graph.
-        precision: Of the network's products.
-    """
-
-    images: int
-    steps: int
-    images_left: int
-    size: int
-    epochs: float
-    parameters: int
-    device: str
-    ranks: int
-    batch_gpu: int
-    seconds_per_step: float
-    seconds: float
-    seconds_range: tuple[float, float]
-    compiled: bool
-    resident: bool
-    resumed_at: int = 0
-    snapshot_images: int | None = None
-    graphed: bool = False
-    precision: str = "ieee"
-
-
-@dataclass(frozen=True)
-class Stats:
-    """A line of `stats.jsonl`.
-
-    Attributes:
-        images: Images seen.
-        epochs: Epochs.
-        steps: Steps of the optimizer.
-        loss: Mean loss per pixel since the line before.
-        lr: Learning rate of the last step.
-        ema_beta: β of the EMA weights at the last step.
-        images_per_second: Since the line before.
-        seconds: Wall time since the run was started or resumed.
-    """
-
-    images: int
-    epochs: float
-    steps: int
-    loss: float
-    lr: float
-    ema_beta: float
-    images_per_second: float
-    seconds: float
+from diffmem.training.planning import Plan
+from diffmem.training.run_folder.stats import Stats
 
 
 @dataclass(frozen=True)

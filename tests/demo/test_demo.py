@@ -45,7 +45,7 @@ def test_begun_again_it_trains_no_more(demo, monkeypatch):
     def step(self):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("diffmem.training.loop.Trainer.step", step)
+    monkeypatch.setattr("diffmem.training.trainer.Trainer.step", step)
     again = run_demo(demo.page.parent, images=5 * run.BATCH, samples=12)
     assert again.to_dict() == demo.to_dict()
 

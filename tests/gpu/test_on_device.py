@@ -33,7 +33,7 @@ from diffmem.precision import float32_products, measured_convolutions
 from diffmem.sampling import sample_latents
 from diffmem.search.gpu import GpuRows, available_backends
 from diffmem.training import TrainingConfig
-from diffmem.training.loop import Trainer
+from diffmem.training.trainer import Trainer
 
 DRY = os.environ.get("DIFFMEM_GPU_TESTS") == "interpret"
 DEVICE = torch.device("cpu" if DRY else "cuda")
@@ -284,15 +284,15 @@ def trained(device, steps=1 if DRY else 2, graph=False, **changes):
 @pytest.mark.skipif(DRY and TRITON is not None, reason=str(TRITON))
 def test_two_training_steps(precision, near, monkeypatch):
     """On the device against the CPU in float32, with the same noise."""
-    from diffmem.training import loop
+    from diffmem.training import trainer
 
-    draw = loop.draw
+    draw = trainer.draw
 
     def drawn_on_the_cpu(preconditioning, shape, device="cpu", generator=None):
         chance = torch.Generator().manual_seed(0 if generator is None else generator.initial_seed() % 2**31)
         return type(made := draw(preconditioning, shape, "cpu", chance))(*(each.to(device) for each in made))
 
-    monkeypatch.setattr(loop, "draw", drawn_on_the_cpu)
+    monkeypatch.setattr(trainer, "draw", drawn_on_the_cpu)
     with by("PyTorch's"):
         expected, _ = trained("cpu")
     loss, values = trained(DEVICE, precision=precision)

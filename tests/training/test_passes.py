@@ -13,9 +13,10 @@ from diffmem.cli import cli
 from diffmem.data import load_images
 from diffmem.errors import InputError
 from diffmem.timing import timing_of
-from diffmem.training import loop, plan_training, train
-from diffmem.training.loop import Trainer
+from diffmem.training import Callback, StopDecision, plan_training, planning, train
 from diffmem.training.passes import WARM_UP, GraphedPass, forward_backward
+from diffmem.training.run_folder import description as description_module
+from diffmem.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,8 +87,8 @@ def test_a_graph_is_used_where_it_was_faster(digits, monkeypatch, eager, graph, 
             raise graph
         return timing_of([graph])
 
-    monkeypatch.setattr(loop, "measure", seconds)
-    assert trainer._graph_pays(eager) is expected
+    monkeypatch.setattr(planning, "measure", seconds)
+    assert planning.graph_pays(trainer, eager) is expected
     assert trainer.cuda_graph == "auto"
     assert trainer.passes is None
 
@@ -99,10 +100,10 @@ def test_precisions_train_alike(digits, tmp_path, precision):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     seen = []
 
-    class Watch(loop.Callback):
+    class Watch(Callback):
         def on_snapshot(self, snapshot):
             seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
-            return loop.StopDecision()
+            return StopDecision()
 
     train(config, digits, tmp_path / "ieee", device="cpu", compile=False)
     other = dataclasses.replace(config, precision=precision)
@@ -127,7 +128,7 @@ def test_precision_belongs_to_the_run(digits, tmp_path):
     description = json.loads((tmp_path / "config.json").read_text())
     older = {**description, "config": {name: value for name, value in description["config"].items()
                                        if name != "precision"}}  # fmt: skip
-    loop._check_same_run(tmp_path, description, older)
+    description_module._check_same_run(tmp_path, description, older)
     with pytest.raises(InputError, match="precision is 'fp16', but must be one of ieee, tf32, bf16"):
         dataclasses.replace(config, precision="fp16")
 

@@ -107,7 +107,7 @@ import resource, signal, sys
 import torch
 from pathlib import Path
 from diffmem.errors import InputError
-from diffmem.training.state import save_state, latest_state
+from diffmem.training.run_folder.state import save_state, latest_state
 out = Path(sys.argv[1])
 save_state(out, 8, {"weights": torch.zeros(10)}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

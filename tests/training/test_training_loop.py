@@ -28,12 +28,12 @@ from diffmem.training import (
     TrainingConfig,
     denoiser_config,
     images_of,
-    loop,
     plan_training,
+    planning,
     read_records,
     train,
 )
-from diffmem.training.loop import Trainer
+from diffmem.training.trainer import Trainer
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -245,7 +245,7 @@ def test_plan_writes_nothing_and_changes_nothing(digits, tmp_path, monkeypatch):
     assert plan.seconds_range[0] < plan.seconds < plan.seconds_range[1]
     assert not list(tmp_path.iterdir())
     assert not plan_training(tiny(10**9), digits).compiled  # a network this small does not gain by it
-    monkeypatch.setitem(loop._COMPILING, "cpu", CompileCost(170.0, 0.07, 0))
+    monkeypatch.setitem(planning._COMPILING, "cpu", CompileCost(170.0, 0.07, 0))
     assert plan_training(tiny(10**9), digits).compiled  # long enough for a large one
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, sealed
 from diffmem.models import Denoiser, save
+from diffmem.training.run_folder.stats import read_stats
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
 _ADVICE = "remove it, and the list is made again from snapshots/ and stats.jsonl"
@@ -149,12 +149,7 @@ def read_records(out: Path) -> list[SnapshotRecord]:
 
 def _found_again(out: Path) -> list[SnapshotRecord]:
     """The snapshots in a run's folder that has no list of them, with epochs and losses from `stats.jsonl`."""
-    ticks = []
-    stats = out / "stats.jsonl"
-    for line in stats.read_text(errors="replace").splitlines() if stats.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError):
-            values = json.loads(line)
-            ticks.append((int(values["images"]), values["epochs"] / values["images"], float(values["loss"])))
+    ticks = [(each.images, each.epochs / each.images, each.loss) for each in read_stats(out) if each.images]
     numbers = [int(path.name) for path in (out / FOLDER).glob("*") if path.name.isascii() and path.name.isdigit()]
     records, before = [], 0
     for images in sorted(numbers) if ticks else ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,32 +9,14 @@ from typing import Any
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
-from diffmem.integrity import read_checked
 from diffmem.models import checkpoint_path
 from diffmem.progress import Progress, silent
 from diffmem.recognize import is_run
-from diffmem.training.callbacks import Stats
 from diffmem.training.config import TrainingConfig
-from diffmem.training.snapshots import SnapshotRecord, read_records, snapshot_folder
+from diffmem.training.run_folder.description import CONFIG, holds_run, read_description
+from diffmem.training.run_folder.snapshots import SnapshotRecord, read_records, snapshot_folder
+from diffmem.training.run_folder.stats import Stats, read_stats
 from diffmem.training.source import DataSource, read_data
-from diffmem.training.state import latest_state, read_metadata
-
-CONFIG, STATS = "config.json", "stats.jsonl"
-
-
-def holds_run(out: Path) -> bool:
-    """Whether `read_description` finds what a run was in the folder `out`."""
-    return (out / CONFIG).is_file() or latest_state(out) is not None
-
-
-def read_description(out: Path) -> dict[str, Any]:
-    """What the run in `out` is (see `diffmem.training.loop.describe`): as its config.json says or, where that is
-    missing, its newest training state. Raises InputError, with a way out, where it is damaged."""
-    state = latest_state(out)
-    if state is not None and not (out / CONFIG).is_file():
-        return read_metadata(state)
-    advice = "restore it" if state is None else f"remove it, and what it said is read from {state}"
-    return read_checked(out / CONFIG, f"{advice}; or remove its line sha256 if you changed it on purpose")
 
 
 @dataclass(frozen=True)
@@ -97,14 +78,7 @@ class RunFolder:
 
     def stats(self) -> list[Stats]:
         """The lines of `stats.jsonl`; a line that was cut off by a crash is left out."""
-        lines = []
-        path = self.path / STATS
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-            try:
-                lines.append(Stats(**json.loads(line)))
-            except (ValueError, TypeError, RecursionError):
-                continue
-        return lines
+        return read_stats(self.path)
 
     def training_images(self, data: Any = None, progress: Progress = silent) -> ImageSet:
         """The run's training set, read again from where it was, or from `data`.
