@@ -38,9 +38,3 @@ def golden_denoiser(name: str) -> tuple[Denoiser, dict[str, torch.Tensor]]:
     denoiser = Denoiser(config_from_edm(config["precond"], config["kwargs"]))
     denoiser.load_state_dict(state_dict(tensors))
     return denoiser.eval(), tensors
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest over the images of ‖value − expected‖/‖expected‖."""
-    difference = (value - expected).flatten(1).double().norm(dim=1)
-    return (difference / expected.flatten(1).double().norm(dim=1)).max().item()

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_networks import NAMES, golden_denoiser, relative_error
+from golden_networks import NAMES, golden_denoiser
+from numerics import assert_close, assert_relative
 
 from diffmem.errors import InputError
 from diffmem.models import (
@@ -51,7 +52,7 @@ def test_golden(name):
     with torch.no_grad():
         out = made(tensors["x"], tensors["sigma"], tensors.get("class_index"))
     assert out.dtype == torch.float32
-    assert relative_error(out, tensors["denoised"]) < 1e-5
+    assert_relative("a network, golden", out, tensors["denoised"])
 
 
 @pytest.mark.parametrize("name", ["ddpmpp-vp-skips", "ncsnpp-ve-cond"])
@@ -60,7 +61,7 @@ def test_one_graph_without_breaks(name):
     traced = torch.compile(made, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         out = traced(tensors["x"], tensors["sigma"], tensors.get("class_index"))
-    assert relative_error(out, tensors["denoised"]) < 1e-5
+    assert_relative("a network, golden", out, tensors["denoised"])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, inside Inductor
@@ -76,7 +77,7 @@ def test_compiled_block_and_gradients():
         function(x, emb).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in block.parameters()])
     for compiled, eager in zip(*gradients, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+        assert_close("gradients through torch.compile", compiled, eager)
 
 
 def test_labels_are_rows_not_one_hots():
@@ -208,7 +209,8 @@ def test_autocast(dtype):
     made.autocast_dtype = dtype
     rounded = made(x, sigma)
     assert rounded.dtype == torch.float32
-    assert 0 < relative_error(rounded, exact) < 0.05
+    assert not torch.equal(rounded, exact)
+    assert_relative("a network in bfloat16", rounded, exact)
 
 
 def test_preconditionings():
@@ -255,9 +257,8 @@ def test_dropout_zeroes_a_share_of_the_values_independently(layout, dtype):
     y = dropout(x, 0.1, True)
     assert y.dtype == dtype
     kept = y != 0
-    torch.testing.assert_close(
-        y[kept], torch.full_like(y[kept], 2 / 0.9), rtol=1e-2 if dtype.itemsize == 2 else 1e-4, atol=0
-    )
+    of_dtype = "dropout in half precision" if dtype.itemsize == 2 else "dropout in float32"
+    assert_close(of_dtype, y[kept], torch.full_like(y[kept], 2 / 0.9))
     deviation = (0.9 * 0.1 / x.numel()) ** 0.5
     assert abs(kept.double().mean() - 0.9) < 5 * deviation
     # Neighbours in memory share a draw of 64 bits, and must not share their fate.

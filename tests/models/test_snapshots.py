@@ -13,7 +13,8 @@ import zipfile
 import pytest
 import torch
 from edm_snapshots import network, pretended_edm_modules, snapshot
-from golden_networks import NAMES, golden, golden_denoiser, relative_error, state_dict
+from golden_networks import NAMES, golden, golden_denoiser, state_dict
+from numerics import assert_relative
 
 from diffmem.errors import InputError
 from diffmem.inert.torch_files import read_torch_file
@@ -49,7 +50,7 @@ def test_network_snapshots(name, protocol, edm_modules, tmp_path):
         assert not denoiser.training
         with torch.no_grad():
             out = denoiser(tensors["x"], tensors["sigma"], tensors.get("class_index"))
-        assert relative_error(out, tensors["denoised"]) < 1e-5
+        assert_relative("a network, golden", out, tensors["denoised"])
 
 
 @pytest.mark.parametrize("zipped", [True, False])

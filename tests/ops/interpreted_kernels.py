@@ -8,10 +8,12 @@ which triton 3.9's interpreter gets silently wrong, and races, since it runs one
 from __future__ import annotations
 
 import golden_networks
+import numerics
 import numpy as np
 import pytest
 import torch
-from golden_networks import golden_denoiser, relative_error
+from golden_networks import golden_denoiser
+from numerics import assert_close, assert_log_sums, assert_relative
 
 from benchmarks import kernel_traffic
 from diffmem.errors import InputError
@@ -58,16 +60,12 @@ def values_and_gradients(function, tensors, dy, dtype, impl):
     return [y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy.to(y.dtype))]
 
 
-def assert_as_exact(function, tensors, dy, dtype):
-    """Errors of the kernels against float64 at most twice PyTorch's in the same dtype, plus a rounding floor."""
+def assert_as_exact(name, function, tensors, dy, dtype):
+    """The rule of numerics.py, for the result and its gradients, which are returned."""
     exact = values_and_gradients(function, tensors, dy, torch.float64, "reference")
     plain = values_and_gradients(function, tensors, dy, dtype, "torch")
     found = values_and_gradients(function, tensors, dy, None, "triton")
-    for name, (ours, theirs, right) in enumerate(zip(found, plain, exact, strict=True)):
-        floor = 8 * torch.finfo(ours.dtype).eps * right.abs().max()
-        allowed = 2 * (theirs - right).abs().max() + floor
-        error = (ours - right).abs().max()
-        assert error <= allowed, f"output {name}: {error:.2e} > {allowed:.2e}"
+    numerics.assert_as_exact(name, found, plain, exact)
     return found
 
 
@@ -93,7 +91,7 @@ def test_group_norm(shape, groups, layout):
     def function(x, weight, bias, scale, shift, added, impl):
         return group_norm_silu(x, groups, weight, bias, 1e-5, scale, shift, silu, added, impl)
 
-    y, dx, *_ = assert_as_exact(function, tensors, normal(*shape, seed=6), torch.float32)
+    y, dx, *_ = assert_as_exact("group_norm_silu", function, tensors, normal(*shape, seed=6), torch.float32)
     if layout == "channels_last":
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert dx.is_contiguous(memory_format=torch.channels_last)
@@ -111,7 +109,7 @@ def test_group_norm_in_half_precision(shape, groups, dtype):
     def function(x, weight, bias, scale, shift, added, impl):
         return group_norm_silu(x, groups, weight, bias, 1e-5, scale, shift, True, added, impl)
 
-    found = assert_as_exact(function, tensors, normal(*shape, seed=6, dtype=dtype), dtype)
+    found = assert_as_exact("group_norm_silu", function, tensors, normal(*shape, seed=6, dtype=dtype), dtype)
     assert [each.dtype for each in found] == [dtype, dtype, torch.float32, torch.float32, dtype, dtype, dtype]
 
 
@@ -121,7 +119,7 @@ def test_group_norm_of_constants_is_the_bias(shape, layout):
     bias = normal(shape[1])
     x = laid_out(torch.full(shape, 7.1), layout)
     y = group_norm_silu(x, 1, torch.ones(shape[1]), bias, 1e-6, silu=False, impl="triton")
-    torch.testing.assert_close(y, bias.reshape(1, -1, 1, 1).expand(shape), rtol=0, atol=1e-4)
+    assert_close("group_norm_silu of constants, one eps of 1e-6", y, bias.reshape(1, -1, 1, 1).expand(shape))
 
 
 def test_group_norm_twice_gives_the_same_bits():
@@ -211,7 +209,7 @@ def test_kernels_fill_what_they_own():
 def test_attention(shape, heads, layout):
     qkv = laid_out(normal(*shape), layout)
     dy = normal(shape[0], shape[1] // 3, *shape[2:], seed=1)
-    y, dqkv = assert_as_exact(lambda qkv, impl: attention(qkv, heads, impl), [qkv], dy, torch.float32)
+    y, dqkv = assert_as_exact("attention", lambda qkv, impl: attention(qkv, heads, impl), [qkv], dy, torch.float32)
     if layout == "channels_last":
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert dqkv.is_contiguous(memory_format=torch.channels_last)
@@ -222,7 +220,7 @@ def test_attention_in_half_precision(shape):
     """float16 only: the interpreter's bfloat16 products are wrong."""
     qkv = normal(*shape, dtype=torch.float16).to(memory_format=torch.channels_last)
     dy = normal(shape[0], shape[1] // 3, *shape[2:], seed=1, dtype=torch.float16)
-    y, dqkv = assert_as_exact(lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float16)
+    y, dqkv = assert_as_exact("attention", lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float16)
     assert y.dtype == dqkv.dtype == torch.float16
 
 
@@ -232,13 +230,13 @@ def test_attention_tf32_tiles(monkeypatch):
 
     monkeypatch.setattr(triton_kernels, "precision_of", lambda dtype: "tf32")
     qkv, dy = normal(1, 3 * 72, 5, 4), normal(1, 72, 5, 4, seed=1)
-    assert_as_exact(lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float32)
+    assert_as_exact("attention", lambda qkv, impl: attention(qkv, 1, impl), [qkv], dy, torch.float32)
 
 
 def test_attention_of_large_and_equal_scores():
     """Scores of ±2500 leave one weight each, equal ones the mean; no power overflows, nothing is divided by zero."""
     sharp = 50 * normal(1, 48, 4, 5)
-    torch.testing.assert_close(attention(sharp, 1, "triton"), attention(sharp, 1, "torch"), rtol=1e-4, atol=1e-3)
+    assert_close("attention of scores of ±2500", attention(sharp, 1, "triton"), attention(sharp, 1, "torch"))
     equal = normal(1, 48, 4, 5)
     equal[:, :16] = 0
     mean = equal[:, 32:].mean(dim=(2, 3), keepdim=True).expand(1, 16, 4, 5)
@@ -282,7 +280,7 @@ def test_networks_match_the_golden_files(name):
     made, tensors = golden_denoiser(name)
     with torch.no_grad(), torch.profiler.profile() as profile:
         out = made(tensors["x"][:1], tensors["sigma"][:1], None if (c := tensors.get("class_index")) is None else c[:1])
-    assert relative_error(out, tensors["denoised"][:1]) < 1e-5
+    assert_relative("a network, golden", out, tensors["denoised"][:1])
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["diffmem::group_norm_silu_triton"] > 20
     assert calls["diffmem::attention_triton"] > 1
@@ -300,7 +298,7 @@ def test_one_graph_without_breaks_and_its_gradients():
         function(x, emb).square().sum().backward()
         found.append([parameter.grad.clone() for parameter in block.parameters()])
     for compiled, eager in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+        assert_close("gradients through aot_eager", compiled, eager)
 
 
 def clustered(n: int, d: int) -> torch.Tensor:
@@ -330,7 +328,7 @@ def test_posterior_mean(queries, n, d, tolerance, sigmas, monkeypatch):
         error = (found.mean - expected).norm(dim=1) / (expected - 60).norm(dim=1)
         assert float(error.max()) <= 0.5 * tolerance
         assert bool((found.dropped <= tolerance).all())
-        torch.testing.assert_close(found.log_sum, log_sum, rtol=1e-9, atol=20 * tolerance)
+        assert_log_sums(found.log_sum, log_sum, tolerance)
 
 
 def test_spans_of_the_posterior_mean_without_weight_are_left_out():
@@ -343,7 +341,7 @@ def test_spans_of_the_posterior_mean_without_weight_are_left_out():
     read[:64, 1024:2048] = read[64:, :1024] = read[64:, 2048:] = True
     sums = launch_weighted_sums(torch.where(read, scores, torch.nan), top, kept, y, centre)
     weights = torch.where(read, (scores - 3).double().exp(), 0.0)
-    torch.testing.assert_close(sums, weights @ (y.double() - 128), rtol=1e-6, atol=1e-6 * 2600)
+    assert_close("weighted sums of bytes", sums, weights @ (y.double() - 128))
 
 
 def test_forced_kernels_of_the_posterior_mean_say_what_they_cannot_take():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numerics import assert_rounded
 
 from diffmem.errors import InputError
 from diffmem.ops.attention import OP, attention
@@ -35,7 +36,7 @@ def test_against_float64(impl, shape, heads):
     expected = attention(qkv.double(), heads, impl="reference")
     for layout in (torch.contiguous_format, torch.channels_last):
         out = attention(qkv.to(memory_format=layout), heads, impl=impl)
-        assert (out - expected).abs().max() <= 3e-6 * expected.abs().max()
+        assert_rounded("attention by PyTorch", out, expected)
     strided = torch.stack([qkv, torch.full_like(qkv, torch.nan)], dim=-1)[..., 0]
     torch.testing.assert_close(attention(strided, heads, impl=impl), out)
 
@@ -46,7 +47,7 @@ def test_half_precision(dtype):
     expected = attention(qkv.double(), 2, impl="reference")
     out = attention(qkv, 2)
     assert out.dtype == dtype
-    assert (out - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert_rounded("half precision", out, expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

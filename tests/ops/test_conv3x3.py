@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import CLOSE, assert_as_exact, assert_close, assert_rounded
 
 from diffmem.errors import InputError
 from diffmem.ops.conv3x3 import OP, conv3x3, native
@@ -34,11 +35,11 @@ def test_within_twice_the_error_of_the_direct_sum(shape, bias):
     direct = F.conv2d(x, weight, offset, padding=1)
     y = conv3x3(x, weight, offset, impl="native")
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert (y - exact).norm() <= 2 * (direct - exact).norm() + 2e-7 * exact.norm()
+    assert_as_exact("conv3x3", y, direct, exact, norm=True)
     # The border, one pixel deep, is where a wrong tile would show.
     for edge in (slice(0, 1), slice(-1, None)):
-        assert (y - exact)[:, :, edge].abs().max() < 1e-5
-        assert (y - exact)[..., edge].abs().max() < 1e-5
+        assert_close("conv3x3 by PyTorch", y[:, :, edge].double(), exact[:, :, edge])
+        assert_close("conv3x3 by PyTorch", y[..., edge].double(), exact[..., edge])
 
 
 @needs_native
@@ -49,7 +50,7 @@ def test_any_layout_and_poisoned_neighbours():
     strided_weight = torch.stack([weight, torch.full_like(weight, torch.nan)], dim=-1)[..., 0]
     for variant in (x.contiguous(), strided):
         for kernel in (weight, strided_weight, weight.to(memory_format=torch.channels_last)):
-            torch.testing.assert_close(conv3x3(variant, kernel, bias, impl="native"), expected, rtol=1e-4, atol=1e-5)
+            assert_close("conv3x3 by Winograd", conv3x3(variant, kernel, bias, impl="native"), expected)
     # A NaN stays within reach of its own tile: pixels two tiles away are clean.
     x[0, 0, 0, 0] = torch.nan
     y = conv3x3(x, weight, bias, impl="native")
@@ -65,7 +66,7 @@ def test_opcheck(transposed):
     if transposed:
         weight, bias = weight.transpose(0, 1).contiguous(), bias
     arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), transposed)
-    options = {"rtol": 1e-3, "atol": 1e-4}
+    options = dict(zip(("rtol", "atol"), CLOSE["conv3x3 by Winograd, values of opcheck"], strict=True))
     if "rtol" not in inspect.signature(torch.library.opcheck).parameters:  # PyTorch 2.6: without what compares values
         options = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     torch.library.opcheck(torch.ops.diffmem.conv3x3_winograd, arguments, **options)
@@ -85,18 +86,18 @@ def test_gradients_against_float64(transposed, channels):
         z = F.conv_transpose2d(exact[0], exact[1], exact[2], padding=1)
     else:
         z = F.conv2d(exact[0], exact[1], exact[2], padding=1)
-    torch.testing.assert_close(y.double(), z, rtol=1e-4, atol=1e-5)
+    assert_close("conv3x3 by Winograd", y.double(), z)
     direction = torch.randn_like(z)
     gradients = torch.autograd.grad((y * direction.float()).sum(), leaves)
     for gradient, expected in zip(gradients, torch.autograd.grad((z * direction).sum(), exact), strict=True):
-        assert (gradient - expected).norm() <= 3e-6 * expected.norm()
+        assert_rounded("conv3x3 gradients", gradient, expected, norm=True)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_other_implementations(impl):
     x, weight, bias = case(2, 3, 5, 4, 6)
     expected = conv3x3(x.double(), weight.double(), bias.double(), impl="reference")
-    torch.testing.assert_close(conv3x3(x, weight, bias, impl=impl).double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close("conv3x3 by PyTorch", conv3x3(x, weight, bias, impl=impl).double(), expected)
     assert conv3x3(x[:0], weight, bias, impl=impl).shape == (0, 5, 4, 6)
 
 

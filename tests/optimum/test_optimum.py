@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numerics import assert_close
 
 import diffmem
 from diffmem.errors import InputError
@@ -40,8 +41,8 @@ def test_is_the_posterior_mean(digits, sigma):
     x = torch.from_numpy(digits.images[:5]).double() / 127.5 - 1
     x = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = direct(digits.images, x, sigma)
-    torch.testing.assert_close(denoiser(x, sigma), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(denoiser.score(x, sigma), (expected - x) / sigma**2, rtol=1e-6, atol=1e-6 / sigma**2)
+    assert_close("the optimal denoiser", denoiser(x, sigma), expected)
+    assert_close("the optimal denoiser", sigma**2 * denoiser.score(x, sigma), expected - x)
     assert denoiser(x.float(), torch.tensor(sigma)).dtype == torch.float32
     weights = denoiser.weights(x, sigma, left_out=0.01)
     for query in range(5):
@@ -61,9 +62,9 @@ def test_classes(digits, copied, monkeypatch):
     result = denoiser(x, 0.7, labels)
     for query, label in enumerate(labels.tolist()):
         own = digits.images[digits.labels == label]
-        torch.testing.assert_close(result[query : query + 1], direct(own, x[query : query + 1], 0.7), rtol=0, atol=1e-9)
+        assert_close("the optimal denoiser, few images", result[[query]], direct(own, x[[query]], 0.7))
     torch.testing.assert_close(denoiser(x, 0.7, torch.eye(10)[labels]), result)
-    torch.testing.assert_close(denoiser(x, 0.7), direct(digits.images, x, 0.7), rtol=0, atol=1e-9)
+    assert_close("the optimal denoiser, few images", denoiser(x, 0.7), direct(digits.images, x, 0.7))
     index = denoiser.weights(x, 0.2, labels).indices
     assert all(int(digits.labels[index[query][0]]) == label for query, label in enumerate(labels.tolist()))
 
@@ -119,7 +120,7 @@ def test_regularized_formulas(digits):
     }
     for variant, expected in scores.items():
         denoiser = OptimalDenoiser(digits, labels=False, regularization=variant)
-        torch.testing.assert_close(denoiser.score(x, sigma), expected, rtol=1e-6, atol=1e-9)
+        assert_close("the score", denoiser.score(x, sigma), expected)
     exact = OptimalDenoiser(digits, labels=False)
     assert exact.fingerprint != denoiser.fingerprint
     assert (
@@ -146,7 +147,7 @@ def test_subsets_depend_on_the_noise_level_only(digits):
     together = denoiser(x, torch.tensor([0.5, 0.5, 2.0, 0.5]))
     torch.testing.assert_close(denoiser(x[3:], 0.5), together[3:])
     pixels = torch.from_numpy(digits.images[torch.sort(denoiser._subset(0.5, 0, 1797)).values]).numpy()
-    torch.testing.assert_close(together[:2], direct(pixels, x[:2], 0.5), rtol=0, atol=1e-9)
+    assert_close("the optimal denoiser, few images", together[:2], direct(pixels, x[:2], 0.5))
     assert not torch.equal(denoiser._subset(0.5, 0, 1797), denoiser._subset(0.6, 0, 1797))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import assert_close
 from safetensors.torch import load_file
 
 from diffmem.errors import InputError
@@ -22,7 +23,7 @@ def shrink(x, sigma, labels=None, augment_labels=None):
 def test_golden(name, preconditioning):
     generator = torch.Generator().manual_seed(11)
     loss = denoising_loss(shrink, GOLDEN["images"], preconditioning, generator=generator)
-    torch.testing.assert_close(loss, GOLDEN[name], rtol=2e-4, atol=1e-5)
+    assert_close("losses of the protocol", loss, GOLDEN[name])
 
 
 def test_noise_stays_in_the_range_of_the_network():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import approximately, assert_close
 from safetensors.torch import load_file
 
 from diffmem.data import load_images
@@ -156,17 +157,17 @@ def test_two_processes_train_as_one_does(digits, tmp_path):
         [*command, str(tmp_path / "script.py")], env=ONE_THREAD, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    assert losses(tmp_path / "two") == approximately("losses by two processes", losses(tmp_path / "one"))
     one, two = weights(tmp_path / "one", 32), weights(tmp_path / "two", 32)
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-7)
+        assert_close("weights after training by two processes", two[name], one[name])
 
 
 def test_accumulation_changes_only_rounding(digits, tmp_path):
     config = tiny(3, network={"dropout": 0.0})
     for part in (8, 2):
         train(config, digits, tmp_path / str(part), batch_gpu=part)
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "8"), rel=1e-4)
+    assert losses(tmp_path / "2") == approximately("losses of other parts of a batch", losses(tmp_path / "8"))
     with pytest.raises(InputError, match="choose a divisor"):
         train(config, digits, tmp_path / "3", batch_gpu=3)
 
@@ -299,7 +300,8 @@ def test_compiled_training_is_the_same_training(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     train(config, digits, tmp_path / "compiled", compile=True)
     assert traced == [{"dynamic": False}]
-    for ours, theirs in zip(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    found, expected = (losses(tmp_path / name) for name in ("compiled", "eager"))
+    assert found == approximately("losses after compiled training", expected)
     eager, compiled = (weights(tmp_path / name, config.images) for name in ("eager", "compiled"))
-    assert all(torch.allclose(compiled[name], eager[name], rtol=1e-3, atol=1e-4) for name in eager)
+    for name in eager:
+        assert_close("weights after compiled training", compiled[name], eager[name])
