@@ -108,7 +108,9 @@ def debugging() -> bool:
 
 def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     global _debug
-    _debug = value or _debug
+    _debug = value or (
+        _debug and context.parent is not None
+    )  # the outermost command is parsed first: a new command line
     context.meta[_COMMAND] = context.command  # the innermost one parses last
 
 

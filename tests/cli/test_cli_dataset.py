@@ -8,15 +8,11 @@ import zipfile
 
 import pytest
 from click.testing import CliRunner
+from command_line import run
 
 from diffmem.cli import cli
 from diffmem.data import class_balanced, derive, load_images, write_edm_zip
 from diffmem.errors import InputError
-
-
-def run(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "diffmem", "dataset", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def invoke(*arguments):
@@ -26,7 +22,8 @@ def invoke(*arguments):
 def test_a_set_is_made_twice_alike(tmp_path):
     arguments = ("--size", 100, "--classes", 5, "--labels", "random:3", "--label-seed", 7, "--resize", 6)
     assert invoke("builtin:digits", tmp_path / "a.zip", *arguments).exit_code == 0
-    result = run("builtin:digits", tmp_path / "b.zip", *arguments, "--json")  # another process
+    command = [sys.executable, "-m", "diffmem", "dataset", "builtin:digits", tmp_path / "b.zip", *arguments, "--json"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)  # another process
     assert result.returncode == 0, result.stderr
     assert len({hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("a.zip", "b.zip")}) == 1
     with zipfile.ZipFile(tmp_path / "b.zip") as archive:
@@ -96,7 +93,7 @@ def test_what_cannot_be_made(tmp_path, monkeypatch, arguments, words):
 
 
 def test_a_size_that_cannot_be_met_is_one_line(tmp_path):
-    result = run("builtin:digits", tmp_path / "a.zip", "--size", 5000)
+    result = run("dataset", "builtin:digits", tmp_path / "a.zip", "--size", 5000)
     assert result.returncode == 1
     assert "largest possible size is 1,746" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
