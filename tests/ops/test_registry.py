@@ -7,6 +7,7 @@ import pkgutil
 
 import pytest
 import torch
+from numerics import assert_close
 
 import diffmem.ops
 from diffmem.errors import InputError
@@ -63,9 +64,9 @@ def test_backends_return_the_same_in_the_same_order_or_say_why_not(folder):
             assert str(error.value) == f"{op.name}: backend {backend.name!r} cannot be used here: {reason}"
             continue
         found = function(*arguments, impl=backend.name)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert_close("any op, another backend", found, expected)
         if backend.name == op.select("cpu", None).name:
-            torch.testing.assert_close(default, found, rtol=0, atol=0)
+            assert_close("any op, twice", default, found)
 
 
 def test_the_first_backend_that_supports_the_arguments_is_selected_and_the_others_say_why_not():
