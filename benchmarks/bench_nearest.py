@@ -152,11 +152,11 @@ def faiss_panorama(training: np.ndarray, queries: np.ndarray) -> Callable[[], tu
     import faiss
 
     mean = torch.from_numpy(training).float().mean(dim=0)
-    centred = torch.from_numpy(training).float() - mean
-    _, rotation = torch.linalg.eigh(centred[::4].T @ centred[::4])
+    centered = torch.from_numpy(training).float() - mean
+    _, rotation = torch.linalg.eigh(centered[::4].T @ centered[::4])
     rotation = rotation.flip(1)
     index = faiss.IndexFlatL2Panorama(training.shape[1], PANORAMA_LEVELS, PANORAMA_BATCH)
-    index.add((centred @ rotation).numpy())
+    index.add((centered @ rotation).numpy())
     rotated = ((torch.from_numpy(queries).float() - mean) @ rotation).numpy()
     return lambda: index.search(rotated, K)
 

@@ -4,7 +4,7 @@
 200 digits, in a quarter of an hour each, and kept in build/), samples the same 1,000 seeds with the protocol's sampler
 (18 steps of Heun, 35 calls) and with others, and writes results/solvers.csv, a row per model and sampler: its calls,
 the share of seeds on which the rule decides as it does for the protocol's images, R_mem, on what share of the copies
-the copied image is the same one, and how far the images lie from the protocol's (rms, grey levels). What is measured
+the copied image is the same one, and how far the images lie from the protocol's (rms, gray levels). What is measured
 are values, not time. Samplers with more calls than the protocol's say how far the protocol itself is from the exact
 flow, and so what agreement can be asked for at all. UniPC's noise levels were chosen on other seeds (from 10,000 on),
 after a first look at seeds 0–399 of the model of 200 digits.

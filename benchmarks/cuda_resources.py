@@ -59,7 +59,7 @@ class KernelResources:
 
 def readable_name(mangled: str) -> str:
     """search_kernel<Narrow>, refine_kernel<uint4>, merge_kernel, …"""
-    base = re.search(r"(search|merge|centre|refine)_kernel", mangled)[0]
+    base = re.search(r"(search|merge|center|refine)_kernel", mangled)[0]
     argument = re.match(r"I(?:NS\w*?6TilingILi(\d+)|5(uint4)|(h|j)E)", mangled[mangled.index(base) + len(base) :])
     if argument is None:
         return base

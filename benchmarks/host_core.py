@@ -27,7 +27,7 @@ class SimtCore:
     def __init__(self, path: Path):
         self.library = ctypes.CDLL(str(path))
         self.library.simt_error.restype = ctypes.c_char_p
-        self.library.simt_centred_row.restype = ctypes.c_int64
+        self.library.simt_centered_row.restype = ctypes.c_int64
 
     def call(self, name: str, *arguments) -> int:
         """Code that the launcher returned; every integer is passed as 64 bits."""
@@ -40,11 +40,11 @@ class SimtCore:
         if code != 0:
             raise RuntimeError(self.library.simt_error(code).decode())
 
-    def nearest_cuda_centred_row(self, d):
-        return self.library.simt_centred_row(ctypes.c_int64(d))
+    def nearest_cuda_centered_row(self, d):
+        return self.library.simt_centered_row(ctypes.c_int64(d))
 
-    def nearest_cuda_centre(self, images, n, d, centred, norms, stream):
-        self.checked("centre", images, n, d, centred, norms, stream)
+    def nearest_cuda_center(self, images, n, d, centered, norms, stream):
+        self.checked("center", images, n, d, centered, norms, stream)
 
     def nearest_cuda_search_workspace(self, queries, n, d, k):
         size = ctypes.c_int64(-1)

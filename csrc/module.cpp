@@ -316,12 +316,12 @@ void bind_posterior_mean(py::module_& m) {
            }),
            py::arg("rows"), py::arg("stride"), py::arg("k"), py::arg("panel"), py::arg("shift"), py::arg("scale"));
   py::class_<pm::ByteRows>(m, "PosteriorRows")
-      .def(py::init([](Address data, int64_t stride, int64_t d, Address centre) {
+      .def(py::init([](Address data, int64_t stride, int64_t d, Address center) {
              require(stride >= 0 && d >= 1, "posterior_mean: rows need stride >= 0 and d >= 1");
-             require_addresses(data, centre);
-             return pm::ByteRows{at<const uint8_t>(data), stride, d, at<const uint8_t>(centre)};
+             require_addresses(data, center);
+             return pm::ByteRows{at<const uint8_t>(data), stride, d, at<const uint8_t>(center)};
            }),
-           py::arg("data"), py::arg("stride"), py::arg("d"), py::arg("centre"));
+           py::arg("data"), py::arg("stride"), py::arg("d"), py::arg("center"));
   py::class_<pm::Pairs>(m, "PosteriorPairs")
       .def_readonly("complete", &pm::Pairs::complete)
       .def_readonly("total", &pm::Pairs::total)
@@ -444,15 +444,15 @@ void bind_nearest_cuda(py::module_& m) {
   };
 
   m.attr("nearest_cuda_max_neighbors") = cuda::kMaxNeighbors;
-  m.def("nearest_cuda_centred_row", &cuda::centred_row, py::arg("d"), "Bytes of one centred image of d values.");
+  m.def("nearest_cuda_centered_row", &cuda::centered_row, py::arg("d"), "Bytes of one centered image of d values.");
   m.def(
-      "nearest_cuda_centre",
-      [check](Address images, int64_t n, int64_t d, Address centred, Address norms, Address stream) {
-        check(cuda::centre(at<const std::uint8_t>(images), n, d, at<std::int8_t>(centred), at<int64_t>(norms),
+      "nearest_cuda_center",
+      [check](Address images, int64_t n, int64_t d, Address centered, Address norms, Address stream) {
+        check(cuda::center(at<const std::uint8_t>(images), n, d, at<std::int8_t>(centered), at<int64_t>(norms),
                            at<void>(stream)));
       },
-      py::arg("images"), py::arg("n"), py::arg("d"), py::arg("centred"), py::arg("norms"), py::arg("stream"),
-      Unlocked(), "uint8 [n, d] -> int8 [n, centred_row(d)] and int64 norms [n]; see nearest_cuda.h.");
+      py::arg("images"), py::arg("n"), py::arg("d"), py::arg("centered"), py::arg("norms"), py::arg("stream"),
+      Unlocked(), "uint8 [n, d] -> int8 [n, centered_row(d)] and int64 norms [n]; see nearest_cuda.h.");
   m.def(
       "nearest_cuda_search_workspace",
       [check](int64_t queries, int64_t n, int64_t d, int k) {

@@ -45,7 +45,7 @@ inline void add_to(double* totals, __m256 values) {
 
 // Per channel of a block. The deviation of x from the group's mean, z − mean = (x − high) − low, is a float and what
 // the float could not hold; `low` is folded into whatever is added to x − high afterwards.
-struct Centre {
+struct Center {
   alignas(32) float high[widest], low[widest];
 
   void set(std::int64_t i, double value) {
@@ -95,7 +95,7 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
   alignas(32) double totals[widest], squares[widest];
   std::fill_n(totals, width, 0.0);
   std::fill_n(squares, width, 0.0);
-  Centre centre;
+  Center center;
   for_vectors(width, [&](auto vectors, std::int64_t i) {
     constexpr int W = vectors;
     for (std::int64_t start = 0; start < pixels; start += run) {
@@ -114,7 +114,7 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
     for (std::int64_t k = i; k < i + per_group; ++k)
       sum += totals[k] + static_cast<double>(pixels) * added_to(parameters, image, first + k);
     for (std::int64_t k = i; k < i + per_group; ++k) {
-      centre.set(k, sum / n - added_to(parameters, image, first + k));
+      center.set(k, sum / n - added_to(parameters, image, first + k));
       totals[k] = 0;
     }
     mean[image * shape.groups + (first + i) / per_group] = sum / n;
@@ -128,7 +128,7 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
       for (std::int64_t p = start; p < stop; ++p) {
         for (int w = 0; w < W; ++w) {
           const __m256 value = _mm256_loadu_ps(in + p * row + i + 8 * w);
-          const __m256 d = _mm256_sub_ps(value, _mm256_load_ps(centre.high + i + 8 * w));
+          const __m256 d = _mm256_sub_ps(value, _mm256_load_ps(center.high + i + 8 * w));
           sum[w] = _mm256_add_ps(sum[w], d);
           square[w] = _mm256_fmadd_ps(d, d, square[w]);
         }
@@ -143,7 +143,7 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
   for (std::int64_t i = 0; i < width; i += per_group) {
     double sum = 0, square = 0;
     for (std::int64_t k = i; k < i + per_group; ++k) {
-      const double low = centre.low[k], count = static_cast<double>(pixels);
+      const double low = center.low[k], count = static_cast<double>(pixels);
       sum += totals[k] - count * low;
       square += squares[k] - low * (2 * totals[k] - count * low);
     }
@@ -153,9 +153,9 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
     const double variance = std::max(0.0, square / n - rest * rest);
     rstd[group] = static_cast<float>(1.0 / std::sqrt(variance + parameters.eps));
     for (std::int64_t k = i; k < i + per_group; ++k) {
-      centre.set(k, mean[group] - added_to(parameters, image, first + k));
+      center.set(k, mean[group] - added_to(parameters, image, first + k));
       affine.gain[k] *= rstd[group];
-      affine.offset[k] -= centre.low[k] * affine.gain[k];
+      affine.offset[k] -= center.low[k] * affine.gain[k];
     }
   }
   for_vectors(width, [&](auto vectors, std::int64_t i) {
@@ -163,7 +163,7 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
     for (std::int64_t p = 0; p < pixels; ++p) {
       for (int w = 0; w < W; ++w) {
         const std::int64_t k = i + 8 * w;
-        const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(in + p * row + k), _mm256_load_ps(centre.high + k));
+        const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(in + p * row + k), _mm256_load_ps(center.high + k));
         __m256 v = _mm256_fmadd_ps(d, _mm256_load_ps(affine.gain + k), _mm256_load_ps(affine.offset + k));
         if (parameters.silu) v = _mm256_mul_ps(v, sigmoid(v));
         _mm256_storeu_ps(out + p * row + k, v);
@@ -182,14 +182,14 @@ void backward(const Shape& shape, const Parameters& parameters, std::int64_t ima
   const float *const in = x + begin, *const gradient = dy + begin;
   float* const out = dx + begin;
 
-  Centre centre;
+  Center center;
   const Affine affine(parameters, image, first, last);
   alignas(32) float inverse[widest], rest[widest], scale[widest], slope[widest], constant[widest];
   for (std::int64_t k = 0; k < width; ++k) {
     const std::int64_t group = image * shape.groups + (first + k) / per_group;
-    centre.set(k, mean[group] - added_to(parameters, image, first + k));
+    center.set(k, mean[group] - added_to(parameters, image, first + k));
     inverse[k] = rstd[group];
-    rest[k] = centre.low[k] * inverse[k];
+    rest[k] = center.low[k] * inverse[k];
   }
   alignas(32) double totals[widest], products[widest];
   std::fill_n(totals, width, 0.0);
@@ -205,7 +205,7 @@ void backward(const Shape& shape, const Parameters& parameters, std::int64_t ima
       for (std::int64_t p = start; p < stop; ++p) {
         for (int w = 0; w < W; ++w) {
           const std::int64_t k = i + 8 * w;
-          const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(in + p * row + k), _mm256_load_ps(centre.high + k));
+          const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(in + p * row + k), _mm256_load_ps(center.high + k));
           const __m256 xhat = _mm256_fmsub_ps(d, _mm256_load_ps(inverse + k), _mm256_load_ps(rest + k));
           __m256 g = _mm256_loadu_ps(gradient + p * row + k);
           if (parameters.silu) {
@@ -237,7 +237,7 @@ void backward(const Shape& shape, const Parameters& parameters, std::int64_t ima
       sums[plane + at] = static_cast<float>(products[k]);
       scale[k] = affine.gain[k] * inverse[k];
       slope[k] = static_cast<float>(of_product / n * inverse[k] * inverse[k]);
-      constant[k] = static_cast<float>(of_g / n * inverse[k]) - centre.low[k] * slope[k];
+      constant[k] = static_cast<float>(of_g / n * inverse[k]) - center.low[k] * slope[k];
       totals[k] = 0;
     }
   }
@@ -250,7 +250,7 @@ void backward(const Shape& shape, const Parameters& parameters, std::int64_t ima
       for (std::int64_t p = start; p < stop; ++p) {
         for (int w = 0; w < W; ++w) {
           const std::int64_t k = i + 8 * w;
-          const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(in + p * row + k), _mm256_load_ps(centre.high + k));
+          const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(in + p * row + k), _mm256_load_ps(center.high + k));
           const __m256 g = _mm256_loadu_ps(out + p * row + k);
           const __m256 result =
               _mm256_fnmadd_ps(d, _mm256_load_ps(slope + k),

@@ -1,4 +1,4 @@
-// The inner loops of the nearest-neighbour search as a table of functions, one table per instruction set.
+// The inner loops of the nearest-neighbor search as a table of functions, one table per instruction set.
 //
 // nearest_simd.h defines the loops once over a small vector type; nearest_cpu.cpp (portable), nearest_avx2.cpp and
 // nearest_avx512.cpp each instantiate them with their own. Layouts shared by all of them:

@@ -103,7 +103,7 @@ struct Index {
   const float* error = nullptr;          // [1 + levels]: the largest of all points
   double scale = 0;
   int clusters = 0;
-  const std::int16_t* centroids = nullptr;  // panels of the clusters' centres, coded as points
+  const std::int16_t* centroids = nullptr;  // panels of the clusters' centers, coded as points
   const std::int32_t* centroid_bias = nullptr;
   const std::int64_t* starts = nullptr;  // [clusters + 1]: positions where clusters begin
 };

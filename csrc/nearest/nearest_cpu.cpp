@@ -706,9 +706,9 @@ class Dense {
     const std::size_t steps = divide_up(d, 2);
     const int strip_rows = kernels_.strip_rows;
     const std::int64_t strips = divide_up(count, strip_rows);
-    const std::vector<std::uint8_t> centre(d, 128);
+    const std::vector<std::uint8_t> center(d, 128);
     const auto norm = [&](const Rows& rows, std::int64_t i) {
-      return kernels_.distance_u8(row<std::uint8_t>(rows, i), centre.data(), d,
+      return kernels_.distance_u8(row<std::uint8_t>(rows, i), center.data(), d,
                                   std::numeric_limits<std::int64_t>::max());
     };
     Aligned<std::int16_t> packed(strips * steps * 2 * strip_rows);

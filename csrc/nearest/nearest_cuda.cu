@@ -13,7 +13,7 @@
 // The training set is split between blocks along N, and `merge` joins the lists of the splits. Keys are distinct and
 // totally ordered, so the result does not depend on the order of anything.
 //
-// Exactness. Products of centred bytes are at most 2¹⁴, a sum over d of them stays inside int32 for d < 131,072. Up to
+// Exactness. Products of centered bytes are at most 2¹⁴, a sum over d of them stays inside int32 for d < 131,072. Up to
 // d = 66,051 the distance is below 2³² and is computed modulo 2³² (`Narrow`); beyond, sums are moved to 64 bits every
 // 65,536 bytes and distances have 40 bits (`Wide`, smaller tiles because the wide sums need registers).
 //
@@ -55,7 +55,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kRowBytes = 64;  // of one stage; centred rows are padded to a multiple of it
+constexpr int kRowBytes = 64;  // of one stage; centered rows are padded to a multiple of it
 constexpr int kStages = 3;
 constexpr int kBuffer = 16;          // keys that a query's buffer takes before it has to be emptied
 constexpr int kSharedNeighbors = 4;  // lists of up to this length lie in shared memory, longer ones in the workspace
@@ -459,16 +459,16 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeArguments ar
   write_list(best, k, arguments.indices + query * k, arguments.distances + query * k);
 }
 
-// ---- centring ------------------------------------------------------------------------------------------------------
+// ---- centering ------------------------------------------------------------------------------------------------------
 
 // One warp per image. Word is uint32_t where every image starts and ends at a multiple of 4 bytes, else uint8_t.
 template <class Word>
 __global__ void __launch_bounds__(kThreads)
-    centre_kernel(const uint8_t* images, int64_t n, int64_t d, int64_t row_bytes, int8_t* centred, int64_t* norms) {
+    center_kernel(const uint8_t* images, int64_t n, int64_t d, int64_t row_bytes, int8_t* centered, int64_t* norms) {
   const int64_t image = static_cast<int64_t>(blockIdx.x) * kWarps + warp_number();
   if (image >= n) return;
   const uint8_t* const from = images + image * d;
-  auto* const to = reinterpret_cast<uint32_t*>(centred + image * row_bytes);
+  auto* const to = reinterpret_cast<uint32_t*>(centered + image * row_bytes);
   int64_t norm = 0;
   for (int64_t at = lane_number(); at < row_bytes / 4; at += kWarp) {
     uint32_t word = 0;
@@ -628,23 +628,23 @@ const char* error_string(int code) {
     case kBadSize: return "a size is negative or too large, or images have no values";
     case kBadNeighbors: return "k must be at least 1, at most 64 and at most the number of training images";
     case kBadDimension: return "images have more values than the search can count (16,909,060)";
-    case kMisaligned: return "centred images must start at a multiple of 16 bytes, 64-bit arrays at a multiple of 8";
+    case kMisaligned: return "centered images must start at a multiple of 16 bytes, 64-bit arrays at a multiple of 8";
     case kNullPointer: return "an array is missing (null pointer)";
     case kSmallWorkspace: return "the workspace is smaller than search_workspace says";
     default: return code > 0 ? cudaGetErrorString(static_cast<cudaError_t>(code)) : "unknown error";
   }
 }
 
-int64_t centred_row(int64_t d) { return round_up(d, kRowBytes); }
+int64_t centered_row(int64_t d) { return round_up(d, kRowBytes); }
 
-int centre(const uint8_t* images, int64_t n, int64_t d, int8_t* centred, int64_t* norms, void* stream) {
+int center(const uint8_t* images, int64_t n, int64_t d, int8_t* centered, int64_t* norms, void* stream) {
   if (n < 0 || d < 1 || n / kWarps >= 0x7fffffff) return kBadSize;
   if (n == 0) return kOk;
-  if (!images || !centred || !norms) return kNullPointer;
-  if (!aligned(centred, 16) || !aligned(norms, 8)) return kMisaligned;
-  const auto kernel = d % 4 == 0 && aligned(images, 4) ? centre_kernel<uint32_t> : centre_kernel<uint8_t>;
+  if (!images || !centered || !norms) return kNullPointer;
+  if (!aligned(centered, 16) || !aligned(norms, 8)) return kMisaligned;
+  const auto kernel = d % 4 == 0 && aligned(images, 4) ? center_kernel<uint32_t> : center_kernel<uint8_t>;
   return simt::launch(kernel, one_warp_each(n), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), images, n, d,
-                      centred_row(d), centred, norms);
+                      centered_row(d), centered, norms);
 }
 
 int search_workspace(int64_t queries, int64_t n, int64_t d, int k, int64_t* bytes) {
@@ -683,7 +683,7 @@ int search(const int8_t* query_images, const int64_t* query_norms, int64_t queri
                                   training_norms,
                                   queries,
                                   n,
-                                  centred_row(d),
+                                  centered_row(d),
                                   plan.images_per_split,
                                   plan.splits,
                                   k,

@@ -9,7 +9,7 @@
 // the errors below (nothing was enqueued), or the positive cudaError_t of a launch that failed.
 //
 // Two ways to search:
-//   centre + search   brute force on int8 tensor cores. 128 is subtracted from every grey level, which changes no
+//   center + search   brute force on int8 tensor cores. 128 is subtracted from every gray level, which changes no
 //                     distance, and ‖x − y‖² = ‖x‖² + ‖y‖² − 2 x·y with exact integer products.
 //   refine            exact distances of listed pairs only: what a filter (a lower bound, an approximate index) left
 //   over.
@@ -26,7 +26,7 @@ enum Error : int {
   kBadSize = -1,       // a negative count, d < 1, or more queries than one call takes (2³¹ − 1)
   kBadNeighbors = -2,  // k < 1, k > 64 or k > N
   kBadDimension = -3,  // search: d > 16,909,060 (a squared distance would exceed 40 bits)
-  kMisaligned = -4,    // a centred array that does not start at a multiple of 16 bytes, or int64 data not at one of 8
+  kMisaligned = -4,    // a centered array that does not start at a multiple of 16 bytes, or int64 data not at one of 8
   kNullPointer = -5,
   kSmallWorkspace = -6,
 };
@@ -34,18 +34,18 @@ enum Error : int {
 // One line for a code that a function below returned (also for positive ones).
 const char* error_string(int code);
 
-// Bytes of one centred image: d rounded up to a multiple of 64; the bytes behind the image are zero.
-std::int64_t centred_row(std::int64_t d);
+// Bytes of one centered image: d rounded up to a multiple of 64; the bytes behind the image are zero.
+std::int64_t centered_row(std::int64_t d);
 
-// images uint8 [n, d] -> centred int8 [n, centred_row(d)] (grey level − 128), norms int64 [n] (sum of the squares).
-int centre(const std::uint8_t* images, std::int64_t n, std::int64_t d, std::int8_t* centred, std::int64_t* norms,
+// images uint8 [n, d] -> centered int8 [n, centered_row(d)] (gray level − 128), norms int64 [n] (sum of the squares).
+int center(const std::uint8_t* images, std::int64_t n, std::int64_t d, std::int8_t* centered, std::int64_t* norms,
            void* stream);
 
 // Bytes of workspace that `search` needs on the current device; 0 or an error (negative or, by cudaGetDevice,
 // positive).
 int search_workspace(std::int64_t queries, std::int64_t n, std::int64_t d, int k, std::int64_t* bytes);
 
-// The k nearest of n training images for each query. query_images and training_images as `centre` writes them.
+// The k nearest of n training images for each query. query_images and training_images as `center` writes them.
 // indices int64 [queries, k], squared_distances int64 [queries, k], nearest first.
 int search(const std::int8_t* query_images, const std::int64_t* query_norms, std::int64_t queries,
            const std::int8_t* training_images, const std::int64_t* training_norms, std::int64_t n, std::int64_t d,

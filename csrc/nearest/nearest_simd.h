@@ -1,4 +1,4 @@
-// The inner loops of the nearest-neighbour search, written once over a vector type `V` (see kernels.h for what they
+// The inner loops of the nearest-neighbor search, written once over a vector type `V` (see kernels.h for what they
 // do).
 //
 // Included once by each of nearest_cpu.cpp, nearest_avx2.cpp and nearest_avx512.cpp after they define `V`. Everything

@@ -6,7 +6,7 @@
 //   column_top    the largest score of each column, and where
 //   column_mass   Σ_i exp(s[i][c] − top[c])
 //   select        the pairs with s[i][c] + reach[c]·slack[i] >= threshold[c]
-//   pair_logits   (u_c·z_i − ‖z_i‖²/2)·weight[c] in float64 for listed pairs, z_i = y_i − centre
+//   pair_logits   (u_c·z_i − ‖z_i‖²/2)·weight[c] in float64 for listed pairs, z_i = y_i − center
 //   pair_sums     Σ over listed pairs of a column of weight·z_i, in float64
 //   round_weights exp(s[i][c] − limit[c]) in 8 or 16 bits
 //   weighted_sums Σ_i w[c][i]·(y_i − 128), exact in int32
@@ -62,7 +62,7 @@ struct ByteRows {
   const std::uint8_t* data = nullptr;
   std::int64_t stride = 0;
   std::int64_t d = 0;
-  const std::uint8_t* centre = nullptr;  // [d]
+  const std::uint8_t* center = nullptr;  // [d]
 };
 
 // queries: u [columns][d]; half_norms ‖z_i‖²/2.

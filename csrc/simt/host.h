@@ -1,5 +1,5 @@
 // The host stand-in itself: threads of a block, barriers, shared memory, warp collectives, intrinsics, and the few
-// runtime calls that launchers make. Included by simt.h, which says what is modelled and what is not.
+// runtime calls that launchers make. Included by simt.h, which says what is modeled and what is not.
 #pragma once
 
 #include <ucontext.h>
@@ -245,7 +245,7 @@ inline std::size_t reserve_static_shared(std::size_t bytes) {
 }
 template <class Type, class Place>
 struct StaticShared {
-  static_assert(std::is_trivially_default_constructible_v<Type>, "shared variables are not initialised");
+  static_assert(std::is_trivially_default_constructible_v<Type>, "shared variables are not initialized");
   static inline const std::size_t offset = reserve_static_shared(sizeof(Type));
   static Type& get() { return *reinterpret_cast<Type*>(lane().block->static_shared.get() + offset); }
 };

@@ -16,7 +16,7 @@
 //
 // What the stand-in models. Grid, block and thread indices; static and dynamic shared memory; __syncthreads and its
 // votes; __syncwarp, shuffles and ballots; integer intrinsics; atomics; tensor-core fragments lane by lane. Shared
-// memory starts every block as 0xCD bytes, so missing initialisation shows. An asynchronous copy turns its target into
+// memory starts every block as 0xCD bytes, so missing initialization shows. An asynchronous copy turns its target into
 // 0xCD when it is issued and delivers at the last moment that the program allows, so a missing wait shows. Stores
 // behind the end of dynamic shared memory, lanes of a warp that meet in different collectives, and barriers that some
 // threads never reach are reported. The threads of a block are fibers on one OS thread, run alternately in ascending

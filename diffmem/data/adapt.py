@@ -16,7 +16,7 @@ _BLOCK_BYTES = 2**24
 def adapt(images: np.ndarray, options: PixelOptions, where: str, progress: Progress) -> np.ndarray:
     """`images` [N, C, H, W] in the wanted color and size, of the same dtype; the same array where nothing changes.
 
-    Grey is Pillow's integer ITU-R 601 luma for uint8 and 0.299 R + 0.587 G + 0.114 B for floats. Sizes change by
+    Gray is Pillow's integer ITU-R 601 luma for uint8 and 0.299 R + 0.587 G + 0.114 B for floats. Sizes change by
     Lanczos resampling with antialiasing, for floats in float32. A fourth channel is alpha where `options` name a color
     or what becomes of alpha, and a channel like the others else. Raises `InputError` for colors that cannot be had.
     """

@@ -77,7 +77,7 @@ def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | 
 
     The channel axis is the one of length 1, 3 or 4. Where both ends fit or neither, `layout` ("NCHW" or "NHWC")
     decides, or what is laid down for the source (`assume`: NCHW for arrays in memory); else that is an error.
-    [N, H, W] is grey. Half precision becomes float32. Raises `InputError` for anything that is not images.
+    [N, H, W] is gray. Half precision becomes float32. Raises `InputError` for anything that is not images.
     """
     if array.ndim == 2:
         raise InputError(

@@ -46,7 +46,7 @@ def digits() -> Arrays:
 def patches(count: int, seed: int, source: str = "builtin:patches") -> Arrays:
     """`count` 32×32 color patches of scikit-learn's two photographs; the label says which (0 china.jpg, 1 flower.jpg).
 
-    The two photographs (427×640) have 2·396·609 = 482,328 places for a patch, no two of them alike (neighbours overlap,
+    The two photographs (427×640) have 2·396·609 = 482,328 places for a patch, no two of them alike (neighbors overlap,
     of course). Each is used once, in an order that `seed` decides, before any is used again; the patches of a smaller
     `count` are the first ones of a larger. The order is that of SplitMix64 hashes of seed and place: the same on every
     machine and with every version of numpy.

@@ -1,12 +1,12 @@
-"""From the bytes of one image file to 8-bit grey or color pixels, and what counts as those pixels.
+"""From the bytes of one image file to 8-bit gray or color pixels, and what counts as those pixels.
 
 The rules, in one place, for every source of encoded images:
 
-- grey (L, and 1-bit as 0/255) has one channel; RGB and palette images have three; CMYK, YCbCr and HSV become RGB;
+- gray (L, and 1-bit as 0/255) has one channel; RGB and palette images have three; CMYK, YCbCr and HSV become RGB;
 - an alpha channel (or a palette with transparency) is dropped where every pixel is opaque and refused where one is
   not: pixels under transparency mean nothing until somebody chooses a background (`PixelOptions.alpha`);
 - deeper pixels than eight bits, by the file's own header (see `depth`), are refused, since Pillow would drop bits
-  silently; but for 16-bit grey that eight bits hold exactly (every level a multiple of 257, which becomes level / 257);
+  silently; but for 16-bit gray that eight bits hold exactly (every level a multiple of 257, which becomes level / 257);
 - an animation, or a file of several pages, is refused, since no frame is more right than the others (a photograph with
   an embedded preview, MPO, is its main picture);
 - an image is turned or mirrored as its EXIF orientation says, in every format: as image viewers show it and as Hugging
@@ -118,13 +118,13 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
             raise BadImage(f"declares {width}×{height} pixels, more than the {MAX_PIXELS:,} that are decoded")
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise BadImage(f"holds {image.n_frames} frames: keep one of them as an image of its own")
-        deep_grey = require_eight_bits(image, data)
+        deep_gray = require_eight_bits(image, data)
         image, turned = _upright(image)
-        if deep_grey:
-            image = _sixteen_bit_grey(image)
+        if deep_gray:
+            image = _sixteen_bit_gray(image)
         if options.mode is not None and image.mode != options.mode:
             image = image.convert(options.mode)
-        return convert(as_grey_or_rgb(image, options.alpha), options), turned
+        return convert(as_gray_or_rgb(image, options.alpha), options), turned
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -159,7 +159,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
     return image, turned
 
 
-def as_grey_or_rgb(image: Image.Image, alpha: str | None = None) -> Image.Image:
+def as_gray_or_rgb(image: Image.Image, alpha: str | None = None) -> Image.Image:
     """`image` as mode "L" or "RGB", without losing anything but what `alpha` says; raises `BadImage` where that cannot
     be."""
     image.load()
@@ -173,12 +173,12 @@ def as_grey_or_rgb(image: Image.Image, alpha: str | None = None) -> Image.Image:
     if mode in ("P", "CMYK", "YCbCr", "HSV"):
         return image.convert("RGB")
     if mode.startswith("I;16"):
-        return _sixteen_bit_grey(image)
+        return _sixteen_bit_gray(image)
     raise BadImage(f"has pixels of Pillow's mode {mode}: convert it to 8-bit gray or RGB first")
 
 
 def convert(image: Image.Image, options: PixelOptions) -> Image.Image:
-    """`image` (mode "L" or "RGB") in the wanted color and size: grey by ITU-R 601 luma, sizes by Lanczos."""
+    """`image` (mode "L" or "RGB") in the wanted color and size: gray by ITU-R 601 luma, sizes by Lanczos."""
     if options.color == "grey" and image.mode == "RGB":
         image = image.convert("L")
     elif options.color == "rgb" and image.mode == "L":
@@ -220,11 +220,11 @@ def decode_into(out: np.ndarray, encoded: Sequence[bytes], options: PixelOptions
 
 
 def _opaque(image: Image.Image, alpha: str | None) -> Image.Image:
-    grey = image.mode in ("1", "L", "LA", "La")
+    gray = image.mode in ("1", "L", "LA", "La")
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
     elif image.mode not in ("LA", "RGBA"):
-        image = image.convert("LA" if grey else "RGBA")
+        image = image.convert("LA" if gray else "RGBA")
     if image.getchannel("A").getextrema()[0] < 255:
         if alpha is None:
             raise BadImage(
@@ -233,10 +233,10 @@ def _opaque(image: Image.Image, alpha: str | None) -> Image.Image:
         if alpha != "drop":
             background = Image.new(image.mode, image.size, alpha)
             image = Image.composite(image, background, image.getchannel("A"))
-    return image.convert("L" if grey else "RGB")
+    return image.convert("L" if gray else "RGB")
 
 
-def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
+def _sixteen_bit_gray(image: Image.Image) -> Image.Image:
     levels = np.asarray(image)
     eight_bits, remainder = np.divmod(levels, 257)
     if remainder.any() or levels.min() < 0 or levels.max() > 65535:

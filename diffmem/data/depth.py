@@ -27,7 +27,7 @@ class BadImage(Exception):
 
 
 def require_eight_bits(image: Image.Image, data: bytes) -> bool:
-    """Whether `image`, opened from the file `data` and not loaded yet, holds 16-bit grey levels (whoever reads them
+    """Whether `image`, opened from the file `data` and not loaded yet, holds 16-bit gray levels (whoever reads them
     decides whether eight bits hold them); False where it has eight bits or fewer per channel.
 
     Raises `BadImage` where Pillow would turn deeper pixels into eight bits, or where the depth is not known.
@@ -91,7 +91,7 @@ def _jpeg_2000(image: Image.Image, data: bytes) -> bool:
                 raise BadImage("is JPEG 2000 with a palette: convert it to PNG first")
             if kind == b"colr" and data[start] == 1:
                 space = int.from_bytes(data[start + 3 : start + 7], "big")
-                if space not in (12, 16, 17, 18):  # CMYK, sRGB, grey, sYCC
+                if space not in (12, 16, 17, 18):  # CMYK, sRGB, gray, sYCC
                     raise BadImage(f"is JPEG 2000 in the color space {space}: convert it to RGB first")
     if data[stream : stream + 4] != _JPEG_2000_STREAM:
         raise ValueError
@@ -158,7 +158,7 @@ def _psd(image: Image.Image, data: bytes) -> bool:
     bits, color_mode = struct.unpack_from(">HH", data, 22)
     if bits > 8:
         raise _refusal(bits)
-    if color_mode not in (0, 1, 2, 3, 4):  # bitmap, grey, palette, RGB, CMYK
+    if color_mode not in (0, 1, 2, 3, 4):  # bitmap, gray, palette, RGB, CMYK
         raise BadImage("is a PSD file in an unusual color mode: convert it to PNG first")
     return False
 

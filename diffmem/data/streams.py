@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 
 from diffmem.data.adapt import adapt
 from diffmem.data.arrays import Arrays, as_nchw, to_numpy
-from diffmem.data.decode import BadImage, PixelOptions, as_grey_or_rgb, convert, decode_image
+from diffmem.data.decode import BadImage, PixelOptions, as_gray_or_rgb, convert, decode_image
 from diffmem.data.grid import rows_and_columns
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.storage import Gathering
@@ -162,7 +162,7 @@ def _from_pillow(image: Image.Image, options: PixelOptions, place: str) -> np.nd
             if (data := _unread_file(image)) is not None:
                 pixels = np.asarray(decode_image(data, options)[0])
             else:
-                pixels = np.asarray(convert(as_grey_or_rgb(image, options.alpha), options))
+                pixels = np.asarray(convert(as_gray_or_rgb(image, options.alpha), options))
     except (BadImage, OSError) as bad:
         raise InputError(f"{place}: the image {bad}") from None
     return pixels.reshape(1, *pixels.shape[:2], -1).transpose(0, 3, 1, 2)

@@ -129,12 +129,12 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
     _check_interval(count, total, confidence)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = count / total
-    centre = share + z * z / (2 * total)
+    center = share + z * z / (2 * total)
     half = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     # At the ends the formula gives 0 and 1 exactly, up to rounding.
-    low = 0.0 if count == 0 else (centre - half) / scale
-    high = 1.0 if count == total else (centre + half) / scale
+    low = 0.0 if count == 0 else (center - half) / scale
+    high = 1.0 if count == total else (center + half) / scale
     return low, high
 
 

@@ -29,8 +29,8 @@ from diffmem.search.rows import as_rows, check_finite
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
-NARROWEST = 512  # values of a row below which principal components do not pay
-LEAST_ROWS = 4096
+MIN_DIM = 512  # values of a row below which principal components do not pay
+MIN_ROWS = 4096
 COMPONENTS = 5  # twelfths of the values of a row: what JPEG's chroma leaves of three channels, and a little less
 COPIED_BYTES = 1 << 32  # of a set that is copied in the order of its classes; a larger one is left where it is
 WEIGHT_BLOCK = 1 << 24  # values of the training rows at a time when weights are listed
@@ -162,7 +162,7 @@ class OptimalDenoiser(nn.Module):
 
     def _basis(self, rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor | None:
         """Leading principal components, where they are worth their while."""
-        if not self.integer or rows.shape[1] < NARROWEST or len(rows) < LEAST_ROWS:
+        if not self.integer or rows.shape[1] < MIN_DIM or len(rows) < MIN_ROWS:
             return None
         return principal_components(sample_rows(rows).float() - mean.float(), COMPONENTS * rows.shape[1] // 12)
 
@@ -344,7 +344,7 @@ def _of(values: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
-    """The mean row, float64; of uint8 rows rounded to whole grey levels, so that differences from it are integers."""
+    """The mean row, float64; of uint8 rows rounded to whole gray levels, so that differences from it are integers."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64)
     for block in rows.split(max(1, WEIGHT_BLOCK // rows.shape[1])):
         total += block.sum(dim=0, dtype=torch.float64)

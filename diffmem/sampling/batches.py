@@ -31,7 +31,7 @@ class Samples(NamedTuple):
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Grey levels of images in [-1, 1]: x·127.5 + 128, clipped to 0 … 255, truncated."""
+    """Gray levels of images in [-1, 1]: x·127.5 + 128, clipped to 0 … 255, truncated."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 

@@ -24,19 +24,19 @@ def sample_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows[np.linspace(0, len(rows) - 1, wanted).astype(np.int64)]
 
 
-def principal_components(centred: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` leading right singular vectors of `centred` [n, d], nearly orthonormal rows, float32 [<= count, d].
+def principal_components(centered: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` leading right singular vectors of `centered` [n, d], nearly orthonormal rows, float32 [<= count, d].
 
     Randomized subspace iteration: Halko, Martinsson & Tropp, Finding structure with randomness, SIAM Review 2011,
     algorithms 4.4 and 5.1. Fewer rows come back where n or d is smaller.
     """
-    n, d = centred.shape
+    n, d = centered.shape
     width = min(count + EXTRA, n, d)
     generator = torch.Generator().manual_seed(0)
-    subspace = torch.linalg.qr(centred.T @ torch.randn(n, width, generator=generator)).Q
+    subspace = torch.linalg.qr(centered.T @ torch.randn(n, width, generator=generator)).Q
     for _ in range(POWER_ITERATIONS):
-        subspace = torch.linalg.qr(centred.T @ (centred @ subspace)).Q
-    projected = centred @ subspace
+        subspace = torch.linalg.qr(centered.T @ (centered @ subspace)).Q
+    projected = centered @ subspace
     _, rotation = torch.linalg.eigh((projected.T @ projected).double())
     return (subspace @ rotation.flip(1)[:, :count].float()).T.contiguous()
 
@@ -89,21 +89,21 @@ class FloatBasis:
 
     def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Coordinates [n, coordinates] and ‖x − mean‖² [n] of float rows [n, d], in float64."""
-        centred = rows.double() - torch.from_numpy(self.mean)
-        return centred @ torch.from_numpy(self.a).T, centred.square().sum(dim=1)
+        centered = rows.double() - torch.from_numpy(self.mean)
+        return centered @ torch.from_numpy(self.a).T, centered.square().sum(dim=1)
 
 
 def float_basis(rows: torch.Tensor, coordinates: int) -> FloatBasis:
     """Basis of `coordinates` rows for the float rows [N, d]; rows beyond the rank of the sample are zero."""
     sample = sample_rows(rows).double()
     mean = sample.mean(dim=0)
-    centred = sample - mean
+    centered = sample - mean
     # Scaled to a largest magnitude of 1, so that float32 neither overflows nor underflows.
-    magnitude = centred.abs().max()
+    magnitude = centered.abs().max()
     if magnitude > 0:
-        centred /= magnitude
+        centered /= magnitude
     a = torch.zeros(coordinates, rows.shape[1], dtype=torch.float64)
-    components = principal_components(centred.float(), coordinates).double()
+    components = principal_components(centered.float(), coordinates).double()
     a[: len(components)] = components
     # The row sums of AAᵀ are computed with a relative error below (d + 2)·2^-53·Σ|a||a|: far below the slack of 1e-9.
     norm = float((a @ a.T).abs().sum(dim=1).max().sqrt()) * (1 + 1e-9)

@@ -139,7 +139,7 @@ def check_index(index: TrainingIndex | ShardedIndex | FaissIndex, images: Images
 
 
 class _SelfJoin:
-    """All training images within a squared distance of some queries, through an index of nearest neighbours.
+    """All training images within a squared distance of some queries, through an index of nearest neighbors.
 
     Few images have more than a few duplicates: the nearest four are asked for first, the nearest 64 where all four lie
     within the radius, and every pair only where all 64 do.

@@ -2,7 +2,7 @@
 its GPUs.
 
 FAISS proposes candidates; they are re-ranked exactly, so every distance that comes back is exact. What an
-approximate index can still do is miss a neighbour: a missed second neighbour makes a false alarm, a missed first
+approximate index can still do is miss a neighbor: a missed second neighbor makes a false alarm, a missed first
 hides a copy. So each query measures the recall of both on a sample of its images, against the exact search, and
 reports it in `stats`.
 """

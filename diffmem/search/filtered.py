@@ -207,29 +207,29 @@ def _encode(rows: torch.Tensor, basis: ByteBasis | FloatBasis, scale: float, ste
 
 
 def _clusters(coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order of the points by cluster, where each cluster starts in it, and the clusters' centres (int16), by k-means.
+    """Order of the points by cluster, where each cluster starts in it, and the clusters' centers (int16), by k-means.
 
     A few of Lloyd's iterations on a sample: how good the clusters are decides only how tight the first limits are.
     """
     n = len(coarse)
     count = int(np.clip(np.sqrt(n), 1, 4096))
     sample = torch.from_numpy(coarse[np.linspace(0, n - 1, min(n, CLUSTER_SAMPLE)).astype(np.int64)]).float()
-    centres = sample[torch.linspace(0, len(sample) - 1, count).long()].clone()
+    centers = sample[torch.linspace(0, len(sample) - 1, count).long()].clone()
     for _ in range(CLUSTER_ITERATIONS):
-        nearest = _nearest_centre(sample, centres)
+        nearest = _nearest_center(sample, centers)
         size = torch.bincount(nearest, minlength=count)
-        total = torch.zeros_like(centres).index_add_(0, nearest, sample)
-        centres = torch.where(size[:, None] > 0, total / size.clamp(min=1)[:, None], centres)
-    centres = centres.round_()
-    assigned = torch.cat([_nearest_centre(block.float(), centres) for block in torch.from_numpy(coarse).split(16384)])
+        total = torch.zeros_like(centers).index_add_(0, nearest, sample)
+        centers = torch.where(size[:, None] > 0, total / size.clamp(min=1)[:, None], centers)
+    centers = centers.round_()
+    assigned = torch.cat([_nearest_center(block.float(), centers) for block in torch.from_numpy(coarse).split(16384)])
     order = assigned.argsort(stable=True)
     starts = np.zeros(count + 1, np.int64)
     starts[1:] = torch.bincount(assigned, minlength=count).cumsum(0).numpy()
-    return order.numpy(), starts, centres.short().numpy()
+    return order.numpy(), starts, centers.short().numpy()
 
 
-def _nearest_centre(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(centres.square().sum(dim=1), points, centres.T, alpha=-2).argmin(dim=1)
+def _nearest_center(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(centers.square().sum(dim=1), points, centers.T, alpha=-2).argmin(dim=1)
 
 
 def _panels(values: np.ndarray) -> np.ndarray:

@@ -188,10 +188,10 @@ class _Bytes:
         return search(values[: len(queries)], norms, k)
 
     def _kernel(self, x: torch.Tensor, norms: torch.Tensor, k: int) -> Answer:
-        from diffmem.ops.nearest.cuda import CentredImages, nearest_cuda
+        from diffmem.ops.nearest.cuda import CenteredImages, nearest_cuda
 
         return nearest_cuda(
-            CentredImages(x, norms, self.d), CentredImages(self.values[: self.count], self.norms, self.d), k
+            CenteredImages(x, norms, self.d), CenteredImages(self.values[: self.count], self.norms, self.d), k
         )
 
     def _products(self, x: torch.Tensor, norms: torch.Tensor, k: int) -> Answer:

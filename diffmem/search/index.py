@@ -30,7 +30,7 @@ ALLOWANCE = 0.25  # share of pairs refined beyond which "auto" gives a block up:
 NEVER = math.inf  # an allowance at which no block is given up, however many of its pairs are refined
 FILTERED_PAIRS = 1 << 31  # pairs per call of the core, between which progress is told and Ctrl-C is heeded
 DENSE_PRODUCTS = 1 << 39  # multiplications per call, for the same reason
-TRIFLE = 1 << 27  # multiplications that "auto" does not try to avoid
+SMALL_PROBLEM = 1 << 27  # multiplications that "auto" does not try to avoid
 QUERY_BLOCK = 4096
 
 
@@ -267,7 +267,7 @@ class _Search:
             return self._dense(queries)
         if self.index.method == "filtered":
             return self._filtered(queries, NEVER)
-        if len(queries) * self.index.rows.numel() <= TRIFLE:
+        if len(queries) * self.index.rows.numel() <= SMALL_PROBLEM:
             return self._dense(queries)
         if not self.trusted and len(queries) > 4 * PROBE:
             probe = queries[torch.linspace(0, len(queries) - 1, PROBE).long()]

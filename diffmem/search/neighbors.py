@@ -31,7 +31,7 @@ class Neighbors:
 
     @property
     def rms(self) -> np.ndarray:
-        """Distance / √d: the root mean square difference per value (grey levels for uint8), float64 [Q, k]."""
+        """Distance / √d: the root mean square difference per value (gray levels for uint8), float64 [Q, k]."""
         return np.sqrt(self.squared_distances / np.float64(self.dimension))
 
     @property

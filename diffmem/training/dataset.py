@@ -53,7 +53,7 @@ def _check(images: ImageSet, network: UNetConfig | ADMConfig) -> None:
     if len(images) == 0:
         raise InputError(f"{images.source}: no images to train on")
     if images.images.dtype != np.uint8:
-        raise InputError(f"{images.source}: {images.images.dtype} images, but training takes uint8 grey levels 0–255")
+        raise InputError(f"{images.source}: {images.images.dtype} images, but training takes uint8 gray levels 0–255")
     wanted = (network.channels, network.resolution, network.resolution)
     if images.image_shape != wanted:
         raise InputError(

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """An 8×8 grey network with random weights, unconditional."""
+    """An 8×8 gray network with random weights, unconditional."""
     torch.manual_seed(0)
     config = UNetConfig(
         resolution=8, channels=1, model_channels=8, channel_mult=(1, 1), num_blocks=1, attn_resolutions=(4,), dropout=0
@@ -68,7 +68,7 @@ def run(capsys):
 
 
 def assert_same_images(images, expected):
-    """Up to one grey level on at most 0.1 % of the pixels."""
+    """Up to one gray level on at most 0.1 % of the pixels."""
     difference = np.abs(np.asarray(images).astype(int) - np.asarray(expected).astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 1e-3

@@ -35,10 +35,10 @@ extern "C" {
 
 const char* simt_error(int code) { return code == -1000 ? broken_rule.c_str() : nearest::error_string(code); }
 
-int64_t simt_centred_row(int64_t d) { return nearest::centred_row(d); }
+int64_t simt_centered_row(int64_t d) { return nearest::centered_row(d); }
 
-int simt_centre(const std::uint8_t* images, int64_t n, int64_t d, std::int8_t* centred, int64_t* norms, void* stream) {
-  return guarded([&] { return nearest::centre(images, n, d, centred, norms, stream); });
+int simt_center(const std::uint8_t* images, int64_t n, int64_t d, std::int8_t* centered, int64_t* norms, void* stream) {
+  return guarded([&] { return nearest::center(images, n, d, centered, norms, stream); });
 }
 
 int simt_search_workspace(int64_t queries, int64_t n, int64_t d, int k, int64_t* bytes) {
@@ -106,15 +106,15 @@ int main() {
     offsets.push_back(static_cast<int64_t>(candidates.size()));
   }
 
-  const int64_t row = nearest::centred_row(d);
-  Array<std::int8_t> centred_queries(queries * row), centred_training(n * row);
+  const int64_t row = nearest::centered_row(d);
+  Array<std::int8_t> centered_queries(queries * row), centered_training(n * row);
   Array<int64_t> query_norms(queries), training_norms(n), indices(queries * k), distances(queries * k);
   int64_t workspace_bytes = 0;
   if (nearest::search_workspace(queries, n, d, k, &workspace_bytes) != 0) return 3;
   Array<char> workspace(workspace_bytes);
-  if (nearest::centre(query_images, queries, d, centred_queries, query_norms, nullptr) != 0 ||
-      nearest::centre(training_images, n, d, centred_training, training_norms, nullptr) != 0 ||
-      nearest::search(centred_queries, query_norms, queries, centred_training, training_norms, n, d, k, workspace,
+  if (nearest::center(query_images, queries, d, centered_queries, query_norms, nullptr) != 0 ||
+      nearest::center(training_images, n, d, centered_training, training_norms, nullptr) != 0 ||
+      nearest::search(centered_queries, query_norms, queries, centered_training, training_norms, n, d, k, workspace,
                       workspace_bytes, indices, distances, nullptr) != 0 ||
       !std::equal(expected.begin(), expected.end(), static_cast<int64_t*>(indices)))
     return 4;

@@ -55,19 +55,19 @@ def placed(images: np.ndarray) -> Guarded:
 
 
 def search(core, queries, training, k, multiprocessors=4):
-    """centre + search on the stand-in; every array has the size that the contract says and starts as garbage."""
+    """center + search on the stand-in; every array has the size that the contract says and starts as garbage."""
     os.environ["DIFFMEM_SIMT_MULTIPROCESSORS"] = str(multiprocessors)
     n, d = training.shape
-    row = core.nearest_cuda_centred_row(d)
+    row = core.nearest_cuda_centered_row(d)
     prepared = []
     for images in (queries, training):
-        source, centred, norms = placed(images), Guarded((len(images), row), np.int8), Guarded(len(images), np.int64)
-        core.nearest_cuda_centre(source.address, len(images), d, centred.address, norms.address, 0)
+        source, centered, norms = placed(images), Guarded((len(images), row), np.int8), Guarded(len(images), np.int64)
+        core.nearest_cuda_center(source.address, len(images), d, centered.address, norms.address, 0)
         expected = images.astype(np.int64) - 128
-        np.testing.assert_array_equal(centred.intact()[:, :d], expected)
-        assert not centred.array[:, d:].any()
+        np.testing.assert_array_equal(centered.intact()[:, :d], expected)
+        assert not centered.array[:, d:].any()
         np.testing.assert_array_equal(norms.intact(), (expected**2).sum(1))
-        prepared += [centred, norms]
+        prepared += [centered, norms]
     size = core.nearest_cuda_search_workspace(len(queries), n, d, k)
     workspace = Guarded(size, np.uint8)
     indices, distances = Guarded((len(queries), k), np.int64), Guarded((len(queries), k), np.int64)
@@ -100,13 +100,13 @@ def by_definition(queries, training, k):
 def images(kind: str, count: int, d: int, rng: np.random.Generator) -> np.ndarray:
     if kind == "noise":
         return rng.integers(0, 256, (count, d), dtype=np.uint8)
-    if kind == "ties":  # few grey levels, few distances
+    if kind == "ties":  # few gray levels, few distances
         return rng.integers(0, 2, (count, d), dtype=np.uint8)
     if kind == "extremes":  # all-0 against all-255: the greatest distance there is
         return np.repeat(rng.integers(0, 2, (count, 1), dtype=np.uint8) * 255, d, axis=1)
     if kind == "duplicates":
         return rng.integers(0, 256, (3, d), dtype=np.uint8)[rng.integers(0, 3, count)]
-    if kind == "near ties":  # one grey level in one value
+    if kind == "near ties":  # one gray level in one value
         base = np.full((count, d), 100, np.uint8)
         base[np.arange(count), rng.integers(0, d, count)] += rng.integers(0, 2, count, dtype=np.uint8)
         return base
@@ -153,7 +153,7 @@ def test_search_property(core, queries, n, d, k, multiprocessors, kind, seed):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4])
-def test_one_grey_level_in_a_later_tile_decides(core, multiprocessors):
+def test_one_gray_level_in_a_later_tile_decides(core, multiprocessors):
     training = np.zeros((1000, 40), np.uint8)
     training[:, :10] = 1
     training[[300, 999], 9] = 0  # distance 9 among nothing but 10
@@ -205,12 +205,12 @@ def test_refine_of_many_candidates_and_long_images(core):
 
 def test_bad_arguments_are_refused_before_anything_is_written(core):
     rng = np.random.default_rng(0)
-    centred, norms, out = Guarded((9, 64), np.int8), Guarded(9, np.int64), Guarded(64 * 9, np.int64)
+    centered, norms, out = Guarded((9, 64), np.int8), Guarded(9, np.int64), Guarded(64 * 9, np.int64)
     size = core.nearest_cuda_search_workspace(3, 9, 5, 2)
     workspace = Guarded(size, np.uint8)
     good = {
-        "query_images": centred.address, "query_norms": norms.address, "queries": 3,
-        "training_images": centred.address, "training_norms": norms.address, "n": 9, "d": 5, "k": 2,
+        "query_images": centered.address, "query_norms": norms.address, "queries": 3,
+        "training_images": centered.address, "training_norms": norms.address, "n": 9, "d": 5, "k": 2,
         "workspace": workspace.address, "workspace_bytes": size, "indices": out.address,
         "squared_distances": out.address, "stream": 0,
     }  # fmt: skip
@@ -222,7 +222,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(core):
         ({"k": 10}, BAD_NEIGHBORS),
         ({"n": 100, "k": 65}, BAD_NEIGHBORS),
         ({"d": 16909061}, BAD_DIMENSION),
-        ({"training_images": centred.address + 8}, MISALIGNED),
+        ({"training_images": centered.address + 8}, MISALIGNED),
         ({"indices": out.address + 4}, MISALIGNED),
         ({"workspace": 0}, NULL_POINTER),
         ({"workspace_bytes": size - 1}, SMALL_WORKSPACE),
@@ -232,7 +232,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(core):
     assert (out.array.view(np.uint8) == 0xCD).all()
     assert core.call("refine", 64, 1, 64, 5, 16, 64, 64, 65, 64, 64, 0) == BAD_NEIGHBORS
     assert core.call("refine", 64, 1, 64, 5, 16, 64, 0, 2, 64, 64, 0) == NULL_POINTER
-    assert core.call("centre", 64, 3, 5, 65, 64, 0) == MISALIGNED
+    assert core.call("center", 64, 3, 5, 65, 64, 0) == MISALIGNED
     with pytest.raises(RuntimeError, match="k must be at least 1"):
         search(core, images("noise", 1, 3, rng), images("noise", 4, 3, rng), 5)
 
@@ -268,7 +268,7 @@ def test_torch_functions(on_the_stand_in):
     training, queries = images("noise", 90, 3 * 4 * 5, rng), images("noise", 3, 3 * 4 * 5, rng)
     expected = by_definition(queries, training, 3)
     asked, images_ = torch.from_numpy(queries).view(3, 3, 4, 5), torch.from_numpy(training).view(90, 3, 4, 5)
-    prepared = cuda.centre(images_)
+    prepared = cuda.center(images_)
     assert len(prepared) == 90
     for given_ in (images_, prepared):
         found = cuda.nearest_cuda(asked, given_, 3)
@@ -328,7 +328,7 @@ def test_compiled_core_takes_the_arguments_that_the_stand_in_takes():
             signature = getattr(module, name).__doc__.splitlines()[0]
             expected = [each for each in inspect.signature(function).parameters if each != "self"]
             assert re.findall(r"(\w+): typing", signature) == expected, name
-    assert module.nearest_cuda_centred_row(d=3073) == 3136
+    assert module.nearest_cuda_centered_row(d=3073) == 3136
     assert module.nearest_cuda_max_neighbors == SimtCore.nearest_cuda_max_neighbors
     with pytest.raises(RuntimeError, match="k must be at least 1"):
         module.nearest_cuda_search_workspace(queries=1, n=1, d=1, k=2)
@@ -358,7 +358,7 @@ def test_nvcc_compiles_without_warnings_and_spills(compiled):
     assert sorted(compiled) == [80, 90, 100, 120]
     for kernels, _ in compiled.values():
         assert [each.kernel for each in kernels] == [
-            "centre_kernel<uint32_t>", "centre_kernel<uint8_t>", "merge_kernel", "refine_kernel<uint32_t>",
+            "center_kernel<uint32_t>", "center_kernel<uint8_t>", "merge_kernel", "refine_kernel<uint32_t>",
             "refine_kernel<uint4>", "refine_kernel<uint8_t>", "search_kernel<Narrow>", "search_kernel<Wide>",
         ]  # fmt: skip
         for each in kernels:

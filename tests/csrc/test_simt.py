@@ -66,7 +66,7 @@ def test_matrix_product(library):
     np.testing.assert_array_equal(c, expected)
 
 
-def test_what_is_not_initialised_or_not_waited_for_is_garbage(library):
+def test_what_is_not_initialized_or_not_waited_for_is_garbage(library):
     data, out = np.array([7], np.uint32), np.zeros(4, np.uint32)
     assert library.check_garbage(pointer(data), pointer(out)) == b"no error"
     np.testing.assert_array_equal(out, [POISON, POISON, POISON, 0])

@@ -22,7 +22,7 @@ def png(image):
 
 @pytest.fixture(params=["folder", "zip"])
 def source(request, tmp_path):
-    """(path, write): `write(images)` makes the source hold these, labelled 0, 1, …, and a file that is broken."""
+    """(path, write): `write(images)` makes the source hold these, labeled 0, 1, …, and a file that is broken."""
     path = tmp_path / ("set" if request.param == "folder" else "set.zip")
 
     def write(images):

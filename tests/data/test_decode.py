@@ -1,4 +1,4 @@
-"""What counts as an image's pixels: modes, depths, transparency, frames; colour and size alike for files and arrays."""
+"""What counts as an image's pixels: modes, depths, transparency, frames; color and size alike for files and arrays."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ from diffmem.errors import InputError
 
 RNG = np.random.default_rng(3)
 RGB = RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)
-GREY = RNG.integers(0, 256, (5, 4), dtype=np.uint8)
+GRAY = RNG.integers(0, 256, (5, 4), dtype=np.uint8)
 
 
 def encoded(image, kind="PNG", **options):
@@ -33,14 +33,14 @@ def decoded(data, color=None, size=None):
 
 def test_plain_modes():
     np.testing.assert_array_equal(decoded(encoded(RGB)), RGB)
-    np.testing.assert_array_equal(decoded(encoded(GREY)), GREY)
-    bits = Image.fromarray(GREY).convert("1")
+    np.testing.assert_array_equal(decoded(encoded(GRAY)), GRAY)
+    bits = Image.fromarray(GRAY).convert("1")
     np.testing.assert_array_equal(decoded(encoded(bits)), np.where(np.asarray(bits), 255, 0))
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "PPM", "TIFF", "TGA"])
 def test_formats_without_loss(kind):
-    np.testing.assert_array_equal(decoded(encoded(GREY, kind)).reshape(5, 4, -1)[..., 0], GREY)
+    np.testing.assert_array_equal(decoded(encoded(GRAY, kind)).reshape(5, 4, -1)[..., 0], GRAY)
 
 
 def test_palette_becomes_rgb():
@@ -63,7 +63,7 @@ def test_palette_with_transparency(kind):
 def test_alpha_is_dropped_only_where_opaque():
     opaque = np.dstack([RGB, np.full((5, 4), 255, np.uint8)])
     np.testing.assert_array_equal(decoded(encoded(opaque)), RGB)
-    np.testing.assert_array_equal(decoded(encoded(Image.fromarray(GREY).convert("LA"))), GREY)
+    np.testing.assert_array_equal(decoded(encoded(Image.fromarray(GRAY).convert("LA"))), GRAY)
     opaque[2, 1, 3] = 254
     with pytest.raises(BadImage, match="transparent"):
         decoded(encoded(opaque))
@@ -150,7 +150,7 @@ def test_nothing_that_starts_programs_is_opened(monkeypatch):
 @given(data=st.data())
 def test_damaged_files_end_in_bad_image(data):
     """Whatever bytes: pixels or `BadImage`, never anything else."""
-    whole = data.draw(st.sampled_from([encoded(RGB), encoded(RGB, "JPEG"), encoded(GREY, "GIF"), encoded(RGB, "TIFF")]))
+    whole = data.draw(st.sampled_from([encoded(RGB), encoded(RGB, "JPEG"), encoded(GRAY, "GIF"), encoded(RGB, "TIFF")]))
     damaged = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
     for _ in range(data.draw(st.integers(0, 4)) if damaged else 0):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -165,7 +165,7 @@ def test_damaged_files_end_in_bad_image(data):
 @pytest.mark.parametrize("color", [None, "grey", "rgb"])
 @pytest.mark.parametrize("size", [None, (3, 2), (5, 9)])
 def test_files_and_arrays_are_adapted_alike(tmp_path, color, size):
-    for stored in (RGB, GREY):
+    for stored in (RGB, GRAY):
         path = tmp_path / "image.png"
         path.write_bytes(encoded(stored))
         from_file = load_images(path, color=color, resize=size).images
@@ -178,7 +178,7 @@ def test_files_and_arrays_are_adapted_alike(tmp_path, color, size):
 
 
 def test_resizing_averages():
-    """Antialiased: a fine checkerboard becomes even grey, not a sample of it."""
+    """Antialiased: a fine checkerboard becomes even gray, not a sample of it."""
     board = (np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8)[None, None]
     small = load_images(board, resize=8).images
     assert np.abs(small.astype(int) - 127.5).max() < 20
@@ -189,4 +189,4 @@ def test_resizing_averages():
 )
 def test_options_that_make_no_sense(options):
     with pytest.raises(InputError, match=next(iter(options))):
-        load_images(GREY[None, None], **options)
+        load_images(GRAY[None, None], **options)

@@ -15,7 +15,7 @@ from diffmem.errors import InputError
 
 PICTURES = Path(__file__).parent / "pictures"
 RNG = np.random.default_rng(5)
-GREY = RNG.integers(0, 256, (5, 4), dtype=np.uint8)
+GRAY = RNG.integers(0, 256, (5, 4), dtype=np.uint8)
 RGB = RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)
 # Right to the byte without a file of their own: JPEG inside TIFF decodes to the picture of rgb8.
 SAME_AS = {"rgb_jpegtiff.tif": "rgb8.avif"}
@@ -61,8 +61,8 @@ def png(depth, color_type, rows, extra=b""):
 
 
 def test_png():
-    deep = GREY.astype(np.uint16) * 257
-    np.testing.assert_array_equal(decoded(png(16, 0, deep)), GREY)
+    deep = GRAY.astype(np.uint16) * 257
+    np.testing.assert_array_equal(decoded(png(16, 0, deep)), GRAY)
     np.testing.assert_array_equal(decoded(png(8, 2, RGB)), RGB)
     transparent = struct.pack(">I", 2) + b"tRNS\0\0" + struct.pack(">I", zlib.crc32(b"tRNS\0\0"))
     for refused in (
@@ -103,18 +103,18 @@ def tiff(array, *, order="<", planar=False, photometric=None, sample_format=1, c
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("planar", [False, True])
 def test_tiff(order, planar):
-    deep = GREY.astype(np.uint16) * 257
+    deep = GRAY.astype(np.uint16) * 257
     np.testing.assert_array_equal(decoded(tiff(RGB, order=order, planar=planar)), RGB)
-    np.testing.assert_array_equal(decoded(tiff(GREY, order=order)), GREY)
-    np.testing.assert_array_equal(decoded(tiff(deep, order=order)), GREY)
-    np.testing.assert_array_equal(decoded(tiff(GREY, order=order, photometric=0)), 255 - GREY)
+    np.testing.assert_array_equal(decoded(tiff(GRAY, order=order)), GRAY)
+    np.testing.assert_array_equal(decoded(tiff(deep, order=order)), GRAY)
+    np.testing.assert_array_equal(decoded(tiff(GRAY, order=order, photometric=0)), 255 - GRAY)
     for refused, says in (
         (tiff(RGB.astype(np.uint16) * 257, order=order, planar=planar), "16 bits per channel"),
         (tiff(deep, order=order, photometric=0), "16 bits per channel|no image"),  # zero is white
         (tiff(deep.astype(np.int16), order=order, sample_format=2), "signed"),
-        (tiff(GREY.astype(np.int8), order=order, sample_format=2), "signed"),
-        (tiff(GREY.astype(np.uint32), order=order), "32 bits per channel|no image"),
-        (tiff(GREY / np.float32(255), order=order, sample_format=3), "floating-point"),
+        (tiff(GRAY.astype(np.int8), order=order, sample_format=2), "signed"),
+        (tiff(GRAY.astype(np.uint32), order=order), "32 bits per channel|no image"),
+        (tiff(GRAY / np.float32(255), order=order, sample_format=3), "floating-point"),
         (tiff(RGB, order=order, photometric=6), "subsampled"),
     ):
         with pytest.raises(BadImage, match=says):
@@ -124,16 +124,16 @@ def test_tiff(order, planar):
 def test_palette_of_a_tiff():
     colors = RNG.integers(0, 256, 768)
     for levels in (colors * 257, colors * 256):
-        data = tiff(GREY, photometric=3, colors=levels.tolist())
-        np.testing.assert_array_equal(decoded(data), colors.reshape(3, 256).T[GREY])
+        data = tiff(GRAY, photometric=3, colors=levels.tolist())
+        np.testing.assert_array_equal(decoded(data), colors.reshape(3, 256).T[GRAY])
     for levels in (colors, colors * 257 ^ 1):
         with pytest.raises(BadImage, match="palette of 16 bits"):
-            decoded(tiff(GREY, photometric=3, colors=levels.tolist()))
+            decoded(tiff(GRAY, photometric=3, colors=levels.tolist()))
 
 
 @pytest.mark.parametrize(("highest", "exact"), [(1, True), (15, True), (51, True), (255, True), (100, False)])
 def test_portable_maps(highest, exact):
-    levels = (GREY.astype(int) * highest // 255).astype(np.uint8)
+    levels = (GRAY.astype(int) * highest // 255).astype(np.uint8)
     data = b"P5 # a remark\n4 5\n%d\n" % highest + levels.tobytes()
     if exact:
         np.testing.assert_array_equal(decoded(data), levels * (255 // highest))
@@ -141,7 +141,7 @@ def test_portable_maps(highest, exact):
         with pytest.raises(BadImage, match="levels up to 100"):
             decoded(data)
     np.testing.assert_array_equal(
-        decoded(b"P5 4 5 65535\n" + (GREY.astype(np.uint16) * 257).astype(">u2").tobytes()), GREY
+        decoded(b"P5 4 5 65535\n" + (GRAY.astype(np.uint16) * 257).astype(">u2").tobytes()), GRAY
     )
     for refused in (b"P5 4 5 4095\n" + bytes(40), b"P6 4 5 65535\n" + bytes(120), b"Pf\n4 5\n-1.0\n" + bytes(80)):
         with pytest.raises(BadImage, match=r"bits per channel|unusual kind"):
@@ -153,7 +153,7 @@ def test_jpeg_2000():
     np.testing.assert_array_equal(decoded(data), RGB)
     with pytest.raises(BadImage, match="truncated"):
         decoded(data[:-2])
-    np.testing.assert_array_equal(decoded(encoded(GREY.astype(np.uint16) * 257, "JPEG2000")), GREY)
+    np.testing.assert_array_equal(decoded(encoded(GRAY.astype(np.uint16) * 257, "JPEG2000")), GRAY)
     sizes = data.index(b"\xff\x4f\xff\x51") + 42  # the precision of the first component
     for precision, says in ((11, "12 bits"), (3, "bits per channel"), (0x87, "signed")):
         with pytest.raises(BadImage, match=says):

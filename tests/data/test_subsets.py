@@ -38,15 +38,15 @@ SHARES = st.sampled_from([0, 0.1, 0.2, 0.25, 0.5, 0.8, 0.9, 1])
 SEEDS = st.none() | st.integers(0, 3)
 
 
-def labelled(labels, first=0, source="array") -> ImageSet:
-    """Grey 2×2 images of which image i is numbered first + i in its pixels."""
+def labeled(labels, first=0, source="array") -> ImageSet:
+    """Gray 2×2 images of which image i is numbered first + i in its pixels."""
     numbers = np.arange(first, first + len(labels))
     pixels = np.stack([numbers >> 8 & 255, numbers & 255, 0 * numbers, 0 * numbers], axis=1)
     return ImageSet(pixels.astype(np.uint8).reshape(-1, 1, 2, 2), labels=np.array(labels, np.int64), source=source)
 
 
 def numbers(images: ImageSet) -> list[int]:
-    """Which images of a `labelled` set these are."""
+    """Which images of a `labeled` set these are."""
     pixels = images.images.astype(int).reshape(len(images), -1)
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
 
@@ -56,7 +56,7 @@ LABELS = st.lists(st.sampled_from([0, 1, 3, 7]), min_size=1, max_size=40)
 
 @given(LABELS, st.integers(1, 45), SEEDS)
 def test_class_balanced_takes_the_first_of_each_class(labels, size, seed):
-    images = labelled(labels)
+    images = labeled(labels)
     classes = sorted(set(labels))
 
     def wanted(size):
@@ -83,7 +83,7 @@ def test_class_balanced_takes_the_first_of_each_class(labels, size, seed):
 @given(LABELS, st.integers(1, 10), st.integers(1, 10), SHARES, SEEDS)
 def test_smaller_subsets_lie_in_larger_ones(labels, small, large, share, seed):
     """Every larger multiple of C contains the smaller ones; without seeds, so do their mixtures."""
-    images, classes = labelled(labels), len(set(labels))
+    images, classes = labeled(labels), len(set(labels))
     sizes = [size * classes for size in sorted((small, large))]
     try:
         one, two = (class_balanced(images, size, seed) for size in sizes)
@@ -92,18 +92,18 @@ def test_smaller_subsets_lie_in_larger_ones(labels, small, large, share, seed):
     assert set(numbers(one)) <= set(numbers(two))
     if seed is not None:
         return
-    other = labelled([labels[0]] * 40, first=1000)
+    other = labeled([labels[0]] * 40, first=1000)
     assert set(numbers(mixed(one, other, share, labels[0]))) <= set(numbers(mixed(two, other, share, labels[0])))
 
 
 def test_a_seed_takes_other_images_the_same_everywhere():
-    images = labelled([0, 1] * 6)
+    images = labeled([0, 1] * 6)
     taken = {seed: numbers(class_balanced(images, 6, seed)) for seed in (None, 0, 1)}
     assert taken == {None: [0, 1, 2, 3, 4, 5], 0: [0, 3, 4, 6, 7, 11], 1: [1, 2, 3, 4, 9, 10]}
 
 
 def test_first_classes():
-    images = labelled([7, 3, 3, 0, 7, 1])
+    images = labeled([7, 3, 3, 0, 7, 1])
     assert numbers(first_classes(images, 2)) == [3, 5]
     assert numbers(first_classes(images, 4)) == list(range(6))
     for classes in (0, 5):
@@ -112,12 +112,12 @@ def test_first_classes():
 
 
 def test_labels():
-    images = labelled([1] * 40)
+    images = labeled([1] * 40)
     assert random_labels(images, 10).labels.tolist() == GOLDEN
     assert random_labels(images.select(slice(7)), 10).labels.tolist() == GOLDEN[:7]
     assert random_labels(images, 10, seed=1).labels.tolist() != GOLDEN
     assert set(random_labels(images, 1).labels.tolist()) == {0}
-    many = random_labels(labelled([0] * 5000), 1000).labels
+    many = random_labels(labeled([0] * 5000), 1000).labels
     assert 0 <= many.min() <= many.max() < 1000
     assert len(set(many.tolist())) > 950
     assert unique_labels(images).labels.tolist() == list(range(40))
@@ -144,8 +144,8 @@ def test_resolution_is_that_of_reading(tmp_path):
     labels=LABELS, share=SHARES, more=SHARES, other_labels=st.none() | LABELS, seed=SEEDS
 )  # fmt: skip
 def test_mixed_replaces_a_share_of_one_class(labels, share, more, other_labels, seed):
-    images, index = labelled(labels, source="folder/a.zip"), labels[0]
-    other = labelled(other_labels or [9] * 30, first=1000, source="folder/b.zip")
+    images, index = labeled(labels, source="folder/a.zip"), labels[0]
+    other = labeled(other_labels or [9] * 30, first=1000, source="folder/b.zip")
     fitting = [1000 + row for row, label in enumerate(other_labels or []) if label == index]
     if other_labels is None:
         other, fitting = without_labels(other), list(range(1000, 1030))
@@ -175,7 +175,7 @@ def test_mixed_replaces_a_share_of_one_class(labels, share, more, other_labels, 
 
 
 def test_what_cannot_be_mixed():
-    images, other = labelled([0, 0, 0, 1]), labelled([0, 2], source="b.zip")
+    images, other = labeled([0, 0, 0, 1]), labeled([0, 2], source="b.zip")
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="share"):
             mixed(images, other, share, 0)
@@ -190,7 +190,7 @@ def test_what_cannot_be_mixed():
 
 
 def test_labels_that_tell_no_classes():
-    images = labelled([0, 1])
+    images = labeled([0, 1])
     vectors = ImageSet(images.images, labels=np.eye(2, dtype=np.float32) / 2)
     for bad, words in ((without_labels(images), "there are none"), (vectors, "are vectors of length 2")):
         for function in (first_classes, class_balanced):
@@ -199,7 +199,7 @@ def test_labels_that_tell_no_classes():
     with pytest.raises(InputError, match="size 1 is less than one image of each of 2 classes"):
         class_balanced(images, 1)
     with pytest.raises(InputError, match=r"size 19 needs 10 images of class 9.* size is 20, and every multiple of 10"):
-        class_balanced(labelled(list(range(10)) * 2), 19)
+        class_balanced(labeled(list(range(10)) * 2), 19)
 
 
 def files_of(path):
@@ -265,19 +265,19 @@ def test_archives_carry_no_dates(tmp_path):
 
 def test_labels_of_derived_sets():
     for labels, expected in (("true", [0, 1, 2]), ("none", None), ("unique", [0, 1, 2]), ("random:10", GOLDEN[:3])):
-        found = derive(labelled([0, 1, 2]), labels=labels).images.labels
+        found = derive(labeled([0, 1, 2]), labels=labels).images.labels
         assert (found if found is None else found.tolist()) == expected
     for labels in ("", "some", "random", "random:", "random:0", "random:-1", "random:1.5", "none:1", "true:"):
         with pytest.raises(InputError, match="labels are true, consecutive, none"):
-            derive(labelled([0]), labels=labels)
+            derive(labeled([0]), labels=labels)
     with pytest.raises(InputError, match="labels='true' needs labels, and there are none"):
-        derive(without_labels(labelled([0])), labels="true")
-    assert derive(without_labels(labelled([0]))).images.labels is None
-    assert derive(labelled([7, -3, 2**40, 7]), labels="consecutive").images.labels.tolist() == [1, 0, 2, 1]
+        derive(without_labels(labeled([0])), labels="true")
+    assert derive(without_labels(labeled([0]))).images.labels is None
+    assert derive(labeled([7, -3, 2**40, 7]), labels="consecutive").images.labels.tolist() == [1, 0, 2, 1]
 
 
 def test_subsets_without_class_numbers():
-    images = labelled([0, 1, 2, 3])
+    images = labeled([0, 1, 2, 3])
     for labels in (None, np.full((4, 2), 0.5, np.float32)):
         derived = derive(ImageSet(images.images, labels=labels), size=3)
         np.testing.assert_array_equal(derived.images.images, images.images[:3])
@@ -292,12 +292,12 @@ def test_subsets_without_class_numbers():
 
 
 def test_what_class_numbers_must_be():
-    images = labelled([0, 2, 2])
+    images = labeled([0, 2, 2])
     assert label_dim(images, "x") == 3
     assert missing_classes(images.labels) == "1 of the class numbers 0 to 2 do not occur (the first: 1)"
     assert missing_classes(np.array([1, 0, 2])) is None
     for labels, says in (([0, -1, 3], "1 are negative .the first: -1 of #1"), ([0, 10**12, 1], "1000000000000")):
         with pytest.raises(InputError, match=says):
-            label_dim(labelled(labels), "x")
+            label_dim(labeled(labels), "x")
         with pytest.raises(InputError, match="labels='consecutive'"):
-            class_indices(labelled(labels), "x")
+            class_indices(labeled(labels), "x")

@@ -261,7 +261,7 @@ def test_dropout_zeroes_a_share_of_the_values_independently(layout, dtype):
     assert_close(of_dtype, y[kept], torch.full_like(y[kept], 2 / 0.9))
     deviation = (0.9 * 0.1 / x.numel()) ** 0.5
     assert abs(kept.double().mean() - 0.9) < 5 * deviation
-    # Neighbours in memory share a draw of 64 bits, and must not share their fate.
+    # Neighbors in memory share a draw of 64 bits, and must not share their fate.
     flat = kept.detach().permute(0, 2, 3, 1).flatten() if layout == "channels_last" else kept.flatten()
     for step in (1, 2, 3, 4):
         both = (flat[step:] & flat[:-step]).double().mean()

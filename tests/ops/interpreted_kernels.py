@@ -316,7 +316,7 @@ def test_posterior_mean(queries, n, d, tolerance, sigmas, monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK_PAIRS", queries * 1400)  # the longest have two blocks
     monkeypatch.setattr(blocked, "DENSE_SHARE", 1e-3)  # so that low noise levels are for the kernels too
     y = torch.stack([clustered(n, d), torch.full((n, d), 255, dtype=torch.uint8)], dim=1)[:, 0]  # strided
-    y[3], centre = y[1], y.double().mean(dim=0).round()
+    y[3], center = y[1], y.double().mean(dim=0).round()
     for sigma in sigmas:
         x = y[700 : 700 + queries] + sigma * normal(queries, d, seed=2, dtype=torch.float64)
         x[0] = (y[1].double() + y[2]) / 2  # as near to the one, twice, as to the other
@@ -324,7 +324,7 @@ def test_posterior_mean(queries, n, d, tolerance, sigmas, monkeypatch):
         levels[1] *= 1.5
         expected, log_sum, _ = posterior_mean_reference(x, levels, y)
         on_device = sigma == 40.0  # as on a GPU with room for the rows
-        found = PosteriorRows(y, centre, x.device, impl="triton", resident=on_device).mean(x, levels, tolerance)
+        found = PosteriorRows(y, center, x.device, impl="triton", resident=on_device).mean(x, levels, tolerance)
         error = (found.mean - expected).norm(dim=1) / (expected - 60).norm(dim=1)
         assert float(error.max()) <= 0.5 * tolerance
         assert bool((found.dropped <= tolerance).all())
@@ -333,13 +333,13 @@ def test_posterior_mean(queries, n, d, tolerance, sigmas, monkeypatch):
 
 def test_spans_of_the_posterior_mean_without_weight_are_left_out():
     """A tile of queries reads what one of them needs, and nothing else: there, scores are NaN."""
-    y, centre, queries = clustered(2600, 31), torch.full((31,), 128.0), 70  # tiles of 64 and 6 queries
+    y, center, queries = clustered(2600, 31), torch.full((31,), 128.0), 70  # tiles of 64 and 6 queries
     scores, top = normal(queries, 2600), torch.full((queries,), 3.0)
     kept = torch.zeros(queries, 3, dtype=torch.bool)
     kept[5, 1] = kept[66, 0] = kept[67, 2] = True
     read = torch.zeros(queries, 2600, dtype=torch.bool)
     read[:64, 1024:2048] = read[64:, :1024] = read[64:, 2048:] = True
-    sums = launch_weighted_sums(torch.where(read, scores, torch.nan), top, kept, y, centre)
+    sums = launch_weighted_sums(torch.where(read, scores, torch.nan), top, kept, y, center)
     weights = torch.where(read, (scores - 3).double().exp(), 0.0)
     assert_close("weighted sums of bytes", sums, weights @ (y.double() - 128))
 

@@ -43,7 +43,7 @@ def test_within_twice_the_error_of_the_direct_sum(shape, bias):
 
 
 @needs_native
-def test_any_layout_and_poisoned_neighbours():
+def test_any_layout_and_poisoned_neighbors():
     x, weight, bias = case(4, 16, 16, 17, 18)
     expected = F.conv2d(x, weight, bias, padding=1)
     strided = torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]

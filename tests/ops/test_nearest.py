@@ -30,7 +30,7 @@ def hostile_images(rng: np.random.Generator, kind: str, n: int, d: int) -> np.nd
         return rng.integers(0, 256, (n, d), dtype=np.uint8)
     if kind == "extremes":  # all-0 against all-255: the largest distances and products
         return np.repeat(rng.integers(0, 2, (n, 1), dtype=np.uint8) * 255, d, axis=1)
-    if kind == "near ties":  # one grey level in one pixel apart
+    if kind == "near ties":  # one gray level in one pixel apart
         images = np.full((n, d), 200, np.uint8)
         images[np.arange(n), rng.integers(0, d, n)] += rng.integers(0, 3, n, dtype=np.uint8)
         return images

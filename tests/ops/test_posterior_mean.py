@@ -57,9 +57,9 @@ def test_blocked_against_float64(sigma, monkeypatch):
 def test_native_against_float64(tolerance, level, monkeypatch):
     monkeypatch.setenv("DIFFMEM_CPU", level)
     y = rows(6003, 77)
-    centre = y.double().mean(dim=0).round()
-    basis = principal_components(y[:2000].float() - centre.float(), 24)
-    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), basis)
+    center = y.double().mean(dim=0).round()
+    basis = principal_components(y[:2000].float() - center.float(), 24)
+    data = native.NativeRows(y, center, float((center - 127.5).norm()), basis)
     searched = dense = 0
     for sigma in SIGMAS:
         x = noisy(y, sigma, 19)
@@ -81,8 +81,8 @@ def test_native_small_sets_without_components(tolerance, level, monkeypatch):
     monkeypatch.setenv("DIFFMEM_CPU", level)
     y = rows(900, 130)
     y[7] = y[3]
-    centre = y.double().mean(dim=0).round()
-    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), None)
+    center = y.double().mean(dim=0).round()
+    data = native.NativeRows(y, center, float((center - 127.5).norm()), None)
     plans = set()
     for sigma in (80.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.002):
         x = noisy(y, sigma, 19)
@@ -94,7 +94,7 @@ def test_native_small_sets_without_components(tolerance, level, monkeypatch):
         assert_within(result, x, levels, y, tolerance)
     assert len(plans) > 2 or tolerance > 1e-5
     monkeypatch.setattr(native, "FLOAT_BYTES", 0)
-    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), None)
+    data = native.NativeRows(y, center, float((center - 127.5).norm()), None)
     assert data.narrow_rows() is None
     levels = torch.full((3,), 127.5 * 0.002, dtype=torch.float64)
     result = type(posterior_mean(x[:3], levels, y[:9]))(*data.mean(noisy(y, 0.002, 3), levels, tolerance, 0, len(y)))
@@ -105,10 +105,10 @@ def test_native_small_sets_without_components(tolerance, level, monkeypatch):
 def test_native_with_more_rows_than_a_block_and_codes_that_are_not_kept(monkeypatch):
     y = rows(native.native_module().posterior_largest_sum + 300, 40)
     y[-1] = y[0]  # one in each block
-    centre = y.double().mean(dim=0).round()
-    basis = principal_components(y[:2000].float() - centre.float(), 24)
+    center = y.double().mean(dim=0).round()
+    basis = principal_components(y[:2000].float() - center.float(), 24)
     monkeypatch.setattr(native, "CODE_BYTES", 20 * len(y))  # of which 20 components have room
-    data = native.NativeRows(y, centre, float((centre - 127.5).norm()), basis)
+    data = native.NativeRows(y, center, float((center - 127.5).norm()), basis)
     assert data.codes.bytes.shape == (len(y), 20)
     for sigma in (20.0, 0.1):
         x = torch.cat([noisy(y, sigma, 3), noisy(y[-3:], sigma, 3)])

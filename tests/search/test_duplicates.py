@@ -35,8 +35,8 @@ def components(images: np.ndarray, limit: float, flip: bool) -> np.ndarray:
 @settings(max_examples=40)
 def test_equals_connected_components(seed, radius, flip, asked, block, given_index):
     random = np.random.default_rng(seed)
-    centres = random.integers(0, 60, (8, 1, 2, 3))
-    images = centres[random.integers(0, 8, 70)] + random.integers(0, 3, (70, 1, 2, 3)) * random.integers(
+    centers = random.integers(0, 60, (8, 1, 2, 3))
+    images = centers[random.integers(0, 8, 70)] + random.integers(0, 3, (70, 1, 2, 3)) * random.integers(
         0, 2, (70, 1, 1, 1)
     )
     images = np.where(random.integers(0, 3, (70, 1, 1, 1)) == 0, images[..., ::-1], images).astype(np.uint8)
@@ -56,7 +56,7 @@ def test_equals_connected_components(seed, radius, flip, asked, block, given_ind
 
 
 def test_a_long_chain_is_one_group():
-    """Neighbours one grey level apart, the ends 199 apart."""
+    """Neighbors one gray level apart, the ends 199 apart."""
     images = np.arange(200, dtype=np.uint8).reshape(-1, 1, 1, 1)
     random = np.random.default_rng(0)
     groups = find_duplicates(images[random.permutation(200)], 1)

@@ -47,7 +47,7 @@ def hostile(rng: np.random.Generator, kind: str, n: int, d: int) -> np.ndarray:
     if kind == "duplicates":
         few = max(1, n // 4)
         return rng.integers(0, 256, (few, d), dtype=np.uint8)[rng.integers(0, few, n)]
-    if kind == "near ties":  # one grey level in one pixel apart
+    if kind == "near ties":  # one gray level in one pixel apart
         images = np.tile(rng.integers(2, 253, d, dtype=np.uint8), (n, 1))
         images[np.arange(n), rng.integers(0, d, n)] += rng.integers(0, 2, n, dtype=np.uint8)
         return images

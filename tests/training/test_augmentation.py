@@ -1,4 +1,4 @@
-"""Augmentations: exact where they can be, labelled as the paper labels them, and moving pixels where they say."""
+"""Augmentations: exact where they can be, labeled as the paper labels them, and moving pixels where they say."""
 
 import math
 
@@ -13,13 +13,13 @@ def actions(**values) -> torch.Tensor:
 
 
 def blob(size: int = 32) -> torch.Tensor:
-    """A smooth spot right of and above the centre, (1, 1, size, size)."""
+    """A smooth spot right of and above the center, (1, 1, size, size)."""
     at = (torch.arange(size) + 0.5) / size * 2 - 1
     x, y = at[None, :], at[:, None]
     return (2 * torch.exp(-((x - 0.4) ** 2 + (y + 0.2) ** 2) / 0.05) - 1)[None, None]
 
 
-def centre(image: torch.Tensor) -> tuple[float, float]:
+def center(image: torch.Tensor) -> tuple[float, float]:
     size = image.shape[-1]
     at = (torch.arange(size) + 0.5) / size * 2 - 1
     mass = image[0, 0] + 1
@@ -39,13 +39,13 @@ def test_the_spot_goes_where_it_is_sent():
     def near(place, wanted):
         assert math.dist(place, wanted) < 0.03, (place, wanted)
 
-    near(centre(blob()), (0.4, -0.2))
-    near(centre(augment(blob(), actions(x=1.0))), (0.4 + 0.25, -0.2))
-    near(centre(augment(blob(), actions(y=-1.0))), (0.4, -0.2 - 0.25))
-    near(centre(augment(blob(), actions(rotation=math.pi / 2))), (-0.2, -0.4))
-    near(centre(augment(blob(), actions(scaling=1.5))), (0.4 * 2**0.3, -0.2 * 2**0.3))
-    near(centre(augment(blob(), actions(stretch=1.5))), (0.4 * 2**0.3, -0.2 / 2**0.3))
-    near(centre(augment(blob(), actions(stretch=1.5, along=math.pi / 2))), (0.4 / 2**0.3, -0.2 * 2**0.3))
+    near(center(blob()), (0.4, -0.2))
+    near(center(augment(blob(), actions(x=1.0))), (0.4 + 0.25, -0.2))
+    near(center(augment(blob(), actions(y=-1.0))), (0.4, -0.2 - 0.25))
+    near(center(augment(blob(), actions(rotation=math.pi / 2))), (-0.2, -0.4))
+    near(center(augment(blob(), actions(scaling=1.5))), (0.4 * 2**0.3, -0.2 * 2**0.3))
+    near(center(augment(blob(), actions(stretch=1.5))), (0.4 * 2**0.3, -0.2 / 2**0.3))
+    near(center(augment(blob(), actions(stretch=1.5, along=math.pi / 2))), (0.4 / 2**0.3, -0.2 * 2**0.3))
 
 
 def test_labels_are_those_of_the_paper():

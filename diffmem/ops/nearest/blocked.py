@@ -93,23 +93,23 @@ class _Products:
         self.format = torch.float32 if self.integer else torch.float64
         unit = 2.0**-24 if self.integer else 2.0**-53
         self.gamma = (queries.shape[1] + 2) * unit / (1 - (queries.shape[1] + 2) * unit)
-        self.x = self._centred(queries)
+        self.x = self._centered(queries)
         self.squared_norms = self._squared_norms(self.x)
 
-    def _centred(self, rows: torch.Tensor) -> torch.Tensor:
+    def _centered(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(self.format)
         return rows.sub_(128) if self.integer else rows
 
-    def _squared_norms(self, centred: torch.Tensor) -> torch.Tensor:
+    def _squared_norms(self, centered: torch.Tensor) -> torch.Tensor:
         # Integers below 2^53 are exact in float64, so these norms are exact for uint8 rows.
-        norms = centred.double().square().sum(dim=1)
+        norms = centered.double().square().sum(dim=1)
         if not bool(torch.isfinite(norms).all()):
             raise InputError("images hold NaN, infinity, or values too large to be squared: clean or rescale them")
         return norms
 
     def scores(self, training: torch.Tensor) -> torch.Tensor:
         """a for each pair of the block, [q, n]; keeps what `margin` needs."""
-        y = self._centred(training)
+        y = self._centered(training)
         norms = self._squared_norms(y)
         self.largest_norm = norms.max().sqrt()
         with float32_products("ieee"):

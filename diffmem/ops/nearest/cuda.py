@@ -18,10 +18,10 @@ LARGEST_K = 64  # kMaxNeighbors of csrc/nearest/nearest_cuda.h
 
 
 @dataclass(frozen=True)
-class CentredImages:
-    """Images prepared by `centre` for `nearest_cuda`: make them once for a training set that is searched often.
+class CenteredImages:
+    """Images prepared by `center` for `nearest_cuda`: make them once for a training set that is searched often.
 
-    values: int8 [N, row], grey level − 128, rows padded with zeros to `row`, a multiple of 64.
+    values: int8 [N, row], gray level − 128, rows padded with zeros to `row`, a multiple of 64.
     norms: int64 [N], the sums of the squares of `values`.
     dimension: d, the number of values of one image before padding.
     """
@@ -34,54 +34,54 @@ class CentredImages:
         return len(self.values)
 
 
-def centre(images: torch.Tensor) -> CentredImages:
+def center(images: torch.Tensor) -> CenteredImages:
     """The images with 128 subtracted, padded, and with their norms: what the int8 tensor cores need.
 
     images: uint8 [N, ...] on a CUDA device, contiguous.
     Raises InputError for another dtype, device or layout, RuntimeError where CUDA refuses the work.
     """
-    return _centre(images, "images")
+    return _center(images, "images")
 
 
-def _centre(images: torch.Tensor | CentredImages, name: str) -> CentredImages:
-    if isinstance(images, CentredImages):
+def _center(images: torch.Tensor | CenteredImages, name: str) -> CenteredImages:
+    if isinstance(images, CenteredImages):
         return images
     core = _core()
     _require(images, name, torch.uint8, at_least=2)
     n, d = len(images), _dimension(images)
-    values = torch.empty((n, core.nearest_cuda_centred_row(d=d)), dtype=torch.int8, device=images.device)
+    values = torch.empty((n, core.nearest_cuda_centered_row(d=d)), dtype=torch.int8, device=images.device)
     norms = torch.empty(n, dtype=torch.int64, device=images.device)
     with torch.cuda.device(images.device):
-        core.nearest_cuda_centre(
+        core.nearest_cuda_center(
             images=images.data_ptr(),
             n=n,
             d=d,
-            centred=values.data_ptr(),
+            centered=values.data_ptr(),
             norms=norms.data_ptr(),
             stream=_stream(images),
         )
-    return CentredImages(values, norms, d)
+    return CenteredImages(values, norms, d)
 
 
 def nearest_cuda(
-    queries: torch.Tensor | CentredImages, training: torch.Tensor | CentredImages, k: int = 2
+    queries: torch.Tensor | CenteredImages, training: torch.Tensor | CenteredImages, k: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact squared distances int64 [Q, k] and indices int64 [Q, k] of the k nearest training images, nearest first.
 
     ‖x − y‖² = ‖x‖² + ‖y‖² − 2 x·y over all pairs, with exact integer products; equal distances go to the lower index.
 
-    queries: uint8 [Q, ...] on a CUDA device, contiguous, or what `centre` made of them.
-    training: uint8 [N, ...] with as many values per image, on the same device, or what `centre` made of them.
+    queries: uint8 [Q, ...] on a CUDA device, contiguous, or what `center` made of them.
+    training: uint8 [N, ...] with as many values per image, on the same device, or what `center` made of them.
     k: 1 … min(64, N).
     Raises InputError for wrong dtypes, devices, layouts, sizes or k, RuntimeError where CUDA refuses the work.
     """
     core = _core()
-    queries, training = _centre(queries, "queries"), _centre(training, "training")
+    queries, training = _center(queries, "queries"), _center(training, "training")
     device = _same_device(queries.values, training.values)
     d = _same_dimension(queries.dimension, training.dimension)
     _check_k(core, k)
     if k > len(training):
-        raise InputError(f"k = {k} neighbours were asked for, but there are only {len(training)} training images")
+        raise InputError(f"k = {k} neighbors were asked for, but there are only {len(training)} training images")
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=device)
     squared_distances = torch.empty_like(indices)
     with torch.cuda.device(device):
@@ -115,7 +115,7 @@ def refine_cuda(
 
     queries: uint8 [Q, ...], training: uint8 [N, ...], contiguous, on one CUDA device.
     candidate_indices: int64 [M], into `training`; those of query q are candidate_indices[offsets[q] : offsets[q + 1]].
-        Indices outside 0 … N − 1 are passed over (looking for them here would wait for the device).
+        Indices outside 0 … N − 1 are skipped (looking for them here would wait for the device).
     offsets: int64 [Q + 1], ascending, from 0 to M (not checked, for the same reason).
     k: 1 … 64.
     Raises InputError for wrong dtypes, devices, layouts, sizes or k, RuntimeError where CUDA refuses the work.

@@ -35,5 +35,5 @@ def posterior_mean(
     check_tensor("posterior_mean", "x", x, REAL)
     check_queries(x, sigma, tolerance, training.shape[1], x.device)
     check_values(x, sigma)
-    centre = torch.full((x.shape[1],), 128.0 if training.dtype == torch.uint8 else 0.0)
-    return PosteriorRows(training, centre, x.device, impl=impl).mean(x, sigma, tolerance)
+    center = torch.full((x.shape[1],), 128.0 if training.dtype == torch.uint8 else 0.0)
+    return PosteriorRows(training, center, x.device, impl=impl).mean(x, sigma, tolerance)

@@ -1,6 +1,6 @@
 """The posterior mean by blocks of the training set, for any device and any real dtype.
 
-With u = x − c and z_i = y_i − c for a centre c, the logit of image i is, but for a constant of the query,
+With u = x − c and z_i = y_i − c for a center c, the logit of image i is, but for a constant of the query,
 s_i = (u·z_i − ‖z_i‖²/2) / σ². One product per block (`Products`) gives all of them, each with an error of at most e.
 With M the largest s_i so far as computed, an image whose computed s_i is below M − 2e − ln(N/ε) has less than
 ε/N of the weight of the image at M: all that are left out hold less than ε of the mass, proven, and what they were is
@@ -68,7 +68,7 @@ class SupportsBlocks(Protocol):
 
 
 class Products(Protocol):
-    """The two products of one call: queries u [B, d] float64, about a centre, with weights 1/σ² [B]."""
+    """The two products of one call: queries u [B, d] float64, about a center, with weights 1/σ² [B]."""
 
     def logits(self, rows: torch.Tensor, squared: torch.Tensor | None = None) -> Logits:
         """Of a block of rows [n, d] on the device. squared: their squared norms about the center [n], if known."""
@@ -106,15 +106,15 @@ class Float32Products:
     """
 
     def __init__(
-        self, u: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor, tolerance: float, *, keeps: bool = True
+        self, u: torch.Tensor, weight: torch.Tensor, center: torch.Tensor, tolerance: float, *, keeps: bool = True
     ):
-        self.narrow, self.weight, self.centre, self.keeps = u.float(), weight, centre, keeps
+        self.narrow, self.weight, self.center, self.keeps = u.float(), weight, center, keeps
         self.lengths = u.norm(dim=1)
 
     def logits(self, rows: torch.Tensor, squared: torch.Tensor | None = None) -> Logits:
         exact = rows.dtype == torch.uint8  # the center of such rows is one of whole numbers
-        wide = None if exact else rows.double() - self.centre
-        z = rows.float() - self.centre.float() if exact else wide.float()
+        wide = None if exact else rows.double() - self.center
+        z = rows.float() - self.center.float() if exact else wide.float()
         if squared is None:
             # Squares of whole numbers below 256 are exact in float32; their sums need more.
             squared = z.square().sum(dim=1, dtype=torch.float64) if exact else wide.square().sum(dim=1)
@@ -130,9 +130,9 @@ class Float32Products:
         if found.kept:
             z = found.kept[0]
         elif found.rows.dtype == torch.uint8:
-            z = found.rows.float() - self.centre.float()
+            z = found.rows.float() - self.center.float()
         else:
-            z = (found.rows.double() - self.centre).float()
+            z = (found.rows.double() - self.center).float()
         add_weighted(state, found.values, z)
 
 
@@ -142,23 +142,23 @@ def posterior_mean_blocked(
     sigma: torch.Tensor,
     training: torch.Tensor | SupportsBlocks,
     tolerance: float,
-    centre: torch.Tensor,
+    center: torch.Tensor,
     products: Callable[..., Products] = Float32Products,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean [B, d], log-sum-exp [B] and dropped share of the mass [B], float64; see `posterior_mean`."""
     count, d = x.shape
     device = x.device
-    centre = centre.to(device, torch.float64)
-    u = x.double() - centre
+    center = center.to(device, torch.float64)
+    u = x.double() - center
     weight = 1 / sigma.double().square()
     state = RunningMean(count, d, device)
     reach = math.log(len(training) / (DROPPED_SHARE * tolerance))
     step = max(1, min(BLOCK_PAIRS // max(count, 1), BLOCK_VALUES // d))
     if count * len(training) * d <= SMALL:
         for start in range(0, len(training), step):
-            add_all(state, u, training[start : start + step].to(device).double() - centre, weight)
-        return state.mean() + centre, _log_sum(state, u, weight), state.dropped / state.mass
-    both = products(u, weight, centre, tolerance)
+            add_all(state, u, training[start : start + step].to(device).double() - center, weight)
+        return state.mean() + center, _log_sum(state, u, weight), state.dropped / state.mass
+    both = products(u, weight, center, tolerance)
     for start in range(0, len(training), step):
         rows = training[start : start + step].to(device)
         found = both.logits(rows)
@@ -169,20 +169,20 @@ def posterior_mean_blocked(
         kept = logits >= least.nextafter(torch.full_like(least, -math.inf))[:, None]
         if int(kept.count_nonzero()) <= DENSE_SHARE * kept.numel():
             queries, images = kept.nonzero(as_tuple=True)
-            add_pairs(state, u, rows, centre, weight, queries, images)
+            add_pairs(state, u, rows, center, weight, queries, images)
             state.dropped += (len(rows) - kept.sum(dim=1)) * math.exp(-reach)
         elif float(found.rounding.max()) > 0.5 * tolerance:
-            add_all(state, u, rows.double() - centre, weight)
+            add_all(state, u, rows.double() - center, weight)
         else:
             both.add_weighted(state, found)
-    return state.mean() + centre, _log_sum(state, u, weight), state.dropped / state.mass
+    return state.mean() + center, _log_sum(state, u, weight), state.dropped / state.mass
 
 
 def add_pairs(
     state: RunningMean,
     u: torch.Tensor,
     rows: torch.Tensor,
-    centre: torch.Tensor,
+    center: torch.Tensor,
     inverse_variance: torch.Tensor,
     queries: torch.Tensor,
     images: torch.Tensor,
@@ -191,16 +191,16 @@ def add_pairs(
     step = max(1, REFINE_VALUES // u.shape[1])
     parts = list(zip(queries.split(step), images.split(step), strict=True))
     # u·z − ‖z‖²/2 as (2u − z)·z / 2: neither ‖u‖² nor ‖z‖² has to cancel.
-    centred = [rows[i].double() - centre for _, i in parts] if len(parts) == 1 else None
+    centered = [rows[i].double() - center for _, i in parts] if len(parts) == 1 else None
     logits = []
     for part, (q, i) in enumerate(parts):
-        z = centred[part] if centred else rows[i].double() - centre
+        z = centered[part] if centered else rows[i].double() - center
         logits.append(((2 * u[q] - z) * z).sum(dim=1) * (0.5 * inverse_variance[q]))
     if not logits:
         return
     state.raise_top(state.top.scatter_reduce(0, queries, torch.cat(logits), "amax"))
     for part, (q, i) in enumerate(parts):
-        z = centred[part] if centred else rows[i].double() - centre
+        z = centered[part] if centered else rows[i].double() - center
         weights = (logits[part] - state.top[q]).exp()
         state.mass.index_add_(0, q, weights)
         state.total.index_add_(0, q, z * weights[:, None])

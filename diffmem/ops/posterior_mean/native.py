@@ -1,6 +1,6 @@
 """The posterior mean of uint8 rows by 8-bit integer products (csrc/posterior_mean): dense at high noise, else a search.
 
-With u = x − c and z_i = y_i − c for a centre c of whole numbers, the logit of image i is, but for a constant of the
+With u = x − c and z_i = y_i − c for a center c of whole numbers, the logit of image i is, but for a constant of the
 query, s_i = (u·z_i − ‖z_i‖²/2) / σ². The machine offers exact products of bytes at four times float32's rate (AVX-512
 with VNNI; twice with AVX2), bounds from principal components, and float64 for listed pairs. P are m orthonormal
 components (within ε = ‖PPᵀ − 1‖), the code of an image ẑ ≈ Pz in bytes, one scale per component, and ρ(z)² = ‖z‖² −
@@ -78,7 +78,7 @@ CODE_BYTES = 1 << 31  # of all images' components in bytes, which are in memory 
 SCORE_BYTES = 1 << 28
 LEVELS = (64, 192, 512, 768)  # components after which the search looks how many images are left
 LEVEL_SHARE = 1 / 500  # of the pairs: with fewer left the search goes no further
-HOPELESS = 0.92  # share of the pairs: with more of them left after the first look it stops
+MAX_CANDIDATE_FRACTION = 0.92  # share of the pairs: with more of them left after the first look it stops
 SEARCH_SHARE = 1 / 24  # of the pairs: with more of them left the search gives up
 SEARCH_BELOW = 1 / 4  # noise level over R from which down the search is tried
 GROUP_RATIO = 3.0  # of the scales of the components in one group
@@ -146,14 +146,14 @@ class Codes:
     components: rho float32 [levels, N], ρ(z) rounded up, and errors, the largest ‖Pz − ẑ‖.
     """
 
-    def __init__(self, rows: torch.Tensor, centre: torch.Tensor, p: torch.Tensor, progress: Progress):
+    def __init__(self, rows: torch.Tensor, center: torch.Tensor, p: torch.Tensor, progress: Progress):
         p = p[: max(LANES, CODE_BYTES // len(rows))]
         self.p = torch.linalg.qr(p.double().T).Q.T.contiguous()
         n, m = len(rows), len(self.p)
         self.defect = float((self.p @ self.p.T - torch.eye(m, dtype=torch.float64)).abs().sum(dim=1).max()) + 1e-12
         self.levels = [*(level for level in LEVELS if level < m), m]
         parts = list(zip([0, *self.levels], self.levels, strict=False))
-        middle = centre.double()
+        middle = center.double()
         self.bytes = torch.empty(n, m, dtype=torch.uint8)
         self.rho = torch.empty(len(self.levels), n)
         step = max(1, BLOCK_VALUES // rows.shape[1])
@@ -218,15 +218,15 @@ class NativeRows:
     def __init__(
         self,
         rows: torch.Tensor,
-        centre: torch.Tensor,
+        center: torch.Tensor,
         length: float,
         basis: torch.Tensor | None,
         progress: Progress = silent,
     ):
         self.length = length
         self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        self.centre = centre.to(torch.uint8)
-        middle = centre.double()
+        self.center = center.to(torch.uint8)
+        middle = center.double()
         step = max(1, BLOCK_VALUES // rows.shape[1])
         self.half_norms = torch.cat(
             [block.double().sub_(middle).square_().sum(dim=1) / 2 for block in self.rows.split(step)]
@@ -245,7 +245,7 @@ class NativeRows:
         self, x: torch.Tensor, sigma: torch.Tensor, tolerance: float, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Mean, log-sum-exp and dropped share as of `posterior_mean_blocked`; None where no plan is good enough."""
-        u = x.double() - self.centre.double()
+        u = x.double() - self.center.double()
         count = len(u)
         plans = {level: self.plan(level, tolerance, stop - start) for level in sigma.unique().tolist()}
         mean = torch.empty_like(u)
@@ -266,12 +266,12 @@ class NativeRows:
                 squared = u[part].square().sum(dim=1)
                 log_sum[part] = state.top + state.mass.log() - squared / (2 * sigma[part].square())
                 dropped[part] = state.dropped / state.mass
-        return mean + self.centre.double(), log_sum, dropped
+        return mean + self.center.double(), log_sum, dropped
 
     def narrow_rows(self) -> torch.Tensor | None:
         """The rows less the center in float32, made once, of sets so small that there is room."""
         if self._narrow_rows is None and 4 * self.rows.numel() <= FLOAT_BYTES:
-            self._narrow_rows = self.rows.float() - self.centre.float()
+            self._narrow_rows = self.rows.float() - self.center.float()
         return self._narrow_rows
 
     def _key(self, sigma: float, plan: Plan | None) -> tuple[bool, Plan | None]:
@@ -412,7 +412,7 @@ class _Call:
             if pairs is not None:
                 self._add_pairs(*pairs, block)
                 return True
-            if total > HOPELESS * self.count * n:
+            if total > MAX_CANDIDATE_FRACTION * self.count * n:
                 break
         return False
 
@@ -513,7 +513,7 @@ class _Call:
             scores.data_ptr(), n, self.columns, limits.data_ptr(), chosen.data_ptr(), count, high_bytes.data_ptr(),
             0 if low_bytes is None else low_bytes.data_ptr(), sums.data_ptr(), high_sums.data_ptr(), self.threads,
         )  # fmt: skip
-        offset = 128 - self.data.centre.double()
+        offset = 128 - self.data.center.double()
         total = self._weighted(self.data.rows[block], high_bytes).double() + high_sums.double()[:, None] * offset
         if low is None:
             return sums.double() / 255, total / 255
@@ -545,7 +545,7 @@ class _Call:
             left = (left - digit).div_(256)
             digits.append(digit)
         terms = [
-            self._term(rows, self.d, digit, 256**place * unit, self.data.centre)
+            self._term(rows, self.d, digit, 256**place * unit, self.data.center)
             for place, digit in reversed(list(enumerate(digits)))
         ]
         left = self.u - values * unit[:, None]
@@ -654,7 +654,7 @@ class _Call:
     def _byte_rows(self, block: slice):
         rows = self.data.rows[block]
         stride = rows.stride(0) if len(rows) > 1 else self.d
-        return self.core.PosteriorRows(rows.data_ptr(), stride, self.d, self.data.centre.data_ptr())
+        return self.core.PosteriorRows(rows.data_ptr(), stride, self.d, self.data.center.data_ptr())
 
     def _logits(self, starts: torch.Tensor, images: torch.Tensor, block: slice) -> torch.Tensor:
         logits = torch.empty(len(images), dtype=torch.float64)
@@ -694,7 +694,7 @@ def _variances(rows: torch.Tensor, middle: torch.Tensor) -> float:
     return 1.5 * math.sqrt(float(squared.sum()) / (len(z) * (len(z) - 1)))
 
 
-def unfit(rows: torch.Tensor, centre: torch.Tensor, order: torch.Tensor | None) -> str | None:
+def unfit(rows: torch.Tensor, center: torch.Tensor, order: torch.Tensor | None) -> str | None:
     """Why rows [N, d] about this center cannot be taken, or None."""
     if rows.dtype != torch.uint8:
         return f"rows are {rows.dtype}, not uint8"
@@ -704,6 +704,6 @@ def unfit(rows: torch.Tensor, centre: torch.Tensor, order: torch.Tensor | None) 
         return f"rows of {rows.shape[1]:,} values are longer than {LARGEST_ROW:,}"
     if order is not None:
         return "rows are not in the order they are asked for"
-    if not bool(((centre == centre.round()) & (centre >= 0) & (centre <= 255)).all()):
+    if not bool(((center == center.round()) & (center >= 0) & (center <= 255)).all()):
         return "the center is not one of whole gray levels"
     return None

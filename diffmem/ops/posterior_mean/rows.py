@@ -87,10 +87,10 @@ class PosteriorRows:
         (`diffmem.ops.posterior_mean.resident`); else they are sent block by block at each call.
     order: int64 [N]: what is row 0, 1, … to those who ask is here; rows are gathered block by block then, which
         "native" does not do.
-    centre: [d] float64, a point in their middle, from which distances are reckoned; whole numbers for uint8 rows. It
+    center: [d] float64, a point in their middle, from which distances are reckoned; whole numbers for uint8 rows. It
         decides about rounding only.
     device: where queries come from and answers go. basis: leading principal components [m, d] of the rows, which
-        "native" makes use of. length: of the mean row, for what a relative error is relative to (default: ‖centre‖).
+        "native" makes use of. length: of the mean row, for what a relative error is relative to (default: ‖center‖).
         impl: forces a backend. resident: whether the rows are to live on the device; None: where it is a GPU
         and they fit.
     Raises InputError where the rows are none, a center of uint8 rows is not one of whole numbers, or the backend cannot
@@ -100,7 +100,7 @@ class PosteriorRows:
     def __init__(
         self,
         rows: torch.Tensor,
-        centre: torch.Tensor,
+        center: torch.Tensor,
         device: torch.device,
         *,
         order: torch.Tensor | None = None,
@@ -111,24 +111,24 @@ class PosteriorRows:
         progress: Progress = silent,
     ):
         check_rows(rows)
-        check_tensor("posterior_mean", "centre", centre, REAL)
-        check_shape("posterior_mean", "centre", centre, (rows.shape[1],), f"[{rows.shape[1]}]")
+        check_tensor("posterior_mean", "center", center, REAL)
+        check_shape("posterior_mean", "center", center, (rows.shape[1],), f"[{rows.shape[1]}]")
         if order is not None:
             check_images(order, len(rows))
         if rows.is_floating_point() and rows.device.type == "cpu" and not bool(rows.isfinite().all()):
             raise InputError("posterior_mean: training must be finite, but holds NaN or infinity")
-        if rows.dtype == torch.uint8 and not bool((centre == centre.round()).all()):
-            raise InputError("centre: the center of uint8 rows must be one of whole numbers")
-        self.rows, self.order, self.centre, self.device = rows, order, centre.double(), device
-        self.backend = OP.select(device.type, impl, rows, self.centre, order)
-        length = float(self.centre.norm()) if length is None else length
+        if rows.dtype == torch.uint8 and not bool((center == center.round()).all()):
+            raise InputError("center: the center of uint8 rows must be one of whole numbers")
+        self.rows, self.order, self.center, self.device = rows, order, center.double(), device
+        self.backend = OP.select(device.type, impl, rows, self.center, order)
+        length = float(self.center.norm()) if length is None else length
         self.native: native.NativeRows | None = None
         if self.backend.name == "native":
-            self.native = native.NativeRows(rows, self.centre, length, basis, progress)
+            self.native = native.NativeRows(rows, self.center, length, basis, progress)
         self.resident: ResidentRows | None = None
         if self.backend.name in ("triton", "torch") and (fits(rows, device) if resident is None else resident):
             products = {"products": tensor_cores.TensorCoreProducts} if self.backend.name == "triton" else {}
-            self.resident = ResidentRows(rows, self.centre, device, order, **products)
+            self.resident = ResidentRows(rows, self.center, device, order, **products)
 
     @property
     def count(self) -> int:
@@ -187,7 +187,7 @@ class PosteriorRows:
             result = self.native.mean(x, sigma, tolerance, start, stop)
             if result is not None:
                 return PosteriorMean(*result)
-        return PosteriorMean(*self.backend.function(x, sigma, chosen, tolerance, self.centre))
+        return PosteriorMean(*self.backend.function(x, sigma, chosen, tolerance, self.center))
 
 
 def _require(checks: dict[str, torch.Tensor], passed: list[bool]) -> None:

@@ -19,14 +19,14 @@ COARSE = 1e-4  # tolerance from which two bytes of u do
 FLOAT32 = 4 * 2.0**-24  # roundings of a float32 sum of P + 1 terms and a product, over their sizes
 
 
-def unfit(rows: torch.Tensor, centre: torch.Tensor, order: torch.Tensor | None) -> str | None:
-    """Why the kernels cannot take rows [N, d] about this centre, or None."""
+def unfit(rows: torch.Tensor, center: torch.Tensor, order: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot take rows [N, d] about this center, or None."""
     if rows.dtype != torch.uint8:
         return f"rows are {rows.dtype}, not uint8"
     if rows.shape[1] > 1 << 16:
         return f"rows of {rows.shape[1]:,} values are longer than 65,536: sums of their products may not fit 32 bits"
-    if not bool(((centre == centre.round()) & (centre >= 0) & (centre <= 255)).all()):
-        return "the centre is not one of whole grey levels"
+    if not bool(((center == center.round()) & (center >= 0) & (center <= 255)).all()):
+        return "the center is not one of whole gray levels"
     return None
 
 
@@ -41,8 +41,8 @@ class SpanLogits(Logits):
 class TensorCoreProducts:
     """`Products` on a GPU (or in Triton's interpreter)."""
 
-    def __init__(self, u: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor, tolerance: float):
-        self.weight, self.centre = weight, centre.float()
+    def __init__(self, u: torch.Tensor, weight: torch.Tensor, center: torch.Tensor, tolerance: float):
+        self.weight, self.center = weight, center.float()
         self.lengths = u.norm(dim=1)
         self.reach = math.log(1 / (DROPPED_SHARE * tolerance))
         count = 2 if tolerance >= COARSE else 3
@@ -57,7 +57,7 @@ class TensorCoreProducts:
             planes.insert(0, digit)
         digits = torch.stack(planes, dim=1)
         self.planes = digits.to(torch.int8)
-        self.shifts = (digits @ (centre - 128)).to(torch.int32)
+        self.shifts = (digits @ (center - 128)).to(torch.int32)
         self.units = torch.stack([self.unit * 256**place for place in reversed(range(count))], dim=1).float()
 
     def logits(self, rows: torch.Tensor, squared: torch.Tensor | None = None) -> Logits:
@@ -66,15 +66,15 @@ class TensorCoreProducts:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         if squared is None:
             # Sums of squares of whole numbers below 256: exact in float32 up to 2^24, so in float64.
-            squared = (rows.float() - self.centre).square_().sum(dim=1, dtype=torch.float64)
+            squared = (rows.float() - self.center).square_().sum(dim=1, dtype=torch.float64)
         longest = squared.max().sqrt()
         values, tops, masses = launch_scores(
             self.planes, self.shifts, self.units, self.weight.float(), rows, 0.5 * squared.float()
         )
         arithmetic = FLOAT32 * (self.lengths + longest) * longest
         proven = (0.5 * math.sqrt(rows.shape[1]) * self.unit * longest + 4 * arithmetic) * self.weight
-        modelled = (self.unit / math.sqrt(12) * longest + 0.25 * arithmetic) * self.weight
-        return SpanLogits(values, proven, modelled, rows, (tops, masses))
+        modeled = (self.unit / math.sqrt(12) * longest + 0.25 * arithmetic) * self.weight
+        return SpanLogits(values, proven, modeled, rows, (tops, masses))
 
     def add_weighted(self, state: RunningMean, found: Logits) -> None:
         from diffmem.ops.posterior_mean.triton_kernels import launch_weighted_sums  # imports triton
@@ -86,7 +86,7 @@ class TensorCoreProducts:
         # other spans in its tile that are read; the bound counts it as dropped all the same.
         kept = share * len(rows) / SPAN > math.exp(-self.reach) * share.sum(dim=1, keepdim=True)
         top = state.top.float()
-        sums = launch_weighted_sums(found.values, top, kept, rows, self.centre)
+        sums = launch_weighted_sums(found.values, top, kept, rows, self.center)
         # Weights were taken relative to the float32 number nearest to the top.
         shrink = (top.double() - state.top).exp()
         state.mass += share.sum(dim=1)

@@ -15,22 +15,22 @@ QUERIES = (16, 64)  # of a tile
 
 @dataclass(frozen=True)
 class ScoreTile:
-    """rows queries × columns images, inner values at a time, by `warps` warps of 32 threads."""
+    """block_m queries × block_n images, block_k values at a time, by `warps` warps of 32 threads."""
 
-    rows: int
-    columns: int
-    inner: int
+    block_m: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int
 
 
 @dataclass(frozen=True)
 class SumTile:
-    """rows queries × outer values, columns images at a time, over `group` spans."""
+    """block_m queries × block_n values, block_k images at a time, over `group` spans."""
 
-    rows: int
-    columns: int
-    outer: int
+    block_m: int
+    block_n: int
+    block_k: int
     group: int
     warps: int
     stages: int
