@@ -215,7 +215,7 @@ def _train(
                         out,
                         every=audit_every,
                         samples=audit_samples,
-                        question=None if stop_at is None else SequentialTest(stop_at, confidence),
+                        stop=None if stop_at is None else SequentialTest(stop_at, confidence),
                         flip=xflip,
                         settings=SamplerConfig(solver=audit_solver),
                         device=device,

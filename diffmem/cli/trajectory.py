@@ -91,7 +91,7 @@ def trajectory_command(
             seeds=seeds,
             every=every,
             order=order,
-            question=None if at_least is None else SequentialTest(at_least, confidence),
+            stop=None if at_least is None else SequentialTest(at_least, confidence),
             settings=SamplerConfig(solver=solver, batch=batch),
             device=device,
             progress=progress,
@@ -127,6 +127,6 @@ def print_trajectory(result: Trajectory) -> None:
         f"R_mem of the run, the highest over its snapshots: {percent(result.r_mem)} "
         f"({percent_range(result.interval)}), after {result.best.epochs:,.0f} epochs"
     )
-    if result.question is not None:
+    if result.test is not None:
         answer = {True: "yes", False: "no", None: "not decided"}[result.answer]
-        click.echo(f"at least {percent(result.question.at_least)}? {answer}")
+        click.echo(f"at least {percent(result.test.at_least)}? {answer}")

@@ -1,11 +1,10 @@
-"""`generate`: the images of many seeds, kept as they come, shared among ranks, written and audited."""
+"""`generate`: the images of many seeds in one file, audited as they come."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +12,22 @@ import torch
 import torch.distributed as dist
 
 import diffmem
-from diffmem.atomic_io import check_output_file, output_lock
+from diffmem.atomic_io import check_output_file, output_lock, output_path
 from diffmem.data import ImageSet, write_edm_zip, write_folder, write_npz
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.evaluation.resume_store import KeptBlocks
-from diffmem.evaluation.running_audit import RunningAudit, sample_detector
+from diffmem.evaluation.detectors import sample_detector
+from diffmem.evaluation.evaluator import evaluate
 from diffmem.evaluation.seed_ranges import checked_seeds, format_seeds
+from diffmem.evaluation.seed_store import SeedStore
 from diffmem.memorization import Audit
-from diffmem.models import Denoiser, as_denoiser, checkpoint_path, evaluating, fingerprint, load
+from diffmem.models import Denoiser, as_denoiser, checkpoint_path, fingerprint, load
 from diffmem.progress import Progress, silent
-from diffmem.sampling import SamplerConfig, Samples, is_compilable, is_compiled, sample_batches, worth_compiling
+from diffmem.sampling import SamplerConfig, Samples
 from diffmem.sampling.batches import in_precision
-from diffmem.timing import measure
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
-
-STAGE = "sampling"
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +139,16 @@ def generate(
         return _generate(checkpoint, seeds, out, settings, training, holdout, flip, device, restart, progress)
 
 
+def work_folder(out: Path) -> Path:
+    """Where the finished batches of a run that ends in `out` are kept.
+
+    Args:
+        out: The output.
+    """
+    out = output_path(out)
+    return out.with_name(f"{out.name}.partial")
+
+
 def _generate(
     checkpoint: str | Path | torch.nn.Module | Callable[..., torch.Tensor],
     seeds: Sequence[int],
@@ -154,7 +161,7 @@ def _generate(
     restart: bool,
     progress: Progress,
 ) -> Generated | None:
-    seeds = checked_seeds(seeds)
+    seeds, out = checked_seeds(seeds), None if out is None else Path(out)
     if isinstance(checkpoint, (str, Path)):
         place = pick_device(device)
         checkpoint = checkpoint_path(checkpoint)
@@ -165,164 +172,44 @@ def _generate(
     identifier = fingerprint(denoiser) if isinstance(denoiser, Denoiser) else denoiser.fingerprint
     with in_precision(denoiser, settings.precision):
         pass  # raises where the denoiser does not know it
-    return _run(
-        denoiser, source, identifier, place, seeds, out, settings, training, holdout, flip, restart, progress
-    )  # fmt: skip
-
-
-def _run(
-    denoiser: torch.nn.Module,
-    source: str,
-    identifier: str,
-    place: torch.device,
-    seeds: list[int],
-    out: str | Path | None,
-    settings: SamplerConfig,
-    training: ImageSource | None,
-    holdout: ImageSource | None,
-    flip: bool,
-    restart: bool,
-    progress: Progress,
-) -> Generated | None:
-    group = dist.is_available() and dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     nfe = settings.plan(denoiser).nfe
-    image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
-    out = None if out is None else Path(out)
-    if out is not None and rank == 0:
+    first = not (dist.is_available() and dist.is_initialized() and dist.get_rank())
+    if out is not None and first:
         _check_output(out, denoiser.channels)
-    auditor = None
-    if training is not None and rank == 0:
-        auditor = RunningAudit(
-            sample_detector(
-                training, image_shape, place, holdout=holdout, flip=flip, keep_images=True, progress=progress
-            )
-        )
-
-    share = _Share(denoiser, seeds, settings, rank, ranks, None if out is None else KeptBlocks(out))
-    identity = {
-        "checkpoint": identifier,
-        "seeds": format_seeds(seeds),
-        **settings.to_json(),
-        "device": place.type,
-        "diffmem": diffmem.__version__,
-        "torch": torch.__version__,
-    }
-    compiled = [share.begin(identity, restart, nfe) if rank == 0 else None]
-    if group:
-        dist.broadcast_object_list(compiled)
-    began = time.perf_counter()
-    failure = None
-    try:
-        share.sample(compiled[0], auditor, progress)
-    except InputError as error:
-        if rank == 0:
-            raise
-        failure = error
-    shares = _gathered((share.blocks, share.new, failure), rank, ranks)
-    if shares is None:
-        return None
-    seconds = time.perf_counter() - began
-    for *_, other_failure in shares:
-        if other_failure is not None:
-            raise other_failure
-    blocks = {index: block for part, *_ in shares for index, block in part.items()}
-    order = sorted(blocks)
-    samples = _joined(blocks[index] for index in order)
+    detector = None
+    if training is not None and first:
+        shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
+        detector = sample_detector(
+            training, shape, place, holdout=holdout, flip=flip, keep_images=True, progress=progress
+        )  # fmt: skip
+    store = None
     if out is not None:
-        _write(samples, out, progress)
-        share.kept.remove()
-    result = None
-    if auditor is not None:
-        sizes = [(index, len(blocks[index].seeds)) for index in order]
-        result = auditor.audit(_image_set(samples, str(out or source), named=True), sizes)
-    return Generated(
-        samples, sum(new for _, new, _ in shares), seconds, nfe, settings, source, identifier, out,
-        result,
+        identity = {
+            "checkpoint": identifier,
+            "seeds": format_seeds(seeds),
+            **settings.to_json(),
+            "device": place.type,
+            "diffmem": diffmem.__version__,
+            "torch": torch.__version__,
+        }
+        store = SeedStore(work_folder(out), identity, temporary=True)
+    found = evaluate(
+        denoiser, seeds, settings, detector, store, restart=restart, distributed=True, progress=progress
     )  # fmt: skip
-
-
-class _Share:
-    """The blocks (batches) of one rank: every `ranks`-th, so that a block is the same however many ranks there are."""
-
-    def __init__(
-        self,
-        denoiser: torch.nn.Module,
-        seeds: list[int],
-        settings: SamplerConfig,
-        rank: int,
-        ranks: int,
-        kept: KeptBlocks | None,
-    ):
-        self.denoiser, self.settings, self.ranks, self.kept = denoiser, settings, ranks, kept
-        self.total = len(seeds)
-        starts = range(0, len(seeds), settings.batch)
-        self.seeds_of = {i: seeds[starts[i] : starts[i] + settings.batch] for i in range(rank, len(starts), ranks)}
-        self.blocks: dict[int, Samples] = {}
-        self.new = 0
-
-    def begin(self, identity: dict[str, Any], restart: bool, nfe: int) -> bool:
-        """Opens the work folder and returns whether this run's steps are compiled."""
-        decided = None if self.kept is None else self.kept.begin(identity, restart)
-        if decided is None:
-            auto = self.settings.compile == "auto"
-            decided = self._worth_compiling(nfe) if auto else self.settings.compile == "on"
-            if self.kept is not None:
-                self.kept.decide(identity, decided)
-        return decided
-
-    def _worth_compiling(self, nfe: int) -> bool:
-        """Decided once for the whole run, by the time that one evaluation of the network takes: blocks made in two
-        ways would differ by rounding, and a resumed run would depend on where it was interrupted."""
-        if is_compiled(self.denoiser):
-            return True
-        if not is_compilable(self.denoiser):
-            return False
-        device = next(self.denoiser.parameters()).device
-        size = min(self.settings.batch, self.total)
-        x = torch.zeros(size, self.denoiser.channels, *[self.denoiser.resolution] * 2, device=device)
-        precise = in_precision(self.denoiser, self.settings.precision)
-        with torch.inference_mode(), evaluating(self.denoiser), _memory_errors(size), precise:
-            each = measure(lambda: self.denoiser(x, 1.0).sum().item(), budget=1.0)
-        return worth_compiling(self.denoiser, each, nfe * len(self.seeds_of))
-
-    def sample(self, compiled: bool, auditor: RunningAudit | None, progress: Progress) -> None:
-        """Fills `blocks` with what is kept and what is left to make; tells the progress of all ranks, as if they kept
-        pace with this one."""
-        done = 0
-        if self.kept is not None:
-            for index, seeds in self.seeds_of.items():
-                if (block := self.kept.read(index, seeds)) is not None:
-                    self.blocks[index] = block
-                    done += len(seeds)
-                    if auditor is not None:
-                        auditor.add(index, block.images.numpy())
-        progress(STAGE, min(done * self.ranks, self.total), self.total)
-        left = {index: seeds for index, seeds in self.seeds_of.items() if index not in self.blocks}
-        config = replace(self.settings, compile=compiled)
-        # Only the last block may be smaller than a batch, so that batches are blocks.
-        batches = sample_batches(self.denoiser, [seed for seeds in left.values() for seed in seeds], config=config)
-        for index, seeds in left.items():
-            with _memory_errors(len(seeds)):
-                block = next(batches)
-            if self.kept is not None:
-                self.kept.write(index, block)
-            self.blocks[index] = block
-            self.new += len(seeds)
-            done += len(seeds)
-            stage = STAGE
-            if auditor is not None:
-                auditor.add(index, block.images.numpy())
-                stage = f"{STAGE}: {auditor.so_far()}"
-            progress(stage, min(done * self.ranks, self.total), self.total)
-
-
-@contextmanager
-def _memory_errors(batch: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise InputError(f"{batch} images at a time do not fit into the device's memory: use a smaller batch") from None
+    if found is None:
+        return None
+    samples = Samples(
+        torch.from_numpy(found.images), torch.from_numpy(found.seeds),
+        None if found.labels is None else torch.from_numpy(found.labels),
+    )  # fmt: skip
+    if store is not None:
+        _write(samples, out, progress)
+        store.remove()
+    audit = None
+    if detector is not None:
+        detector.update(_image_set(samples, str(out or source), named=True), found.detection)
+        audit = detector.compute()
+    return Generated(samples, found.new, found.seconds, nfe, settings, source, identifier, out, audit)
 
 
 def _check_output(out: Path, channels: int) -> None:
@@ -353,17 +240,3 @@ def _image_set(samples: Samples, source: str, named: bool = False) -> ImageSet:
     names = [f"seed {seed}" for seed in samples.seeds.tolist()] if named else None
     labels = None if samples.labels is None else samples.labels.numpy()
     return ImageSet(samples.images.numpy(), names=names, labels=labels, source=source)
-
-
-def _joined(blocks: Iterable[Samples]) -> Samples:
-    images, seeds, labels = zip(*blocks, strict=True)
-    return Samples(torch.cat(images), torch.cat(seeds), None if labels[0] is None else torch.cat(labels))
-
-
-def _gathered(value: Any, rank: int, ranks: int) -> list[Any] | None:
-    """Every rank's value on the first rank, None on the others."""
-    if ranks == 1:
-        return [value]
-    values = [None] * ranks if rank == 0 else None
-    dist.gather_object(value, values)
-    return values

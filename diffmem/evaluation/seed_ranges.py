@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from diffmem.errors import InputError
 
+PROTOCOL_SEEDS = range(10_000)
 _MOST = 100_000_000  # a longer list is a slip of the finger
 
 

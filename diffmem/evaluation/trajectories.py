@@ -14,18 +14,21 @@ import diffmem
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.evaluation import checked_seeds, format_seeds, sample_detector
-from diffmem.evaluation.snapshot_audit import PROTOCOL_SEEDS, AuditFiles, SnapshotAudit, audit_snapshot, way_of
-from diffmem.memorization import CopyRate, ReportsRate, SequentialTest, highest_interval
+from diffmem.evaluation.detectors import sample_detector
+from diffmem.evaluation.evaluator import Evaluation, decide_compile, evaluate, identity_of
+from diffmem.evaluation.seed_ranges import PROTOCOL_SEEDS, checked_seeds, format_seeds
+from diffmem.evaluation.seed_store import SeedStore
+from diffmem.memorization import CopyDetector, CopyRate, ReportsRate, SequentialTest, highest_interval
 from diffmem.memorization.plausibility import single_color_share
-from diffmem.models import fingerprint, load
+from diffmem.models import Denoiser, fingerprint, load
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, SnapshotRecord, Stats
 
 FOLDER = "trajectory"  # in the run's folder
 ORDERS = ("newest", "oldest", "bisect")
-_ONSET = 0.5  # what bisection looks for where no question says otherwise
+COPIES = 24  # of a snapshot whose images are kept
+_ONSET = 0.5  # what bisection looks for where no test says otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,31 +39,49 @@ class Point(ReportsRate):
         images: Images seen.
         epochs: Epochs.
         loss: Mean loss per pixel before it.
-        audited: What was audited.
-        question: The one that the audit was to answer, at the confidence of this snapshot's share; None: all seeds.
+        evaluation: Of its images.
+        test: What was to be answered, at the confidence of this snapshot's share; None: all seeds were sampled.
     """
 
     images: int
     epochs: float
     loss: float
-    audited: SnapshotAudit
-    question: SequentialTest | None = None
+    evaluation: Evaluation
+    test: SequentialTest | None = None
 
     @property
     def rate(self) -> CopyRate:
-        return self.audited.rate
+        return self.evaluation.rate
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval: Wilson's, or, where sampling stopped with the answer, one that allows for that."""
-        return self.rate.interval if self.question is None else self.rate.anytime_interval
+        return self.rate.interval if self.test is None else self.rate.anytime_interval
 
     @property
     def answer(self) -> bool | None:
-        if self.question is None:
-            return None
-        of = len(PROTOCOL_SEEDS) if self.audited.seeds.max() in PROTOCOL_SEEDS else None
-        return self.question.answer(self.count, self.total, of)
+        """Of the test; None where there is none, or it is open."""
+        return None if self.test is None else self.evaluation.answer(self.test)
+
+
+def evaluate_snapshot(
+    run: Path,
+    images: int,
+    denoiser: Denoiser,
+    seeds: Sequence[int],
+    sampler: SamplerConfig,
+    detector: CopyDetector,
+    test: SequentialTest | None,
+    stage: str = "",
+    progress: Progress = silent,
+) -> Evaluation:
+    """The snapshot of a run after so many `images`, evaluated until the test is answered; the run's folder keeps what
+    is known of it."""
+    identity = identity_of(fingerprint(denoiser), sampler, detector, next(denoiser.parameters()).device)
+    store = SeedStore.within(run / FOLDER / "audits", f"{images:09d}", identity)
+    return evaluate(
+        denoiser, seeds, sampler, detector, store, test, images=0, copies=COPIES, stage=stage, progress=progress
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +95,7 @@ class Trajectory:
         losses: The lines of the run's `stats.jsonl`.
         training: The run's training set.
         settings: What decides the verdicts, in JSON types.
-        question: What was asked; None: R_mem itself.
+        test: What was to be answered; None: R_mem itself.
         looks: How many snapshots could have been audited, where which ones were depended on what was seen (order
             "bisect"), else None.
     """
@@ -85,7 +106,7 @@ class Trajectory:
     losses: tuple[Stats, ...]
     training: ImageSet
     settings: dict[str, Any]
-    question: SequentialTest | None = None
+    test: SequentialTest | None = None
     looks: int | None = None
 
     @cached_property
@@ -103,11 +124,11 @@ class Trajectory:
         """A 95 % interval of the highest R_mem among the audited snapshots; it allows for its being the highest of
         several estimates (`diffmem.memorization.highest_interval`)."""
         counts = [(point.count, point.total) for point in self.points]
-        return highest_interval(counts, looks=self.looks, anytime=self.question is not None)
+        return highest_interval(counts, looks=self.looks, anytime=self.test is not None)
 
     @property
     def answer(self) -> bool | None:
-        """Whether some snapshot's R_mem is as high as the question asks; None where that is open."""
+        """Whether some snapshot's R_mem is as high as the test asks; None where that is open."""
         # Nothing is known of what was left out.
         return SequentialTest.of_highest([*(point.answer for point in self.points), *(None for _ in self.left_out)])
 
@@ -115,9 +136,7 @@ class Trajectory:
     def warnings(self) -> tuple[str, ...]:
         """Why the newest snapshot's figure must not be relied on, one sentence each: its images are of a single color,
         or nearly all the same. Such images of earlier snapshots may be those of a network that has learned little."""
-        collapse = self.points[-1].audited.collapse()
-        if collapse is None:
-            return ()
+        collapse = self.points[-1].evaluation.collapse
         return tuple(collapse.suspicions(len(self.training), single_color_share(self.training.images)))
 
     def onset(self, level: float = _ONSET) -> Point | None:
@@ -134,13 +153,9 @@ class Trajectory:
             "warnings": list(self.warnings),
             "best": self.best.images,
             "onset": None if onset is None else {"level": _ONSET, "images": onset.images, "epochs": onset.epochs},
-            "question": None
-            if self.question is None
-            else {
-                "at_least": self.question.at_least,
-                "confidence": self.question.confidence,
-                "answer": self.answer,
-            },
+            "test": None
+            if self.test is None
+            else {"at_least": self.test.at_least, "confidence": self.test.confidence, "answer": self.answer},
             "snapshots": [
                 {
                     "images": point.images,
@@ -149,7 +164,7 @@ class Trajectory:
                     **point.rate.to_dict(),
                     "interval": list(point.interval),
                     "answer": point.answer,
-                    "seeds": format_seeds(sorted(point.audited.seeds.tolist())),
+                    "seeds": format_seeds(sorted(point.evaluation.seeds.tolist())),
                 }
                 for point in self.points
             ],
@@ -174,7 +189,7 @@ def trajectory(
     seeds: Sequence[int] = PROTOCOL_SEEDS,
     every: int | None = None,
     order: str = "newest",
-    question: SequentialTest | None = None,
+    stop: SequentialTest | None = None,
     settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     device: str = "auto",
     progress: Progress = silent,
@@ -191,8 +206,9 @@ def trajectory(
         seeds: The images of each snapshot.
         every: Only the first snapshot of every so many images, and the last.
         order: "newest" or "oldest" first, or "bisect": the last one and then, where copying is found there, those that
-            narrow down where R_mem passes the question's share (0.5 without a question), as if it only grew.
-        question: Stop at each snapshot as soon as this is answered there; the confidence is shared among the snapshots.
+            narrow down where R_mem passes the share that `stop` asks about (0.5 without), as if it only grew.
+        stop: End sampling at each snapshot as soon as this test is answered there; its confidence is shared among the
+            snapshots.
         settings: Of the sampler.
         device: "cpu", "cuda" or "auto".
         progress: Called as `progress(stage, done, total)`.
@@ -217,30 +233,21 @@ def trajectory(
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     detector = sample_detector(training, image_shape, place, flip=flip, progress=progress)
     settings.plan(denoiser)  # raises where the settings do not fit
-    way = way_of(settings, training.fingerprint, flip, place.type)
-    files = AuditFiles(folder.path / FOLDER / "audits", way)
-    shared = None if question is None else question.shared_among(len(records))
+    if stop is None:  # else few batches may do
+        settings = decide_compile(denoiser, settings, len(seeds) * len(records))
+    test = None if stop is None else stop.shared_among(len(records))
     points: dict[int, Point] = {}
 
     def audit(record: SnapshotRecord) -> Point:
         # One network, whose weights change: what was compiled once serves all snapshots.
         denoiser.load_state_dict(load(folder.checkpoint(record), place).state_dict())
-        name = fingerprint(denoiser)
-        known = files.read(record.images, name)
         stage = f"sampling: snapshot {len(points) + 1} of {len(records)}, {record.epochs:,.0f} epochs"
+        found = evaluate_snapshot(
+            folder.path, record.images, denoiser, seeds, settings, detector, test, stage, progress
+        )  # fmt: skip
+        return Point(record.images, record.epochs, record.loss, found, test)
 
-        def after_batch(audited: SnapshotAudit) -> None:
-            files.write(record.images, name, audited)
-            asked = audited.of(seeds)
-            progress(f"{stage}: {asked.ratio:.1%} copies", asked.total, len(seeds))
-
-        progress(stage, 0, len(seeds))
-        audited = audit_snapshot(
-            denoiser, detector, seeds, settings=settings, question=shared, known=known, after_batch=after_batch
-        )
-        return Point(record.images, record.epochs, record.loss, audited.of(seeds), shared)
-
-    for record in _chosen(records, order, points, _ONSET if question is None else question.at_least):
+    for record in _chosen(records, order, points, _ONSET if stop is None else stop.at_least):
         points[record.images] = audit(record)
     return Trajectory(
         folder.path,
@@ -248,10 +255,16 @@ def trajectory(
         tuple(record.images for record in there if record.images not in points),
         tuple(folder.stats()),
         training,
-        {**way, "seeds": format_seeds(seeds), "order": order, "every": every, "ema": folder.averaging()},
-        question,
+        {**_decisive(settings, detector, place), "seeds": format_seeds(seeds), "order": order, "every": every,
+         "ema": folder.averaging()},
+        stop,
         len(records) if order == "bisect" else None,
-    )
+    )  # fmt: skip
+
+
+def _decisive(settings: SamplerConfig, detector: CopyDetector, place: torch.device) -> dict[str, Any]:
+    """What decides the verdicts of all snapshots."""
+    return {name: value for name, value in identity_of("", settings, detector, place).items() if name != "denoiser"}
 
 
 def _thinned(records: list[SnapshotRecord], every: int | None) -> list[SnapshotRecord]:

@@ -83,9 +83,9 @@ def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
                 color=color if names else "#8a94a0", alpha=0.45 if names else 1.0,
                 label=None if names else "training loss",
             )  # fmt: skip
-            if one.question is not None and index == 0:
-                asked = f"R_mem {level(one.question.at_least)}, asked for"
-                axes.axhline(one.question.at_least, color="#555", linestyle="--", linewidth=0.8, label=asked)
+            if one.test is not None and index == 0:
+                asked = f"R_mem {level(one.test.at_least)}, asked for"
+                axes.axhline(one.test.at_least, color="#555", linestyle="--", linewidth=0.8, label=asked)
         if names:
             losses.plot([], [], linewidth=0.7, color="#5b6675", label="training loss (thin)")
         axes.set_zorder(losses.get_zorder() + 1)
@@ -107,15 +107,13 @@ def first_copies(trajectory: Trajectory) -> list[FirstCopy]:
     found: dict[int, FirstCopy] = {}
     training = trajectory.training
     for point in trajectory.points:
-        audited = point.audited
-        row_of = {int(seed): row for row, seed in enumerate(audited.seeds)}
-        for image, seed in zip(audited.copies, audited.copy_seeds.tolist(), strict=True):
-            row = row_of[seed]
-            index = int(audited.nearest[row])
+        shown = point.evaluation
+        for image, row in zip(shown.images, shown.records.image_rows.tolist(), strict=True):
+            index = int(shown.nearest[row])
             if index in found or len(found) >= GALLERY:
                 continue
             pictures = data_url(image), data_url(training.images[index])
             found[index] = FirstCopy(
-                point.epochs, seed, float(audited.ratios[row]), *pictures, name=training.name(index)
+                point.epochs, int(shown.seeds[row]), float(shown.ratios[row]), *pictures, name=training.name(index)
             )
     return list(found.values())

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +94,38 @@ class Detection(ReportsRate):
             for name, values in taken.items()
         }
         return Detection(**arrays, recall=self.recall)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as arrays by name, for a file; `from_arrays` reads them."""
+        recall = [[asdict(stats) for stats in search] for search in self.recall]
+        arrays = {"recall": np.array(json.dumps(recall))}
+        for each in fields(self):
+            values = getattr(self, each.name)
+            if isinstance(values, Neighbors):
+                parts = {f"{each.name}.{part.name}": getattr(values, part.name) for part in fields(values)}
+                arrays |= {name: np.asarray(part) for name, part in parts.items() if part is not None}
+            elif each.name != "recall":
+                arrays[each.name] = values
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Detection:
+        """The decisions that `to_arrays` gave; other names are left alone."""
+
+        def neighbors(name: str) -> Neighbors:
+            mirrored = arrays.get(f"{name}.mirrored")
+            indices, squared = (arrays[f"{name}.{part}"] for part in ("indices", "squared_distances"))
+            return Neighbors(indices, squared, int(arrays[f"{name}.dimension"]), mirrored)
+
+        recall = json.loads(str(arrays["recall"]))
+        return cls(
+            arrays["memorized"],
+            arrays["raw_memorized"],
+            neighbors("neighbors"),
+            neighbors("raw_neighbors"),
+            arrays["hidden"],
+            tuple(tuple(FaissStats(**stats) for stats in search) for search in recall),
+        )
 
 
 class CopyDetector(ReportsRate):
@@ -216,6 +249,13 @@ class CopyDetector(ReportsRate):
         self._figures = SetFigures(count_identical=True)
         self._first: list[np.ndarray] = []
         self._sheets: tuple[int, int] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the verdict of an image, in JSON types: the same for detectors that agree about every image."""
+        rule = {name: value for name, value in self.settings.items() if name not in ("device", "training")}
+        index = getattr(self.index, "factory", "exact")
+        return {**rule, "index": index, "training": self.training.fingerprint}
 
     @property
     def rate(self) -> CopyRate:

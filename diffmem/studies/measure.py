@@ -23,13 +23,12 @@ import torch
 from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
-from diffmem.evaluation import AuditEvery, Point
+from diffmem.evaluation import AuditEvery, Point, evaluate
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import CopyDetector, CopyRate, SequentialTest, highest_interval
 from diffmem.memorization.result import software_versions
 from diffmem.models import load
-from diffmem.sampling import sample
 from diffmem.studies.trial import Trial
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
 
@@ -229,7 +228,7 @@ class _Audits(AuditEvery):
             training,
             folder / RUN,
             samples=setting.samples,
-            question=None if trial.at_least is None else SequentialTest(trial.at_least),
+            stop=None if trial.at_least is None else SequentialTest(trial.at_least),
             flip=bool(setting.training.get("xflip")),
             settings=setting.sample_settings(),
             device=device,
@@ -306,13 +305,12 @@ def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, at: int, 
     settings = trial.setting.sample_settings()
     denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
     config = replace(settings, batch=SHOWN, compile="off")
-    images = sample(denoiser, range(SHOWN), config=config).images.numpy()
-    found = detector.judge(images)
-    nearest = detector.training.images[found.neighbors.indices[:, 0]]
-    if (mirrored := found.neighbors.mirrored) is not None:
+    found = evaluate(denoiser, range(SHOWN), config, detector)
+    nearest = detector.training.images[found.nearest]
+    if (mirrored := found.detection.neighbors.mirrored) is not None:
         nearest = np.where(mirrored[:, 0, None, None, None], nearest[..., ::-1], nearest)
     with atomic_file(folder / GALLERY) as partial, partial.open("wb") as stream:
-        arrays = {"generated": images, "nearest": nearest, "memorized": found.memorized}
+        arrays = {"generated": found.images, "nearest": nearest, "memorized": found.memorized}
         save_arrays(stream, arrays, compress=True)
 
 

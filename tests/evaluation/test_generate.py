@@ -12,20 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffmem
-from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.evaluation import (
-    RunningAudit,
+    evaluator,
     format_seeds,
     generate,
-    generation,
     parse_seeds,
-    sample_detector,
     work_folder,
 )
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
 from diffmem.sampling import SamplerConfig, sample
-from diffmem.search import TrainingIndex
 
 QUICK = SamplerConfig(steps=3, batch=4, compile="off")
 
@@ -176,18 +172,18 @@ def test_compiling_is_decided_once(checkpoint, tmp_path, monkeypatch):
         compiled.append(config.compile)
         return sample_batches(denoiser, seeds, config=replace(config, compile="off"))
 
-    sample_batches = generation.sample_batches
-    monkeypatch.setattr(generation, "sample_batches", recorded)
+    sample_batches = evaluator.sample_batches
+    monkeypatch.setattr(evaluator, "sample_batches", recorded)
     settings = SamplerConfig(steps=3, batch=2)
 
     def stop(stage, done, _total):
         if done == 4:
             raise Interruption
 
-    monkeypatch.setattr(generation, "worth_compiling", lambda *_: True)
+    monkeypatch.setattr(evaluator, "worth_compiling", lambda *_: True)
     with pytest.raises(Interruption):
         generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings, progress=stop)
-    monkeypatch.setattr(generation, "worth_compiling", lambda *_: False)
+    monkeypatch.setattr(evaluator, "worth_compiling", lambda *_: False)
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)
     assert compiled == ["on", "on"]
     generate(checkpoint, range(6), out=tmp_path / "out.npz", settings=settings)
@@ -218,28 +214,9 @@ def test_running_audit_is_the_audit(tmp_path):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_blocks_are_searched_once_in_whatever_order_they_come(monkeypatch):
-    images, training = (np.random.default_rng(i).integers(0, 256, (40, 1, 4, 4), dtype=np.uint8) for i in (0, 1))
-    training[:5] = images[3:8]
-    running = RunningAudit(sample_detector(training, (1, 4, 4), torch.device("cpu"), flip=True, keep_images=True))
-    searched, query = [], TrainingIndex.query
-
-    def counted(self, images, k=2, **options):
-        searched.append(len(images))
-        return query(self, images, k, **options)
-
-    monkeypatch.setattr(TrainingIndex, "query", counted)
-    running.add(2, images[32:])
-    running.add(0, images[:16])  # block 1 is another rank's
-    assert (running.rate.count, running.rate.total) == (5, 24)
-    result = running.audit(ImageSet(images), [(0, 16), (1, 16), (2, 8)])
-    assert sum(searched) == 2 * 40  # as they are, and mirrored
-    assert result.to_dict() == diffmem.audit(ImageSet(images), training, flip=True).to_dict()
-
-
 def test_sets_that_do_not_fit_are_found_before_the_work(tmp_path, monkeypatch):
     checkpoint = tiny(tmp_path / "model")
-    monkeypatch.setattr(generation, "sample_batches", None)  # nothing is sampled
+    monkeypatch.setattr(evaluator, "sample_batches", None)  # nothing is sampled
     noise = np.random.default_rng(0).integers(0, 256, (5, 1, 4, 4), dtype=np.uint8)
     for training, holdout, words in (
         (np.zeros((5, 3, 4, 4), np.uint8), None, "3x4x4, this network makes 1x4x4"),

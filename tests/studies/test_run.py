@@ -14,9 +14,9 @@ import torch
 from studies.tiny import TINY
 
 from diffmem.errors import InputError
-from diffmem.evaluation import snapshot_audit
+from diffmem.evaluation import evaluator
 from diffmem.sampling import Samples
-from diffmem.studies import Processes, Setting, Study, Trial, Variant, measure, run_studies, run_trial, run_trials
+from diffmem.studies import Processes, Setting, Study, Trial, Variant, run_studies, run_trial, run_trials
 from diffmem.studies.ledger import DONE, FAILED, Ledger
 from diffmem.studies.measure import read_result
 from diffmem.studies.run import trial_folder
@@ -156,8 +156,7 @@ def test_the_gallery_counts_copies_as_the_audit_does(tmp_path, xflip, monkeypatc
         images = torch.from_numpy(mirrored[np.asarray(seeds) % 20])
         return Samples(images, torch.tensor(list(seeds)), None)
 
-    monkeypatch.setattr(snapshot_audit, "sample_batches", lambda *a, **settings: iter([sampled(*a, **settings)]))
-    monkeypatch.setattr(measure, "sample", sampled)
+    monkeypatch.setattr(evaluator, "sample_batches", lambda *a, **settings: iter([sampled(*a, **settings)]))
     result = run_trial(trial, tmp_path)
     with np.load(tmp_path / "gallery.npz") as gallery:
         share = gallery["memorized"].mean()

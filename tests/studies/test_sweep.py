@@ -7,9 +7,10 @@ import pytest
 
 import diffmem
 from diffmem.errors import InputError
+from diffmem.evaluation import evaluator
 from diffmem.optimum import EmpiricalBayes, Smoothed, Tikhonov
 from diffmem.sampling import SamplerConfig
-from diffmem.studies.comparison import parse_sweep, sweep, sweeps
+from diffmem.studies.comparison import parse_sweep, sweep
 from diffmem.studies.comparison.sweeps import chosen_variants, expected_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,15 +25,14 @@ def digits():
 @pytest.fixture
 def sampled(monkeypatch):
     """The seeds that were sampled, in order."""
-    module = sweeps
-    original, seeds = module.sample_batches, []
+    original, seeds = evaluator.sample_batches, []
 
     def sample_batches(denoiser, asked, **settings):
         for made in original(denoiser, asked, **settings):
             seeds.extend(made.seeds.tolist())
             yield made
 
-    monkeypatch.setattr(module, "sample_batches", sample_batches)
+    monkeypatch.setattr(evaluator, "sample_batches", sample_batches)
     return seeds
 
 
@@ -49,9 +49,8 @@ def test_from_copies_to_none_and_on_from_what_is_kept(digits, tmp_path, sampled)
     assert sampled == [*range(12, 20), *range(12, 20), *range(4, 20)]
     anew = sweep(digits, variants, tmp_path / "anew", seeds=range(4, 20), **FAST)
     for kept, fresh in zip(more.points, anew.points, strict=False):
-        order = np.argsort(kept.seeds)
-        np.testing.assert_array_equal(kept.seeds[order], fresh.seeds)
-        np.testing.assert_array_equal(kept.ratios[order], fresh.ratios)
+        np.testing.assert_array_equal(kept.evaluation.seeds, fresh.evaluation.seeds)
+        np.testing.assert_array_equal(kept.evaluation.ratios, fresh.evaluation.ratios)
     # Another training set in the same folder is another sweep.
     sampled.clear()
     sweep(digits.select(slice(100)), variants[:1], tmp_path, seeds=range(4), **FAST)
@@ -60,7 +59,7 @@ def test_from_copies_to_none_and_on_from_what_is_kept(digits, tmp_path, sampled)
 
 def test_damaged_points_are_named(digits, tmp_path):
     sweep(digits, [Tikhonov(0.1)], tmp_path, seeds=range(2), **FAST)
-    (path,) = (tmp_path / "points").iterdir()
+    (path,) = (tmp_path / "points").glob("*/block-*.npz")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=r"tikhonov_0\.1-.*not a complete.*delete it"):
         sweep(digits, [Tikhonov(0.1)], tmp_path, seeds=range(2), **FAST)

@@ -16,14 +16,14 @@ import torch
 from diffmem.data import ImageSet, load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.evaluation import checked_seeds, format_seeds, sample_detector
+from diffmem.evaluation import checked_seeds, evaluate, format_seeds, sample_detector
 from diffmem.html_report import percent
 from diffmem.memorization import CopyRate
 from diffmem.models import as_denoiser, evaluating, load
 from diffmem.optimum import OptimalDenoiser
 from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
-from diffmem.sampling import SamplerConfig, SeededGenerators, sample, to_uint8
+from diffmem.sampling import SamplerConfig, SeededGenerators, to_uint8
 from diffmem.studies.comparison.bootstrap import interval, resampled
 from diffmem.training import RunFolder
 
@@ -380,11 +380,10 @@ def compare(
         reference = _reference(denoiser, rest, sets, tolerance, device, notes, progress)
     labels = None if denoiser.label_dim else False
     optimum = OptimalDenoiser(trained_on, labels=labels, tolerance=tolerance, device=str(place), progress=progress)
-    made = sample(denoiser, seeds, config=settings, progress=progress)
-    pixels = made.images.numpy()
-    copies = sample_detector(trained_on, trained_on.image_shape, place, progress=progress).judge(pixels).count
-    drawn = None if made.labels is None else made.labels.numpy()
-    sets["generated"] = ImageSet(pixels, [f"seed {one}" for one in seeds], drawn, "generated images")
+    detector = sample_detector(trained_on, trained_on.image_shape, place, progress=progress)
+    generated = evaluate(denoiser, seeds, settings, detector, progress=progress)
+    names = [f"seed {one}" for one in seeds]
+    sets["generated"] = ImageSet(generated.images, names, generated.labels, "generated images")
     pairs = _Pairs(denoiser, optimum, reference, sigmas, settings.batch, seed)
     total, done = sum(len(each) for each in sets.values()), 0
     gaps = {}
@@ -408,7 +407,7 @@ def compare(
         "conditional": bool(denoiser.label_dim),
     }
     return Comparison(
-        name, denoiser.summary(), trained_on, sigmas, gaps, copies, 0 if reference is None else len(rest),
+        name, denoiser.summary(), trained_on, sigmas, gaps, generated.count, 0 if reference is None else len(rest),
         tuple(examples), tuple(shown), described, tuple(notes),
     )  # fmt: skip
 

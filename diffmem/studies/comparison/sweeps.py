@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,45 +12,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffmem.atomic_io import atomic_file, output_lock
+from diffmem.atomic_io import output_lock
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.evaluation import checked_seeds, format_seeds, sample_detector
-from diffmem.inert.boundary import parsing
-from diffmem.integrity import NoChecksumError, load_arrays, save_arrays
+from diffmem.evaluation import (
+    Evaluation,
+    SeedStore,
+    checked_seeds,
+    evaluate,
+    format_seeds,
+    identity_of,
+    sample_detector,
+)
 from diffmem.memorization import CopyDetector, CopyRate, ReportsRate
 from diffmem.optimum import EmpiricalBayes, OptimalDenoiser, Regularization, Smoothed, Tikhonov, parse_regularization
 from diffmem.progress import Progress, silent
-from diffmem.sampling import SamplerConfig, sample_batches
+from diffmem.sampling import SamplerConfig
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
 KINDS = {"tikhonov": Tikhonov, "bayes": EmpiricalBayes, "smooth": Smoothed}
-PICTURES = 8  # images of a point that are kept
-NEIGHBOURS = 2000  # training images whose distance to their nearest neighbour is measured
+IMAGES = 8  # images of a point that are kept
+NEIGHBORS = 2000  # training images whose distance to their nearest neighbor is measured
 POINTS = "points"  # in the sweep's folder
 
 
 @dataclass(frozen=True, eq=False)
 class SweepPoint(ReportsRate):
-    """The audited images of one regularized optimum, in the order in which they were sampled.
+    """R_mem of one regularized optimum.
 
     Attributes:
         variant: The regularization.
-        seeds: int64 [n].
-        memorized: bool [n], by the rule, duplicates collapsed.
-        ratios: float32 [n], d1/d2.
-        distances: float32 [n], rms to the nearest training image, in gray levels.
-        pictures: uint8 [m, C, H, W], the first images, those of `seeds[:m]`.
+        evaluation: Of its images; the first ones are kept.
     """
 
     variant: Regularization
-    seeds: np.ndarray
-    memorized: np.ndarray
-    ratios: np.ndarray
-    distances: np.ndarray
-    pictures: np.ndarray
+    evaluation: Evaluation
 
     @property
     def kind(self) -> str:
@@ -66,27 +62,12 @@ class SweepPoint(ReportsRate):
 
     @property
     def rate(self) -> CopyRate:
-        return CopyRate.of(self.memorized)
+        return self.evaluation.rate
 
-    def and_then(
-        self, seeds: np.ndarray, images: np.ndarray, memorized: np.ndarray, ratios: np.ndarray, distances: np.ndarray
-    ) -> SweepPoint:
-        """This and the images of further seeds."""
-        room = max(0, PICTURES - len(self.pictures))
-        return SweepPoint(
-            self.variant,
-            np.concatenate([self.seeds, seeds]),
-            np.concatenate([self.memorized, memorized]),
-            np.concatenate([self.ratios, ratios.astype(np.float32)]),
-            np.concatenate([self.distances, distances.astype(np.float32)]),
-            np.concatenate([self.pictures, images[:room]]),
-        )
-
-    def of(self, seeds: Sequence[int]) -> SweepPoint:
-        """The part that belongs to `seeds`."""
-        rows = np.isin(self.seeds, seeds)
-        per_image = (values[rows] for values in (self.seeds, self.memorized, self.ratios, self.distances))
-        return SweepPoint(self.variant, *per_image, self.pictures[rows[: len(self.pictures)]])
+    @property
+    def mean_distance(self) -> float:
+        """Mean distance to the nearest training image, root mean square in gray levels."""
+        return float(self.evaluation.distances.mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +120,7 @@ class Sweep:
                     "kind": point.kind,
                     "strength": point.strength,
                     **point.rate.to_dict(),
-                    "mean_distance": float(point.distances.mean()),
+                    "mean_distance": point.mean_distance,
                     "expected": self.expected(point.variant),
                 }
                 for point in self.points
@@ -172,8 +153,8 @@ def sweep(
         training: As for `OptimalDenoiser`.
         variants: Regularizations, or names of kinds ("tikhonov", "bayes", "smooth"), which stand for strengths between
             all copies and none.
-        folder: Verdicts are kept in `folder`/points as they come: a sweep that ended early resumes from there, and more
-            seeds or strengths cost only those.
+        folder: What is known of the images is kept in `folder`/points as they come: a sweep that ended early resumes
+            from there, and more seeds or strengths cost only those.
         seeds: Of the images.
         labels: As for `OptimalDenoiser`.
         tolerance: As for `OptimalDenoiser`.
@@ -190,7 +171,7 @@ def sweep(
     settings.plan(denoiser)  # raises where the settings do not fit
     place = next(denoiser.parameters()).device
     detector = sample_detector(images, images.image_shape, place, progress=progress)
-    spacing = nearest_neighbours(detector)
+    spacing = nearest_neighbors(detector)
     chosen: list[Regularization] = []
     for variant in variants:
         chosen += chosen_variants(variant, spacing, images.dimension) if isinstance(variant, str) else [variant]
@@ -198,88 +179,26 @@ def sweep(
         raise InputError("sweep: no regularization is given")
     order = list(KINDS.values())
     chosen = sorted(set(chosen), key=lambda variant: (order.index(type(variant)), strength(variant)))
-    sampler = {name: value for name, value in settings.to_json().items() if name not in ("batch", "compile")}
-    files = _PointFiles(Path(folder) / POINTS, {**sampler, "device": place.type}, images.image_shape)
+    settings = replace(settings, compile="off")
+    decisive = {}
     points = []
     with output_lock(folder):
         for variant in chosen:
             denoiser.regularization = variant
+            decisive = identity_of(denoiser.fingerprint, settings, detector, place)
+            store = SeedStore.within(Path(folder) / POINTS, _file_name(variant), decisive)
             stage = f"sampling: {variant}, {len(points) + 1} of {len(chosen)}"
-            points.append(_point(denoiser, detector, seeds, settings, files, stage, progress))
-    described = {**sampler, "seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
+            found = evaluate(
+                denoiser, seeds, settings, detector, store, images=IMAGES, stage=stage, progress=progress
+            )  # fmt: skip
+            points.append(SweepPoint(variant, found))
+    del decisive["denoiser"]
+    described = {**decisive, "seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
     return Sweep(images, tuple(points), spacing, described)
 
 
-def _point(
-    denoiser: OptimalDenoiser,
-    detector: CopyDetector,
-    seeds: list[int],
-    settings: SamplerConfig,
-    files: _PointFiles,
-    stage: str,
-    progress: Progress,
-) -> SweepPoint:
-    """The point of `denoiser.regularization`: what is kept of it, and what is left to sample."""
-    point = files.read(denoiser)
-    known = set(point.seeds.tolist())
-    left = [seed for seed in seeds if seed not in known]
-    progress(stage, len(seeds) - len(left), len(seeds))
-    for made in sample_batches(denoiser, left, config=replace(settings, compile="off")):
-        pictures = made.images.numpy()
-        found = detector.judge(pictures)
-        nearest = found.neighbors
-        point = point.and_then(
-            made.seeds.numpy(), pictures, found.memorized, nearest.distance_ratios, nearest.rms[:, 0]
-        )  # fmt: skip
-        files.write(denoiser, point)
-        asked = point.of(seeds)
-        progress(f"{stage}, {asked.ratio:.1%} copies", asked.total, len(seeds))
-    return point.of(seeds)
-
-
-class _PointFiles:
-    """The points of a sweep: a file for each denoiser and way to sample from it."""
-
-    def __init__(self, folder: Path, way: dict[str, Any], image_shape: tuple[int, int, int]):
-        self.folder, self.image_shape = folder, image_shape
-        self.way = json.dumps(way, sort_keys=True)
-
-    def path(self, denoiser: OptimalDenoiser) -> Path:
-        name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in str(denoiser.regularization))
-        return self.folder / f"{name}-{self._key(denoiser)[:8]}.npz"
-
-    def _key(self, denoiser: OptimalDenoiser) -> str:
-        return hashlib.sha256((self.way + denoiser.fingerprint).encode()).hexdigest()
-
-    def read(self, denoiser: OptimalDenoiser) -> SweepPoint:
-        path = self.path(denoiser)
-        numbers = np.zeros(0, np.float32)
-        pictures = np.zeros((0, *self.image_shape), np.uint8)
-        nothing = SweepPoint(
-            denoiser.regularization, np.zeros(0, np.int64), np.zeros(0, bool), numbers, numbers, pictures
-        )
-        if not path.exists():
-            return nothing
-        advice = "delete it, and its images are sampled again"
-        try:
-            stored = load_arrays(path, advice)
-        except NoChecksumError:
-            return nothing
-        with parsing(path, "a point of a sweep", advice):
-            if str(stored["key"]) != self._key(denoiser):
-                raise ValueError("it belongs to another sweep")
-            arrays = {name: stored[name] for name in ("seeds", "memorized", "ratios", "distances", "pictures")}
-            return SweepPoint(denoiser.regularization, **arrays)
-
-    def write(self, denoiser: OptimalDenoiser, point: SweepPoint) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        names = ("seeds", "memorized", "ratios", "distances", "pictures")
-        with atomic_file(self.path(denoiser)) as partial, partial.open("wb") as stream:
-            arrays = {name: getattr(point, name) for name in names}
-            save_arrays(stream, {"key": np.array(self._key(denoiser)), **arrays}, compress=True)
+def _file_name(variant: Regularization) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in str(variant))
 
 
 def strength(variant: Regularization) -> float:
@@ -301,10 +220,10 @@ def _axis(point: SweepPoint) -> float:
     return math.log(point.strength) if point.strength > 0 else -math.inf
 
 
-def nearest_neighbours(detector: CopyDetector) -> np.ndarray:
-    """Distances (units of [-1, 1]) from training images, at most `NEIGHBOURS` of them, to their nearest neighbours."""
+def nearest_neighbors(detector: CopyDetector) -> np.ndarray:
+    """Distances (units of [-1, 1]) from training images, at most `NEIGHBORS` of them, to their nearest neighbors."""
     training = detector.training.images
-    rows = np.unique(np.linspace(0, len(training) - 1, min(len(training), NEIGHBOURS)).astype(int))
+    rows = np.unique(np.linspace(0, len(training) - 1, min(len(training), NEIGHBORS)).astype(int))
     squared = detector.index.query(np.ascontiguousarray(training[rows]), 2).squared_distances[:, 1].astype(np.float64)
     return np.sqrt(squared) / (127.5 if training.dtype == np.uint8 else 1)
 
@@ -314,9 +233,9 @@ def expected_ratio(variant: Regularization, spacing: np.ndarray, dimension: int)
 
     On its way to training image y the sampler's state is x = y + r, and r shrinks by dr/dσ = r·σ/(σ² + c) for Tikhonov
     (c = h² for smoothed data): the √(σ² + c) that solves this leaves √c of white noise per pixel at σ = 0. With D the
-    distance from y to its nearest neighbour, d1² = c·d and d2² ≈ c·d + D² in d dimensions: a copy by d1 < d2/3 where
+    distance from y to its nearest neighbor, d1² = c·d and d2² ≈ c·d + D² in d dimensions: a copy by d1 < d2/3 where
     D² > 8·c·d. The empirical Bayes denoiser follows the exact one while Σ p_i ≈ exp(−‖r/σ‖²/2) is above τ, and r/σ
-    keeps the latent's length, χ² with d degrees of freedom: a copy where half of that is below −ln τ. Clipping to grey
+    keeps the latent's length, χ² with d degrees of freedom: a copy where half of that is below −ln τ. Clipping to gray
     levels, the choice among images on the way, and the solver's steps are left out.
 
     spacing: such distances D, units of [-1, 1].

@@ -62,7 +62,7 @@ def write_page(sweep: Sweep, folder: Path) -> Path:
     rows = []
     for point in sweep.points:
         shares = (f"{value:.6g}" for value in (point.ratio, *point.interval, sweep.expected(point.variant)))
-        distance = f"{point.distances.mean():.6g}"
+        distance = f"{point.mean_distance:.6g}"
         rows.append((point.kind, f"{point.strength:.8g}", point.count, point.total, *shares, distance))
     summary = json.dumps(sweep.to_dict(), indent=1, allow_nan=False)
     return write_report(
@@ -125,10 +125,11 @@ def draw(sweeps: Sequence[Sweep], names: Sequence[str] = ()) -> str:
 
 def images_of(points: Sequence[SweepPoint]) -> Image.Image:
     """The first images of each point, a row per point, copies in a red frame."""
-    columns = max(len(point.pictures) for point in points)
+    shown = [point.evaluation for point in points]
+    columns = max(len(each.images) for each in shown)
     cells = []
-    for point in points:
-        framed = _framed(point.pictures, point.memorized[: len(point.pictures)])
+    for each in shown:
+        framed = _framed(each.images, each.memorized[each.records.image_rows])
         blank = np.full((columns - len(framed), *framed.shape[1:]), 255, np.uint8)
         cells.append(np.concatenate([framed, blank]))
     return grid(np.concatenate(cells), scale=1, columns=columns)

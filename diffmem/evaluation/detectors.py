@@ -1,0 +1,59 @@
+"""The detector for images that a network will make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from diffmem.data import ImageSet, load_images
+from diffmem.errors import InputError
+from diffmem.memorization import CopyDetector, check_sets
+from diffmem.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSource
+
+
+def sample_detector(
+    training: ImageSource,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    holdout: ImageSource | None = None,
+    flip: bool = False,
+    keep_images: bool = False,
+    progress: Progress = silent,
+) -> CopyDetector:
+    """A detector for uint8 images that are yet to be sampled, by the rule of `diffmem.audit`'s defaults.
+
+    Args:
+        training: The training images, as for `diffmem.audit`.
+        image_shape: (C, H, W) of the images to come.
+        device: Where to search.
+        holdout: Real images that the model has not seen, as for `diffmem.audit`.
+        flip: Whether mirrored images are compared too.
+        keep_images: See `CopyDetector`.
+        progress: A callback.
+
+    Raises:
+        InputError: Before anything is sampled, for all that `diffmem.audit` would complain about afterwards.
+    """
+    training = load_images(training, progress=progress)
+    holdout = None if holdout is None else load_images(holdout, progress=progress)
+    check_shape(training, image_shape)
+    check_sets(ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled"), training, "generated")
+    return CopyDetector(
+        training, flip=flip, holdout=holdout, device=str(device), keep_images=keep_images, progress=progress
+    )
+
+
+def check_shape(training: ImageSet, image_shape: tuple[int, int, int]) -> None:
+    """Raises InputError where images (C, H, W) that are to come cannot be compared with these training images."""
+    if training.image_shape != image_shape:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (training.image_shape, image_shape))
+        raise InputError(
+            f"training images ({training.source}) are {theirs}, this network makes {ours}: give a training "
+            "set of that size, or write the images first and bring both to one size with diffmem audit"
+        )
