@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
 
+from diffmem.ops.alignment import alignment
 from diffmem.ops.attention import attention
 from diffmem.ops.conv3x3 import conv3x3
 from diffmem.ops.conv3x3 import native as conv_native
@@ -32,6 +33,7 @@ def good(op: str) -> dict:
     }  # fmt: skip
     rows = {"queries": torch.zeros(3, 5, dtype=torch.uint8), "training": torch.ones(4, 5, dtype=torch.uint8), "k": 2}
     return {
+        "alignment": {"searched": torch.randn(2, 2, 3, 12, 12), "templates": torch.randn(2, 5, 3, 8, 8)},
         "conv3x3": {"x": x, "weight": torch.randn(16, 16, 3, 3), "bias": torch.randn(16)},
         "conv3x3_winograd": {
             "x": x, "weight": torch.randn(16, 16, 3, 3), "bias": torch.randn(16), "transposed": False,
@@ -54,6 +56,7 @@ def good(op: str) -> dict:
 
 
 CALLS = {
+    "alignment": alignment,
     "conv3x3": conv3x3,
     "conv3x3_winograd": torch.ops.diffmem.conv3x3_winograd,
     "conv3x3_weight_gradient": torch.ops.diffmem.conv3x3_weight_gradient,
@@ -96,6 +99,7 @@ def changes(op: str, name: str, value) -> list:
             ("no such thing", "text"),
         ]
         one_of_any_size = {
+            "alignment": ("searched", "templates"),
             "conv3x3": ("x",), "attention": ("qkv",), "group_norm_silu": ("x",), "nearest": (), "posterior_mean": (),
         }  # fmt: skip
         if name in one_of_any_size.get(op, ()):  # height and width are free

@@ -11,6 +11,7 @@ from numerics import assert_close
 
 import diffmem.ops
 from diffmem.errors import InputError
+from diffmem.ops.alignment import alignment
 from diffmem.ops.attention import attention
 from diffmem.ops.conv3x3 import conv3x3
 from diffmem.ops.group_norm_silu import group_norm_silu
@@ -26,7 +27,9 @@ def inputs(op):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 16, 16, 16, generator=generator).to(memory_format=torch.channels_last)
     rows = torch.randint(0, 256, (40, 12), generator=generator, dtype=torch.uint8)
+    windows = x[:2, None, :3, :12, :12], x[2:, None, :3, :9, :8]
     return {
+        "alignment": (alignment, windows),
         "attention": (attention, (x[:, :12], 2)),
         "conv3x3": (conv3x3, (x, torch.randn(16, 16, 3, 3, generator=generator), torch.ones(16))),
         "group_norm_silu": (group_norm_silu, (x, 4, torch.ones(16), torch.zeros(16), 1e-5)),

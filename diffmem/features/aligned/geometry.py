@@ -1,0 +1,113 @@
+"""Sizes, windows and transforms of aligned search.
+
+Images are compared at a working size of at most `WORKING_SIZE` pixels a side: enough to tell an image from all others,
+and free of the noise and artifacts of large pictures. All lengths below scale with it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from diffmem.errors import InputError
+
+WORKING_SIZE = 32
+LEAST_SIZE = 4
+SCALES = (0.8, 0.862, 0.928, 1.0, 1.077, 1.16, 1.25)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How images of one size are compared.
+
+    Attributes:
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+    """
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < LEAST_SIZE:
+            raise InputError(
+                f"images of {self.height}x{self.width} are too small to be aligned: at least {LEAST_SIZE} pixels a "
+                "side are needed; compare them with features='pixels'"
+            )
+
+    @cached_property
+    def working(self) -> tuple[int, int]:
+        """The size [h, w] at which images are compared."""
+        factor = min(1.0, WORKING_SIZE / max(self.height, self.width))
+        return max(LEAST_SIZE, round(self.height * factor)), max(LEAST_SIZE, round(self.width * factor))
+
+    @cached_property
+    def margin(self) -> tuple[int, int]:
+        """Largest shift of the second stage, an eighth of the image: the template is what lies within this margin."""
+        return max(1, round(self.working[0] / 8)), max(1, round(self.working[1] / 8))
+
+    @cached_property
+    def step(self) -> tuple[int, int]:
+        """Shift of the first stage, a sixteenth of the image."""
+        return max(1, round(self.working[0] / 16)), max(1, round(self.working[1] / 16))
+
+    def reduce(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [n, C, H, W] at the working size, float32."""
+        images = images.float()
+        if tuple(images.shape[2:]) == self.working:
+            return images
+        return F.interpolate(images, size=self.working, mode="bilinear", antialias=True, align_corners=False)
+
+    def templates(self, images: torch.Tensor) -> torch.Tensor:
+        """The central windows of images [..., h, w] at the working size."""
+        (top, left), (height, width) = self.margin, self.working
+        return images[..., top : height - top, left : width - left]
+
+    def variants(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [n, C, h, w] as they are and mirrored, each enlarged by `SCALES` about its center: [n, V, C, h, w].
+
+        Variant m·len(SCALES) + s is mirrored where m = 1. Beyond the border the nearest pixel continues.
+        """
+        both = torch.stack([images, images.flip(-1)], dim=1)
+        vertical, horizontal = (
+            torch.stack([resampling(size, scale) for scale in SCALES]).to(images) for size in self.working
+        )
+        scaled = torch.einsum("syh,nmchw,sxw->nmscyx", vertical, both, horizontal)
+        return scaled.flatten(1, 2)
+
+
+def resampling(size: int, scale: float) -> torch.Tensor:
+    """The matrix [size, size] that enlarges a line of pixels by `scale` about its center, by linear interpolation."""
+    center = (size - 1) / 2
+    at = ((torch.arange(size, dtype=torch.float64) - center) / scale + center).clamp(0, size - 1)
+    below = at.floor().long().clamp(max=max(0, size - 2))
+    weight = at - below
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    rows = torch.arange(size)
+    matrix[rows, below] += 1 - weight
+    matrix[rows, (below + 1).clamp(max=size - 1)] += weight
+    return matrix
+
+
+def variant_of(position: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, ...]:
+    """Mirror (bool), scale (index into `SCALES`), and shift (down, right) of the op's positions."""
+    down, across = (2 * margin + 1 for margin in geometry.margin)
+    x = position % across - geometry.margin[1]
+    y = position // across % down - geometry.margin[0]
+    variant = position // (across * down)
+    return variant >= len(SCALES), variant % len(SCALES), y, x
+
+
+def shifts(geometry: Geometry) -> list[tuple[int, int]]:
+    """First pixels (y, x) of the nine windows of the first stage."""
+    down, right = geometry.step
+    return [(y, x) for y in (0, down, 2 * down) for x in (0, right, 2 * right)]
+
+
+def block_of(values: int, budget: int = 1 << 24) -> int:
+    """How many images of so many values fit a budget of values."""
+    return max(1, math.floor(budget / max(1, values)))

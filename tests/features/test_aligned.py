@@ -1,0 +1,192 @@
+"""Aligned search: what a disguised copy shows is found, and a score that disguises do not move."""
+
+import numpy as np
+import pytest
+import torch
+
+import diffmem
+from diffmem.errors import InputError
+from diffmem.features.aligned import AlignedMatcher, align_pairs
+from diffmem.features.aligned.candidates import nearest_once
+
+
+def blobs(count, channels=3, size=32, seed=0):
+    """Smooth random images, as different from each other as photographs are."""
+    noise = torch.randn(count, channels, 6, 6, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic")
+    fine = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed + 1))
+    return (smooth * 45 + fine * 6 + 128).clamp(0, 255).byte().numpy()
+
+
+TRAINING = blobs(150)
+
+
+@pytest.fixture(scope="module")
+def matcher():
+    return AlignedMatcher(TRAINING)
+
+
+def moved(images, down, right):
+    """Shifted, the border continued."""
+    padded = np.pad(images, ((0, 0), (0, 0), (4, 4), (4, 4)), mode="edge")
+    height, width = images.shape[2:]
+    return padded[:, :, 4 - down : 4 - down + height, 4 - right : 4 - right + width]
+
+
+def zoomed(images, factor):
+    size = round(images.shape[2] / factor)
+    first = (images.shape[2] - size) // 2
+    cut = torch.from_numpy(images[:, :, first : first + size, first : first + size]).float()
+    return torch.nn.functional.interpolate(cut, size=images.shape[2:], mode="bilinear").byte().numpy()
+
+
+DISGUISES = {
+    "none": lambda x: x,
+    "brighter": lambda x: (x * 0.6 + 90).astype(np.uint8),
+    "darker": lambda x: x // 2,
+    "colors": lambda x: (x * np.array([0.9, 0.7, 0.8])[:, None, None] + np.array([20, 60, 0])[:, None, None]).astype(
+        np.uint8
+    ),
+    "mirrored": lambda x: x[..., ::-1],
+    "shifted": lambda x: moved(x, 2, -1),
+    "zoomed": lambda x: zoomed(x, 1.15),
+    "all": lambda x: moved(zoomed(x, 1.15), -2, 2)[..., ::-1] // 2 + 40,
+}
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_disguised_copies_are_found(matcher, name):
+    found = matcher.match(DISGUISES[name](TRAINING[:12]))
+    assert (found.scores.dtype, found.residuals.dtype) == (np.float64, np.float32)
+    assert found.indices[:, 0].tolist() == list(range(12))
+    assert found.scores.max() < 0.5
+    assert (np.diff(found.residuals) >= 0).all()
+    assert bool((found.mirrored == (name in ("mirrored", "all"))).all())
+
+
+def test_others_are_not(matcher):
+    found = matcher.match(blobs(30, seed=50))
+    assert found.scores.min() > 0.7
+    assert found.scores.max() <= 1
+
+
+def test_brightness_and_mirror_leave_the_score_alone(matcher):
+    queries = blobs(20, seed=50)
+    scores = matcher.match(queries).scores
+    np.testing.assert_allclose(matcher.match(queries[..., ::-1]).scores, scores, atol=1e-5)
+    np.testing.assert_allclose(matcher.match(queries * 0.5 + 300.0).scores, scores, atol=1e-5)
+    np.testing.assert_allclose(matcher.match(queries / 127.5 - 1).scores, scores, atol=1e-5)
+    each = queries * np.array([1.0, 1.0, 1.0])[:, None, None] + np.array([-50.0, 0, 80])[:, None, None]
+    np.testing.assert_allclose(matcher.match(each).scores, scores, atol=1e-5)
+
+
+def test_the_training_set_against_itself(matcher):
+    own = np.arange(30)
+    found = matcher.match(TRAINING[:30], exclude=own)
+    assert not (found.indices == own[:, None]).any()
+    assert found.scores.min() > 0.6
+    assert matcher.match(TRAINING[:30]).scores.max() < 0.01
+
+
+def test_batches_do_not_matter(matcher):
+    queries = DISGUISES["all"](TRAINING[:9])
+    together = matcher.match(queries)
+    one = [matcher.match(queries[i : i + 1]) for i in range(9)]
+    np.testing.assert_allclose(together.scores, [each.scores[0] for each in one], rtol=1e-4)
+    assert together.indices[:, 0].tolist() == [each.indices[0, 0] for each in one]
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 16), (1, 28), (3, 64), (4, 32)])
+def test_sizes_and_channels(channels, size):
+    training = blobs(60, channels, size)
+    step = max(1, size // 16)
+    found = AlignedMatcher(training).match(moved(training[:10], step, 0) // 2)
+    assert found.indices[:, 0].tolist() == list(range(10))
+    assert found.scores.max() < 0.5
+
+
+def test_other_shapes_than_squares():
+    training = blobs(60, 3, 48)[:, :, :, 6:42]
+    found = AlignedMatcher(training).match(training[:10, :, :, ::-1])
+    assert found.indices[:, 0].tolist() == list(range(10))
+    assert found.scores.max() < 0.05
+    assert found.mirrored.all()
+
+
+def test_small_sets_and_images_without_variance():
+    one = AlignedMatcher(TRAINING[:1])
+    assert one.match(TRAINING[:2]).residuals.shape == (2, 1)
+    assert one.match(TRAINING[:1]).scores[0] < 0.01
+    assert one.match(TRAINING[:1], exclude=np.zeros(1, np.int64)).scores.tolist() == [1.0]
+    gray = np.full((3, 3, 32, 32), 90, np.uint8)
+    for training, queries in ((TRAINING[:30], gray), (gray, TRAINING[:3]), (gray, gray)):
+        found = AlignedMatcher(training).match(queries)
+        assert found.scores.tolist() == [1.0] * 3
+        assert (found.residuals == 1).all()
+
+
+def test_copies_of_what_the_training_set_holds_several_times():
+    training = np.concatenate([TRAINING[:100], TRAINING[:10], TRAINING[:10] // 2 + 30])
+    found = AlignedMatcher(training).match(moved(TRAINING[:10], 1, 1))
+    assert set(found.indices[:, :3].ravel() % 100 % 10) <= set(range(10))
+    assert found.scores.max() < 0.5
+
+
+def test_bad_arguments(matcher):
+    with pytest.raises(InputError, match="16x16 with 3 channels, the training images 32x32 with 3 channels"):
+        matcher.match(blobs(2, size=16))
+    with pytest.raises(InputError, match="NaN"):
+        matcher.match(np.full((1, 3, 32, 32), np.nan, np.float32))
+    with pytest.raises(InputError, match="exclude must hold one index per image"):
+        matcher.match(TRAINING[:3], exclude=np.arange(2))
+    with pytest.raises(InputError, match="too small to be aligned"):
+        AlignedMatcher(np.zeros((5, 1, 3, 3), np.uint8))
+    with pytest.raises(InputError, match="candidates must be at least 1"):
+        AlignedMatcher(TRAINING, candidates=0)
+
+
+def test_each_candidate_once():
+    indices = np.array([[4, 2, 4, 7, 2, 9], [1, 1, 1, 1, 1, 1]])
+    distances = np.array([[3.0, 1.0, 2.0, 2.0, 5.0, 0.5], [6.0, 5, 4, 3, 2, 1]])
+    assert nearest_once(indices, distances, 3, None).tolist() == [[9, 2, 4], [1, -1, -1]]
+    assert nearest_once(indices, distances, 3, np.array([9, 1])).tolist() == [[2, 4, 7], [-1, -1, -1]]
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_pairs_are_brought_together(name):
+    training = blobs(12, size=64)
+    generated = DISGUISES[name](training)
+    pairs = align_pairs(generated, training)
+    assert pairs.aligned_training.dtype == pairs.difference.dtype == np.uint8
+    before = np.abs(generated.astype(int) - training).mean(axis=(1, 2, 3))
+    after = pairs.difference[:, :, 8:-8, 8:-8].mean(axis=(1, 2, 3))
+    assert (after < 10).all()
+    assert name == "none" or (after < before).all()
+    assert (pairs.residuals < 0.3).all()
+
+
+def test_the_transform_of_a_pair():
+    training = blobs(4, size=32)
+    generated = (moved(training, 2, -3)[..., ::-1] * 0.5 + 20).astype(np.uint8)
+    pairs = align_pairs(generated, training)
+    assert pairs.mirrored.all()
+    assert (pairs.scale == 1).all()
+    assert pairs.shift.tolist() == [[2.0, -3.0]] * 4
+    assert np.allclose(pairs.gain, 0.5, atol=0.02)
+    assert np.allclose(pairs.offset, 20, atol=2)
+
+
+def test_pairs_that_cannot_be_compared():
+    with pytest.raises(InputError, match="of one shape"):
+        align_pairs(TRAINING[:3], TRAINING[:2])
+    assert len(align_pairs(TRAINING[:0], TRAINING[:0])) == 0
+    gray = np.full((2, 3, 32, 32), 90, np.uint8)
+    flat = align_pairs(gray, TRAINING[:2])
+    assert (flat.residuals == 1).all()
+    assert (flat.difference == 0).all()
+
+
+def test_digits_of_the_package():
+    digits = diffmem.load_images("builtin:digits").images
+    found = AlignedMatcher(digits[:1000]).match(moved(digits[:30], 1, 0) // 2)
+    assert (found.indices[:, 0] == np.arange(30)).mean() > 0.8
