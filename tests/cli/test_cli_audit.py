@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -14,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import run
+from processes import finished, start_command
 
 import diffmem
 from diffmem.data import ImageSet, write_edm_zip, write_folder
-
-DIFFMEM = [sys.executable, "-m", "diffmem"]
 
 
 @pytest.fixture(scope="module")
@@ -198,17 +195,16 @@ def test_interrupt_leaves_nothing_half_written(tmp_path, number, status):
     random = np.random.default_rng(0)
     np.save(tmp_path / "noise.npy", random.integers(0, 256, (40_000, 3, 32, 32), dtype=np.uint8))
     out = tmp_path / "report"
-    command = [*DIFFMEM, "audit", tmp_path / "noise.npy", tmp_path / "noise.npy", "--out", out]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not out.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(1.0)
-    assert process.poll() is None, process.communicate()
-    second = run("audit", "builtin:digits", "builtin:digits", "--limit", 5, "--out", out)
-    assert second.returncode == 1
-    assert f"process {process.pid}" in second.stderr
-    process.send_signal(number)
-    _stdout, stderr = process.communicate(timeout=60)
+    with start_command("audit", tmp_path / "noise.npy", tmp_path / "noise.npy", "--out", out) as process:
+        while not out.exists() and process.poll() is None:
+            time.sleep(0.05)
+        second = run("audit", "builtin:digits", "builtin:digits", "--limit", 5, "--out", out)
+        assert second.returncode == 1
+        assert f"process {process.pid}" in second.stderr
+        time.sleep(0.5)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(number)
+        _stdout, stderr = process.communicate()
     assert process.returncode == status
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
@@ -220,9 +216,11 @@ def test_reader_that_goes_away(folder, tmp_path):
     """The work goes on, and its status stays."""
     for gate, status in (("", 0), ("--max-copies 3", 3)):
         out = tmp_path / f"report{status}"
-        command = f"{' '.join(DIFFMEM)} audit {folder}/copies.zip {folder}/training.zip --out {out} {gate} | true"
-        command = f"set -o pipefail; {command}"
-        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = ("audit", folder / "copies.zip", folder / "training.zip", "--out", out, *gate.split())
+        result = finished(start_command(*command, stdout=writer))
+        os.close(writer)
         assert result.returncode == status
         assert "Traceback" not in result.stderr
         assert "BrokenPipe" not in result.stderr
@@ -232,8 +230,8 @@ def test_reader_that_goes_away(folder, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_output_that_is_full(folder):
     with open("/dev/full", "w") as full:
-        command = [*DIFFMEM, "audit", "--json", folder / "copies.zip", folder / "training.zip"]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        command = ("audit", "--json", folder / "copies.zip", folder / "training.zip")
+        result = finished(start_command(*command, stdout=full.fileno()))
     assert result.returncode == 1
     assert result.stderr == "diffmem: No space left on device\n"
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import pytest
 import torch
 from edm_snapshots import network, pretended_edm_modules, snapshot
 from golden_networks import golden, golden_denoiser, state_dict
+from processes import as_ranks, finished, start_command, start_script
 
 import diffmem
 from diffmem.cli import main
@@ -24,9 +21,7 @@ from diffmem.evaluation import work_folder
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
 
 # One thread each: networks this small only lose by more, and the same number gives the same bytes.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-DIFFMEM = [sys.executable, "-m", "diffmem"]
-
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,42 +163,46 @@ def test_audit_as_it_goes(run, checkpoint, noise, tmp_path):
     assert "5 of 10 images are copies of one of 45 training images" in out
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [*DIFFMEM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+# A command that gets a signal as soon as it has kept a certain block.
+SIGNALLED = """
+import os, sys
+from diffmem.cli import main
+from diffmem.evaluation.resume_store import KeptBlocks
+last, number, *words = sys.argv[1:]
+write = KeptBlocks.write
+def write_and_signal(self, index, samples):
+    write(self, index, samples)
+    if index == int(last):
+        os.kill(os.getpid(), int(number))
+KeptBlocks.write = write_and_signal
+main(words)
+"""
 
 
 def test_interrupted_and_killed_runs_go_on(run, checkpoint, tmp_path):
     """Ctrl-C, then kill -9, then to the end: the bytes of a run that nobody disturbed."""
-    arguments = ["sample", checkpoint, "--seeds", "0-39", "--steps", 9, "--batch", 1, "--json", "--out"]
+    arguments = ["sample", checkpoint, "--seeds", "0-11", "--steps", 4, "--batch", 1, "--json", "--out"]
     disturbed, undisturbed = tmp_path / "disturbed.npz", tmp_path / "undisturbed.npz"
     assert run(*arguments, undisturbed)[0] == 0
-    for blocks, stop, status in ((3, signal.SIGINT, 130), (6, signal.SIGKILL, -9)):
-        process = start(*arguments, disturbed)
-        while process.poll() is None and len(list(work_folder(disturbed).glob("block-*.npz"))) < blocks:
-            time.sleep(0.005)
-        process.send_signal(stop)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == status, err
+    for last, stop, status in ((2, signal.SIGINT, 130), (5, signal.SIGKILL, -9)):
+        done = finished(start_script(SIGNALLED, last, int(stop), *arguments, disturbed, env=ONE_THREAD))
+        assert done.returncode == status, done.stderr
         assert not disturbed.exists()
+        assert len(list(work_folder(disturbed).glob("block-*.npz"))) == last + 1
         if stop == signal.SIGINT:
-            assert "the same command resumes from there" in err
-            assert "Traceback" not in err
+            assert "the same command resumes from there" in done.stderr
+            assert "Traceback" not in done.stderr
     status, out, _ = run(*arguments, disturbed)
     assert status == 0
-    assert json.loads(out)["new"] <= 40 - 6
+    assert json.loads(out)["new"] == 12 - 6
     assert disturbed.read_bytes() == undisturbed.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disturbed.npz", "undisturbed.npz"]
 
 
-def test_torchrun(run, checkpoint, noise, tmp_path):
+def test_two_ranks(run, checkpoint, noise, tmp_path):
+    """As torchrun starts them; the README's test runs torchrun itself."""
     arguments = ["sample", checkpoint, "--seeds", "3-15", "--batch", 2, "--audit", noise, "--json", "--out"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "diffmem"]
-    result = subprocess.run(
-        [*command, *map(str, arguments), tmp_path / "two.npz"], capture_output=True, text=True, timeout=240,
-        env=ENVIRONMENT,
-    )  # fmt: skip
+    result = as_ranks(2, start_command, *arguments, tmp_path / "two.npz")
     assert result.returncode == 0, result.stderr[-3000:]
     status, out, _ = run(*arguments, tmp_path / "one.npz")
     assert status == 0

@@ -1,20 +1,16 @@
 """`diffmem train` as a person runs it: a run, its interruption and continuation, dry runs, refusals."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from processes import start_command
 
 from diffmem.cli import main
 from diffmem.models import load
 from diffmem.training import read_records
 
-DIFFMEM = [sys.executable, "-m", "diffmem"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = [
     "--data",
     "builtin:digits",
@@ -43,12 +39,12 @@ def run(capfd, one_thread):
 
 def test_interrupted_and_continued(run, tmp_path):
     out = tmp_path / "run"
-    command = [*DIFFMEM, "train", *TINY, "--epochs", "50", "--snapshot-images", "64", "--out", str(out), "--grid", "4"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    while process.poll() is None and not (out / "grids").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    command = ["train", *TINY, "--epochs", "500", "--snapshot-images", "64", "--out", out, "--grid", "4"]
+    with start_command(*command, env={"OMP_NUM_THREADS": "1"}) as process:
+        while process.poll() is None and not ((out / "grids").exists() and (out / "stats.jsonl").exists()):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate()
     assert process.returncode == 130, stderr
     assert f"diffmem train --resume --out {out}" in stderr
     assert "Traceback" not in stderr

@@ -1,11 +1,10 @@
 """The training set divided among processes: the answer is that of one process, ties included."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import as_ranks, start_command, start_script
 
 import diffmem
 from diffmem.data import write_edm_zip
@@ -32,28 +31,14 @@ dist.destroy_process_group()
 """
 
 
-def torchrun(ranks: int, *arguments) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        *map(str, arguments),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
 def test_two_and_three_processes_answer_as_one(tmp_path):
     random = np.random.default_rng(0)
     images = random.integers(0, 3, (101, 1, 3, 3), dtype=np.uint8)  # many ties and duplicates
     queries = random.integers(0, 3, (40, 1, 3, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "queries.npy", queries)
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
     for ranks in (2, 3):
-        result = torchrun(ranks, worker, tmp_path / "images.npy", tmp_path / "queries.npy", tmp_path)
+        result = as_ranks(ranks, start_script, WORKER, tmp_path / "images.npy", tmp_path / "queries.npy", tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         for k in (1, 2, 7):
             expected = TrainingIndex(images).query(queries, k)
@@ -63,13 +48,14 @@ def test_two_and_three_processes_answer_as_one(tmp_path):
                     np.testing.assert_array_equal(found["d"], expected.squared_distances)
 
 
-def test_audit_under_torchrun_just_works(tmp_path):
+def test_audit_by_two_ranks_just_works(tmp_path):
+    """As torchrun starts them; the README's test runs torchrun itself."""
     digits = diffmem.load_images("builtin:digits")
     write_edm_zip(digits.select(slice(0, 301)), tmp_path / "training.zip")
     write_edm_zip(digits.select(slice(280, 340)), tmp_path / "generated.zip")
-    arguments = ["-m", "diffmem", "audit", tmp_path / "generated.zip", tmp_path / "training.zip"]
+    arguments = ["audit", tmp_path / "generated.zip", tmp_path / "training.zip"]
     options = ["--flip", "--duplicate-radius", "3", "--json", "full", "--out", tmp_path / "report"]
-    result = torchrun(2, *arguments, *options)
+    result = as_ranks(2, start_command, *arguments, *options)
     assert result.returncode == 0, result.stderr[-3000:]
     one = diffmem.audit(tmp_path / "generated.zip", tmp_path / "training.zip", flip=True, duplicate_radius=3)
     assert json.loads(result.stdout) == json.loads(json.dumps(one.to_dict()))
@@ -79,7 +65,7 @@ def test_audit_under_torchrun_just_works(tmp_path):
         "samples.csv",
     ]
 
-    mistaken = torchrun(2, *arguments, "--resize", "0")
+    mistaken = as_ranks(2, start_command, *arguments, "--resize", "0")
     assert mistaken.returncode != 0
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
-from test_training_loop import ONE_THREAD, RICH, digits, same, tiny, weights  # noqa: F401 (digits is a fixture)
+from processes import finished, start_script
+from test_training_loop import RICH, digits, same, tiny, weights  # noqa: F401 (digits is a fixture)
 
 from diffmem.errors import InputError
 from diffmem.training import train
@@ -119,9 +118,7 @@ except InputError as error:
 assert latest_state(out).name == "000000008", latest_state(out)
 assert [path.name for path in (out / "state").iterdir()] == ["000000008"]
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=ONE_THREAD, timeout=120
-    )
+    result = finished(start_script(code, tmp_path))
     assert result.returncode == 0, result.stderr
     assert "cannot be written" in result.stdout
     assert "File too large" in result.stdout

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from numerics import approximately, assert_close
+from processes import as_ranks, start_script
 from safetensors.torch import load_file
 
 from diffmem.data import load_images
@@ -35,9 +33,6 @@ from diffmem.training import (
     train,
 )
 from diffmem.training.trainer import Trainer
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,12 +80,12 @@ train(tiny(400, **RICH), digits, {out!r}, batch_gpu=4, snapshot_images=24, state
 def test_killed_and_continued_ends_with_the_same_bits(digits, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     code = CHILD.format(tests=str(Path(__file__).parent), out=str(killed))
-    with subprocess.Popen([sys.executable, "-c", code], env=ONE_THREAD, stderr=subprocess.PIPE) as process:
+    with start_script(code, env={"OMP_NUM_THREADS": "1"}) as process:
         stats = killed / "stats.jsonl"
         while process.poll() is None and not (stats.exists() and stats.read_text().count("\n") >= 8):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-        errors = process.communicate(timeout=60)[1].decode()
+        errors = process.communicate()[1]
     assert process.returncode == -signal.SIGKILL, errors
     seen = max(int(path.name) for path in (killed / "state").iterdir() if path.name.isdigit())
     assert seen >= 7 * 8
@@ -146,16 +141,13 @@ def test_states_hold_everything_in_the_order_of_edms_tensors(digits):
 def test_two_processes_train_as_one_does(digits, tmp_path):
     config = tiny(4, **RICH)
     train(config, digits, tmp_path / "one", batch_gpu=4)
-    (tmp_path / "script.py").write_text(
+    code = (
         CHILD.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two"))
         .replace("import torch\n", "import torch\ntorch.distributed.init_process_group('gloo')\n")
         .replace("400", "4")
         .replace("snapshot_images=24, ", "")
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(tmp_path / "script.py")], env=ONE_THREAD, capture_output=True, text=True, timeout=120
-    )
+    result = as_ranks(2, start_script, code)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == approximately("losses by two processes", losses(tmp_path / "one"))
     one, two = weights(tmp_path / "one", 32), weights(tmp_path / "two", 32)
