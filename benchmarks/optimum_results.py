@@ -24,12 +24,13 @@ import click
 import torch
 
 from diffmem.atomic_io import atomic_write
+from diffmem.data import DatasetSpec
 from diffmem.html_report import percent
 from diffmem.progress import Progress, progress_bars
 from diffmem.sampling import SamplerConfig
 from diffmem.studies.comparison import compare, draw_memory, draw_sweeps, sweep
 from diffmem.studies.comparison.sweeps_report import images_of
-from diffmem.training import DataSource, RunFolder
+from diffmem.training import RunFolder
 
 RESULTS = Path(__file__).parent / "results" / "optimum"
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data"
@@ -38,12 +39,12 @@ SWEEPS = {  # name in figures: folder, training set, seeds
     "CIFAR-10 (JPEG)": ("sweep-cifar-10", CIFAR10 / "cifar10-train.zip", 256),
 }
 NETWORKS = {  # name in figures: folder, training set, unseen images
-    "100 digits": ("digits-100", DataSource("builtin:digits", 100), DataSource("builtin:digits")),
-    "1,000 digits": ("digits-1000", DataSource("builtin:digits", 1000), DataSource("builtin:digits")),
+    "100 digits": ("digits-100", DatasetSpec("builtin:digits", 100), DatasetSpec("builtin:digits")),
+    "1,000 digits": ("digits-1000", DatasetSpec("builtin:digits", 1000), DatasetSpec("builtin:digits")),
     "100 of CIFAR-10 (JPEG), 16×16": (
         "cifar-100",
-        DataSource(CIFAR10 / "cifar10-train.zip", 100, 16),
-        DataSource(CIFAR10 / "cifar10-test.zip", None, 16),
+        DatasetSpec(CIFAR10 / "cifar10-train.zip", 100, 16),
+        DatasetSpec(CIFAR10 / "cifar10-test.zip", None, 16),
     ),
 }
 OVER_TIME = "100 of CIFAR-10 (JPEG), 16×16"

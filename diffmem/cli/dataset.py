@@ -98,28 +98,28 @@ def dataset_command(
         if read is not None and os.path.exists(read) and out.exists() and os.path.samefile(read, out):
             raise click.UsageError(f"{out} is also what is read: choose another name for the new set")
 
-    from diffmem.data.subsets import RANDOM_LABEL_SEED, Mix, derive
+    from diffmem.data import DatasetSpec, Mix
     from diffmem.data.write import check_writable
     from diffmem.progress import progress_bars
 
     check_writable(out)
     reserve_output(out)
     with progress_bars() as progress:
-        derived = derive(
+        spec = DatasetSpec(
             source,
-            limit=limit,
+            size=size,
             resolution=resolution,
+            limit=limit,
             center_crop=center_crop,
             value_range=value_range,
             **reading(**options),
             classes=classes,
-            size=size,
             mix=None if mix is None else Mix(mix, share, class_index),
             labels=labels,
-            label_seed=RANDOM_LABEL_SEED if label_seed is None else label_seed,
+            label_seed=label_seed,
             seed=seed,
-            progress=progress,
         )
+        derived = spec.derive(progress)
         derived.write(out, progress)
     say_notes([derived.images])
     if as_json:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
-from diffmem.cli.options import debug_option, reserve_report
+from diffmem.cli.options import debug_option, reading, reading_options, reserve_report
 from diffmem.cli.training_options import POSITIVE, SHARE, describe_preset, training_options, training_parts
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Percentage(click.ParamType):
 
 @click.command("emm")
 @training_options
+@reading_options(color=False)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the search: runs and results.")
 @click.option("--zeta", type=SHARE, default=0.1, show_default=True, help="R_mem at EMM is 1 - zeta.")
 @click.option("--sizes", type=SizeRange(), help="Smallest and largest training set. [default: all that are possible]")
@@ -65,7 +67,8 @@ class Percentage(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print emm.json instead of the summary.")
 @debug_option
 def emm_command(
-    source, resize, color, cond, out, zeta, sizes, precision, repetitions, max_runs, snapshots, samples, solver,
+    source, resize, color, alpha, key, layout, skip_bad, cond, out, zeta,
+    sizes, precision, repetitions, max_runs, snapshots, samples, solver,
     dry_run, threads, workers, ray, gpus_per_run, device, as_json, **options,
 ) -> None:  # fmt: skip
     """Find the Effective Model Memorization: the largest number of training images that a model still memorizes.
@@ -85,19 +88,21 @@ def emm_command(
 
     import torch
 
-    from diffmem.data import load_images
+    from diffmem.data import DatasetSpec
     from diffmem.progress import progress_bars
-    from diffmem.studies import DataRecipe, Setting, find_emm
+    from diffmem.studies import Setting, find_emm
     from diffmem.studies.report import write_emm
 
     torch.set_flush_denormal(True)
     if not dry_run:
         reserve_report(out)
-    resolution = resize or load_images(source, limit=1).image_shape[1]
+    read_as = reading(color=color, alpha=alpha, key=key, layout=layout, skip_bad=skip_bad)
+    data = DatasetSpec(source, resolution=resize, **read_as, labels="true" if cond else "none")
+    resolution = resize or replace(data.reading(), limit=1).load().image_shape[1]
     parts = training_parts(resolution, **options)
     click.echo(describe_preset(parts.preset, resolution), err=True)
     setting = Setting(
-        DataRecipe(source, color=color, resolution=resize, labels="true" if cond else "none"),
+        data,
         parts.length,
         parts.network,
         parts.training,
@@ -129,7 +134,7 @@ def _print_plan(setting: Setting, sizes: tuple[int, int] | None, repetitions: in
     from diffmem.studies.search import Search
     from diffmem.timing import duration
 
-    classes, largest = setting.data.limits()
+    classes, largest = setting.limits()
     low, high = sizes or (2 * classes, largest)
     low, high = Search(low, min(high, largest), repetitions=repetitions, runs=runs, step=classes).ends
     each = [cost.left for cost in costs([Trial(setting, size) for size in (low, high)], None, device)]

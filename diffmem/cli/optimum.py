@@ -158,12 +158,12 @@ def optimum_command(
     """
     import torch
 
+    from diffmem.data import DatasetSpec
     from diffmem.evaluation import generate
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
     from diffmem.sampling import SamplerConfig
     from diffmem.studies.comparison import compare, sweep
-    from diffmem.training import DataSource
 
     use = "--compare" if checkpoint is not None else "--sweep" if variants else "sampling"
     _check_use(context, use)
@@ -172,10 +172,10 @@ def optimum_command(
     reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
         given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
-        training = DataSource(source, size, resize, **reading("source", **given)).load(progress)
+        training = DatasetSpec(source, size, resize, **reading("source", **given)).load(progress)
         say_notes([training], is_first_rank())
         if holdout is not None:
-            holdout = DataSource(holdout, None, resize, **reading("holdout", **given)).load(progress)
+            holdout = DatasetSpec(holdout, None, resize, **reading("holdout", **given)).load(progress)
             say_notes([holdout], is_first_rank())
         if cond:
             _check_classes(training, class_index)

@@ -18,9 +18,9 @@ from diffmem.errors import InputError
 from diffmem.timing import TimeLeft, duration_range
 
 if TYPE_CHECKING:
-    from diffmem.data import ImageSet
+    from diffmem.data import DatasetSpec, ImageSet
     from diffmem.evaluation import Point
-    from diffmem.training import Callback, DataSource, Plan, Run, RunFolder, Snapshot, Stats, TrainingConfig
+    from diffmem.training import Callback, Plan, Run, RunFolder, Snapshot, Stats, TrainingConfig
 
 INTERRUPTED = 130
 _LONG = 12 * 3600.0  # seconds
@@ -122,20 +122,20 @@ def resumed(out: Path, options: dict[str, Any], given: set[str]) -> tuple[dict[s
     return merged, RunFolder.open(out) if direct else None
 
 
-def _data_of_run(run: RunFolder, source: str | None, changes: dict[str, Any]) -> tuple[ImageSet, DataSource | None]:
+def _data_of_run(run: RunFolder, source: str | None, changes: dict[str, Any]) -> tuple[ImageSet, DatasetSpec | None]:
     """The run's training set, from where it was or, where anything is given, from there."""
+    from diffmem.data import DatasetSpec
     from diffmem.progress import progress_bars
-    from diffmem.training import DataSource
 
-    data_source = run.data.get("data_source")
-    data_source = None if data_source is None else DataSource(**data_source)
+    data_source = run.dataset
     changes = {name: value for name, value in changes.items() if value not in (None, False)}
     if source is not None:
-        changes["path"] = source
+        changes["source"] = source
     if changes:
         if data_source is None and source is None:
             raise InputError(f"{run.path}: does not know where its training set lies: say it (--data)")
-        data_source = DataSource(**changes) if data_source is None else replace(data_source, **changes)
+        data_source = DatasetSpec(**changes) if data_source is None else replace(data_source, **changes)
+    data_source = None if data_source is None else data_source.absolute()
     with progress_bars(is_first_rank()) as progress:
         return run.training_images(data_source, progress), data_source
 
@@ -148,11 +148,11 @@ def _train(
     """The command, with its options known."""
     import torch
 
+    from diffmem.data import DatasetSpec
     from diffmem.evaluation import AuditEvery
     from diffmem.memorization import SequentialTest
     from diffmem.sampling import SamplerConfig
     from diffmem.training import (
-        DataSource,
         Grids,
         KeepLast,
         TensorBoard,
@@ -173,7 +173,7 @@ def _train(
         read_as = reading(color=color, alpha=alpha, key=key, layout=layout, skip_bad=skip_bad)
         preset_line = None
         if of_run is not None:
-            data, data_source = _data_of_run(of_run, source, {"size": size, "resize": resize, **read_as})
+            data, data_source = _data_of_run(of_run, source, {"size": size, "resolution": resize, **read_as})
             config = of_run.config
             xflip = config.xflip
             items = len(data) * (2 if xflip else 1)
@@ -181,7 +181,7 @@ def _train(
             if any(value is not None for value in length.values()):
                 config = replace(config, images=images_of(items, **length))
         else:
-            data_source = DataSource(source, size, resize, **read_as)
+            data_source = DatasetSpec(source, size, resize, **read_as).absolute()
             data = _load(data_source)
             config, items, preset_line = _configuration(data, source, cond, seed, precision, options)
             xflip = config.xflip
@@ -204,7 +204,7 @@ def _train(
         display = _display()
         callbacks = [display]
         if of_run is None:
-            callbacks.append(_remember(out, {**recorded, "source": data_source.path}))
+            callbacks.append(_remember(out, {**recorded, "source": data_source.source}))
         if audit_every is not None:
             # Without a snapshot there is nothing to audit.
             snapshot_images = min(snapshot_images or audit_every, audit_every)
@@ -281,7 +281,7 @@ def _remember(out: Path, options: dict[str, Any]) -> Callback:
     return Remember()
 
 
-def _load(data: DataSource) -> ImageSet:
+def _load(data: DatasetSpec) -> ImageSet:
     """The training set, with a progress bar."""
     from diffmem.progress import progress_bars
 

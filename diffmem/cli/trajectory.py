@@ -71,11 +71,12 @@ def trajectory_command(
     """
     import torch
 
+    from diffmem.data import DatasetSpec
     from diffmem.evaluation import trajectory
     from diffmem.memorization import SequentialTest, decide_gate
     from diffmem.progress import progress_bars
     from diffmem.sampling import SamplerConfig
-    from diffmem.training import DataSource, RunFolder
+    from diffmem.training import RunFolder
 
     given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
     if data is None and (size or resize or any(given.values())):
@@ -87,7 +88,7 @@ def trajectory_command(
     with progress_bars() as progress:
         result = trajectory(
             run,
-            data=None if data is None else DataSource(data, size, resize, **reading(**given)),
+            data=None if data is None else DatasetSpec(data, size, resize, **reading(**given)),
             seeds=seeds,
             every=every,
             order=order,

@@ -1,6 +1,7 @@
 """Image sources: reading them, deriving training sets from them, writing them."""
 
-from diffmem.data.image_set import ImageSet, SkippedFile
+from diffmem.data.dataset_spec import DatasetSpec, read_data
+from diffmem.data.image_set import ImageRecipe, ImageSet, SkippedFile
 from diffmem.data.load import load_images
 from diffmem.data.subsets import (
     DerivedSet,
@@ -10,6 +11,7 @@ from diffmem.data.subsets import (
     derive,
     first_classes,
     mixed,
+    one_class,
     random_labels,
     unique_labels,
     without_labels,
@@ -17,7 +19,9 @@ from diffmem.data.subsets import (
 from diffmem.data.write import write_edm_zip, write_folder, write_images, write_npz
 
 __all__ = [
+    "DatasetSpec",
     "DerivedSet",
+    "ImageRecipe",
     "ImageSet",
     "Mix",
     "SkippedFile",
@@ -27,7 +31,9 @@ __all__ = [
     "first_classes",
     "load_images",
     "mixed",
+    "one_class",
     "random_labels",
+    "read_data",
     "unique_labels",
     "without_labels",
     "write_edm_zip",

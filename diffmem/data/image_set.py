@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from diffmem.errors import InputError
+from diffmem.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,15 @@ class ImageSet:
             digest.update(repr((self.labels.shape, self.labels.dtype.str)).encode())
             digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
+
+
+class ImageRecipe(ABC):
+    """What says how images are made: `load_images` takes one as it takes a path."""
+
+    @abstractmethod
+    def load(self, progress: Progress = silent) -> ImageSet:
+        """The images.
+
+        Args:
+            progress: Called as `progress(stage, done, total)`.
+        """

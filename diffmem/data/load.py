@@ -29,7 +29,7 @@ from diffmem.data.containers import Folder, HuggingFaceDataset, ZipArchive
 from diffmem.data.decode import PixelOptions, image_suffixes
 from diffmem.data.decode_pool import EncodedImages, decode_all
 from diffmem.data.grid import rows_and_columns, sheets_of_files
-from diffmem.data.image_set import ImageSet
+from diffmem.data.image_set import ImageRecipe, ImageSet
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.value_range import as_bytes, check_value_range
@@ -65,7 +65,7 @@ def load_images(
             single image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`,
             `.safetensors`, `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits",
             "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a torch dataset, an iterable of images or
-            batches (alone or with labels), or an `ImageSet`.
+            batches (alone or with labels), an `ImageSet`, or a `DatasetSpec`.
         resize: N for N×N, or (height, width), in pixels: Lanczos resampling with antialiasing, not keeping the aspect
             ratio.
         center_crop: Cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
@@ -115,6 +115,8 @@ def load_images(
     def finish(images: ImageSet) -> ImageSet:
         return _finish(images, options, limit, value_range, report)
 
+    if isinstance(source, ImageRecipe):
+        return finish(source.load(report))
     if isinstance(source, ImageSet):
         return finish(_with_checked_labels(source))
     if isinstance(source, str) and source.startswith(builtin.PREFIX):

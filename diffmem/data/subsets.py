@@ -44,6 +44,22 @@ def first_classes(images: ImageSet, classes: int) -> ImageSet:
     return images.select(images.labels <= present[classes - 1])
 
 
+def one_class(images: ImageSet, class_index: int) -> ImageSet:
+    """The images of one class; labels stay as they are.
+
+    Args:
+        images: A set with class indices.
+        class_index: The class.
+
+    Raises:
+        InputError: No image is of that class, or the labels are not class indices.
+    """
+    chosen = np.flatnonzero(class_indices(images, "a choice of classes", any_number=True) == class_index)
+    if not len(chosen):
+        raise InputError(f"{images.source}: no image has class {class_index}")
+    return images.select(chosen)
+
+
 def class_balanced(images: ImageSet, size: int, seed: int | None = None) -> ImageSet:
     """The class-balanced subset of `size` images: the first ⌊size / C⌋ of each of the C classes that occur, and as many
     more of the last class (the one of the highest index) as are missing.
@@ -275,6 +291,7 @@ def derive(
     key: str | None = None,
     layout: str | None = None,
     skip_bad: bool = False,
+    only_class: int | None = None,
     classes: int | None = None,
     size: int | None = None,
     mix: Mix | None = None,
@@ -286,9 +303,9 @@ def derive(
     """The training set that the options make of `source`, with its manifest.
 
     The order is fixed, that of the arguments: `source` is read, its first `limit` images if given, in `color` and at
-    `resolution`, so that every image is resampled once; then `first_classes`, `class_balanced` to `size`
+    `resolution`, so that every image is resampled once; then `one_class`, `first_classes`, `class_balanced` to `size`
     (`first_images` where the labels are no class numbers), `mixed`, and the labels. A mixture's other set is read in
-    the same color and size.
+    the same color and size. `DatasetSpec` holds a source that has a name and these options, as JSON too.
 
     Args:
         source: Anything that `load_images` takes.
@@ -301,6 +318,7 @@ def derive(
         key: As for `load_images`; of the source alone.
         layout: As for `load_images`; of the source alone.
         skip_bad: As for `load_images`; also of the mixture's other set.
+        only_class: Only the images of this class.
         classes: Only so many classes, the first ones.
         size: A class-balanced subset of so many images.
         mix: What to mix in.
@@ -341,6 +359,8 @@ def derive(
             arguments["other"] = {**_description(other), "name": _base_name(other), "options": options}
         operations.append({"operation": function.__name__, **arguments})
 
+    if only_class is not None:
+        apply(one_class, class_index=only_class)
     if classes is not None:
         apply(first_classes, classes=classes)
     if size is not None:

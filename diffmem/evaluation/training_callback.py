@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffmem.data import read_data
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.evaluation.detectors import sample_detector
@@ -14,7 +15,7 @@ from diffmem.evaluation.evaluator import decide_compile
 from diffmem.evaluation.trajectories import Point, evaluate_snapshot
 from diffmem.memorization import SequentialTest
 from diffmem.sampling import SamplerConfig
-from diffmem.training import Callback, Plan, Snapshot, StopDecision, read_data
+from diffmem.training import Callback, Plan, Snapshot, StopDecision
 
 
 class AuditEvery(Callback):

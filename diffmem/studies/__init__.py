@@ -8,12 +8,11 @@ from diffmem.studies.folder import report_studies, run_studies
 from diffmem.studies.measure import Result, run_trial
 from diffmem.studies.run import Outcome, run_trials
 from diffmem.studies.study import Claim, Study, Variant, load_study
-from diffmem.studies.trial import DataRecipe, Setting, Trial
+from diffmem.studies.trial import Setting, Trial
 
 __all__ = [
     "EMM",
     "Claim",
-    "DataRecipe",
     "InProcess",
     "Outcome",
     "Processes",

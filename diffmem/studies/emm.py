@@ -209,7 +209,7 @@ def _find_emm(
     progress: Progress,
 ) -> EMM:
     executor = InProcess() if executor is None else executor
-    classes, largest = setting.data.limits()
+    classes, largest = setting.limits()
     low, high = (2 * classes, largest) if sizes is None else sizes
     if high > largest:
         raise InputError(

@@ -190,7 +190,7 @@ def fixed_arithmetic(threads: int) -> Iterator[None]:
 
 
 def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
-    images = trial.setting.data.training_set(trial.size, trial.repetition)
+    images = trial.setting.training_set(trial.size, trial.repetition)
     config = trial.setting.config(images, trial.repetition)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / TRIAL, trial.to_json())

@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
 from diffmem.studies.study import Claim, Study, Variant, changed
-from diffmem.studies.trial import DataRecipe, Setting
+from diffmem.studies.trial import Setting
 
 SCALES = ("digits", "cifar10")
 DIGITS_SOURCE, CIFAR10_SOURCE = "builtin:digits", "cifar10-train.zip"
 _DOG, _CAT = 5, 3  # CIFAR-10's class indices
 
 DIGITS = Setting(
-    DataRecipe(DIGITS_SOURCE, resolution=8),
+    DatasetSpec(DIGITS_SOURCE, resolution=8),
     length={"images": 64_000},
     network={"precond": "edm", "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "dropout": 0.0},
     training={
@@ -36,7 +37,7 @@ DIGITS = Setting(
     sampling={"solver": "unipc", "batch": 250},
 )
 CIFAR10 = Setting(
-    DataRecipe(CIFAR10_SOURCE, resolution=32),
+    DatasetSpec(CIFAR10_SOURCE, resolution=32),
     length={"duration": 2000},
     network={"precond": "vp", "model_channels": 128, "num_blocks": 2},
     training={"batch": 512, "lr": 2e-4, "weight_decay": 0.0, "ema": {"rule": "compensated"}},

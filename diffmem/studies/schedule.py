@@ -66,7 +66,7 @@ def costs(
             found.append(Cost(trial, known.training_seconds, known.sampling_seconds, done=True))
             continue
         setting = trial.setting
-        images = setting.data.training_set(trial.size, trial.repetition)
+        images = setting.training_set(trial.size, trial.repetition)
         config = setting.config(images, trial.repetition)
         kind = json.dumps([config.denoiser.to_json(), config.batch, config.augment > 0, setting.threads])
         if kind not in measured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,9 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """The study as plain JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        variants = [{**vars(variant), "setting": variant.setting.to_json()} for variant in self.variants]
+        claims = [vars(claim) for claim in self.claims]
+        return json.loads(json.dumps({**vars(self), "variants": variants, "claims": claims}))
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Study:

@@ -11,12 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from diffmem.data import ImageSet, Mix, derive, load_images
-from diffmem.data.classes import class_indices
+from diffmem.data import DatasetSpec, ImageSet
 from diffmem.data.classes import label_dim as label_dim_of
-from diffmem.data.subsets import RANDOM_LABEL_SEED, has_classes, parse_labels
+from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
 from diffmem.errors import InputError
 from diffmem.sampling import SamplerConfig
 from diffmem.training import EMA, TrainingConfig, denoiser_config, images_of
@@ -28,81 +25,12 @@ _SAMPLING = {f.name for f in dataclasses.fields(SamplerConfig)} - {"precision", 
 
 
 @dataclass(frozen=True)
-class DataRecipe:
-    """Where the training images come from, all but how many: the P of EMM(P, M, T).
-
-    Attributes:
-        source: What `diffmem.load_images` reads from a path or name.
-        color: As for `diffmem.data.derive`.
-        resolution: As for `diffmem.data.derive`.
-        classes: As for `diffmem.data.derive`.
-        only_class: The images of this class alone.
-        labels: As for `diffmem.data.derive`; labels other than "none" make the model conditional on them.
-        mix: (source, share, class): a share of a class's images replaced by those of another source.
-    """
-
-    source: str
-    color: str | None = None
-    resolution: int | None = None
-    classes: int | None = None
-    only_class: int | None = None
-    labels: str = "none"
-    mix: tuple[str, float, int] | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.source, str):
-            raise InputError(f"the source of a study's images is a path or a name, not a {type(self.source).__name__}")
-        parse_labels(self.labels)
-        if self.mix is not None:
-            object.__setattr__(self, "mix", tuple(self.mix))
-
-    def training_set(self, size: int, repetition: int = 0) -> ImageSet:
-        """The `size` training images of a repetition. Those of a smaller size are among them, up to the remainder that
-        the last class takes (see `class_balanced`); repetition 0 takes the first images of each class, others take
-        them in an order of their own. Raises InputError as `derive` does.
-        """
-        return derive(
-            self._images(),
-            color=self.color,
-            resolution=self.resolution,
-            classes=self.classes,
-            size=size,
-            mix=None if self.mix is None else Mix(*self.mix),
-            labels=self.labels,
-            label_seed=RANDOM_LABEL_SEED + repetition,
-            seed=None if repetition == 0 else repetition,
-        ).images
-
-    def limits(self) -> tuple[int, int]:
-        """(number of classes, of which sizes should be multiples; the largest size that is one)."""
-        _, counts = np.unique(self._images().labels, return_counts=True)
-        counts = counts[: self.classes]
-        return len(counts), int(counts.min()) * len(counts)
-
-    def _images(self) -> ImageSet:
-        """What the training sets are taken from, with class indices."""
-        images = _loaded(self.source, Path(self.source).stat().st_mtime_ns if Path(self.source).exists() else 0)
-        if self.labels == "true":
-            class_indices(images, "labels='true'")
-        elif self.classes is not None or self.only_class is not None:
-            class_indices(images, "a choice of classes", any_number=True)
-        if not has_classes(images):
-            # Without classes to balance, all images are of one.
-            return replace(images, labels=np.zeros(len(images), np.int64))
-        if self.only_class is None:
-            return images
-        chosen = np.flatnonzero(images.labels == self.only_class)
-        if not len(chosen):
-            raise InputError(f"{images.source}: no image has class {self.only_class}")
-        return images.select(chosen)
-
-
-@dataclass(frozen=True)
 class Setting:
     """What memorization is studied of, but for the number of images and the repetition: P, M and T of EMM(P, M, T).
 
     Attributes:
-        data: P, the distribution of training images.
+        data: P, the distribution of training images: a recipe without size and seeds. Its labels None count as "none":
+            other labels make the model conditional on them.
         length: One of images, epochs, duration (see `images_of`).
         network: M, arguments of `diffmem.training.denoiser_config`.
         training: T, fields of `TrainingConfig`, `ema` as those of `EMA`.
@@ -113,7 +41,7 @@ class Setting:
             number; None: one.
     """
 
-    data: DataRecipe
+    data: DatasetSpec
     length: Mapping[str, float]
     network: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -122,7 +50,12 @@ class Setting:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        for name in ("size", "seed", "label_seed"):
+            if getattr(self.data, name) is not None:
+                raise InputError(f"the data of a setting has a {name}: size and repetition of each run decide that")
+        if self.data.labels is None:
+            object.__setattr__(self, "data", replace(self.data, labels="none"))
         if len(self.length) != 1 or set(self.length) - set(_LENGTHS):
             raise InputError(f"the length of training is one of {', '.join(_LENGTHS)}, not {dict(self.length)}")
         if unknown := set(self.training) - _TRAINING:
@@ -131,6 +64,23 @@ class Setting:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
         self.sample_settings()
+
+    def dataset(self, size: int, repetition: int = 0) -> DatasetSpec:
+        """What the `size` training images of a repetition are. Those of a smaller size are among them, up to the
+        remainder that the last class takes (see `class_balanced`); repetition 0 takes the first images of each class,
+        others take them in an order of their own.
+        """
+        if repetition == 0:
+            return replace(self.data, size=size)
+        return replace(self.data, size=size, seed=repetition, label_seed=RANDOM_LABEL_SEED + repetition)
+
+    def training_set(self, size: int, repetition: int = 0) -> ImageSet:
+        """The images of `dataset`, whose source is read once for all sizes; raises InputError as `derive` does."""
+        return self.dataset(size, repetition).load(read=_read(self.data.reading(), _changed(self.data.source)))
+
+    def limits(self) -> tuple[int, int]:
+        """(number of classes, of which sizes should be multiples; the largest size that is one)."""
+        return self.data.limits(_read(self.data.reading(), _changed(self.data.source)))
 
     def sample_settings(self) -> SamplerConfig:
         """How images are sampled; raises InputError for unknown fields."""
@@ -163,13 +113,14 @@ class Setting:
 
     def to_json(self) -> dict[str, Any]:
         """The setting as plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.loads(json.dumps({**values, "data": self.data.to_json()}))
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Setting:
         """The setting that `to_json` gave; raises InputError naming what is missing or unknown."""
         try:
-            return Setting(**{**values, "data": DataRecipe(**values["data"])})
+            return Setting(**{**values, "data": DatasetSpec.from_json(values["data"])})
         except (TypeError, KeyError) as error:
             raise InputError(f"a setting: a field is missing, unknown or of the wrong type ({error})") from None
 
@@ -219,9 +170,14 @@ class Trial:
 
 
 @lru_cache(maxsize=1)
-def _loaded(source: str, changed: int) -> ImageSet:
+def _read(spec: DatasetSpec, changed: int) -> ImageSet:
     """The images of a source, read once for all the trials of a study."""
-    return load_images(source)
+    return spec.load()
+
+
+def _changed(source: str) -> int:
+    """When the file or folder `source` was changed last."""
+    return Path(source).stat().st_mtime_ns if Path(source).exists() else 0
 
 
 def _without_none(values: Any) -> Any:

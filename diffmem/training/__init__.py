@@ -19,12 +19,10 @@ from diffmem.training.run_folder import (
     read_records,
     snapshot_folder,
 )
-from diffmem.training.source import DataSource, read_data
 
 __all__ = [
     "EMA",
     "Callback",
-    "DataSource",
     "DivergedError",
     "Grids",
     "KeepLast",
@@ -45,7 +43,6 @@ __all__ = [
     "images_of",
     "keep_all",
     "plan_training",
-    "read_data",
     "read_records",
     "snapshot_folder",
     "train",

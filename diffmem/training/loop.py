@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from diffmem.atomic_io import output_lock
+from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
 from diffmem.precision import float32_products
 from diffmem.training.callbacks import Callback, Snapshot, StopDecision, combined
@@ -29,7 +30,6 @@ from diffmem.training.run_folder.snapshots import KeepRule, SnapshotRecord, Snap
 from diffmem.training.run_folder.state import latest_state, read_metadata, read_tensors, save_state
 from diffmem.training.run_folder.stats import Stats, append_stats, truncate_stats
 from diffmem.training.signals import own_random_numbers, stop_requests
-from diffmem.training.source import DataSource
 from diffmem.training.trainer import Trainer
 
 _TICKS = 1000  # lines of statistics per run, about
@@ -76,7 +76,7 @@ def train(
     state_minutes: float = 10.0,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
-    data_source: DataSource | None = None,
+    data_source: DatasetSpec | None = None,
 ) -> Run:
     """Trains a denoiser on `data` and returns how that ended; the results lie in the folder `out`.
 
@@ -86,7 +86,7 @@ def train(
 
     Args:
         config: What decides the result.
-        data: Anything that `diffmem.load_images` reads, or a DataSource; uint8.
+        data: Anything that `diffmem.load_images` reads; uint8.
         out: The run's folder.
         snapshot_images: A snapshot at the first step that reaches each multiple (default: only at the end; the last
             step always makes one).
@@ -114,7 +114,7 @@ def train(
     Example:
         >>> from diffmem.models import preset
         >>> config = TrainingConfig(preset("ddpmpp_8", channels=1, model_channels=8), images=64, batch=32)
-        >>> run = train(config, DataSource("builtin:digits", size=20), "run", compile=False)
+        >>> run = train(config, DatasetSpec("builtin:digits", size=20), "run", compile=False)
         >>> run.ending, run.images
         ('finished', 64)
     """

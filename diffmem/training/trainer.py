@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from diffmem.data import DatasetSpec, read_data
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
@@ -25,7 +26,6 @@ from diffmem.training.passes import GraphedPass, Tensors, capture_cuda, forward_
 from diffmem.training.run_folder.description import describe
 from diffmem.training.run_folder.state import checked_tensor
 from diffmem.training.seeds import seed_of
-from diffmem.training.source import DataSource, read_data
 from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 
 
@@ -67,7 +67,7 @@ class Trainer:
         batch_gpu: int | None = None,
         compile: bool | str = "auto",
         ranks: Ranks | None = None,
-        data_source: DataSource | None = None,
+        data_source: DatasetSpec | None = None,
         cuda_graph: bool | str = "auto",
     ):
         ranks = Ranks() if ranks is None else ranks

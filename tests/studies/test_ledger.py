@@ -5,11 +5,12 @@ import os
 
 import pytest
 
+from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
-from diffmem.studies import DataRecipe, Setting, Trial
+from diffmem.studies import Setting, Trial
 from diffmem.studies.ledger import ATTEMPTS, DONE, FAILED, LEASE_SECONDS, RUNNING, WAITING, Ledger
 
-TRIALS = [Trial(Setting(DataRecipe("builtin:digits"), {"epochs": 1}), size) for size in range(10, 30)]
+TRIALS = [Trial(Setting(DatasetSpec("builtin:digits"), {"epochs": 1}), size) for size in range(10, 30)]
 KEYS = [trial.key for trial in TRIALS]
 
 

@@ -25,14 +25,14 @@ def test_every_study_is_whole(name, scale):
     if scale == "digits":  # its data are here: every variant can be trained
         for variant in study.variants:
             size = (variant.sizes or study.sizes)[0]
-            images = variant.setting.data.training_set(size)
+            images = variant.setting.training_set(size)
             assert len(images) == size
             variant.setting.config(images)
 
 
 def test_the_cifar10_scale_is_the_protocol(cifar10):
     setting = build("size", "cifar10", str(cifar10 / "cifar10-test.zip")).variants[0].setting
-    images = setting.data.training_set(1000)
+    images = setting.training_set(1000)
     config = setting.config(images)
     assert config.denoiser == PRESETS["ddpmpp_cifar10"]
     assert (config.batch, config.lr, config.betas, config.warmup_epochs) == (512, 2e-4, (0.9, 0.999), 200)

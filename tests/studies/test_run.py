@@ -149,7 +149,7 @@ def test_threads_are_those_of_the_trial_whoever_runs_it(tmp_path):
 def test_the_gallery_counts_copies_as_the_audit_does(tmp_path, xflip, monkeypatch):
     """Images that mirror training images: copies where the run counts mirrored images, in the gallery too."""
     trial = Trial(replace(TINY, training={**TINY.training, "xflip": xflip}), 20)
-    training = trial.setting.data.training_set(20).images
+    training = trial.setting.training_set(20).images
     mirrored = np.ascontiguousarray(training[..., ::-1])
 
     def sampled(denoiser, seeds, **settings):

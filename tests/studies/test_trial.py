@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from studies.tiny import TINY
 
-from diffmem.data import load_images, write_npz
+from diffmem.data import DatasetSpec, load_images, write_npz
 from diffmem.errors import InputError
-from diffmem.studies import DataRecipe, Setting, Trial
+from diffmem.studies import Setting, Trial
 
 
 def test_keys_stay_what_they_are():
@@ -36,29 +36,33 @@ def contains(images, smaller) -> bool:
     return all(image.tobytes() in rows for image in smaller.images)
 
 
+def of(source, **options) -> Setting:
+    return Setting(DatasetSpec(source, **options), {"images": 1})
+
+
 def test_sets_of_a_repetition_are_nested_and_repetitions_differ(tmp_path):
-    labelled = DataRecipe("builtin:digits")
+    labelled = of("builtin:digits")
     digits = load_images("builtin:digits")
     write_npz(replace(digits, labels=None), tmp_path / "plain.npz")
-    for recipe in (labelled, DataRecipe(str(tmp_path / "plain.npz"))):
+    for recipe in (labelled, of(tmp_path / "plain.npz")):
         for repetition in (0, 1):
             small, large = recipe.training_set(20, repetition), recipe.training_set(50, repetition)
             assert contains(large, small)
             assert small.labels is None
         assert not contains(recipe.training_set(50, 0), recipe.training_set(50, 1))
     assert labelled.limits() == (10, 1740)
-    assert DataRecipe(str(tmp_path / "plain.npz")).limits() == (1, 1797)
+    assert of(tmp_path / "plain.npz").limits() == (1, 1797)
 
 
 def test_labels_make_the_model_conditional():
     for labels, classes in (("none", 0), ("true", 10), ("random:7", 7), ("unique", 20)):
         setting = replace(TINY, data=replace(TINY.data, labels=labels))
-        images = setting.data.training_set(20)
+        images = setting.training_set(20)
         assert setting.config(images).denoiser.network.label_dim == classes
-    ones = DataRecipe("builtin:digits", only_class=1, labels="true").training_set(30)
+    ones = of("builtin:digits", only_class=1, labels="true").training_set(30)
     assert set(ones.labels) == {1}
-    mixed = DataRecipe("builtin:digits", resolution=8, color="grey", only_class=1, mix=("builtin:patches?n=99", 0.5, 1))
-    first, second = mixed.training_set(20), replace(mixed, mix=None).training_set(20)
+    mixed = of("builtin:digits", resolution=8, color="grey", only_class=1, mix=("builtin:patches?n=99", 0.5, 1))
+    first, second = mixed.training_set(20), replace(mixed, data=replace(mixed.data, mix=None)).training_set(20)
     assert (first.images != second.images).any(axis=(1, 2, 3)).sum() == 10
 
 
@@ -69,6 +73,7 @@ def test_labels_make_the_model_conditional():
         ({"training": {"learning_rate": 1}}, "no field learning_rate"),
         ({"sampling": {"precision": "bf16"}}, "no field precision"),
         ({"samples": 0}, "samples is 0"),
+        ({"data": replace(TINY.data, size=20)}, "has a size: size and repetition"),
     ],
 )
 def test_mistakes_are_named(change, words):
@@ -79,11 +84,13 @@ def test_mistakes_are_named(change, words):
 def test_a_setting_from_json_names_what_is_unknown():
     with pytest.raises(InputError, match="sample_count"):
         Setting.from_json({**TINY.to_json(), "sample_count": 5})
+    with pytest.raises(InputError, match="no field quality"):
+        Setting.from_json({**TINY.to_json(), "data": {"source": "builtin:digits", "quality": 5}})
 
 
 def test_classes_are_asked_for_in_vain_where_there_are_none(tmp_path):
     np.save(tmp_path / "images.npy", np.zeros((9, 3, 5, 5), np.uint8))
     with pytest.raises(InputError, match="needs labels, and there are none"):
-        DataRecipe(str(tmp_path / "images.npy"), only_class=7).training_set(4)
+        of(tmp_path / "images.npy", only_class=7).training_set(4)
     with pytest.raises(InputError, match="no image has class 12"):
-        DataRecipe("builtin:digits", only_class=12).training_set(4)
+        of("builtin:digits", only_class=12).training_set(4)

@@ -11,17 +11,18 @@ import torch
 
 import diffmem
 from diffmem.atomic_io import atomic_write
+from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
 from diffmem.integrity import read_checked, sealed
 from diffmem.training.config import TrainingConfig, differences
 from diffmem.training.dataset import TrainingImages
 from diffmem.training.run_folder.state import latest_state, read_metadata
-from diffmem.training.source import DataSource
 
 CONFIG = "config.json"
+_WHERE = ("source", "data_source", "found_at")  # of the training set; found_at is the name in earlier versions
 
 
-def describe(config: TrainingConfig, data: TrainingImages, source: DataSource | None) -> dict[str, Any]:
+def describe(config: TrainingConfig, data: TrainingImages, source: DatasetSpec | None) -> dict[str, Any]:
     """What a run is: its configuration and its training set, with the way to find that again where there is one."""
     description = {
         "config": config.to_json(),
@@ -82,5 +83,5 @@ def _comparable(description: dict[str, Any]) -> dict[str, Any]:
     newer than the run has its default."""
     config = json.loads(json.dumps(TrainingConfig.from_json(description["config"]).to_json()))
     del config["images"]
-    data = {name: value for name, value in description["data"].items() if name not in ("source", "data_source")}
+    data = {name: value for name, value in description["data"].items() if name not in _WHERE}
     return {**config, "data": data}

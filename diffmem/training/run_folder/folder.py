@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmem.data import ImageSet
+from diffmem.data import DatasetSpec, ImageSet, read_data
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.models import checkpoint_path
@@ -16,7 +16,6 @@ from diffmem.training.config import TrainingConfig
 from diffmem.training.run_folder.description import CONFIG, holds_run, read_description
 from diffmem.training.run_folder.snapshots import SnapshotRecord, read_records, snapshot_folder
 from diffmem.training.run_folder.stats import Stats, read_stats
-from diffmem.training.source import DataSource, read_data
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,18 @@ class RunFolder:
                 return RunFolder.open(folder)
         return None
 
+    @property
+    def dataset(self) -> DatasetSpec | None:
+        """How the training set was read, where the run knows; raises InputError where that makes no sense."""
+        values = self.data.get("data_source", self.data.get("found_at"))  # its name in earlier versions
+        if values is None:
+            return None
+        with parsing(self.path / CONFIG, "the description of a run"):
+            try:
+                return DatasetSpec.from_json(values)
+            except InputError as error:
+                raise InputError(f"{self.path / CONFIG}: does not say where the training set is: {error}") from None
+
     def averaging(self) -> str:
         """How the EMA weights, those of the snapshots, followed training, in words."""
         return self.config.ema.describe(self.data["images"] * (2 if self.config.xflip else 1))
@@ -86,9 +97,9 @@ class RunFolder:
         Raises InputError where it is not found, or is not the one that the run was trained on.
         """
         if data is None:
-            if self.data.get("data_source") is None:
+            data = self.dataset
+            if data is None:
                 raise InputError(f"{self.path}: does not know where its training set lies: say it with data=…")
-            data = DataSource(**self.data["data_source"])
         images, _ = read_data(data, progress)
         if images.fingerprint != self.data["fingerprint"]:
             raise InputError(
