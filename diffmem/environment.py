@@ -12,6 +12,7 @@ import torch
 
 import diffmem
 import diffmem.ops
+import diffmem.search  # registers how it searches
 from diffmem.ops.registry import OPS, build_info, native_module
 
 # Packages of the module `faiss`. Each writes over the others' files, so that an environment holds one of them.
@@ -32,7 +33,8 @@ OPTIONAL = {
 
 
 def describe() -> dict[str, Any]:
-    """Versions, processor features, builds, each op's implementation and why, and the optional packages found."""
+    """Versions, processor features, builds, the backend of each op and of the search and why,
+    and the optional packages found."""
     for module in pkgutil.iter_modules(diffmem.ops.__path__):
         if module.ispkg:  # importing an op's folder registers it
             importlib.import_module(f"diffmem.ops.{module.name}")
@@ -53,7 +55,7 @@ def describe() -> dict[str, Any]:
             "cpu_features": module.cpu_features() if module is not None else [],
         },
         "cuda": {"present": module is not None and module.with_cuda, "why": built["cuda_reason"]},
-        "ops": {name: {device: op.explain(device) for device in devices} for name, op in sorted(OPS.items())},
+        "ops": {name: op.explanations(devices) for name, op in sorted(OPS.items())},
         "faiss": describe_faiss(),
         "optional": {
             name: {"version": _version(name), "extra": extra, "purpose": purpose}

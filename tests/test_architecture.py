@@ -39,7 +39,7 @@ ALLOWED = {
     "evaluation": {"training", "models", "sampling", "data", "memorization"},
     "studies": {"evaluation", "optimum", "training", "sampling", "models", "memorization", "data"},
     "demo": {"evaluation", "training", "sampling", "memorization", "data"},
-    "environment": {"ops"},
+    "environment": {"ops", "search"},
     "cli": {
         "data",
         "search",

@@ -15,7 +15,7 @@ from diffmem.cli.options import debug_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @debug_option
 def info_command(path: Path | None, as_json: bool) -> None:
-    """What is installed, what this machine offers, and which implementation each op uses here and why.
+    """What is installed, what this machine offers, and which backend each op and the search use here and why.
 
     With RUN, a folder of diffmem train or a checkpoint: what was trained on what, and how the weights were averaged.
     """

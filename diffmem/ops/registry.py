@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,10 +63,21 @@ class Op:
         name: Of the op.
         backends: Best first; the last one of an op, its reference, supports everything.
         autotuned: Names of backends of which, where several can be used, the fastest is found by measurement on GPUs.
+        cases: Arguments by what they stand for, where which backend is used depends on them: `explanations` has a line
+            for each.
+        devices: Device types that it is for.
     """
 
-    def __init__(self, name: str, backends: tuple[Backend, ...], autotuned: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        backends: tuple[Backend, ...],
+        autotuned: tuple[str, ...] = (),
+        cases: Mapping[str, tuple[Any, ...]] | None = None,
+        devices: tuple[str, ...] = ("cpu", "cuda"),
+    ):
         self.name, self.backends, self.autotuned = name, backends, autotuned
+        self.cases, self.devices = cases or {"": ()}, devices
 
     def __getitem__(self, name: str) -> Backend:
         for backend in self.backends:
@@ -112,15 +123,31 @@ class Op:
         """One line: what is used on `device_type`, of these arguments if any are given, and why not what comes before
         it."""
         chosen = self.select(device_type, None, *arguments)
-        rivals = [each for each in self.candidates(device_type, *arguments) if each.name in self.autotuned]
+        tuned = [self[name] for name in self.autotuned]
+        rivals = [each for each in tuned if each.supports(device_type, *arguments) is None]
         if device_type == "cuda" and len(rivals) > 1 and chosen in rivals:
             ways = ", ".join(f"{each.name} ({each.description})" for each in rivals)
             text = f"the fastest of {ways}, measured at its first use"
         else:
             text = f"{chosen.name} ({chosen.description})"
-        before = self.backends[: self.backends.index(chosen)]
-        reasons = [f"{each.name}: {each.supports(device_type, *arguments)}" for each in before]
-        return text + "".join(f"; not {reason}" for reason in reasons)
+        others = self.backends[: self.backends.index(chosen)]
+        if chosen in rivals:
+            others = tuple(each for each in self.backends if each in others or each.name in self.autotuned)
+        reasons = [(each.name, each.supports(device_type, *arguments)) for each in others]
+        return text + "".join(f"; not {name}: {reason}" for name, reason in reasons if reason is not None)
+
+    def explanations(self, devices: Iterable[str]) -> dict[str, str]:
+        """`explain` for each of these devices that the op is for, and for each of its cases, {"cuda, images": …}; one
+        line where all cases are the same, {"cpu": …}."""
+        found = {}
+        for device in devices:
+            if device in self.devices:
+                texts = {case: self.explain(device, *arguments) for case, arguments in self.cases.items()}
+                if len(set(texts.values())) == 1:
+                    found[device] = next(iter(texts.values()))
+                else:
+                    found |= {f"{device}, {case}": text for case, text in texts.items()}
+        return found
 
     def _supports(self, backend: Backend, device_type: str, *arguments: Any) -> str | None:
         """`backend.supports`, of which torch.compile traces what looks at arguments only."""

@@ -39,15 +39,17 @@ free memory it is walked part by part, all queries against each part, so that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 
 from diffmem.ops.autotune import AutotuneCache, device_name, seconds_of
-from diffmem.ops.nearest import exact_squared_distances
+from diffmem.ops.nearest import cuda, exact_squared_distances
 from diffmem.ops.nearest.blocked import nearest_blocked
-from diffmem.ops.registry import native_unavailable
+from diffmem.ops.registry import Backend, Op, anywhere, register
 from diffmem.precision import float32_products
 
 Answer = tuple[torch.Tensor, torch.Tensor]  # squared distances and indices, [Q, k]
@@ -96,7 +98,7 @@ class GpuRows:
             self.backend = self._choose(queries, k)
         best: Answer | None = None
         for start, part in self._parts():
-            squared, indices = part.search(self.backend, queries, min(k, len(part)))
+            squared, indices = OP[self.backend].function(part, queries, min(k, len(part)))
             found = squared, indices + start
             best = found if best is None else _merge(best, found, k)
         return best
@@ -122,7 +124,7 @@ class GpuRows:
             kind = _Bytes if self.rows.dtype == torch.uint8 else _Floats
             trial = kind(self.rows[:TRIAL_ROWS], self.device)
             some = queries[:TRIAL_QUERIES]
-            runs = {name: lambda name=name: trial.search(name, some, min(k, len(trial))) for name in backends}
+            runs = {name: partial(OP[name].function, trial, some, min(k, len(trial))) for name in backends}
             return seconds_of(runs, self.device)
 
         return CACHE.fastest(device_name(self.device), case, backends, measure)
@@ -130,28 +132,49 @@ class GpuRows:
 
 def available_backends(device: torch.device, dtype: torch.dtype = torch.uint8) -> list[str]:
     """The backends that can be used on `device` for rows of this dtype."""
-    if dtype != torch.uint8:
-        return ["tf32", "float64"]
-    backends = ["int8"]
-    if device.type != "cuda":
-        return backends
-    if cuda_backend_unavailable(device) is None:
-        backends.insert(0, "cuda")
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return [backend.name for backend in OP.candidates(device.type, dtype)]
+
+
+def _backend(
+    name: str, dtype: torch.dtype, description: str, unavailable: Callable[[str], str | None] = anywhere
+) -> Backend:
+    """A backend for training rows of one dtype; its function takes the rows on the device, queries and k."""
+
+    def search(part: _Bytes | _Floats, queries: torch.Tensor, k: int) -> Answer:
+        return part.search(name, queries, k)
+
+    def unfit(other: torch.dtype) -> str | None:
+        return None if other == dtype else f"it takes {dtype} rows, not {other}"
+
+    return Backend(name, description, search, unavailable, unfit)
+
+
+def _faiss_unavailable(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "it proposes on GPUs"
     try:
         import faiss
-
-        if faiss.get_num_gpus() > 0:
-            backends.append("faiss")
     except ImportError:
-        pass
-    return backends
+        return "FAISS is not installed (pip install 'diffmem[gpu]')"
+    return None if faiss.get_num_gpus() > 0 else "this build of FAISS sees no GPU (pip install 'diffmem[gpu]')"
 
 
-def cuda_backend_unavailable(device: torch.device) -> str | None:
-    """Why the compiled kernel cannot search on `device`, or None; it is tried there once."""
-    from diffmem.ops.nearest.cuda import kernel_unavailable
-
-    return native_unavailable("cuda") or kernel_unavailable(device)
+OP = register(
+    Op(
+        "gpu search",
+        (
+            _backend("cuda", torch.uint8, "int8 tensor cores, the best k in registers", cuda.unavailable),
+            _backend("int8", torch.uint8, "int8 products by cuBLAS"),
+            _backend("faiss", torch.uint8, "FAISS's flat index proposes, exact integers decide", _faiss_unavailable),
+            _backend("tf32", torch.float32, "TF32 products propose, exact differences decide"),
+            _backend("float64", torch.float32, "float64 products propose, exact differences decide"),
+        ),
+        autotuned=("cuda", "int8", "faiss", "tf32", "float64"),
+        cases={"images": (torch.uint8,), "float32 vectors": (torch.float32,)},
+        devices=("cuda",),
+    )
+)
 
 
 def held_bytes(rows: torch.Tensor) -> int:

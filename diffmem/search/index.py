@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.ops.nearest import nearest, nearest_native
-from diffmem.ops.registry import native_unavailable
+from diffmem.ops.registry import Backend, Op, native_unavailable, register
 from diffmem.progress import Progress, silent
 from diffmem.search import filtered, stored
 from diffmem.search.faiss_index import FaissIndex, FaissStats
@@ -118,16 +119,11 @@ class TrainingIndex:
         self._faiss: FaissIndex | None = None
         # Rows whose values are not adjacent are copied: the core reads whole rows.
         self.rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-        if method in ("auto", "filtered", "dense"):
-            why_not = native_unavailable("cpu")
-            if why_not is None and (self.device.type != "cpu" or rows.device.type != "cpu"):
-                why_not = f"it searches on the CPU, not on {self.device}"
-            if why_not is not None and method != "auto":
-                raise InputError(f"method {method!r} cannot be used here: {why_not}")
-            if method == "auto" and self.device.type == "cuda" and rows.dtype != torch.float64:
-                method = "gpu"
-            elif why_not is not None:
-                method = "torch"
+        if method == "auto":
+            selected = OP.select(self.device.type, None, rows).name
+            method = selected if selected != "filtered" else "auto"  # which goes over to "dense" where that is faster
+        elif method != "faiss" and (reason := OP[method].supports(self.device.type, rows)) is not None:
+            raise InputError(f"method {method!r} cannot be used here: {reason}")
         self.gpu = GpuRows(self.rows, self.device) if method == "gpu" else None
         if method not in ("torch", "reference"):  # these look for themselves
             check_finite(self.rows, "training images")
@@ -356,3 +352,74 @@ class _Search:
             nearest_native(some, rows, 1)
             self.index._dense_seconds_per_pair = (time.perf_counter() - start) / (len(rows) * len(some))
         return self.index._dense_seconds_per_pair
+
+
+def _on_gpu(device_type: str) -> str | None:
+    return None if device_type == "cuda" else "searches on a GPU"
+
+
+def _on_cpu(device_type: str) -> str | None:
+    return native_unavailable("cpu") if device_type == "cpu" else f"it searches on the CPU, not on {device_type}"
+
+
+def _faiss_missing(device_type: str) -> str | None:
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
+        return "FAISS is not installed (pip install 'diffmem[faiss]')"
+    return None
+
+
+def _takes(*dtypes: torch.dtype) -> Callable[[torch.Tensor], str | None]:
+    def unfit(rows: torch.Tensor) -> str | None:
+        return None if rows.dtype in dtypes else f"it does not take {rows.dtype} rows"
+
+    return unfit
+
+
+def _off_the_cpu(rows: torch.Tensor) -> str | None:
+    return None if rows.device.type == "cpu" else f"the training images lie on {rows.device}"
+
+
+# What `method="auto"` selects, and `diffmem info` explains: the first that supports the device and the training rows.
+OP = register(
+    Op(
+        "search",
+        (
+            Backend(
+                "gpu",
+                "exact, by the fastest backend of gpu search",
+                TrainingIndex,
+                _on_gpu,
+                _takes(torch.uint8, torch.float32),
+            ),
+            Backend(
+                "filtered",
+                f"exact, bounds from principal components; dense below {SMALL:,} images and where bounds do not prune",
+                partial(TrainingIndex, method="filtered"),
+                _on_cpu,
+                _off_the_cpu,
+            ),
+            Backend(
+                "dense",
+                "exact, integer products of all pairs",
+                partial(TrainingIndex, method="dense"),
+                _on_cpu,
+                _off_the_cpu,
+            ),
+            Backend("torch", "exact, op nearest by torch", partial(TrainingIndex, method="torch")),
+            Backend("reference", "exact, every difference", partial(TrainingIndex, method="reference")),
+            Backend(
+                "faiss",
+                "approximate, FAISS proposes, exact distances decide",
+                partial(TrainingIndex, method="faiss"),
+                _faiss_missing,
+                _takes(torch.uint8, torch.float32),
+            ),
+        ),
+        cases={
+            "images": (torch.empty(0, 1, dtype=torch.uint8),),
+            "float32 vectors": (torch.empty(0, 1),),
+        },
+    )
+)
