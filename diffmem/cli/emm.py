@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
-from diffmem.cli.options import debug_option, reading, reading_options, reserve_report
-from diffmem.cli.training_options import POSITIVE, SHARE, describe_preset, training_options, training_parts
+from diffmem.cli.options import SOLVER, debug_option, reading, reading_options, reserve_report
+from diffmem.cli.training_options import POSITIVE, SHARE, describe_preset, parts_of, training_options
 
 if TYPE_CHECKING:
     from diffmem.studies import EMM, Setting
@@ -58,7 +58,7 @@ class Percentage(click.ParamType):
 @click.option("--max-runs", type=POSITIVE, default=40, show_default=True, help="Runs in all at most.")
 @click.option("--snapshots", type=POSITIVE, default=10, show_default=True, help="Audited snapshots per run.")
 @click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
-@click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+@click.option("--solver", type=SOLVER, default="heun", show_default=True,
               help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14, with nearly the same "
                    "verdicts.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Print what the search would try and cost at most, and stop.")
@@ -99,7 +99,7 @@ def emm_command(
     read_as = reading(color=color, alpha=alpha, key=key, layout=layout, skip_bad=skip_bad)
     data = DatasetSpec(source, resolution=resize, **read_as, labels="true" if cond else "none")
     resolution = resize or replace(data.reading(), limit=1).load().image_shape[1]
-    parts = training_parts(resolution, **options)
+    parts = parts_of(resolution, **options)
     click.echo(describe_preset(parts.preset, resolution), err=True)
     setting = Setting(
         data,

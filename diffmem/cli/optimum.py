@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from diffmem.cli.comparison import print_comparison, print_sweep
 from diffmem.cli.distributed import is_first_rank, process_group, ranks
 from diffmem.cli.options import (
+    SOLVER,
     CommandWithJson,
     Source,
     debug_option,
@@ -92,7 +93,7 @@ _NOT_WITH = {
     help="Write an .npz (images, seeds, labels), a .zip (EDM's layout), or a new folder (PNG).",
 )  # fmt: skip
 @click.option(
-    "--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+    "--solver", type=SOLVER, default="heun", show_default=True,
     help="See `diffmem sample`.",
 )  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=2), help="Noise levels.  [default: heun 18, others 14]")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffmem.memorization import Gate
 
 SETS = ("generated", "training", "holdout")
+SOLVER = click.Choice(["heun", "unipc", "dpm++"])
 
 _debug = False
 _COMMAND = "diffmem.command"
@@ -32,22 +33,34 @@ NAMED_PARAMETERS = {
     "alpha": ("alpha",),
     "center_crop": ("center_crop",),
     "color": ("color",),
-    "data": ("data",),
+    "conditional": ("cond",),
+    "data": ("data", "source"),
+    "duration": ("duration",),
     "duplicate_radius": ("duplicate_radius",),
+    "epochs": ("epochs",),
+    "halflife_images": ("ema_halflife",),
+    "images": ("images",),
     "key": ("key",),
     "labels": ("labels",),
     "layout": ("layout",),
     "limit": ("limit",),
+    "protocol": ("ema_protocol",),
     "resize": ("resize", "resolution"),
+    "resolution": ("resize", "resolution"),
     "restart": ("restart",),
     "resume": ("resume",),
+    "rule": ("ema_rule",),
     "size": ("size",),
     "skip_bad": ("skip_bad",),
     "split_grid": ("split_grid",),
     "snapshot_images": ("snapshot_images",),
+    "target": ("ema_target",),
     "value_range": ("value_range",),
 }
 _NAMED = re.compile(rf"\b({'|'.join(NAMED_PARAMETERS)})=('[^']*'|\"[^\"]*\"|…|\([^()]*\)|\{{[^{{}}]*\}}|[\w.]*)")
+
+# "lr is nan, but must be …"
+_REFUSED = re.compile(r"(?<![\w.`'/=-])([a-z][a-z_]*) is (?=[^:;]{1,200}?, but must\b)")
 
 
 def in_options(message: str, command: click.Command | None) -> str:
@@ -55,6 +68,8 @@ def in_options(message: str, command: click.Command | None) -> str:
 
     def flag(match: re.Match) -> str:
         name, value = match[1], match[2].strip("'\"")
+        if name == "labels" and value == "true" and _flag(command, "conditional") is not None:
+            name = "conditional"  # that is how the command asks for them
         own, of = _flag(command, name), ""
         if own is None:
             from diffmem.cli.dataset import dataset_command
@@ -70,15 +85,20 @@ def in_options(message: str, command: click.Command | None) -> str:
         values = [f"{which}={pair}" for which, pair in by_set] or [metavar if value == "…" else value.strip("()")]
         return " ".join(f"{option} {each.replace(', ', ',')}".rstrip() for each in values) + of
 
-    return _NAMED.sub(flag, message)
+    def refused(match: re.Match) -> str:
+        own = _flag(command, match[1])
+        return match[0] if own is None else f"{own[0]} is "
+
+    return _NAMED.sub(flag, _REFUSED.sub(refused, message))
 
 
 def _flag(command: click.Command | None, name: str) -> tuple[str, str | None] | None:
     """The option of `command` for the library's parameter `name`, and the word for its value where it takes one."""
     for parameter in () if command is None else command.params:
-        if isinstance(parameter, click.Option) and parameter.name in NAMED_PARAMETERS[name]:
+        if isinstance(parameter, click.Option) and parameter.name in NAMED_PARAMETERS.get(name, (name,)):
             option = next((text for text in parameter.opts if text == f"--{name}"), parameter.opts[0])
-            metavar = (parameter.metavar or parameter.type.name).split("|")[0].upper()
+            number = isinstance(parameter.type, (click.types.IntParamType, click.types.FloatParamType))
+            metavar = (parameter.metavar or ("N" if number else parameter.type.name)).split("|")[0].upper()
             return option, None if parameter.is_flag else metavar
     return None
 

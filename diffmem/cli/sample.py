@@ -14,6 +14,7 @@ import click
 from diffmem.cli.audit import Source, as_json_asks, print_verdict
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import (
+    SOLVER,
     CommandWithJson,
     ValueRange,
     debug_option,
@@ -54,7 +55,7 @@ class Seeds(click.ParamType):
     "seeds).",
 )  # fmt: skip
 @click.option(
-    "--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+    "--solver", type=SOLVER, default="heun", show_default=True,
     help="heun: the protocol's, 2·steps − 1 evaluations of the network (NFE). unipc: the fast one, one per step. "
     "dpm++: DPM-Solver++(2M), one per step.",
 )  # fmt: skip

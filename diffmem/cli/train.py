@@ -12,8 +12,8 @@ import click
 from click.core import ParameterSource
 
 from diffmem.cli.distributed import is_first_rank, process_group
-from diffmem.cli.options import debug_option, reading, reading_options, say_notes
-from diffmem.cli.training_options import POSITIVE, describe_preset, resumable_training_options, training_parts
+from diffmem.cli.options import SOLVER, debug_option, reading, reading_options, say_notes
+from diffmem.cli.training_options import POSITIVE, describe_preset, parts_of, resumable_training_options
 from diffmem.errors import InputError
 from diffmem.timing import TimeLeft, duration_range
 
@@ -43,7 +43,7 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 )
 @click.option("--audit-every", type=POSITIVE, metavar="N", help="Audit a snapshot every N images, and the last.")
 @click.option("--audit-samples", type=POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
-@click.option("--audit-solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+@click.option("--audit-solver", type=SOLVER, default="heun", show_default=True,
               help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14, with nearly the same "
                    "verdicts.")  # fmt: skip
 @click.option("--stop-at", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
@@ -53,9 +53,9 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--compile", "compile_", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
               help="Compile the network; auto: where it is large and the run is hours long.")  # fmt: skip
-@click.option("--precision", type=click.Choice(["ieee", "tf32", "bf16"]), default="ieee", show_default=True,
+@click.option("--precision", type=click.Choice(["ieee", "tf32", "bf16"]),
               help="Of the network's products. ieee: float32, the protocol's; tf32: rounded on a GPU; bf16: autocast, "
-              "weights stay float32.")  # fmt: skip
+              "weights stay float32. [default: ieee]")  # fmt: skip
 @click.option("--cuda-graph", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
               help="On a GPU, launch a pass's kernels at once; auto: where that is faster.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in OUT, with its own settings; needs no other option.")
@@ -143,7 +143,7 @@ def _data_of_run(run: RunFolder, source: str | None, changes: dict[str, Any]) ->
 def _train(
     of_run, out, resume, dry_run, recorded, source, size, resize, color, alpha, key, layout, skip_bad, cond, batch_gpu,
     seed, snapshot_images, keep, grid, audit_every, audit_samples, audit_solver, stop_at, confidence, device, compile_,
-    precision, cuda_graph, **options,
+    cuda_graph, **options,
 ) -> int:  # fmt: skip
     """The command, with its options known."""
     import torch
@@ -161,6 +161,7 @@ def _train(
         plan_training,
         train,
     )
+    from diffmem.training.configure import LENGTHS, items_per_epoch
 
     if source is None and of_run is None:
         raise click.UsageError("Missing option '--data'.")
@@ -176,14 +177,14 @@ def _train(
             data, data_source = _data_of_run(of_run, source, {"size": size, "resolution": resize, **read_as})
             config = of_run.config
             xflip = config.xflip
-            items = len(data) * (2 if xflip else 1)
-            length = {"images": options["images"], "epochs": options["epochs"], "duration": options["duration"]}
+            items = items_per_epoch(data, xflip)
+            length = {name: options[name] for name in LENGTHS}
             if any(value is not None for value in length.values()):
                 config = replace(config, images=images_of(items, **length))
         else:
             data_source = DatasetSpec(source, size, resize, **read_as).absolute()
             data = _load(data_source)
-            config, items, preset_line = _configuration(data, source, cond, seed, precision, options)
+            config, items, preset_line = _configuration(data, source, cond, seed, options)
             xflip = config.xflip
         choices = {
             "device": device,
@@ -243,29 +244,21 @@ def _train(
 
 
 def _configuration(
-    data: ImageSet, source: str, cond: bool, seed: int, precision: str, options: dict[str, Any]
+    data: ImageSet, source: str, cond: bool, seed: int, options: dict[str, Any]
 ) -> tuple[TrainingConfig, int, str]:
     """What the options ask for on these images: (configuration, images per epoch, a line about the preset)."""
-    from diffmem.data.classes import label_dim as label_dim_of
     from diffmem.data.classes import missing_classes
-    from diffmem.training import EMA, TrainingConfig, denoiser_config, images_of
+    from diffmem.training import training_config
+    from diffmem.training.configure import items_per_epoch
 
-    label_dim = label_dim_of(data, "--cond") if cond else 0
+    resolution = data.image_shape[1]
+    parts = parts_of(resolution, **options)
+    config = training_config(
+        data, length=parts.length, network=parts.network, training=parts.training, conditional=cond, seed=seed
+    )
     if cond and is_first_rank() and data.labels.ndim == 1 and (gaps := missing_classes(data.labels)):
         click.echo(f"note: {source}: {gaps}; the model has inputs for them all the same", err=True)
-    parts = training_parts(data.image_shape[1], **options)
-    denoiser = denoiser_config(
-        data.image_shape[1],
-        data.image_shape[0],
-        label_dim=label_dim,
-        augment_dim=9 if parts.training["augment"] else 0,
-        **parts.network,
-    )
-    items = len(data) * (2 if options["xflip"] else 1)
-    ema = EMA(**parts.training["ema"])
-    length = images_of(items, **parts.length)
-    config = TrainingConfig(denoiser, length, seed=seed, precision=precision, **{**parts.training, "ema": ema})
-    return config, items, describe_preset(parts.preset, data.image_shape[1])
+    return config, items_per_epoch(data, config.xflip), describe_preset(parts.preset, resolution)
 
 
 def _remember(out: Path, options: dict[str, Any]) -> Callback:

@@ -1,13 +1,19 @@
-"""The options that say what is trained and how, shared by the commands that train."""
+"""The options that say what is trained and how, shared by the commands that train.
+
+They have no defaults of their own: `diffmem.training.training_parts`, which knows them by the same names, has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffmem.cli.options import Color, Source
+
+if TYPE_CHECKING:
+    from diffmem.training import TrainingParts
 
 
 class Numbers(click.ParamType):
@@ -37,13 +43,9 @@ _OPTIONS = [
     click.option(
         "--window",
         type=SHARE,
-        default=0.0,
-        show_default=True,
-        help="Share of the set over which the order keeps mixing; 0: the same order every epoch.",
+        help="Share of the set over which the order keeps mixing; 0: the same order every epoch. [default: 0]",
     ),
-    click.option(
-        "--augment", type=SHARE, default=0.0, show_default=True, help="Probability of EDM's non-leaking augmentations."
-    ),
+    click.option("--augment", type=SHARE, help="Probability of EDM's non-leaking augmentations. [default: 0]"),
     # The network.
     click.option(
         "--preset",
@@ -74,11 +76,11 @@ _OPTIONS = [
     click.option(
         "--batch", type=POSITIVE, help="Images per step, over all processes. [default: 512; small presets 64]"
     ),
-    click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", show_default=True),
+    click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), help="[default: adam]"),
     click.option("--lr", type=NUMBER, help="Learning rate. [default: 2e-4; small_16 1e-3, small_8 3e-3]"),
     click.option("--warmup-epochs", type=NUMBER, help="Of a linear warm-up. [default: 200; small presets 20]"),
-    click.option("--weight-decay", type=NUMBER, default=0.0, show_default=True),
-    click.option("--momentum", type=NUMBER, default=0.0, show_default=True, help="Of sgd."),
+    click.option("--weight-decay", type=NUMBER, help="Of adam and sgd an L2 penalty, decoupled of adamw. [default: 0]"),
+    click.option("--momentum", type=NUMBER, help="Of sgd. [default: 0]"),
     click.option(
         "--ema-rule",
         type=click.Choice(["by-size", "compensated", "constant", "target"]),
@@ -93,17 +95,15 @@ _OPTIONS = [
     click.option(
         "--ema-protocol",
         type=click.Choice(["paper", "published"]),
-        default="paper",
-        show_default=True,
         help="Half-life by training-set size as in the paper, or floored to whole thousands of images as in its "
-        "published code: none at all below 100 training images.",
+        "published code: none at all below 100 training images. [default: paper]",
     ),
-    click.option("--tikhonov", type=NUMBER, default=0.0, show_default=True, help="Regularization of the score."),
+    click.option("--tikhonov", type=NUMBER, help="Regularization of the score. [default: 0]"),
 ]
 
 
 def training_options(command: Callable) -> Callable:
-    """Gives a command all of them; see `training_parts` for what they amount to."""
+    """Gives a command all of them; see `parts_of` for what they amount to."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return click.option("--data", "source", required=True, **_DATA)(command)
@@ -116,57 +116,12 @@ def resumable_training_options(command: Callable) -> Callable:
     return click.option("--data", "source", **_DATA)(command)
 
 
-class TrainingParts(NamedTuple):
-    """What the options amount to: the preset's name, arguments of `diffmem.training.denoiser_config` (but those that
-    follow from the images), fields of `TrainingConfig` (`ema` as those of `EMA`), and of `images_of`."""
+def parts_of(resolution: int, *, skips: str | None, **options: Any) -> TrainingParts:
+    """The parts of a training run on images of that size that the options, by name, ask for."""
+    from diffmem.training import training_parts
 
-    preset: str
-    network: dict[str, Any]
-    training: dict[str, Any]
-    length: dict[str, float]
-
-
-def training_parts(
-    resolution: int, *, window, augment, xflip, preset, arch, precond, skips, images, epochs, duration, batch,
-    optimizer, lr, warmup_epochs, weight_decay, momentum, ema_rule, ema_target, ema_halflife, ema_protocol, tikhonov,
-    **network,
-) -> TrainingParts:  # fmt: skip
-    """The parts of a training run on images of that size that options, by name, ask for; None is not asked for."""
-    from diffmem.training import fitting_preset, training_preset
-
-    preset = preset or ("protocol" if arch is not None else fitting_preset(resolution))
-    base = training_preset(preset)
-    chosen = {"arch": arch, "precond": precond, **network}
-    if skips is not None:
-        chosen["skips"] = [name for name in skips.split(",") if name not in ("", "none")]
-    ema = {"rule": "compensated", "halflife_images": 500_000, "target": None}
-    if (ema_rule, ema_target, ema_halflife, ema_protocol) == (None, None, None, "paper"):
-        ema |= base.training.get("ema", {})
-    else:
-        rule = ema_rule or ("compensated" if ema_target is None else "target")
-        ema |= {"rule": rule, "target": ema_target}
-        ema["halflife_images"] = ema_halflife or ema["halflife_images"]
-    training = {"batch": 512, "lr": 2e-4, "warmup_epochs": 200.0, **base.training, "ema": ema}
-    asked = {"batch": batch, "lr": lr, "warmup_epochs": warmup_epochs}
-    training |= {name: value for name, value in asked.items() if value is not None}
-    training |= {
-        "optimizer": optimizer,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "window": window,
-        "xflip": xflip,
-        "augment": augment,
-        "tikhonov": tikhonov,
-    }
-    if ema_protocol != "paper":  # the keys of runs made before there was a choice stay
-        training["ema"]["protocol"] = ema_protocol
-    length = {"images": images, "epochs": epochs, "duration": duration}
-    return TrainingParts(
-        preset,
-        base.network | {name: value for name, value in chosen.items() if value is not None},
-        training,
-        {name: value for name, value in length.items() if value is not None},
-    )
+    names = None if skips is None else [name for name in skips.split(",") if name not in ("", "none")]
+    return training_parts(resolution, skips=names, **options)
 
 
 def describe_preset(name: str, resolution: int) -> str:

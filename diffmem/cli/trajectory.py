@@ -10,6 +10,7 @@ import click
 
 from diffmem.cli.audit import Source
 from diffmem.cli.options import (
+    SOLVER,
     debug_option,
     gate_options,
     limits_of,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--size", type=click.IntRange(min=1), metavar="N", help="With --data: as for diffmem train.")
 @click.option("--resize", type=click.IntRange(min=1), metavar="R", help="With --data: as for diffmem train.")
 @reading_options()
-@click.option("--solver", type=click.Choice(["heun", "unipc", "dpm++"]), default="heun", show_default=True,
+@click.option("--solver", type=SOLVER, default="heun", show_default=True,
               help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")

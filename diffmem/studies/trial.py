@@ -16,11 +16,9 @@ from diffmem.data.classes import label_dim as label_dim_of
 from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
 from diffmem.errors import InputError
 from diffmem.sampling import SamplerConfig
-from diffmem.training import EMA, TrainingConfig, denoiser_config, images_of
+from diffmem.training import TrainingConfig, images_of, training_config
+from diffmem.training.configure import check_parts
 
-# Fields of TrainingConfig that a setting may name; the others follow from the data, the length and the repetition.
-_TRAINING = {f.name for f in dataclasses.fields(TrainingConfig)} - {"denoiser", "images", "seed"}
-_LENGTHS = ("images", "epochs", "duration")
 _SAMPLING = {f.name for f in dataclasses.fields(SamplerConfig)} - {"precision", "class_index"}
 
 
@@ -56,10 +54,8 @@ class Setting:
                 raise InputError(f"the data of a setting has a {name}: size and repetition of each run decide that")
         if self.data.labels is None:
             object.__setattr__(self, "data", replace(self.data, labels="none"))
-        if len(self.length) != 1 or set(self.length) - set(_LENGTHS):
-            raise InputError(f"the length of training is one of {', '.join(_LENGTHS)}, not {dict(self.length)}")
-        if unknown := set(self.training) - _TRAINING:
-            raise InputError(f"training has no field {', '.join(sorted(unknown))}: there are {', '.join(_TRAINING)}")
+        check_parts(self.length, self.training)
+        images_of(1000, **self.length)  # raises unless it is exactly one
         for name in ("snapshots", "samples", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
@@ -90,25 +86,16 @@ class Setting:
 
     def config(self, images: ImageSet, repetition: int = 0) -> TrainingConfig:
         """The training run on `images`."""
-        label_dim = 0
-        if self.data.labels != "none":
-            kind, classes = parse_labels(self.data.labels)
-            label_dim = classes if kind == "random" else label_dim_of(images, "a conditional model")
-        training = {name: value for name, value in self.training.items() if name != "ema"}
-        items = len(images) * (2 if training.get("xflip") else 1)
-        denoiser = denoiser_config(
-            images.image_shape[1],
-            images.image_shape[0],
-            label_dim=label_dim,
-            augment_dim=9 if training.get("augment") else 0,
-            **self.network,
-        )
-        return TrainingConfig(
-            denoiser,
-            images_of(items, **self.length),
+        kind, classes = parse_labels(self.data.labels)
+        if kind not in ("none", "random"):
+            classes = label_dim_of(images, f"labels='{kind}'")
+        return training_config(
+            images,
+            length=self.length,
+            network=self.network,
+            training=self.training,
+            label_dim=classes or 0,
             seed=repetition,
-            ema=EMA(**self.training.get("ema", {})),
-            **training,
         )
 
     def to_json(self) -> dict[str, Any]:

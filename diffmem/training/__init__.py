@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffmem.training.callbacks import Callback, Grids, Snapshot, StopDecision, TensorBoard
 from diffmem.training.config import TrainingConfig, differences, images_of
+from diffmem.training.configure import TrainingParts, training_config, training_parts
 from diffmem.training.ema import EMA
 from diffmem.training.factors import denoiser_config
 from diffmem.training.loop import DivergedError, Run, plan_training, train
@@ -35,6 +36,7 @@ __all__ = [
     "StopDecision",
     "TensorBoard",
     "TrainingConfig",
+    "TrainingParts",
     "TrainingPreset",
     "denoiser_config",
     "denoising_loss",
@@ -46,5 +48,7 @@ __all__ = [
     "read_records",
     "snapshot_folder",
     "train",
+    "training_config",
+    "training_parts",
     "training_preset",
 ]

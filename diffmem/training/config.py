@@ -39,11 +39,11 @@ def images_of(
     given = {"images": images, "epochs": epochs, "duration": duration}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
-        raise InputError("the length of training: give exactly one of images, epochs and duration")
+        raise InputError("the length of training: give exactly one of images=…, epochs=… and duration=…")
     ((name, value),) = given.items()
     factor = {"images": 1, "epochs": size, "duration": EPOCHS_PER_DURATION * size}[name]
     if not (math.isfinite(value) and value * factor >= 1):
-        raise InputError(f"{name} is {value}: that trains on nothing")
+        raise InputError(f"{name} is {value}, but must be so much that there is an image to train on")
     return math.ceil(value * factor)
 
 

@@ -54,16 +54,20 @@ class EMA:
     protocol: str = "paper"
 
     def __post_init__(self):
-        if self.rule not in RULES:
-            raise InputError(f"EMA rule {self.rule!r}: choose from {', '.join(RULES)}")
-        if self.protocol not in PROTOCOLS:
-            raise InputError(f"EMA protocol {self.protocol!r}: choose from {', '.join(PROTOCOLS)}")
-        if (self.rule == "target") != (self.target is not None):
-            raise InputError(f"EMA rule {self.rule!r}: a target belongs to the rule 'target', and only there")
+        for name, choices in (("rule", RULES), ("protocol", PROTOCOLS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+        if self.rule == "target" and self.target is None:
+            raise InputError("EMA weights by rule='target' need its end: pass target=…, such as 0.99")
+        if self.rule != "target" and self.target is not None:
+            raise InputError(f"target is {self.target}, but must go with rule='target', and not with {self.rule}")
         if self.target is not None and not 0 <= self.target <= 1:
-            raise InputError(f"EMA target is {self.target}, but must lie in 0 … 1")
-        if self.halflife_images <= 0 or self.rampup <= 0:
-            raise InputError("the EMA's half-life and ramp-up must be positive")
+            raise InputError(f"target is {self.target}, but must lie in 0 … 1")
+        for name in ("halflife_images", "rampup"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise InputError(f"{name} is {value}, but must be above 0")
 
     def beta(self, images_seen: int, batch: int, size: int) -> float:
         """β of the step of `batch` images that follows `images_seen`, on a training set of `size`; 0 at the start."""

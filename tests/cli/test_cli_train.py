@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
 from processes import start_command
 
@@ -139,15 +140,31 @@ def test_dry_run_takes_every_factor(run, tmp_path):
     ("arguments", "status", "words"),
     [
         (["--epochs", "1"], 2, "--out"),
-        (["--out", "run"], 1, "exactly one of images, epochs and duration"),
+        (["--out", "run"], 1, "exactly one of --images N, --epochs N and --duration N"),
         (["--out", "run", "--epochs", "1", "--preset", "big"], 1, "no preset 'big'"),
         (["--out", "run", "--epochs", "1", "--skips", "64"], 1, "skip connection 64: there are 8.0, 8.1, 4.0, 4.1"),
         (["--out", "run", "--epochs", "1", "--channel-mult", "a,b"], 2, "list of whole numbers"),
-        (["--out", "run", "--epochs", "1", "--ema-rule", "target"], 1, "target"),
+        (["--out", "run", "--epochs", "1", "--ema-rule", "target"], 1, "pass --ema-target N, such as 0.99"),
+        (
+            ["--out", "run", "--epochs", "1", "--ema-target", "0.5", "--ema-rule", "constant"],
+            1,
+            "--ema-target is 0.5, but",
+        ),
+        (["--out", "run", "--epochs", "nan"], 1, "--epochs is nan, but must be"),
+        (["--out", "run", "--epochs", "1", "--lr", "nan"], 1, "--lr is nan, but must be a finite number"),
+        (["--out", "run", "--epochs", "1", "--num-channels", "3"], 1, "--num-channels is 3, but must be even"),
+        (
+            ["--out", "run", "--epochs", "1", "--cond", "--data", "plain.npy"],
+            1,
+            "--cond needs labels, and there are none",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, status, words, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "plain.npy" in arguments:
+        monkeypatch.chdir(tmp_path.parent)
+        np.save("plain.npy", np.zeros((30, 1, 8, 8), np.uint8))
     ended, _, stderr = run(*TINY, *arguments)
     assert ended == status
     assert words in " ".join(stderr.replace("│", " ").split())

@@ -69,7 +69,8 @@ def test_labels_make_the_model_conditional():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"length": {"images": 5, "epochs": 1}}, "one of images, epochs, duration"),
+        ({"length": {"images": 5, "epochs": 1}}, "exactly one of images=…, epochs=… and duration=…"),
+        ({"length": {"steps": 5}}, "one of images, epochs, duration, not steps"),
         ({"training": {"learning_rate": 1}}, "no field learning_rate"),
         ({"sampling": {"precision": "bf16"}}, "no field precision"),
         ({"samples": 0}, "samples is 0"),

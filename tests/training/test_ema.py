@@ -62,11 +62,11 @@ def test_targets_of_the_paper_are_reached():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(InputError, match="choose from by-size"):
+    with pytest.raises(InputError, match="rule is 'fast', but must be one of by-size"):
         EMA("fast")
-    with pytest.raises(InputError, match="choose from paper, published"):
+    with pytest.raises(InputError, match="protocol is 'code', but must be one of paper, published"):
         EMA(protocol="code")
-    with pytest.raises(InputError, match="a target belongs to"):
+    with pytest.raises(InputError, match=r"target is 0\.9, but must go with rule=.target."):
         EMA("constant", target=0.9)
-    with pytest.raises(InputError, match="a target belongs to"):
+    with pytest.raises(InputError, match="pass target=…"):
         EMA("target")
