@@ -28,7 +28,7 @@ from diffmem.data import DatasetSpec
 from diffmem.html_report import percent
 from diffmem.progress import Progress, progress_bars
 from diffmem.sampling import SamplerConfig
-from diffmem.studies.comparison import compare, draw_memory, draw_sweeps, sweep
+from diffmem.studies.comparison import compare, draw_scores, draw_sweeps, sweep
 from diffmem.studies.comparison.sweeps_report import images_of
 from diffmem.training import RunFolder
 
@@ -48,7 +48,7 @@ NETWORKS = {  # name in figures: folder, training set, unseen images
     ),
 }
 OVER_TIME = "100 of CIFAR-10 (JPEG), 16×16"
-SEEN = (20_000, 60_000, 100_000, 200_000, 400_000)  # images seen of the snapshots whose memory is drawn
+SEEN = (20_000, 60_000, 100_000, 200_000, 400_000)  # images seen of the snapshots whose scores are drawn
 
 
 @click.command()
@@ -96,29 +96,35 @@ def networks(runs: Path, progress: Progress) -> None:
         print(f"{name}: {result.verdict()}")
         compared[name] = result
     if compared:
-        atomic_write(RESULTS / "memory.svg", draw_memory(list(compared.values()), list(compared)))
+        atomic_write(RESULTS / "scores.svg", draw_scores(list(compared.values()), list(compared)))
 
 
 def over_time(runs: Path, progress: Progress) -> None:
-    """Memory of the snapshots of one run."""
+    """Memorization scores of the snapshots of one run."""
     folder, training, unseen = NETWORKS[OVER_TIME]
     if not (runs / folder).is_dir():
         return
     snapshots = RunFolder.open(runs / folder).snapshots()
     chosen = [min(snapshots, key=lambda snapshot: abs(snapshot.images - seen)) for seen in SEEN]
     images, others = training.load(progress), unseen.load(progress)
-    compared, names, rows = [], [], ["epochs,copies,generated,highest_memory,sigma_low,sigma_star"]
+    compared, names, rows = [], [], ["epochs,copies,generated,highest_score,sigma_low,sigma_star"]
     for snapshot in chosen:
         result = compare(
             runs / folder / "snapshots" / f"{snapshot.images:09d}", images, holdout=others, progress=progress
         )
         compared.append(result)
         names.append(f"{snapshot.epochs:,.0f} epochs, R_mem {percent(result.copies / result.generated_images)}")
-        ends = ["" if end is None else end for end in (result.become or (None, None))[:2]]
-        numbers = (snapshot.epochs, result.copies, result.generated_images, result.memory.value.max(), *ends)
+        ends = ["" if end is None else end for end in (result.memorized_range or (None, None))[:2]]
+        numbers = (
+            snapshot.epochs,
+            result.copies,
+            result.generated_images,
+            result.memorization_score.value.max(),
+            *ends,
+        )
         rows.append(",".join(value if isinstance(value, str) else f"{value:.4g}" for value in numbers))
     atomic_write(RESULTS / f"{folder}-over-time.csv", "\n".join(rows) + "\n")
-    atomic_write(RESULTS / f"{folder}-over-time.svg", draw_memory(compared, names))
+    atomic_write(RESULTS / f"{folder}-over-time.svg", draw_scores(compared, names))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `diffmem optimum --compare` and `--sweep` print."""
+"""What `diffmem optimum compare` and `diffmem optimum sweep` print."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> 
         "images"
     )
     heading = f"{'sigma':>8}" + "".join(f"{kind:>11}" for kind in result.gaps)
-    if result.memory is not None:
-        heading += f"{'memory':>10}  {'95 % interval':<20}{'ceiling':>9}{'closeness':>11}"
+    if result.memorization_score is not None:
+        heading += f"{'score':>10}  {'95 % interval':<20}{'optimal':>9}{'normalized':>12}"
     click.echo(heading)
     for at, sigma in enumerate(result.levels):
         line = f"{sigma:>8.3g}" + "".join(f"{result.gap(kind).value[at]:>11.3g}" for kind in result.gaps)
-        if result.memory is not None:
-            value, low, high = (each[at] for each in result.memory)
-            closeness = result.closeness.value[at]
-            close = "-" if math.isnan(closeness) else percent(closeness)
+        if result.memorization_score is not None:
+            value, low, high = (each[at] for each in result.memorization_score)
+            normalized = result.normalized_score.value[at]
+            share = "-" if math.isnan(normalized) else percent(normalized)
             line += f"{percent(value):>10}  {percent_range((low, high)):<20}"
-            line += f"{percent(result.ceiling.value[at]):>9}{close:>11}"
+            line += f"{percent(result.optimal_score.value[at]):>9}{share:>12}"
         click.echo(line)
     click.echo(f"{result.rate.count} of {result.rate.total} generated images are copies ({percent(result.rate.ratio)})")
     click.echo(result.verdict())

@@ -1,21 +1,19 @@
-"""`diffmem optimum`."""
+"""`diffmem optimum`: sample, compare, sweep."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from diffmem.cli.comparison import print_comparison, print_sweep
 from diffmem.cli.distributed import is_first_rank, process_group, ranks
 from diffmem.cli.options import (
-    SOLVER,
     CommandWithJson,
     Source,
     debug_option,
+    flag_of,
     gate_options,
     json_option,
     limits_of,
@@ -24,17 +22,30 @@ from diffmem.cli.options import (
     reserve_report,
     say_notes,
 )
-from diffmem.cli.sample import Seeds, print_result, says_what_is_kept
+from diffmem.cli.sample import print_result, says_what_is_kept
+from diffmem.cli.sampling_options import (
+    batch_option,
+    class_option,
+    device_option,
+    folder_option,
+    images_out_option,
+    report_option,
+    restart_option,
+    seeds_option,
+    solver_option,
+    steps_option,
+)
 from diffmem.cli.training_options import POSITIVE
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
-
-DEFAULT_SEEDS = range(1000)
+    from diffmem.progress import Progress
 
 
 class Variant(click.ParamType):
+    """A regularization with its strength."""
+
     name = "kind:value"
 
     def convert(self, value, parameter, context):
@@ -47,6 +58,8 @@ class Variant(click.ParamType):
 
 
 class Variants(click.ParamType):
+    """A kind of regularization, with strengths or without."""
+
     name = "kind[:values]"
 
     def convert(self, value, parameter, context):
@@ -58,153 +71,253 @@ class Variants(click.ParamType):
             self.fail(str(error), parameter, context)
 
 
-_GATE = ("fail_above", "require_below", "max_copies")
+class _Subcommands(click.Group):
+    """Says where the options of the one command that this was are now."""
 
-# What each of the command's three uses has no use for, by parameter.
-_NOT_WITH = {
-    "--compare": ("variants", "out", "cond", "regularization", "subset", "class_index", "audit", "restart", *_GATE),
-    "--sweep": ("out", "regularization", "subset", "audit", "holdout", "restart", "images", "levels", *_GATE),
-    "sampling": ("images", "levels"),
-}
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        words = [word for word in args if not word.startswith("-")]
+        if words and words[0] not in self.commands:
+            given = {word.partition("=")[0] for word in args}
+            use = "sample SOURCE"
+            if "--compare" in given:
+                use = "compare SOURCE CHECKPOINT"
+            elif "--sweep" in given:
+                use = "sweep SOURCE tikhonov smooth:0.03,0.1 … --out FOLDER"
+            raise click.UsageError(
+                f"{words[0]!r} is not one of the subcommands sample, compare, sweep: write `diffmem optimum {use} …`",
+                context,
+            )
+        return super().parse_args(context, args)
 
 
-@click.command("optimum", cls=CommandWithJson)
-@click.argument("source", type=Source())
-@click.option(
-    "--compare", "checkpoint", type=click.Path(exists=True, path_type=Path), metavar="CHECKPOINT",
-    help="How close is this trained network to the optimum? A checkpoint that `diffmem sample` reads, or a run.",
-)  # fmt: skip
-@click.option(
-    "--sweep", "variants", type=Variants(), multiple=True,
-    help="R_mem against the strength of a regularization: tikhonov, bayes or smooth, at strengths chosen from the "
-    "data, or at yours: smooth:0.03,0.1,0.3. May be given several times.",
-)  # fmt: skip
-@click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images of SOURCE, as many of each class.")
-@click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased.")
-@reading_options("source", "holdout")
-@click.option("--cond", is_flag=True, help="The class-conditional optimum, by the labels of SOURCE.")
-@click.option(
-    "--seeds",
-    type=Seeds(),
-    help="Which images: 0-999 or 0,3,5-7.  [default: 0-999; with --compare as many as --images]",
+_SHARED = [
+    click.argument("source", type=Source()),
+    click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images of SOURCE, as many of each class."),
+    click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased."),
+    solver_option(),
+    steps_option,
+    click.option(
+        "--tolerance", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-5, show_default=True,
+        help="Relative error of the optimal denoiser.",
+    ),
+    batch_option(256),
+    device_option,
+]  # fmt: skip
+
+
+def _shared_options(command):
+    """What all three say of the optimum and its sampler."""
+    for option in reversed(_SHARED):
+        command = option(command)
+    return command
+
+
+_cond_option = click.option(
+    "--cond", is_flag=True, help="Class-conditional, on the labels of the data: the optimum of each class of SOURCE."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path),
-    help="Write an .npz (images, seeds, labels), a .zip (EDM's layout), or a new folder (PNG).",
-)  # fmt: skip
-@click.option(
-    "--solver", type=SOLVER, default="heun", show_default=True,
-    help="See `diffmem sample`.",
-)  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=2), help="Noise levels.  [default: heun 18, others 14]")
+_class_option = class_option("all images are of it. With --cond.")
+
+
+@click.group("optimum", cls=_Subcommands)
+@debug_option
+def optimum_command() -> None:
+    """The theoretical optimum of a training set: the denoiser that training tends to, in closed form.
+
+    What it makes are copies, unless it is regularized.
+
+    \b
+    Examples:
+      diffmem optimum sample builtin:digits --seeds 0-255                     all copies
+      diffmem optimum sweep builtin:digits tikhonov smooth --out sweep        how the copies vanish
+      diffmem optimum compare builtin:digits run --holdout builtin:digits     how close a network has come
+    """
+
+
+@optimum_command.command("sample", cls=CommandWithJson, short_help="Sample it, and audit the images.")
+@_shared_options
+@reading_options("source", "holdout")
+@_cond_option
+@_class_option
+@seeds_option("0-999")
 @click.option(
     "--regularize", "regularization", type=Variant(),
     help="tikhonov:C, bayes:TAU or smooth:H, for images in [-1, 1]. TAU may be written exp(-1500): on the way to a "
     "copy of d values, the sum it bounds is about exp(-d/2).",
 )  # fmt: skip
 @click.option("--subset", type=POSITIVE, metavar="M", help="Another random subset of M images at each noise level.")
-@click.option(
-    "--tolerance", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-5, show_default=True,
-    help="Relative error of the denoiser.",
-)  # fmt: skip
-@click.option(
-    "--class", "class_index", type=click.IntRange(min=0), metavar="K", help="With --cond: all images of this class."
-)
-@click.option("--batch", type=POSITIVE, default=256, show_default=True, help="Images at a time.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-@click.option("--audit", is_flag=True, help="Audit the images against SOURCE as they come.")
-@click.option(
-    "--holdout", type=Source(),
-    help="Real images the model has not seen, for --audit and --compare; with --compare those of SOURCE are left out.",
-)  # fmt: skip
-@click.option(
-    "--images", type=click.IntRange(min=2), default=256, show_default=True,
-    help="With --compare: how many noisy training and unseen images, at most.",
-)  # fmt: skip
-@click.option(
-    "--levels", type=click.IntRange(min=2), default=24, show_default=True, help="With --compare: noise levels."
-)
-@click.option(
-    "--report", type=click.Path(path_type=Path),
-    help="A folder for the report of --audit, --compare or --sweep; a sweep keeps what is finished there and goes on.",
-)  # fmt: skip
-@click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
+@images_out_option
+@click.option("--no-audit", is_flag=True, help="Only write the images: do not audit them against SOURCE.")
+@click.option("--audit", "with_audit", is_flag=True, hidden=True)
+@click.option("--holdout", type=Source(), help="Real images the model has not seen: the rule's false-alarm rate.")
+@report_option()
+@restart_option
 @json_option
 @gate_options
 @debug_option
-@click.pass_context
-def optimum_command(
-    context, source, checkpoint, variants, size, resize, color, alpha, key, layout, skip_bad, cond, seeds, out, solver,
-    steps, regularization, subset, tolerance, class_index, batch, device, audit, holdout, images, levels, report,
-    restart, as_json, fail_above, require_below, max_copies,
+def sample_command(
+    source, size, resize, solver, steps, tolerance, batch, device, cond, class_index, seeds, regularization, subset,
+    out, no_audit, with_audit, holdout, report, restart, as_json, fail_above, require_below, max_copies, **given,
 ) -> int:  # fmt: skip
-    """Sample from the theoretical optimum of the training set SOURCE: the denoiser that training tends to, in closed
-    form. What it makes are copies, unless it is regularized.
+    """Sample from the optimum of the training set SOURCE, and audit the images against SOURCE as they come.
 
     Runs are kept and resumed as those of `diffmem sample`; the same seeds mean the same latents.
 
-    --compare measures the squared gap between a trained network and the optimum of its training set, by noise level, on
-    training, generated and (with --holdout) unseen images, and tells at which noise levels the network has become its
-    training set: where its rms error on training images is at most a third of that on unseen ones.
-
-    --sweep shows how the copies vanish as the optimum is regularized.
-
     \b
     Examples:
-      diffmem optimum cifar10-train.zip --seeds 0-255 --audit                 all copies
-      diffmem optimum builtin:digits --regularize tikhonov:0.1 --audit        fewer
-      diffmem optimum builtin:digits --size 100 --out copies.npz --cond
-      diffmem optimum builtin:digits --sweep tikhonov --sweep smooth:0.03,0.1,0.3 --report sweep
-      diffmem optimum builtin:digits --size 100 --compare run --holdout builtin:digits --report compare
+      diffmem optimum sample cifar10-train.zip --seeds 0-255                    all copies
+      diffmem optimum sample builtin:digits --regularize tikhonov:0.1           fewer
+      diffmem optimum sample builtin:digits --size 100 --out copies.npz --cond
     """
-    import torch
-
-    from diffmem.data import DatasetSpec
     from diffmem.evaluation import generate
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
-    from diffmem.sampling import SamplerConfig
-    from diffmem.studies.comparison import compare, sweep
 
-    use = "--compare" if checkpoint is not None else "--sweep" if variants else "sampling"
-    _check_use(context, use)
-    settings = SamplerConfig(solver=solver, steps=steps, class_index=class_index, batch=batch, compile="off")
-    torch.set_flush_denormal(True)
+    if with_audit:
+        raise click.UsageError("--audit: the images are audited against SOURCE anyway; leave it out")
+    limits = limits_of(fail_above, require_below, max_copies)
+    of_audit = {"holdout": holdout, "report": report, **limits}
+    for name, value in of_audit.items():
+        if no_audit and value is not None:
+            raise click.UsageError(f"{flag_of(name)} does not go with --no-audit")
+    if no_audit and out is None:
+        raise click.UsageError("nothing to do: give --out, or leave --no-audit out")
+    if restart and out is None:
+        raise click.UsageError("--restart goes with --out")
+    _check_class(class_index, cond)
+    settings = _sampler(solver, steps, batch, class_index)
     reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
-        given = {"color": color, "alpha": alpha, "key": key, "layout": layout, "skip_bad": skip_bad}
-        training = DatasetSpec(source, size, resize, **reading("source", **given)).load(progress)
-        say_notes([training], is_first_rank())
-        if holdout is not None:
-            holdout = DatasetSpec(holdout, None, resize, **reading("holdout", **given)).load(progress)
-            say_notes([holdout], is_first_rank())
+        training, unseen = _sets(source, holdout, size, resize, given, progress)
         if cond:
             _check_classes(training, class_index)
-        if use == "--compare":
-            result = compare(
-                checkpoint, training, holdout=holdout, images=images, seeds=seeds, levels=levels, settings=settings,
-                tolerance=tolerance, device=device, progress=progress,
-            )  # fmt: skip
-            tell = print_comparison
-        elif use == "--sweep":
-            result = sweep(
-                training, [variant for group in variants for variant in group], report, seeds=seeds or DEFAULT_SEEDS,
-                labels=cond, tolerance=tolerance, settings=settings, device=device,
-                progress=progress,
-            )  # fmt: skip
-            tell = print_sweep
-        else:
-            denoiser = OptimalDenoiser(
-                training, tolerance=tolerance, labels=cond, device=device,
-                regularization=regularization, subset=subset,
-            )  # fmt: skip
-            result = generate(
-                denoiser, seeds or DEFAULT_SEEDS, out=out, settings=settings, training=training if audit else None,
-                holdout=holdout, restart=restart, progress=progress,
-            )  # fmt: skip
-            limits = limits_of(fail_above, require_below, max_copies)
-            tell = partial(print_result, headline=denoiser.summary(), limits=limits)
-    return tell(result, report, as_json) or 0
+        denoiser = OptimalDenoiser(
+            training, tolerance=tolerance, labels=cond, device=device, regularization=regularization, subset=subset
+        )  # fmt: skip
+        result = generate(
+            denoiser, seeds, out=out, settings=settings, training=None if no_audit else training, holdout=unseen,
+            restart=restart, progress=progress,
+        )  # fmt: skip
+    return print_result(result, report, as_json, headline=denoiser.summary(), limits=limits)
+
+
+@optimum_command.command("compare", cls=CommandWithJson, short_help="How close is a network to it?")
+@_shared_options
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@reading_options("source", "holdout")
+@seeds_option(None, otherwise="as many as --noisy-images")
+@click.option("--holdout", type=Source(), help="Real images the model has not seen; those of SOURCE are left out.")
+@click.option(
+    "--noisy-images", "images", type=click.IntRange(min=2), default=256, show_default=True, metavar="N",
+    help="Noisy versions of training images, and of unseen ones, at most.",
+)  # fmt: skip
+@click.option("--levels", type=click.IntRange(min=2), default=24, show_default=True, help="Noise levels to compare at.")
+@folder_option("a folder for compare.html, .json, .csv and .svg.")
+@json_option
+@debug_option
+def compare_command(
+    source, checkpoint, size, resize, solver, steps, tolerance, batch, device, seeds, holdout, images, levels, out,
+    as_json, **given,
+) -> None:  # fmt: skip
+    """How close is the network CHECKPOINT to the optimum of its training set SOURCE?
+
+    CHECKPOINT is what `diffmem sample` reads. Measured is the squared gap between network and optimum, by noise level,
+    on training, generated and (with --holdout) unseen images; and at which noise levels the network has memorized its
+    training set: where its rms error on training images is at most a third of that on unseen ones.
+
+    \b
+    Examples:
+      diffmem optimum compare training.zip run/ --holdout unseen.zip --out compare
+      diffmem optimum compare builtin:digits run/ --size 100 --holdout builtin:digits
+    """
+    from diffmem.progress import progress_bars
+    from diffmem.studies.comparison import compare
+
+    _one_process("compare")
+    settings = _sampler(solver, steps, batch)
+    reserve_report(out)
+    with progress_bars() as progress:
+        training, unseen = _sets(source, holdout, size, resize, given, progress)
+        result = compare(
+            checkpoint, training, holdout=unseen, images=images, seeds=seeds, levels=levels, settings=settings,
+            tolerance=tolerance, device=device, progress=progress,
+        )  # fmt: skip
+    print_comparison(result, out, as_json)
+
+
+@optimum_command.command("sweep", cls=CommandWithJson, short_help="R_mem as it is regularized.")
+@_shared_options
+@click.argument("variants", type=Variants(), nargs=-1, required=True, metavar="KIND[:VALUES]…")
+@reading_options()
+@_cond_option
+@_class_option
+@seeds_option("0-999")
+@folder_option("a folder for sweep.html and its tables, which keeps what is finished.", required=True)
+@json_option
+@debug_option
+def sweep_command(
+    source, variants, size, resize, solver, steps, tolerance, batch, device, cond, class_index, seeds, out, as_json,
+    **given,
+) -> None:  # fmt: skip
+    """How do the copies vanish as the optimum of SOURCE is regularized: R_mem against the strength.
+
+    KIND is tikhonov, bayes or smooth, at strengths chosen from the data, or at yours: smooth:0.03,0.1,0.3. The same
+    command resumes from what is finished in OUT, and more seeds or strengths cost only those.
+
+    \b
+    Examples:
+      diffmem optimum sweep builtin:digits tikhonov smooth:0.03,0.1,0.3 --out sweep
+      diffmem optimum sweep cifar10-train.zip tikhonov bayes smooth --seeds 0-255 --out sweep
+    """
+    from diffmem.progress import progress_bars
+    from diffmem.studies.comparison import sweep
+
+    _one_process("sweep")
+    _check_class(class_index, cond)
+    settings = _sampler(solver, steps, batch, class_index)
+    reserve_report(out)
+    with progress_bars() as progress:
+        training, _ = _sets(source, None, size, resize, given, progress)
+        if cond:
+            _check_classes(training, class_index)
+        result = sweep(
+            training, [variant for group in variants for variant in group], out, seeds=seeds, labels=cond,
+            tolerance=tolerance, settings=settings, device=device, progress=progress,
+        )  # fmt: skip
+    print_sweep(result, out, as_json)
+
+
+def _sampler(solver: str, steps: int | None, batch: int, class_index: int | None = None):
+    """The sampler's configuration; what is computed from here on treats denormal numbers as zeros."""
+    import torch
+
+    from diffmem.sampling import SamplerConfig
+
+    torch.set_flush_denormal(True)
+    return SamplerConfig(solver=solver, steps=steps, class_index=class_index, batch=batch, compile="off")
+
+
+def _sets(
+    source: str, holdout: str | None, size: int | None, resize: int | None, given: dict, progress: Progress
+) -> tuple[ImageSet, ImageSet | None]:
+    """The training images and the unseen ones; `given` says how they are read."""
+    from diffmem.data import DatasetSpec
+
+    training = DatasetSpec(source, size, resize, **reading("source", **given)).load(progress)
+    unseen = (
+        None if holdout is None else DatasetSpec(holdout, None, resize, **reading("holdout", **given)).load(progress)
+    )
+    say_notes([training, unseen], is_first_rank())
+    return training, unseen
+
+
+def _one_process(name: str) -> None:
+    if ranks() > 1:
+        raise click.UsageError(f"{name} runs in one process, without torchrun")
+
+
+def _check_class(class_index: int | None, cond: bool) -> None:
+    if class_index is not None and not cond:
+        raise click.UsageError("--class goes with --cond")
 
 
 def _check_classes(training: ImageSet, class_index: int | None) -> None:
@@ -219,30 +332,3 @@ def _check_classes(training: ImageSet, class_index: int | None) -> None:
             f"{training.source}: {gaps}, and the optimum of a class without images is not defined: number the classes"
             " from 0 with labels='consecutive', or choose one with --class"
         )
-
-
-def _check_use(context: click.Context, use: str) -> None:
-    """Raises UsageError for options that do not go together."""
-    given = {
-        parameter.name: parameter.opts[0]
-        for parameter in context.command.params
-        if context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
-    }
-    for name in _NOT_WITH[use]:
-        if name in given:
-            what = "goes with --compare" if use == "sampling" else f"does not go with {use}"
-            raise click.UsageError(f"{given[name]} {what}")
-    if use == "sampling":
-        if "out" not in given and "audit" not in given:
-            raise click.UsageError("nothing to do: give --out, --audit, --compare or --sweep")
-        for name in ("holdout", "report", *_GATE):
-            if name in given and "audit" not in given:
-                raise click.UsageError(f"{given[name]} goes with --audit")
-        if "restart" in given and "out" not in given:
-            raise click.UsageError("--restart goes with --out")
-    elif ranks() > 1:
-        raise click.UsageError(f"{use} runs in one process, without torchrun")
-    if use == "--sweep" and "report" not in given:
-        raise click.UsageError("--sweep needs a folder to keep its results in: --report")
-    if "class_index" in given and "cond" not in given:
-        raise click.UsageError("--class goes with --cond")

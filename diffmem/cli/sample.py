@@ -14,7 +14,6 @@ import click
 from diffmem.cli.audit import Source, as_json_asks, print_verdict
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import (
-    SOLVER,
     CommandWithJson,
     ValueRange,
     debug_option,
@@ -27,6 +26,17 @@ from diffmem.cli.options import (
     say_notes,
     tell_gate,
 )
+from diffmem.cli.sampling_options import (
+    batch_option,
+    class_option,
+    device_option,
+    images_out_option,
+    report_option,
+    restart_option,
+    seeds_option,
+    solver_option,
+    steps_option,
+)
 from diffmem.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,32 +44,12 @@ if TYPE_CHECKING:
     from diffmem.training import RunFolder
 
 
-class Seeds(click.ParamType):
-    name = "seeds"
-
-    def convert(self, value, parameter, context) -> list[int]:
-        from diffmem.evaluation import parse_seeds
-
-        try:
-            return value if isinstance(value, list) else parse_seeds(value)
-        except InputError as error:
-            self.fail(str(error), parameter, context)
-
-
 @click.command("sample", cls=CommandWithJson)
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-@click.option("--seeds", type=Seeds(), default="0-9999", show_default=True, help="Which images: 0-9999 or 0,3,5-7.")
-@click.option(
-    "--out", type=click.Path(path_type=Path),
-    help="Write an .npz (images, seeds, labels), a .zip (EDM's layout), or a new folder (PNG, one sub-folder per 1000 "
-    "seeds).",
-)  # fmt: skip
-@click.option(
-    "--solver", type=SOLVER, default="heun", show_default=True,
-    help="heun: the protocol's, 2·steps − 1 evaluations of the network (NFE). unipc: the fast one, one per step. "
-    "dpm++: DPM-Solver++(2M), one per step.",
-)  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=2), help="Noise levels.  [default: heun 18, others 14]")
+@seeds_option("0-9999")
+@images_out_option
+@solver_option()
+@steps_option
 @click.option(
     "--sigma-min", "--sigma_min", type=click.FloatRange(min=0, min_open=True),
     help="Lowest noise level; clipped to the network's range, as is the highest.  [default: 0.002, unipc 0.02]",
@@ -88,11 +78,8 @@ class Seeds(click.ParamType):
     "--churn-noise", "--S_noise", "S_noise", type=click.FloatRange(min=0), default=1.0, show_default=True,
     help="Factor on the deviation of the churn's noise.",
 )  # fmt: skip
-@click.option(
-    "--class", "class_index", type=click.IntRange(min=0), metavar="K",
-    help="All images of this class, each with the noise that its seed gives.  [default: drawn per seed]",
-)  # fmt: skip
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@class_option("all images are of it, each with the noise that its seed gives.  [default: drawn per seed]")
+@batch_option(64)
 @click.option(
     "--compile", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
     help="Run the step through torch.compile; auto: where the run is long enough to pay for it.",
@@ -104,21 +91,19 @@ class Seeds(click.ParamType):
 )  # fmt: skip
 @click.option("--fp16", "half", flag_value="fp16", help="--precision fp16.")
 @click.option("--bf16", "half", flag_value="bf16", help="--precision bf16.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@device_option
 @click.option("--audit", "training", type=Source(), metavar="TRAINING", help="Audit against these images as it goes.")
-@click.option("--holdout", type=Source(), help="With --audit: real images the model has not seen.")
+@click.option("--holdout", type=Source(), help="Real images the model has not seen: the rule's false-alarm rate.")
 @click.option(
     "--value-range", type=ValueRange(one_set=True), metavar="LOW,HIGH",
-    help="With --audit: where those images are floats, the values of black and white: -1,1 or 0,1.",
+    help="The values of black and white where the images of --audit are floats: -1,1 or 0,1.",
 )  # fmt: skip
 @click.option(
     "--flip/--no-flip", default=None,
-    help="With --audit: look for mirrored copies too.  [default: where CHECKPOINT is of a run with --xflip]",
+    help="Look for mirrored copies too.  [default: where CHECKPOINT is of a run with --xflip]",
 )  # fmt: skip
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="With --audit: write report.html and its tables into this folder."
-)
-@click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
+@report_option("With --audit.")
+@restart_option
 @json_option
 @gate_options
 @debug_option

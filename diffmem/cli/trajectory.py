@@ -10,7 +10,6 @@ import click
 
 from diffmem.cli.audit import Source
 from diffmem.cli.options import (
-    SOLVER,
     debug_option,
     gate_options,
     limits_of,
@@ -19,7 +18,7 @@ from diffmem.cli.options import (
     reserve_report,
     tell_gate,
 )
-from diffmem.cli.sample import Seeds
+from diffmem.cli.sampling_options import batch_option, device_option, folder_option, seeds_option, solver_option
 
 if TYPE_CHECKING:
     from diffmem.evaluation import Trajectory
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.command("trajectory")
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--seeds", type=Seeds(), default="0-9999", show_default=True, help="The images of each snapshot.")
+@seeds_option("0-9999")
 @click.option("--every", type=click.IntRange(min=1), metavar="N", help="A snapshot every N images, and the last.")
 @click.option(
     "--order", type=click.Choice(["newest", "oldest", "bisect"]), default="newest", show_default=True,
@@ -45,11 +44,10 @@ if TYPE_CHECKING:
 @click.option("--size", type=click.IntRange(min=1), metavar="N", help="With --data: as for diffmem train.")
 @click.option("--resize", type=click.IntRange(min=1), metavar="R", help="With --data: as for diffmem train.")
 @reading_options()
-@click.option("--solver", type=SOLVER, default="heun", show_default=True,
-              help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the page.  [default: RUN/trajectory]")
+@solver_option()
+@batch_option(64)
+@device_option
+@folder_option("a folder for trajectory.html and its tables.  [default: RUN/trajectory]")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on standard output, nothing else.")
 @gate_options
 @debug_option

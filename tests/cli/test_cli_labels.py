@@ -46,7 +46,7 @@ def test_one_hot_labels_are_classes_in_every_command(tmp_path, with_labels):
             out = tmp_path / f"{len(made)}.npz"
             arguments = [command[0], read, out, *command[1:]]
             if command[0] == "optimum":
-                arguments = [command[0], read, "--out", out, *command[1:]]
+                arguments = [command[0], "sample", read, "--out", out, *command[1:]]
             result = invoke(*arguments)
             assert result.exit_code == 0, result.output
             made.append(load_images(out))
@@ -71,8 +71,8 @@ def test_one_hot_labels_are_classes_in_every_command(tmp_path, with_labels):
 )
 def test_labels_that_the_conditional_optimum_cannot_use(tmp_path, with_labels, labels, says):
     source = with_labels("set.zip", labels)
-    for use in (["--out", tmp_path / "x.npz"], ["--sweep", "tikhonov:0.1", "--report", tmp_path / "report"]):
-        result = invoke("optimum", source, "--cond", "--seeds", "0-3", "--device", "cpu", *use)
+    for use in (["sample", source, "--out", tmp_path / "x.npz"], ["sweep", source, "tikhonov:0.1", "--out", tmp_path]):
+        result = invoke("optimum", *use, "--cond", "--seeds", "0-3", "--device", "cpu")
         assert result.exit_code != 0
         assert says in " ".join(str(result.exception).split())
     assert not (tmp_path / "x.npz").exists()
@@ -99,7 +99,7 @@ def test_text_labels_do_not_stop_what_does_not_use_them(tmp_path):
         ["audit", source, source, "--limit", 5],
         ["dataset", source, tmp_path / "a.zip", "--size", 10],
         ["train", "--data", source, *TINY, "--dry-run"],
-        ["optimum", source, "--seeds", "0-3", "--steps", 2, "--out", tmp_path / "x.npz", "--device", "cpu"],
+        ["optimum", "sample", source, "--seeds", "0-3", "--steps", 2, "--out", tmp_path / "x.npz", "--device", "cpu"],
     ):
         result = invoke(*command)
         assert result.exit_code == 0, (command, result.output)

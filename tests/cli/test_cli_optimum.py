@@ -19,7 +19,7 @@ def run(capsys, *arguments):
 
 
 def test_copies_and_fewer_of_them(capsys, tmp_path):
-    command = ["optimum", "builtin:digits", "--size", "100", "--cond", "--seeds", "0-29", "--audit"]
+    command = ["optimum", "sample", "builtin:digits", "--size", "100", "--cond", "--seeds", "0-29"]
     status, out, _ = run(capsys, *command, "--out", tmp_path / "copies.npz")
     assert status == 0
     assert "optimum of 100 images 1x8x8" in out
@@ -42,14 +42,15 @@ def test_a_network_is_compared(capsys, tmp_path):
         tmp_path / "run",
     )  # fmt: skip
     assert status == 0
-    command = ["optimum", "builtin:digits", *data, "--compare", tmp_path / "run", "--images", "6", "--levels", "5"]
+    few = ["--noisy-images", "6", "--levels", "5"]
+    command = ["optimum", "compare", "builtin:digits", tmp_path / "run", *data, *few]
     status, out, err = run(
-        capsys, *command, "--steps", "3", "--holdout", "builtin:digits", "--report", tmp_path / "report"
+        capsys, *command, "--steps", "3", "--holdout", "builtin:digits", "--out", tmp_path / "report"
     )
     assert status == 0
     assert "50 of 1,797 images of builtin:digits are training images" in err
     assert "on 6 training, 6 unseen, 6 generated noisy images" in out
-    assert "At no noise level has the model become its training set" in out  # it has hardly been trained
+    assert "At no noise level has the model memorized its training set" in out  # it has hardly been trained
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
         "compare.csv", "compare.html", "compare.json", "compare.svg",
     ]  # fmt: skip
@@ -62,26 +63,16 @@ def test_a_network_is_compared(capsys, tmp_path):
     status, out, _ = run(capsys, *command, "--steps", "3", "--json")
     found = json.loads(out)
     assert list(found["sets"]) == ["training", "generated"]
-    assert found["memory"] is None
+    assert found["memorization_score"] is None
     status, _, err = run(capsys, *command, "--size", "60")
     assert status == 1
     assert "was trained on" in err
 
 
 def test_a_sweep_and_its_page(capsys, tmp_path):
-    command = [
-        "optimum",
-        "builtin:digits",
-        "--size",
-        "100",
-        "--report",
-        tmp_path,
-        "--steps",
-        "6",
-        "--sweep",
-        "tikhonov:0,1",
-    ]
-    status, out, _ = run(capsys, *command, "--sweep", "bayes:exp(-60)", "--seeds", "0-9")
+    command = ["optimum", "sweep", "builtin:digits", "tikhonov:0,1"]
+    options = ["--size", "100", "--steps", "6", "--out", tmp_path]
+    status, out, _ = run(capsys, *command, "bayes:exp(-60)", "--seeds", "0-9", *options)
     assert status == 0
     assert "half of the images are copies" not in out  # c = 0 is on no logarithmic axis
     assert (tmp_path / "sweep.csv").read_text().splitlines()[1].startswith("tikhonov,0,10,10,1,")
@@ -89,7 +80,7 @@ def test_a_sweep_and_its_page(capsys, tmp_path):
     for kind in ("tikhonov", "bayes"):
         with Image.open(tmp_path / f"{kind}.png") as picture:
             assert picture.width == 8 * (32 + 4)
-    status, out, _ = run(capsys, *command, "--seeds", "0-11", "--json")
+    status, out, _ = run(capsys, *command, "--seeds", "0-11", *options, "--json")
     points = json.loads(out)["points"]
     assert [(point["variant"], point["count"], point["total"]) for point in points] == [
         ("tikhonov:0", 12, 12),
@@ -97,30 +88,36 @@ def test_a_sweep_and_its_page(capsys, tmp_path):
     ]
 
 
+SAMPLE, COMPARE, SWEEP = (["optimum", name, "builtin:digits"] for name in ("sample", "compare", "sweep"))
+OLD = ["optimum", "builtin:digits"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        ([], 2, "nothing to do"),
-        (["--audit", "--regularize", "ridge:1"], 2, "is no regularization"),
-        (["--audit", "--class", "3"], 2, "--class goes with --cond"),
-        (["--compare", ".", "--audit"], 2, "--audit does not go with --compare"),
-        (["--compare", "."], 1, "no config.json in it"),
-        (
-            ["--sweep", "smooth", "--regularize", "smooth:1", "--report", "r"],
-            2,
-            "--regularize does not go with --sweep",
-        ),
-        (["--sweep", "smooth"], 2, "a folder to keep its results in"),
-        (["--sweep", "ridge", "--report", "r"], 2, "is no sweep"),
-        (["--audit", "--levels", "9"], 2, "--levels goes with --compare"),
-        (["--out", "o.npz", "--report", "r"], 2, "--report goes with --audit"),
-        (["--audit", "--subset", "9999"], 1, "subset: 9999 images cannot be drawn"),
-        (["--audit", "--size", "9999"], 1, "largest possible size"),
+        ([*SAMPLE, "--no-audit"], 2, "nothing to do: give --out"),
+        ([*SAMPLE, "--regularize", "ridge:1"], 2, "is no regularization"),
+        ([*SAMPLE, "--class", "3"], 2, "--class goes with --cond"),
+        ([*SAMPLE, "--levels", "9"], 2, "No such option"),
+        ([*SAMPLE, "--audit"], 2, "are audited against SOURCE anyway"),
+        ([*SAMPLE, "--out", "o.npz", "--no-audit", "--report", "r"], 2, "--report does not go with --no-audit"),
+        ([*SAMPLE, "--out", "o.npz", "--no-audit", "--max-copies", "1"], 2, "--max-copies does not go with --no-audit"),
+        ([*SAMPLE, "--restart"], 2, "--restart goes with --out"),
+        ([*SAMPLE, "--subset", "9999"], 1, "subset: 9999 images cannot be drawn"),
+        ([*SAMPLE, "--size", "9999"], 1, "largest possible size"),
+        ([*COMPARE, ".", "--audit"], 2, "No such option"),
+        ([*COMPARE, "."], 1, "no config.json in it"),
+        ([*SWEEP, "smooth", "--regularize", "smooth:1", "--out", "r"], 2, "No such option"),
+        ([*SWEEP, "smooth"], 2, "Missing option '--out'"),
+        ([*SWEEP, "ridge", "--out", "r"], 2, "is no sweep"),
+        ([*OLD, "--audit"], 2, "write `diffmem optimum sample SOURCE"),
+        ([*OLD, "--compare", "run", "--images", "8"], 2, "write `diffmem optimum compare SOURCE CHECKPOINT"),
+        (["optimum", "--sweep=smooth", "builtin:digits"], 2, "write `diffmem optimum sweep SOURCE"),
     ],
 )
 def test_bad_usage(capsys, tmp_path, monkeypatch, arguments, status, words):
     monkeypatch.chdir(tmp_path)
-    found, out, err = run(capsys, "optimum", "builtin:digits", *arguments)
+    found, out, err = run(capsys, *arguments)
     assert found == status
     assert words in " ".join(err.replace("│", " ").split())
     assert out == ""

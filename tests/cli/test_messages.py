@@ -135,7 +135,7 @@ def test_what_messages_advise_helps(tmp_path):
     (folder / "99.png").write_bytes(b"broken")
     for command in (
         ["audit", folder, plain], ["dataset", folder, tmp_path / "made.zip"], ["train", "--data", folder, "--dry-run"],
-        ["optimum", folder, "--seeds", "0-1", "--steps", 2, "--audit", "--device", "cpu"],
+        ["optimum", "sample", folder, "--seeds", "0-1", "--steps", 2, "--device", "cpu"],
     ):  # fmt: skip
         assert "pass --skip-bad to go on without such files" in fails(*command), command
         if command[0] in ("audit", "dataset"):

@@ -1,4 +1,4 @@
-"""compare: gaps that are known beforehand, the range in which a model is its training set, what is refused."""
+"""compare: gaps that are known beforehand, the range in which a model has memorized, what is refused."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_the_optimum_is_the_optimum(training, digits):
     result = compare(OptimalDenoiser(training, labels=False), training, holdout=digits, **FEW)
     assert all((result.gap(kind).value < 1e-12).all() for kind in ("training", "unseen", "generated"))
     assert result.reference("training").value.min() > 1e-4  # another sample's optimum is not this one
-    np.testing.assert_allclose(result.memory.value, result.ceiling.value)
-    assert result.memory.value[0] > 0.999
-    assert result.become.low is None
+    np.testing.assert_allclose(result.memorization_score.value, result.optimal_score.value)
+    assert result.memorization_score.value[0] > 0.999
+    assert result.memorized_range.low is None
     assert 0.1 < result.sigma_star == result.highest_possible < 2
-    assert result.become.high_interval[0] <= result.sigma_star <= result.become.high_interval[1]
+    assert result.memorized_range.high_interval[0] <= result.sigma_star <= result.memorized_range.high_interval[1]
     assert result.copies == len(result.gaps["generated"].gap) == 20
     # Training images among the holdout are no unseen images.
     assert "60 of 1,797 images of builtin:digits are training images" in result.notes[0]
@@ -84,9 +84,9 @@ def test_a_denoiser_that_knows_no_training_set(training, digits):
         noise = gaps.model_error / result.levels**2
         np.testing.assert_allclose(noise, noise[:, :1] @ np.ones((1, 3)), rtol=1e-6)  # one noise for all levels
         assert noise.mean() == pytest.approx(1, abs=0.1)
-    assert (np.abs(result.memory.value) < 0.1).all()
-    assert ((result.memory.low < 0) & (result.memory.high > 0)).any()
-    assert result.become is None
+    assert (np.abs(result.memorization_score.value) < 0.1).all()
+    assert ((result.memorization_score.low < 0) & (result.memorization_score.high > 0)).any()
+    assert result.memorized_range is None
     assert "At no noise level" in result.verdict()
     # All training images were asked about, each as often, with noise of its own each time.
     assert len(np.unique(result.gaps["training"].model_error[:, 0])) == len(result.gaps["training"].gap) == 2 * N
@@ -99,7 +99,7 @@ def test_classes_reach_both_denoisers(training):
     same = compare(Changed(training, lambda x, optimal: optimal, labels=None), training, **FEW)
     assert (same.gap("training").value < 1e-12).all()
     assert same.settings["conditional"]
-    assert same.memory is None
+    assert same.memorization_score is None
     assert "without unseen images" in same.verdict()
     # A network that does not heed the class has another optimum.
     blind = compare(_Blind(training), training, **FEW)
@@ -111,7 +111,7 @@ class _Blind(OptimalDenoiser):
         return super().forward(x, sigma, None)
 
 
-def test_where_memory_is_at_least_eight_ninths():
+def test_where_the_score_is_at_least_eight_ninths():
     levels, least = np.array([1.0, math.e, math.e**2, math.e**3]), 8 / 9
     assert _range(levels, np.array([0.1, 0.2, 0.8, 0.88])) is None
     low, high = _range(levels, np.array([least - 0.1, least + 0.1, 0.99, 0.2]))

@@ -4,7 +4,7 @@ variants are from copying (`sweep`)."""
 from __future__ import annotations
 
 from diffmem.studies.comparison.gaps import Comparison, Curve, Gaps, NoiseRange, compare
-from diffmem.studies.comparison.gaps_report import draw_memory
+from diffmem.studies.comparison.gaps_report import draw_scores
 from diffmem.studies.comparison.sweeps import Sweep, SweepPoint, parse_sweep, sweep
 from diffmem.studies.comparison.sweeps_report import draw as draw_sweeps
 
@@ -16,7 +16,7 @@ __all__ = [
     "Sweep",
     "SweepPoint",
     "compare",
-    "draw_memory",
+    "draw_scores",
     "draw_sweeps",
     "parse_sweep",
     "sweep",

@@ -35,7 +35,7 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # the range of EDM's sampler
 SHOWN_LEVELS = (0.05, 0.15, 0.4, 1.0, 2.5, 6.0)
 SHOWN = 2  # images of a set that are shown
 LEAST_REFERENCE = 16  # unseen images below which no second optimum is made of them
-BECOME = 1 - 1 / 9  # memory from which a model counts as its training set
+MEMORIZED = 1 - 1 / 9  # memorization score from which a model has memorized its training set
 NOTHING = 1e-4  # share of σ², or of the spread, below which the optimum's error is no measure of anything
 
 
@@ -107,16 +107,17 @@ class Comparison:
     on training images: E = E_opt + gap in expectation over all training images, since D_opt is a conditional mean. So
     the gap on training images is the part of the training loss that training could still remove, and
 
-    - memory(σ) = 1 − E / E′; 0: training images are denoised like any others; 1: learned by heart,
-    - ceiling(σ) = 1 − E_opt / E′, what memory would be if the model denoised training images as the optimum does,
-    - closeness(σ) = memory / ceiling = 1 − gap / (E′ − E_opt).
+    - memorization_score(σ) = 1 − E / E′; 0: training images are denoised like any others; 1: learned by heart,
+    - optimal_score(σ) = 1 − E_opt / E′, what it would be if the model denoised training images as the optimum does,
+    - normalized_score(σ) = memorization_score / optimal_score = 1 − gap / (E′ − E_opt).
 
-    Towards high σ the ceiling falls to 0: every denoiser tends to a mean image, and there is nothing to memorize. The
-    model **has become its training set** at the noise levels where memory is at least 8/9: where its root mean square
-    error on training images is at most a third of that on unseen ones, the factor by which the memorization rule asks a
-    copy to be nearer than anything else. Sampling comes down from high σ: σ* is the upper end of that range. Memory
-    comes before copies: a model that denoises training images with half the squared error of others may not yet copy
-    one of them. Comparing errors on seen and unseen images by σ follows Kadkhodaie et al. (arXiv 2310.02557).
+    Toward high σ the optimal score falls to 0: every denoiser tends to a mean image, and there is nothing to memorize.
+    The model **has memorized its training set** at the noise levels where its score is at least 8/9: where its root
+    mean square error on training images is at most a third of that on unseen ones, the factor by which the memorization
+    rule asks a copy to be nearer than anything else. Sampling comes down from high σ: σ* is the upper end of that
+    range. The score rises before there are copies: a model that denoises training images with half the squared error of
+    others may not yet copy one of them. Comparing errors on seen and unseen images by σ follows Kadkhodaie et al.
+    (arXiv 2310.02557).
 
     Intervals: 95 %, percentiles of 1,000 bootstrap samples of the noisy images. They cover a little less than that, and
     much less at levels where a few images make most of a mean (see benchmarks/results/optimum). That of σ* knows
@@ -175,19 +176,19 @@ class Comparison:
         return None if values is None else self._mean(kind, values)
 
     @cached_property
-    def memory(self) -> Curve | None:
+    def memorization_score(self) -> Curve | None:
         """1 − E/E′; None without unseen images."""
         return None if "unseen" not in self.gaps else self._ratio("model_error")
 
     @cached_property
-    def ceiling(self) -> Curve | None:
+    def optimal_score(self) -> Curve | None:
         """1 − E_opt/E′; None without unseen images."""
         return None if "unseen" not in self.gaps else self._ratio("optimum_error")
 
     @cached_property
-    def closeness(self) -> Curve | None:
-        """memory/ceiling; NaN where the ceiling is not above 0 with its whole interval."""
-        if self.memory is None:
+    def normalized_score(self) -> Curve | None:
+        """memorization_score/optimal_score; NaN where the interval of the latter is not above 0."""
+        if self.memorization_score is None:
             return None
         training, unseen = (self.gaps[kind] for kind in ("training", "unseen"))
         drawn = [self._draws("training") @ training.model_error, self._draws("training") @ training.optimum_error]
@@ -195,13 +196,13 @@ class Comparison:
         others, other = self._draws("unseen") @ unseen.model_error, unseen.model_error.mean(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             curve = _curve((other - errors[0]) / (other - errors[1]), (others - drawn[0]) / (others - drawn[1]))
-        return Curve(*(np.where(self.ceiling.low > 0, values, np.nan) for values in curve))
+        return Curve(*(np.where(self.optimal_score.low > 0, values, np.nan) for values in curve))
 
     @cached_property
-    def become(self) -> NoiseRange | None:
-        """The noise levels at which the model has become its training set: those around the highest memory at which it
-        is at least 8/9, interpolated along ln σ. None where there are none, or no unseen images."""
-        if self.memory is None or (found := _range(self.levels, self.memory.value)) is None:
+    def memorized_range(self) -> NoiseRange | None:
+        """The noise levels at which the model has memorized its training set: those around the highest memorization
+        score at which it is at least 8/9, interpolated along ln σ. None where there are none, or no unseen images."""
+        if self.memorization_score is None or (found := _range(self.levels, self.memorization_score.value)) is None:
             return None
         ranges = [_range(self.levels, values) for values in self._resampled_ratio("model_error")]
         ends = []
@@ -212,14 +213,14 @@ class Comparison:
 
     @property
     def sigma_star(self) -> float | None:
-        """The upper end of `become`."""
-        return None if self.become is None else self.become.high
+        """The upper end of `memorized_range`."""
+        return None if self.memorized_range is None else self.memorized_range.high
 
     @property
     def highest_possible(self) -> float | None:
         """What σ* would be if the model denoised training images as the optimum does; None where it reaches an end of
         the levels or is nowhere."""
-        found = None if self.ceiling is None else _range(self.levels, self.ceiling.value)
+        found = None if self.optimal_score is None else _range(self.levels, self.optimal_score.value)
         return None if found is None else found[1]
 
     @cached_property
@@ -233,21 +234,22 @@ class Comparison:
 
     def verdict(self) -> str:
         """What the curve says, in a sentence for people."""
-        if self.memory is None:
-            return "Whether the model has become its training set cannot be said without unseen images (a holdout)."
-        memory, peak = self.memory, int(self.memory.value.argmax())
-        highest = f"memory is highest at σ = {self.levels[peak]:.3g}: {percent(memory.value[peak])} "
-        highest += f"({percent(memory.low[peak])} to {percent(memory.high[peak])})"
-        if self.become is None:
-            return f"At no noise level has the model become its training set: {highest}."
-        low, high = self.become.low, self.become.high
+        score = self.memorization_score
+        if score is None:
+            return "Whether the model has memorized its training set cannot be said without unseen images (a holdout)."
+        peak = int(score.value.argmax())
+        highest = f"its memorization score is highest at σ = {self.levels[peak]:.3g}: {percent(score.value[peak])} "
+        highest += f"({percent(score.low[peak])} to {percent(score.high[peak])})"
+        if self.memorized_range is None:
+            return f"At no noise level has the model memorized its training set: {highest}."
+        low, high = self.memorized_range.low, self.memorized_range.high
         upper = f"the highest noise level tried, {self.levels[-1]:.3g}" if high is None else f"σ* = {high:.3g}"
-        if self.become.high_interval is not None:
-            upper += " ({:.3g} to {:.3g})".format(*self.become.high_interval)
+        if self.memorized_range.high_interval is not None:
+            upper += " ({:.3g} to {:.3g})".format(*self.memorized_range.high_interval)
         lower = "" if low is None else f"from σ = {low:.3g} "
         most = "" if self.highest_possible is None else f" (the optimum in its place: {self.highest_possible:.3g})"
         return (
-            f"The model has become its training set at noise levels {lower}up to {upper}{most}: its rms error on "
+            f"The model has memorized its training set at noise levels {lower}up to {upper}{most}: its rms error on "
             f"training images is at most a third of that on unseen ones; {highest}."
         )
 
@@ -262,7 +264,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain JSON types, without the images; NaN as None."""
-        become = self.become
+        found = self.memorized_range
         return {
             "checkpoint": self.checkpoint,
             "model": self.model,
@@ -280,10 +282,10 @@ class Comparison:
                 }
                 for kind, gaps in self.gaps.items()
             },
-            "memory": _to_json(self.memory),
-            "ceiling": _to_json(self.ceiling),
-            "closeness": _to_json(self.closeness),
-            "become": None if become is None else become._asdict(),
+            "memorization_score": _to_json(self.memorization_score),
+            "optimal_score": _to_json(self.optimal_score),
+            "normalized_score": _to_json(self.normalized_score),
+            "memorized_range": None if found is None else found._asdict(),
             "sigma_star": self.sigma_star,
             "highest_possible": self.highest_possible,
             "r_mem": self.rate.to_dict(),
@@ -329,7 +331,7 @@ def compare(
     progress: Progress = silent,
 ) -> Comparison:
     """The squared gap between a network and the optimum of its training set, by noise level, on training, unseen and
-    generated images, and the noise levels at which the network has become its training set (see `Comparison`).
+    generated images, and the noise levels at which the network has memorized it (see `Comparison`).
 
     Args:
         checkpoint: A checkpoint folder or EDM snapshot; the folder of a run, for its last snapshot; or a denoiser.
@@ -595,20 +597,20 @@ def _curve(value: np.ndarray, draws: np.ndarray) -> Curve:
     return Curve(value, *interval(draws))
 
 
-def _range(levels: np.ndarray, memory: np.ndarray) -> tuple[float | None, float | None] | None:
-    """Where memory is at least 8/9, around its highest value; an end is None where that is the last level."""
-    peak = int(memory.argmax())
-    if memory[peak] < BECOME:
+def _range(levels: np.ndarray, score: np.ndarray) -> tuple[float | None, float | None] | None:
+    """Where the score is at least 8/9, around its highest value; an end is None where that is the last level."""
+    peak = int(score.argmax())
+    if score[peak] < MEMORIZED:
         return None
     ends = []
     for step, last in ((-1, 0), (1, len(levels) - 1)):
         at = peak
-        while at != last and memory[at + step] >= BECOME:
+        while at != last and score[at + step] >= MEMORIZED:
             at += step
         if at == last:
             ends.append(None)
             continue
-        share = (memory[at] - BECOME) / (memory[at] - memory[at + step])
+        share = (score[at] - MEMORIZED) / (score[at] - score[at + step])
         ends.append(math.exp(math.log(levels[at]) + share * math.log(levels[at + step] / levels[at])))
     return ends[0], ends[1]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from diffmem.atomic_io import check_output_folder
 from diffmem.html_report import template, write_report
 from diffmem.plotting import data_url, plot, svg
-from diffmem.studies.comparison.gaps import BECOME
+from diffmem.studies.comparison.gaps import MEMORIZED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,13 +46,13 @@ def write_page(comparison: Comparison, folder: Path) -> Path:
 
 
 def draw(comparison: Comparison) -> str:
-    """The gaps against σ, and, with unseen images, memory and its ceiling, as SVG."""
-    with plot(7.2, 5.4 if comparison.memory is not None else 3.2) as figure:
-        if comparison.memory is None:
+    """The gaps against σ, and, with unseen images, the memorization score and the optimum's, as SVG."""
+    with plot(7.2, 5.4 if comparison.memorization_score is not None else 3.2) as figure:
+        if comparison.memorization_score is None:
             axes = figure.add_subplot()
         else:
             axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.25, 1))
-            _draw_memory(comparison, below)
+            _draw_scores(comparison, below)
         sigma = comparison.levels
         for kind in comparison.gaps:
             _band(axes, sigma, comparison.gap(kind), COLORS[kind], f"gap on {kind} images")
@@ -74,8 +74,8 @@ def draw(comparison: Comparison) -> str:
         return svg(figure)
 
 
-def draw_memory(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
-    """Memory of several models in one plot, as SVG.
+def draw_scores(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
+    """The memorization scores of several models in one plot, as SVG.
 
     Args:
         comparisons: What `compare` returned.
@@ -86,41 +86,43 @@ def draw_memory(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
         colors = ("#a3261c", "#3866a8", "#2b6b3f", "#8a5a00", "#6b3fa0", "#1f8a8a")
         for index, (comparison, name) in enumerate(zip(comparisons, names, strict=True)):
             color = colors[index % len(colors)]
-            _band(axes, comparison.levels, comparison.memory, color, name)
-            axes.plot(comparison.levels, comparison.ceiling.value, color=color, linestyle="--", linewidth=0.9)
-        _memory_axes(axes)
+            _band(axes, comparison.levels, comparison.memorization_score, color, name)
+            axes.plot(comparison.levels, comparison.optimal_score.value, color=color, linestyle="--", linewidth=0.9)
+        _score_axes(axes)
         axes.plot([], [], color="#5b6675", linestyle="--", linewidth=0.9, label="the optimum in its place")
         axes.set_xlabel("noise level σ, images in [−1, 1]")
         axes.legend(loc="best", fontsize=7.5)
         return svg(figure)
 
 
-def _draw_memory(comparison: Comparison, axes: Axes) -> None:
-    _band(axes, comparison.levels, comparison.memory, COLORS["training"], "memory, 1 − E/E′")
-    label = "its ceiling: the optimum in the model's place"
-    axes.plot(comparison.levels, comparison.ceiling.value, color="#5b6675", linestyle="--", linewidth=1, label=label)
-    become = comparison.become
-    if become is not None:
+def _draw_scores(comparison: Comparison, axes: Axes) -> None:
+    _band(axes, comparison.levels, comparison.memorization_score, COLORS["training"], "memorization score, 1 − E/E′")
+    label = "optimal score: the optimum in the model's place"
+    axes.plot(
+        comparison.levels, comparison.optimal_score.value, color="#5b6675", linestyle="--", linewidth=1, label=label
+    )
+    found = comparison.memorized_range
+    if found is not None:
         outermost = (comparison.levels[0], comparison.levels[-1])
-        ends = [last if end is None else end for last, end in zip(outermost, become[:2], strict=True)]
-        axes.axvspan(*ends, color=COLORS["training"], alpha=0.08, linewidth=0, label="the model is its training set")
-        if become.high is not None:
-            label = f"σ* = {become.high:.3g}"
-            axes.annotate(label, (become.high, 0.3), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
-    _memory_axes(axes)
+        ends = [last if end is None else end for last, end in zip(outermost, found[:2], strict=True)]
+        axes.axvspan(*ends, color=COLORS["training"], alpha=0.08, linewidth=0, label="memorized range")
+        if found.high is not None:
+            label = f"σ* = {found.high:.3g}"
+            axes.annotate(label, (found.high, 0.3), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
+    _score_axes(axes)
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5)
 
 
-def _memory_axes(axes: Axes) -> None:
+def _score_axes(axes: Axes) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axes.axhline(
-        BECOME, color="#555", linestyle=":", linewidth=0.8, label="8/9: error a third of that on unseen images"
+        MEMORIZED, color="#555", linestyle=":", linewidth=0.8, label="8/9: error a third of that on unseen images"
     )
     axes.set_xscale("log")
     axes.set_ylim(-0.12, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylabel("memory")
+    axes.set_ylabel("memorization score")
 
 
 def _band(axes: Axes, sigma: Sequence[float], curve: Curve, color: str, label: str) -> None:
@@ -140,8 +142,10 @@ def _table(comparison: Comparison) -> tuple[list[str], list[list[float]]]:
         }
         if (reference := comparison.reference(kind)) is not None:
             curves[f"{kind}_reference_gap"] = reference
-    if comparison.memory is not None:
-        curves |= {name: getattr(comparison, name) for name in ("memory", "ceiling", "closeness")}
+    if comparison.memorization_score is not None:
+        curves |= {
+            name: getattr(comparison, name) for name in ("memorization_score", "optimal_score", "normalized_score")
+        }
     columns = ["sigma", *(f"{name}{end}" for name in curves for end in ("", "_low", "_high"))]
     values = [comparison.levels, *(part for curve in curves.values() for part in curve)]
     return columns, [[float(value) for value in row] for row in zip(*values, strict=True)]
