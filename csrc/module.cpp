@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "alignment/alignment.h"
 #include "conv3x3/conv3x3.h"
 #include "cpu/features.h"
 #include "group_norm_silu/group_norm_silu.h"
@@ -112,6 +113,33 @@ void bind_conv3x3(py::module_& m) {
 template <class T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// diffmem::alignment: best correlations (alignment.h says what each array holds).
+void bind_alignment(py::module_& m) {
+  namespace alignment = diffmem::alignment;
+  using Address = std::uintptr_t;
+  m.def("alignment_available", &alignment::available, "Whether this processor and build have it.");
+  m.def(
+      "alignment",
+      [](std::array<std::int64_t, 8> sizes, Address searched, Address templates, Address correlations,
+         Address positions, int threads) {
+        require_sizes(sizes, "alignment: shape must hold sizes of at least 1");
+        const alignment::Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
+        require(shape.h <= shape.height && shape.w <= shape.width,
+                "alignment: templates must fit into what is searched");
+        require(shape.down() * shape.across() <= (std::int64_t{1} << 31) / shape.variants - 1,
+                "alignment: a query must have fewer than 2^31 windows");
+        require(alignment::available(), "alignment: this processor or build has no AVX2");
+        require_threads(threads);
+        require_addresses(searched, templates, correlations, positions);
+        alignment::align(shape, at<const float>(searched), at<const float>(templates), at<float>(correlations),
+                         at<std::int64_t>(positions), threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("shape"), py::arg("searched"), py::arg("templates"),
+      py::arg("correlations"), py::arg("positions"), py::arg("threads"),
+      "The best correlation of each template, and where; shape: queries, variants, channels, height, width, count, h, "
+      "w.");
 }
 
 // diffmem::group_norm_silu: the normalization of CPUs (group_norm_silu.h says what each array holds).
@@ -499,6 +527,7 @@ PYBIND11_MODULE(_C, m) {
       "cpu_level", [] { return std::string(diffmem::cpu::name(diffmem::cpu::level())); },
       "Instruction set in use: portable, avx2 or avx512 (DIFFMEM_CPU lowers it).");
   m.def("cpu_features", &diffmem::cpu::features, "Relevant processor features found.");
+  bind_alignment(m);
   bind_conv3x3(m);
   bind_group_norm_silu(m);
   bind_nearest(m);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffmem.ops.alignment import reference, torch_backend
+from diffmem.ops.alignment import native, reference, torch_backend
 from diffmem.ops.alignment.arguments import check
 from diffmem.ops.registry import Backend, Op, register
 
@@ -12,6 +12,13 @@ OP = register(
     Op(
         "alignment",
         (
+            Backend(
+                "native",
+                "products of templates side by side, for float32; torch for others",
+                native.alignment,
+                native.unavailable,
+                native.unfit,
+            ),
             Backend("torch", "windows as rows of matrix products", torch_backend.alignment),
             Backend("reference", "the plain formula, window by window", reference.alignment),
         ),

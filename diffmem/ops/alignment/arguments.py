@@ -31,3 +31,9 @@ def check(searched: torch.Tensor, templates: torch.Tensor) -> None:
 def is_flat(squared: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Whether an image has no variance: Σ(x − mean)² = squared is at most a millionth of Σx² = total."""
     return squared <= total * 1e-6
+
+
+def check_kernel(unfit: str | None) -> None:
+    """unfit: why a kernel cannot take what `check` has let pass, or None."""
+    if unfit is not None:
+        raise InputError(f"{OP_NAME}: searched and templates cannot be taken: {unfit}")

@@ -1,0 +1,55 @@
+"""The alignment of csrc/alignment, as an op that torch.compile knows."""
+
+from __future__ import annotations
+
+import torch
+
+from diffmem.ops.alignment.arguments import OP_NAME, check, check_kernel
+from diffmem.ops.registry import available_core, native_kernel_unavailable
+
+MOST_WINDOWS = 1 << 31  # positions are 32 bits inside
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the compiled alignment cannot run on `device_type`, or None."""
+    return native_kernel_unavailable(device_type, OP_NAME, "AVX2")
+
+
+def unfit(searched: torch.Tensor, templates: torch.Tensor) -> str | None:
+    """Why the compiled alignment cannot take these, or None."""
+    if searched.dtype != torch.float32:
+        return f"{searched.dtype} is not float32"
+    _, variants, _, height, width = searched.shape
+    windows = variants * (height - templates.shape[3] + 1) * (width - templates.shape[4] + 1)
+    if windows >= MOST_WINDOWS:
+        return f"a query has {windows:,} windows, not fewer than 2^31"
+    return None
+
+
+@torch.library.custom_op("diffmem::alignment_native", mutates_args=(), device_types="cpu")
+def alignment(searched: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `diffmem.ops.alignment`."""
+    _check(searched, templates)
+    core = available_core(OP_NAME, unavailable("cpu"))
+    searched, templates = searched.contiguous(), templates.contiguous()
+    correlations = torch.empty(templates.shape[:2])
+    positions = torch.empty(templates.shape[:2], dtype=torch.int64)
+    if correlations.numel():
+        shape = [*searched.shape, templates.shape[1], *templates.shape[3:]]
+        core.alignment(
+            shape, searched.data_ptr(), templates.data_ptr(), correlations.data_ptr(), positions.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return correlations, positions
+
+
+@alignment.register_fake
+def _(searched, templates):
+    _check(searched, templates)
+    correlations = searched.new_empty(templates.shape[:2])
+    return correlations, torch.empty_like(correlations, dtype=torch.int64)
+
+
+def _check(searched, templates):
+    check(searched, templates)
+    check_kernel(unfit(searched, templates))
