@@ -89,17 +89,19 @@ def _checked(
     if vectors.dtype.kind == "f" and not vectors.dtype.isnative:
         vectors = vectors.astype(vectors.dtype.newbyteorder("="))
     bits = vectors.dtype == np.uint8 and vectors.size > 0 and vectors.max() <= 1
+    asked = metric is not None
     if metric is None:
         metric = "cosine" if vectors.dtype != np.uint8 else "hamming" if bits else "euclidean"
     found = FeatureSet(vectors, metric, names=names, source=source, notes=notes)
     if vectors.dtype != np.uint8 and metric == "cosine" and not found.unit:
         near = np.abs(found.lengths - 1) <= UNIT
         low, high = float(found.lengths.min()), float(found.lengths.max())
-        if near.mean() > 0.5:
+        if near.mean() > 0.5 and not asked:
             wrong = int(np.argmin(near))
             raise InputError(
                 f"{source}: {int((~near).sum()):,} of {len(near):,} vectors have not the length 1 of the others "
-                f"({low:.4g} to {high:.4g}, the first is number {wrong}): they are damaged or were made in another way"
+                f"({low:.4g} to {high:.4g}, the first is number {wrong}): they are damaged or were made in another "
+                "way (metric='cosine' compares them all the same)"
             )
         note = f"{source}: vectors of length {low:.4g} to {high:.4g}, not 1, are compared by the cosine"
         found = replace(found, notes=(*notes, note))

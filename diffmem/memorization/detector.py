@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,25 +16,22 @@ from diffmem.data import ImageSet, load_images
 from diffmem.data.grid import rows_and_columns
 from diffmem.data.grid import split_grid as cut_sheets
 from diffmem.errors import InputError
+from diffmem.features import FeatureSet, check_comparable, extract, load_features
 from diffmem.html_report import percent
-from diffmem.memorization.criteria import parse_threshold, ratio_rule
-from diffmem.memorization.hidden import NEIGHBORS, hidden_copies, hidden_radii
+from diffmem.memorization.blind_spots import blind_spots
+from diffmem.memorization.calibration import Calibration
+from diffmem.memorization.compared import ALIGNED, Compared, Features
+from diffmem.memorization.hidden import hidden_copies, hidden_radii
 from diffmem.memorization.inputs import check_sets, in_one_precision, value_ranges
+from diffmem.memorization.matching import AlignedMatching, Matches, Matching, RowMatching
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
 from diffmem.memorization.result import Audit, SeenImage, UnkeptImages
+from diffmem.memorization.rules import Rule
+from diffmem.memorization.second_look import NearRule, SecondLook, look_again
 from diffmem.memorization.statistics import CopyRate, ReportsRate
 from diffmem.progress import Progress, silent
-from diffmem.search import (
-    DistinctNeighbors,
-    FaissIndex,
-    FaissStats,
-    Neighbors,
-    SearchIndex,
-    TrainingIndex,
-    check_index,
-    faiss_factory,
-    find_duplicates,
-)
+from diffmem.search import FaissIndex, FaissStats, Neighbors, SearchIndex, Views
+from diffmem.search.rows import as_rows, fingerprint, mirror
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
@@ -48,12 +46,15 @@ class Detection(ReportsRate):
 
     Attributes:
         memorized: bool [n], by the detector's rule.
-        raw_memorized: bool [n], by the paper's rule, duplicates left in.
+        raw_memorized: bool [n], by the same rule, duplicates left in (the paper's).
         neighbors: The nearest training image, and the nearest of those that are farther than the duplicate radius
             from it (duplicates left in, where the detector keeps them).
         raw_neighbors: The two nearest training images, duplicates left in.
         hidden: float64 [n], the least duplicate radius with which the rule counts an image that is a hidden copy
             (`diffmem.memorization.hidden`), else NaN.
+        scores: float64 [n], lower = more like a copy.
+        near: bool [n], no copies by the rule, but to be looked at; all False without the second look.
+        look: What the second look saw, or None.
         recall: What an index that may miss neighbors measured of itself, for each search and orientation.
     """
 
@@ -62,6 +63,9 @@ class Detection(ReportsRate):
     neighbors: Neighbors
     raw_neighbors: Neighbors
     hidden: np.ndarray
+    scores: np.ndarray
+    near: np.ndarray
+    look: SecondLook | None = None
     recall: tuple[tuple[FaissStats, ...], ...] = ()
 
     def __len__(self) -> int:
@@ -77,23 +81,28 @@ class Detection(ReportsRate):
         """The decisions about several batches of images as one."""
         if len(parts) == 1:
             return parts[0]
-        return cls(
-            np.concatenate([part.memorized for part in parts]),
-            np.concatenate([part.raw_memorized for part in parts]),
-            Neighbors.join([part.neighbors for part in parts]),
-            Neighbors.join([part.raw_neighbors for part in parts]),
-            np.concatenate([part.hidden for part in parts]),
-            tuple(search for part in parts for search in part.recall),
-        )
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], np.ndarray):
+                return np.concatenate(values)
+            return None if values[0] is None else type(values[0]).join(values)
+
+        names = [each.name for each in fields(cls) if each.name != "recall"]
+        recall = tuple(search for part in parts for search in part.recall)
+        return cls(**{name: joined(name) for name in names}, recall=recall)
 
     def select(self, rows: np.ndarray) -> Detection:
         """The decisions about the images of `rows`."""
-        taken = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "recall"}
-        arrays = {
-            name: values.select(rows) if isinstance(values, Neighbors) else values[rows]
-            for name, values in taken.items()
-        }
-        return Detection(**arrays, recall=self.recall)
+
+        def taken(values: Any) -> Any:
+            return values[rows] if values is None or isinstance(values, np.ndarray) else values.select(rows)
+
+        names = [each.name for each in fields(self) if each.name != "recall"]
+        values = {name: getattr(self, name) for name in names}
+        return Detection(
+            **{name: None if each is None else taken(each) for name, each in values.items()}, recall=self.recall
+        )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Everything as arrays by name, for a file; `from_arrays` reads them."""
@@ -101,10 +110,10 @@ class Detection(ReportsRate):
         arrays = {"recall": np.array(json.dumps(recall))}
         for each in fields(self):
             values = getattr(self, each.name)
-            if isinstance(values, Neighbors):
+            if isinstance(values, (Neighbors, SecondLook)):
                 parts = {f"{each.name}.{part.name}": getattr(values, part.name) for part in fields(values)}
                 arrays |= {name: np.asarray(part) for name, part in parts.items() if part is not None}
-            elif each.name != "recall":
+            elif isinstance(values, np.ndarray):
                 arrays[each.name] = values
         return arrays
 
@@ -118,12 +127,16 @@ class Detection(ReportsRate):
             return Neighbors(indices, squared, int(arrays[f"{name}.dimension"]), mirrored)
 
         recall = json.loads(str(arrays["recall"]))
+        look = [f"look.{each.name}" for each in fields(SecondLook)]
         return cls(
             arrays["memorized"],
             arrays["raw_memorized"],
             neighbors("neighbors"),
             neighbors("raw_neighbors"),
             arrays["hidden"],
+            arrays["scores"],
+            arrays["near"],
+            SecondLook(*(arrays[name] for name in look)) if look[0] in arrays else None,
             tuple(tuple(FaissStats(**stats) for stats in search) for search in recall),
         )
 
@@ -131,15 +144,20 @@ class Detection(ReportsRate):
 class CopyDetector(ReportsRate):
     """Finds copies of training images among generated images that come batch by batch.
 
-    It holds all that decides a verdict: the training set's index and duplicates, threshold and mirroring. An image is
-    a copy where d1/d2, the distances to the nearest and the second nearest training image, is below the threshold (see
-    `diffmem.memorization.criteria`). Each image is searched once. `compute` is the `diffmem.audit` of all images so
-    far, whatever batches they came in; only the recall of an index that may miss neighbors is measured batch by batch.
-    A detector can be pickled; a progress callback does not travel with it.
+    It holds all that decides a verdict: the training set's index and duplicates, features, rule and mirroring. By
+    default an image is a copy where d1/d2, the distances of its pixels to those of the nearest and the second nearest
+    training image, is below the threshold (see `diffmem.memorization.rules` for the others). Each image is searched
+    once. `compute` is the `diffmem.audit` of all images so far, whatever batches they came in; only the recall of an
+    index that may miss neighbors is measured batch by batch. A detector can be pickled; a progress callback does not
+    travel with it.
 
     Args:
         training: The training images: anything that `diffmem.load_images` reads.
-        threshold: On d1/d2, such as 1/3 (the paper's), "1/3" or Fraction(1, 3).
+        features: What is compared; see `diffmem.audit`. Of "precomputed" ones, `training` and all that is judged are
+            vectors; of a mapping, its entries "training" and "holdout" are the vectors of these images.
+        rule: "ratio", "similarity" or "calibrated"; see `diffmem.audit`.
+        threshold: Of the rule; on d1/d2, such as 1/3 (the paper's), "1/3" or Fraction(1, 3).
+        alarms: Of rule="calibrated".
         duplicates: "collapse" takes the second neighbor among the training images that are farther than the duplicate
             radius from the first; "keep" is the paper's rule, to which a copy of a duplicated training image stays
             unseen.
@@ -150,6 +168,9 @@ class CopyDetector(ReportsRate):
         index: An index of the training set made before, or a name; see `diffmem.audit`.
         device: "cpu", "cuda", or "auto".
         value_range: The values of black and white in sets of floats; see `diffmem.audit`.
+        second_look: Whether images that are no copies are aligned with their nearest training images; see
+            `diffmem.audit`.
+        feature_cache: Whether features of networks are kept beside their sources.
         keep_images: Whether the generated images are kept, for the pictures of the report and the set's fingerprint.
             Without, the memory needed does not depend on their size: about 200 bytes per image.
         progress: A callback (`diffmem.progress`), or None.
@@ -171,7 +192,10 @@ class CopyDetector(ReportsRate):
         self,
         training: ImageSource,
         *,
-        threshold: float | str | Fraction = 1 / 3,
+        features: Features = "pixels",
+        rule: Literal["ratio", "similarity", "calibrated"] = "ratio",
+        threshold: float | str | Fraction | None = None,
+        alarms: float | None = None,
         duplicates: Literal["collapse", "keep"] = "collapse",
         duplicate_radius: float = 0,
         flip: bool = False,
@@ -179,68 +203,106 @@ class CopyDetector(ReportsRate):
         index: SearchIndex | str | None = None,
         device: str = "auto",
         value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+        second_look: bool = False,
+        feature_cache: bool = True,
         keep_images: bool = False,
         progress: Progress | None = None,
     ):
-        self.threshold = check_rule(threshold, duplicates)
         self.duplicates, self.duplicate_radius, self.flip = duplicates, duplicate_radius, flip
-        self.keep_images, self.progress = keep_images, progress or silent
+        self.keep_images, self.feature_cache, self.progress = keep_images, feature_cache, progress or silent
+        self.compared = features if isinstance(features, Compared) else Compared.of(features, device)
         ranges = value_ranges(value_range)
         self.value_range = ranges.get("generated")
-        training = load_images(training, value_range=ranges.get("training"), progress=self.progress)
-        unseen = None
-        if holdout is not None:
-            unseen = load_images(holdout, value_range=ranges.get("holdout"), progress=self.progress)
+
+        def read(source: ImageSource, which: str) -> ImageSet | FeatureSet:
+            if self.compared.vectors_only:
+                return load_features(source)
+            return load_images(source, value_range=ranges.get(which), progress=self.progress)
+
+        asked = rule, threshold, alarms, duplicates, holdout is not None
+        if not self.compared.vectors_only:  # what is wrong with a rule is said before anything is read
+            self.rule = check_rule(self.compared, *asked)
+        training = read(training, "training")
+        unseen = None if holdout is None else read(holdout, "holdout")
+        if isinstance(training, FeatureSet):
+            if flip:
+                raise InputError("flip mirrors images, and precomputed features cannot be mirrored: leave it out")
+            self.compared = replace(self.compared, metric=training.metric)
+            self.rule = check_rule(self.compared, *asked)
+        elif unseen is not None:
             training, unseen = in_one_precision(training, unseen)
-            check_sets(unseen, training, "holdout")
+            check_sets(unseen, training, "holdout", sizes=self.compared.one_size)
+        if flip and self.compared.given:
+            raise InputError("flip mirrors images, and the features given with them cannot be mirrored: leave it out")
+        self.second_look = second_look and isinstance(training, ImageSet)
         self._asked = index, device
         self._prepare(training, unseen)
         self.reset()
 
-    def _prepare(self, training: ImageSet, unseen: ImageSet | None) -> None:
+    @property
+    def threshold(self) -> Fraction | float:
+        """Of the rule; of "calibrated", the score below which an image is a copy."""
+        return self.rule.threshold if self.rule.threshold is not None else self.calibration.threshold
+
+    @property
+    def index(self) -> SearchIndex | None:
+        """The index of the training set, or None where it is searched in another way."""
+        return self._matching.index
+
+    def _prepare(self, training: ImageSet | FeatureSet, unseen: ImageSet | FeatureSet | None) -> None:
         """Index and duplicates of the training set, and the audit of the holdout set."""
         if len(training) == 0:
             raise InputError(f"the training set ({training.source}) is empty")
-        self.training, self._unseen = training, unseen
+        images = isinstance(training, ImageSet)
+        self.training = training if images else UnkeptImages.of(training)
+        self._unseen = unseen
         index, device = self._asked
-        if index is None or index == "exact":
-            index = TrainingIndex(training, device=device)
-        elif isinstance(index, str):
-            factory = faiss_factory(index, len(training))
-            index = FaissIndex(training, factory, device=device, progress=self.progress)
+        self._vectors = self._vectors_of(training, "training")
+        if self.compared.name == ALIGNED:
+            if index not in (None, "exact"):
+                raise InputError("features='aligned' has its own search: leave index out")
+            self._matching: Matching = AlignedMatching(training, self.progress)
         else:
-            check_index(index, training)
-        self.index = index
-        exact = None if self.duplicate_radius == 0 or isinstance(index, FaissIndex) else index
-        self.duplicate_groups = find_duplicates(
-            training.images, self.duplicate_radius, flip=self.flip, index=exact, progress=self.progress
-        )
-        if self.duplicate_groups.distinct < 2:
-            raise InputError(
-                f"the rule needs at least two distinct training images; {training.source} holds {len(training)} "
-                f"image(s), {self.duplicate_groups.distinct} distinct"
+            rows = training if self._vectors is None else self._vectors
+            self._matching = RowMatching(
+                rows, index, device, self.duplicates, self.duplicate_radius, self.flip, self.progress
             )
-        self._search = self._new_search()
-        self._training_figures = SetFigures.of(training.images)
+        self.duplicate_groups = self._matching.groups
+        self._training_figures = SetFigures.of(training.images) if images else None
+        shape, dtype = (
+            (training.images.shape, training.images.dtype)
+            if images
+            else (training.vectors.shape, training.vectors.dtype)
+        )
         self.settings = {
-            "threshold": str(self.threshold),
+            "features": self.rule.features,
+            "metric": self.rule.metric,
+            "network": self._vectors.fingerprint if self._vectors is not None else None,
+            "rule": self.rule.name,
+            "threshold": str(self.rule.threshold) if isinstance(self.rule.threshold, Fraction) else self.rule.threshold,
+            "alarms": self.rule.alarms if self.rule.name == "calibrated" else None,
             "duplicates": self.duplicates,
             "duplicate_radius": float(self.duplicate_radius),
             "flip": self.flip,
-            "device": str(index.device),
-            "training": _describe(training, training.images.shape, training.images.dtype, training.fingerprint),
+            "second_look": self.second_look,
+            "device": self._matching.device,
+            "training": _describe(
+                self.training, shape, dtype, training.fingerprint if images else fingerprint(as_rows(training.rows))
+            ),
         }
+        self.calibration: Calibration | None = None
+        self._near = NearRule()
         self.holdout = None if unseen is None else self._judge_holdout(unseen)
 
-    def _new_search(self) -> DistinctNeighbors:
-        return DistinctNeighbors(
-            self.index,
-            self.training.images,
-            self.duplicate_groups,
-            radius=self.duplicate_radius,
-            flip=self.flip,
-            progress=self.progress,
-        )
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the verdict of an image, in JSON types: the same for detectors that agree about every image."""
+        rule = {name: value for name, value in self.settings.items() if name not in ("device", "training")}
+        index = getattr(self.index, "factory", "exact")
+        learned = None if self.calibration is None else self.calibration.to_dict()
+        near = self._near.threshold if self.second_look else None
+        training = self.settings["training"]["fingerprint"]
+        return {**rule, "calibration": learned, "near": near, "index": index, "training": training}
 
     def reset(self) -> None:
         """Forgets the generated images; training set, index and the audit of the holdout set stay."""
@@ -251,36 +313,32 @@ class CopyDetector(ReportsRate):
         self._sheets: tuple[int, int] | None = None
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the verdict of an image, in JSON types: the same for detectors that agree about every image."""
-        rule = {name: value for name, value in self.settings.items() if name not in ("device", "training")}
-        index = getattr(self.index, "factory", "exact")
-        return {**rule, "index": index, "training": self.training.fingerprint}
-
-    @property
     def rate(self) -> CopyRate:
         """How many of the images so far are copies."""
-        return CopyRate(sum(each.count for each in self._detections), self._figures.total)
+        return CopyRate(sum(each.count for each in self._detections), sum(map(len, self._detections)))
 
-    def judge(self, images: ImageSource) -> Detection:
+    def judge(self, images: ImageSource, *, vectors: Any = None) -> Detection:
         """Decides about some images without adding them to those that `compute` audits.
 
         Args:
             images: As for `update`.
+            vectors: As for `update`.
 
         Raises:
             InputError: They do not fit the training images.
         """
-        return self._judge(self._fitting(images).images)
+        return self._judge(self._fitting(images), vectors)
 
-    def update(self, images: ImageSource, detection: Detection | None = None) -> Detection:
+    def update(self, images: ImageSource, detection: Detection | None = None, *, vectors: Any = None) -> Detection:
         """Adds images and decides about them.
 
         Args:
             images: A batch of generated images: an array [n, C, H, W], a tensor, an `ImageSet`, or anything else that
                 `diffmem.load_images` reads; uint8, or floats where the training images are floats (or `value_range`
-                is given).
+                is given). Of "precomputed" features, their vectors: an array [n, d], or what
+                `diffmem.features.load_features` reads.
             detection: What `judge` decided about these images, if it was asked: they are not searched again.
+            vectors: Of these images, where the detector has got those of the training images beside the images.
 
         Returns:
             What was decided about these images.
@@ -291,9 +349,13 @@ class CopyDetector(ReportsRate):
         own = isinstance(images, ImageSet)
         images = self._fitting(images)
         if detection is None:
-            detection = self._judge(images.images)
+            detection = self._judge(images, vectors)
         elif len(detection) != len(images):
             raise InputError(f"detection decides about {len(detection):,} images, given with {len(images):,}")
+        if isinstance(images, FeatureSet):
+            self._sets.append(UnkeptImages.of(images))
+            self._detections.append(detection)
+            return detection
         if self.keep_images and not own:  # the caller's array may be written to later
             images = replace(images, images=images.images.copy())
         if (left := LOOKED_AT - self._figures.total) > 0:
@@ -316,6 +378,8 @@ class CopyDetector(ReportsRate):
         self._detections = [joined]
         generated = _joined(self._sets)
         self._sets = [generated]
+        if self._training_figures is None:
+            return self._audit(generated, joined, None, "generated", holdout=self.holdout)
         sheets = self._suspected_sheets()
         return self._audit(generated, joined, self._figures, "generated", warnings=sheets, holdout=self.holdout)
 
@@ -330,20 +394,19 @@ class CopyDetector(ReportsRate):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The search holds the training images once more.
-        return {**self.__dict__, "progress": silent, "_search": None}
+        return {**self.__dict__, "progress": silent}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._search = self._new_search()
-
-    def _fitting(self, images: ImageSource) -> ImageSet:
+    def _fitting(self, images: ImageSource) -> ImageSet | FeatureSet:
         """The images as a set that fits the training set."""
+        if isinstance(self.training, UnkeptImages):
+            vectors = load_features(images)
+            check_comparable(vectors, self._vectors, "generated")
+            return vectors
         # An array that looks like the training images is what it looks like, whatever its layout could be.
         layout = "NCHW" if tuple(getattr(images, "shape", ()))[1:] == self.training.image_shape else None
         images = load_images(images, layout=layout, value_range=self.value_range, progress=self.progress)
         training, images = in_one_precision(self.training, images)
-        check_sets(images, training, "generated")
+        check_sets(images, training, "generated", sizes=self.compared.one_size)
         if training is not self.training:
             if self._detections:
                 raise InputError("images are float64, those before were float32: give all in one precision")
@@ -355,48 +418,135 @@ class CopyDetector(ReportsRate):
                 raise
         return images
 
-    def _judge(self, images: np.ndarray) -> Detection:
-        search, collapse = self._search, self.duplicates == "collapse"
-        # More than the rule's two: copies of images that the training set holds in several versions show there.
-        nearest = search.nearest(images, min(NEIGHBORS, len(self.training)) if collapse else 2)
-        recall = (search.recall,) if isinstance(self.index, FaissIndex) else ()
-        raw = nearest.first(2)
-        raw_memorized = ratio_rule(raw.squared_distances, self.threshold)
-        if not collapse:
-            return Detection(raw_memorized, raw_memorized, raw, raw, np.full(len(images), np.nan), recall)
-        chosen = search.outside_duplicates(images, raw)
-        memorized = ratio_rule(chosen.squared_distances, self.threshold)
-        hidden = hidden_radii(search, nearest, memorized, self.threshold)
-        return Detection(memorized, raw_memorized, chosen, raw.copy(), hidden, recall)
+    def _vectors_of(self, images: ImageSet | FeatureSet, which: str, vectors: Any = None) -> FeatureSet | None:
+        """The vectors that are compared; None where it is the images themselves."""
+        if isinstance(images, FeatureSet):
+            return images
+        if self.compared.maker is not None:
+            return extract(images, self.compared.maker, cache=self.feature_cache, progress=self.progress)
+        return self.compared.beside(which, images, vectors)
 
-    def _judge_holdout(self, unseen: ImageSet) -> Audit:
-        detection = self._judge(unseen.images)
-        kept, detection, left_out = _without_seen(unseen, detection, self.training)
-        figures = SetFigures.of(kept.images, count_identical=True)
-        return self._audit(kept, detection, figures, "holdout", left_out=left_out)
+    def _judge(self, images: ImageSet | FeatureSet, vectors: Any = None) -> Detection:
+        return self._decide(images, self._match(images, "generated", vectors))
+
+    def _match(self, images: ImageSet | FeatureSet, which: str, vectors: Any = None) -> Matches:
+        """The training images that are nearest in what is compared."""
+        found = self._vectors_of(images, which, vectors)
+        if found is None:
+            return self._matching.match(images.images)
+        check_comparable(found, self._vectors, which)
+        mirrored = None
+        if self.flip:
+            turned = replace(images, images=mirror(images.images), source="array")
+            mirrored = self._vectors_of(turned, which).rows
+        return self._matching.match(Views(found.rows, mirrored))
+
+    def _decide(self, images: ImageSet | FeatureSet, found: Matches, look: SecondLook | None = None) -> Detection:
+        rule = self.rule
+        scores = rule.scores(found, found.neighbors)
+        memorized = rule.copies(scores, found.neighbors, self.calibration)
+        raw = rule.copies(rule.scores(found, found.raw), found.raw, self.calibration)
+        hidden = np.full(len(scores), np.nan)
+        if rule.name == "ratio" and self.duplicates == "collapse" and self._matching.search is not None:
+            hidden = hidden_radii(self._matching.search, found.nearest, memorized, rule.threshold)
+        if look is None:
+            look = self._look(images, found, ~memorized)
+        near = np.zeros(len(scores), bool) if look is None else ~memorized & self._near.near(look)
+        return Detection(memorized, raw, found.neighbors, found.raw, hidden, scores, near, look, found.recall)
+
+    def _look(self, images: ImageSet | FeatureSet, found: Matches, wanted: np.ndarray) -> SecondLook | None:
+        """What the second look sees of the images that are `wanted`."""
+        if not self.second_look:
+            return None
+        if found.scores is not None:  # of aligned images, the first look is as good
+            return SecondLook(found.nearest.indices[:, 0], found.nearest.distances[:, 0], found.scores)
+        return look_again(images.images, self.training.images, found.nearest.indices, wanted, self.progress)
+
+    def _judge_holdout(self, unseen: ImageSet | FeatureSet) -> Audit:
+        found = self._match(unseen, "holdout")
+        originals = self._in_training(unseen, found)
+        seen = originals >= 0
+        residuals = np.where(seen, 0.0, np.nan)
+        look = self._look(unseen, found, ~seen)
+        if look is not None and self.rule.name == "calibrated":
+            # Images of the training set, moved or recolored, would set the threshold.
+            twins = ~seen & self._near.twins(look)
+            originals, residuals = np.where(twins, look.indices, originals), np.where(twins, look.residuals, residuals)
+            seen |= twins
+        kept = np.flatnonzero(~seen)
+        if len(kept) == 0:
+            raise InputError(
+                f"holdout: all {len(unseen):,} images ({unseen.source}) are images of the training set "
+                f"({self.training.source}): give real images that the model has not seen"
+            )
+        left_out = tuple(
+            SeenImage(
+                int(row), unseen.name(int(row)), int(originals[row]), self.training.name(int(originals[row])),
+                float(residuals[row]),
+            )
+            for row in np.flatnonzero(seen)
+        )  # fmt: skip
+        if self.rule.name == "calibrated":
+            try:
+                self.calibration = Calibration(self.rule.scores(found, found.neighbors)[kept], self.rule.alarms)
+            except InputError as error:
+                out = (
+                    f" ({len(left_out):,} of {len(unseen):,} are training images and were left out)" if left_out else ""
+                )
+                raise InputError(f"{error}{out}") from None
+        if look is not None:
+            self._near = NearRule.of(look.scores[kept], self.rule.alarms)
+        detection = self._decide(unseen, found, look).select(kept)
+        images = unseen.select(kept) if left_out else unseen
+        figures = SetFigures.of(images.images, count_identical=True) if isinstance(images, ImageSet) else None
+        images = UnkeptImages.of(images) if isinstance(images, FeatureSet) else images
+        return self._audit(images, detection, figures, "holdout", left_out=left_out)
+
+    def _in_training(self, images: ImageSet | FeatureSet, found: Matches) -> np.ndarray:
+        """int64 [n], the training image that an image is, pixel for pixel (or mirrored, with `flip`); −1: none."""
+        if isinstance(images, FeatureSet) or self.compared.name == "pixels":
+            return np.where(found.raw.squared_distances[:, 0] == 0, found.raw.indices[:, 0], -1)
+        first: dict[bytes, int] = {}
+        for row, image in enumerate(self.training.images):
+            first.setdefault(hashlib.sha256(np.ascontiguousarray(image).data).digest(), row)
+
+        def of(images: np.ndarray) -> np.ndarray:
+            keys = (hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images)
+            return np.fromiter((first.get(key, -1) for key in keys), np.int64, len(images))
+
+        straight = of(images.images)
+        return np.where(straight < 0, of(mirror(images.images)), straight) if self.flip else straight
 
     def _audit(
-        self, images: ImageSet | UnkeptImages, detection: Detection, figures: SetFigures, what: str,
+        self, images: ImageSet | UnkeptImages, detection: Detection, figures: SetFigures | None, what: str,
         warnings: tuple[str, ...] = (), **others: Any,
     ) -> Audit:  # fmt: skip
-        sources = (images.source, self.training.source)
-        share = float(detection.raw_memorized.mean())
-        check_scale(figures, self._training_figures, what, sources, copies=share)
-        found = _describe_search(self.index, detection.recall)
-        warnings = (
-            *warnings,
-            *suspicions(figures, self._training_figures),
-            *_missed(found),
-            *hidden_copies(detection.hidden),
-        )
-        shape = (figures.total, *self.training.image_shape)
-        fingerprint = images.fingerprint if isinstance(images, ImageSet) else None
-        described = _describe(images, shape, figures.dtype, fingerprint)
+        if figures is not None:
+            sources = (images.source, self.training.source)
+            share = float(detection.raw_memorized.mean())
+            check_scale(figures, self._training_figures, what, sources, copies=share)
+            warnings = (*warnings, *suspicions(figures, self._training_figures))
+        found = _describe_search(self.index, detection.recall, self.rule.metric)
+        warnings = (*warnings, *_missed(found), *hidden_copies(detection.hidden))
+        if figures is not None and isinstance(images, ImageSet):
+            shape, dtype = images.images.shape, figures.dtype
+        elif figures is not None:
+            shape, dtype = (figures.total, *self.training.image_shape), figures.dtype
+        else:
+            shape, dtype = (len(images), self._vectors.dimension), self._vectors.vectors.dtype
+        content = images.fingerprint if isinstance(images, ImageSet) else None
+        described = _describe(images, shape, dtype, content)
         return Audit(
             memorized=detection.memorized,
             raw_memorized=detection.raw_memorized,
             neighbors=detection.neighbors,
             raw_neighbors=detection.raw_neighbors,
+            scores=detection.scores,
+            near=detection.near,
+            look=detection.look,
+            rule=self.rule,
+            calibration=self.calibration,
+            blind_spots=blind_spots(self.rule, flip=self.flip, looked=detection.look is not None),
             duplicate_groups=self.duplicate_groups,
             generated=images,
             training=self.training,
@@ -410,7 +560,10 @@ def audit(
     generated: ImageSource,
     training: ImageSource,
     *,
-    threshold: float | str | Fraction = 1 / 3,
+    features: Features = "pixels",
+    rule: Literal["ratio", "similarity", "calibrated"] = "ratio",
+    threshold: float | str | Fraction | None = None,
+    alarms: float | None = None,
     duplicates: Literal["collapse", "keep"] = "collapse",
     duplicate_radius: float = 0,
     holdout: ImageSource | None = None,
@@ -419,17 +572,30 @@ def audit(
     index: SearchIndex | str | None = None,
     split_grid: bool = False,
     value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+    second_look: bool = False,
+    feature_cache: bool = True,
     progress: Progress | None = None,
 ) -> Audit:
-    """Which generated images are copies of training images, by the nearest / second-nearest rule.
+    """Which generated images are copies of training images; by default by the nearest / second-nearest rule on pixels.
 
     `CopyDetector` does the same for images that come batch by batch.
 
     Args:
         generated: The images to audit: anything that `diffmem.load_images` reads, such as a path, an array
             [N, C, H, W], a tensor or an `ImageSet`.
-        training: The training images, likewise. All sets must agree in size, channels and dtype.
-        threshold: On d1/d2 (see `diffmem.memorization.criteria`); 1/3 in the paper.
+        training: The training images, likewise. All sets must agree in channels and dtype, and in size unless the
+            features bring images to one.
+        features: What is compared: "pixels"; "aligned", pixels after brightness, contrast, color, shift, mirroring and
+            small crops have been removed, without a network; "hash", "sscd", "dinov2", "clip", "timm:NAME",
+            "torchscript:PATH", "onnx:PATH", a function or an extractor (`diffmem.features.extractor`); "precomputed",
+            where all sets are vectors that `diffmem.features.load_features` reads; or the vectors of these images as
+            {"generated": …, "training": …, "holdout": …}.
+        rule: "ratio": d1/d2 below the threshold, the paper's; "similarity": a cosine above it, or a distance below it;
+            "calibrated": the score is lower than the share `alarms` of the hold-out images' scores lets expect
+            (`diffmem.memorization.rules`).
+        threshold: Of the rule: on d1/d2 1/3 by default, the paper's.
+        alarms: Of rule="calibrated": the share of images that are no copies about which it may be wrong, 0.01 by
+            default.
         duplicates: "collapse" takes the second neighbor among the training images that are farther than the duplicate
             radius from the first; "keep" is the paper's rule, to which a copy of a duplicated training image stays
             unseen. `Audit.raw_ratio` is always the latter.
@@ -437,7 +603,7 @@ def audit(
             0: identical images.
         holdout: Real images that the model has not seen; their share of "copies" is the rule's false-alarm rate.
             Those that are in the training set, pixel for pixel (or mirrored, with `flip`), are left out and named in
-            the holdout's `left_out`.
+            the holdout's `left_out`; with rule="calibrated" also those that are a training image moved or recolored.
         flip: Compare mirrored generated images too (for models trained with horizontal flips).
         device: "cpu", "cuda", or "auto".
         index: An index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`), or a name:
@@ -449,6 +615,9 @@ def audit(
         value_range: The values of black and white in sets of floats, such as (-1, 1) or (0, 1), which become gray
             levels (see `load_images`); or one for each, {"generated": (-1, 1), "training": (0, 1)}. Without it floats
             are compared as they are, and refused where they look to be on different scales.
+        second_look: Whether images that are no copies by the rule are aligned with their nearest training images: those
+            that then resemble one are "near", to be looked at (`Audit.verdicts`).
+        feature_cache: Whether features of networks are kept beside their sources (`diffmem.features.extract`).
         progress: A callback (`diffmem.progress`), or None.
 
     Returns:
@@ -456,7 +625,8 @@ def audit(
 
     Raises:
         InputError: (a ValueError) Empty sets, sets that do not fit together, values that are not finite, fewer than
-            two distinct training images, and a holdout set without an image that is not in the training set.
+            two distinct training images, and a holdout set without an image that is not in the training set, or too
+            small for the share of alarms.
 
     Example:
         >>> import diffmem
@@ -464,7 +634,19 @@ def audit(
         >>> diffmem.audit(digits.images[990:1010], digits.images[:1000]).count
         10
     """
-    check_rule(threshold, duplicates)
+    compared = Compared.of(features, device)
+    detecting: dict[str, Any] = {
+        "features": compared, "rule": rule, "threshold": threshold, "alarms": alarms, "duplicates": duplicates,
+        "duplicate_radius": duplicate_radius, "flip": flip, "index": index, "device": device,
+        "second_look": second_look, "feature_cache": feature_cache, "keep_images": True, "progress": progress,
+    }  # fmt: skip
+    if compared.vectors_only:
+        if split_grid or value_range is not None:
+            raise InputError("precomputed features are no images: leave split_grid and value_range out")
+        detector = CopyDetector(training, holdout=holdout, **detecting)
+        detector.update(generated)
+        return detector.compute()
+    check_rule(compared, rule, threshold, alarms, duplicates, holdout is not None)
     ranges = value_ranges(value_range)
 
     def load(source: ImageSource, name: str) -> ImageSet:
@@ -475,48 +657,29 @@ def audit(
     if split_grid:
         generated = cut_sheets(generated, training.image_shape[1:])
     training, generated, unseen = in_one_precision(training, generated, unseen)
-    check_sets(generated, training, "generated")
-    detector = CopyDetector(
-        training, threshold=threshold, duplicates=duplicates, duplicate_radius=duplicate_radius, flip=flip,
-        holdout=unseen, index=index, device=device, keep_images=True, progress=progress,
-    )  # fmt: skip
+    check_sets(generated, training, "generated", sizes=compared.one_size)
+    compared.beside("generated", generated)
+    detector = CopyDetector(training, holdout=unseen, **detecting)
     detector.update(generated)
     return detector.compute()
 
 
-def check_rule(threshold: float | str | Fraction, duplicates: str) -> Fraction:
-    """The threshold as a fraction. Raises InputError where there is no such rule."""
-    exact = parse_threshold(threshold)
+def check_rule(
+    compared: Compared, rule: str, threshold: Any, alarms: float | None, duplicates: str, holdout: bool
+) -> Rule:
+    """The rule that is asked for. Raises InputError where there is no such rule."""
     if duplicates not in ("collapse", "keep"):
         raise InputError(f'duplicates must be "collapse" or "keep", got {duplicates!r}')
-    return exact
+    return Rule.of(rule, compared.name, compared.metric, threshold, alarms, holdout)
 
 
-def _without_seen(
-    holdout: ImageSet, detection: Detection, training: ImageSet
-) -> tuple[ImageSet, Detection, tuple[SeenImage, ...]]:
-    """The holdout images that are not in the training set, what was decided about them, and those that are."""
-    nearest = detection.raw_neighbors
-    seen = nearest.squared_distances[:, 0] == 0
-    if seen.all():
-        raise InputError(
-            f"holdout: all {len(holdout):,} images ({holdout.source}) are images of the training set "
-            f"({training.source}): give real images that the model has not seen"
-        )
-    if not seen.any():
-        return holdout, detection, ()
-    left_out = tuple(
-        SeenImage(int(row), holdout.name(int(row)), int(column), training.name(int(column)))
-        for row, column in zip(np.flatnonzero(seen), nearest.indices[seen, 0], strict=True)
-    )
-    return holdout.select(np.flatnonzero(~seen)), detection.select(np.flatnonzero(~seen)), left_out
-
-
-def _describe_search(index: SearchIndex, recall: Sequence[tuple[FaissStats, ...]]) -> dict[str, Any]:
+def _describe_search(
+    index: SearchIndex | None, recall: Sequence[tuple[FaissStats, ...]], metric: str
+) -> dict[str, Any]:
     """How the neighbors were found, and what share of them where some may have been missed: over all searches, in the
     orientation where it is least."""
     if not isinstance(index, FaissIndex):
-        return {"method": "exact"}
+        return {"method": "exact" if metric != ALIGNED else ALIGNED}
     samples = [[stats.sample for stats in orientation] for orientation in zip(*recall, strict=True)]
 
     def share(name: str) -> float:
@@ -537,7 +700,7 @@ def _describe_search(index: SearchIndex, recall: Sequence[tuple[FaissStats, ...]
 
 def _missed(search: dict[str, Any]) -> tuple[str, ...]:
     """The warning where so many neighbors were missed that the verdict hangs on it."""
-    if search["method"] == "exact" or min(search["recall_nearest"], search["recall_second"]) >= LEAST_RECALL:
+    if search["method"] != "faiss" or min(search["recall_nearest"], search["recall_second"]) >= LEAST_RECALL:
         return ()
     return (
         f"FAISS ({search['index']}) found {percent(search['recall_nearest'])} of the nearest and "

@@ -20,8 +20,6 @@ import numpy as np
 from diffmem.memorization.criteria import ratio_rule
 from diffmem.search import DistinctNeighbors, Neighbors
 
-NEIGHBORS = 8  # training images looked at: up to seven versions of an image are seen
-
 
 def hidden_copies(radii: np.ndarray) -> tuple[str, ...]:
     """A warning that names how many hidden copies there are and the duplicate radius that counts them, or none.
@@ -51,7 +49,7 @@ def hidden_radii(
 
     Args:
         search: Of the training images.
-        nearest: The `NEIGHBORS` nearest training images of each image, duplicates left in.
+        nearest: The nearest training images of each image, duplicates left in.
         memorized: bool [Q], by the rule.
         threshold: On d1/d2.
     """

@@ -38,13 +38,14 @@ def in_one_precision(*sets: ImageSet | None) -> tuple[ImageSet | None, ...]:
     )
 
 
-def check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
+def check_sets(images: ImageSet, training: ImageSet, what: str, *, sizes: bool = True) -> None:
     """Refuses sets that cannot be compared.
 
     Args:
         images: The set to audit.
         training: The training set.
         what: What to call the first: "generated" or "holdout".
+        sizes: Whether they must be of one size.
 
     Raises:
         InputError: A set is empty, or dtype, channels or size differ: with what brings both to one.
@@ -71,7 +72,7 @@ def check_sets(images: ImageSet, training: ImageSet, what: str) -> None:
             f"{what} images ({images.source}) are {our_kind}, training images ({training.source}) are {their_kind}: "
             f"{way_out}"
         )
-    if ours != theirs:
+    if sizes and ours != theirs:
         raise InputError(
             f"{what} images ({images.source}) are {ours[1]}x{ours[2]}, training images ({training.source}) are "
             f"{theirs[1]}x{theirs[2]}: {_size_advice(images, training, what)}"

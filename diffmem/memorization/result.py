@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,24 @@ import torch
 import diffmem
 from diffmem.data import ImageSet, SkippedFile
 from diffmem.html_report import percent, percent_range
+from diffmem.memorization.calibration import Calibration, false_discovery_rates
 from diffmem.memorization.criteria import published_rule
 from diffmem.memorization.gate import Gate, decide_gate
+from diffmem.memorization.rules import Rule
+from diffmem.memorization.second_look import SecondLook
 from diffmem.memorization.statistics import CopyRate, ReportsRate
 from diffmem.search import DuplicateGroups, Neighbors
 
 if TYPE_CHECKING:
     import pandas
 
-_PER_IMAGE = ("memorized", "raw_memorized", "published_memorized", "neighbors")
+    from diffmem.features import FeatureSet
+
+_PER_IMAGE = (
+    "memorized", "raw_memorized", "published_memorized", "neighbors", "verdicts", "scores", "p_values", "q_values",
+    "second_look",
+)  # fmt: skip
+COPY, NEAR, NO_COPY = "copy", "near", "not a copy"
 _SHOWN = 10  # entries of a list in a summary
 
 
@@ -52,17 +60,19 @@ class SeenImage:
         name: Of its file there.
         training_index: In the training set.
         training_name: Of its file there.
+        residual: 0 where they are equal pixel for pixel (or mirrored), else what remains after alignment.
     """
 
     index: int
     name: str
     training_index: int
     training_name: str
+    residual: float = 0.0
 
 
 @dataclass(frozen=True)
 class UnkeptImages:
-    """What is known of generated images that were not kept: all but the pixels.
+    """What is known of images that were not kept, or of which there are vectors alone: all but the pixels.
 
     Attributes:
         total: How many they are.
@@ -75,10 +85,11 @@ class UnkeptImages:
     names: Sequence[str] | None
     source: str
     skipped: tuple[SkippedFile, ...] = ()
+    labels: None = None
 
     @classmethod
-    def of(cls, images: ImageSet) -> UnkeptImages:
-        return cls(len(images), images.names, images.source, images.skipped)
+    def of(cls, images: ImageSet | FeatureSet) -> UnkeptImages:
+        return cls(len(images), images.names, images.source, getattr(images, "skipped", ()))
 
     def __len__(self) -> int:
         return self.total
@@ -94,19 +105,27 @@ class Audit(ReportsRate):
 
     Attributes:
         memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
-        raw_memorized: bool [Q], by the paper's rule, duplicates left in; d1 = 0 counts whatever d2 is.
+        raw_memorized: bool [Q], by the same rule, duplicates left in (the paper's); d1 = 0 counts whatever d2 is.
         neighbors: The nearest training image, and the nearest of those that are farther than the duplicate radius from
             it.
         raw_neighbors: The two nearest training images, duplicates left in.
+        scores: float64 [Q], lower = more like a copy, whatever the rule (`diffmem.memorization.rules`): d1/d2, one
+            minus a cosine, a distance, …
+        near: bool [Q], no copies by the rule, but the second look found a training image that they resemble once it is
+            aligned: to be looked at.
         duplicate_groups: Training images within the duplicate radius of each other.
-        generated: The images audited; without their pixels where a `CopyDetector` did not keep them.
-        training: The training images.
-        settings: threshold, duplicates, duplicate_radius, flip, device, how neighbors were searched, and what the sets
-            were.
+        generated: The images audited; without their pixels where a `CopyDetector` did not keep them, or where there
+            are vectors alone.
+        training: The training images, likewise.
+        rule: The rule.
+        settings: features, rule, threshold, duplicates, duplicate_radius, flip, device, how neighbors were searched,
+            and what the sets were.
+        look: What the second look saw, or None.
+        calibration: Of rule="calibrated": what the hold-out set says; else None.
+        blind_spots: What the verdict does not cover, one sentence each.
         holdout: The same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
             without.
-        left_out: Of a holdout: the images that are in the training set, pixel for pixel, which it therefore leaves
-            out.
+        left_out: Of a holdout: the images that are in the training set, which it therefore leaves out.
         warnings: Why the verdict must not be relied on, one sentence each; empty where nothing speaks against it.
         versions: Of the software that decides the numbers.
 
@@ -124,10 +143,16 @@ class Audit(ReportsRate):
     raw_memorized: np.ndarray
     neighbors: Neighbors
     raw_neighbors: Neighbors
+    scores: np.ndarray
+    near: np.ndarray
     duplicate_groups: DuplicateGroups
     generated: ImageSet | UnkeptImages
-    training: ImageSet
+    training: ImageSet | UnkeptImages
+    rule: Rule
     settings: dict[str, Any]
+    look: SecondLook | None = None
+    calibration: Calibration | None = None
+    blind_spots: tuple[str, ...] = ()
     holdout: Audit | None = None
     left_out: tuple[SeenImage, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -137,6 +162,35 @@ class Audit(ReportsRate):
     def rate(self) -> CopyRate:
         """How many of the generated images are copies."""
         return CopyRate.of(self.memorized)
+
+    @property
+    def near_count(self) -> int:
+        """How many images are near: no copies by the rule, but to be looked at."""
+        return int(self.near.sum())
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Of each image: "copy", "near" or "not a copy"."""
+        pairs = zip(self.memorized.tolist(), self.near.tolist(), strict=True)
+        return [COPY if copy else NEAR if near else NO_COPY for copy, near in pairs]
+
+    @property
+    def p_values(self) -> np.ndarray | None:
+        """float64 [Q], of rule="calibrated": how likely an image that is no copy has such a score
+        (`diffmem.memorization.calibration`); else None."""
+        return None if self.calibration is None else self.calibration.p_values(self.scores)
+
+    @property
+    def q_values(self) -> np.ndarray | None:
+        """float64 [Q], of rule="calibrated": those of at most q are copies with an expected share q of false ones among
+        them (Benjamini and Hochberg); else None."""
+        p_values = self.p_values
+        return None if p_values is None else false_discovery_rates(p_values)
+
+    @property
+    def score_threshold(self) -> float:
+        """The score below which an image is a copy."""
+        return self.rule.score_threshold(self.calibration)
 
     @property
     def raw_rate(self) -> CopyRate:
@@ -165,8 +219,11 @@ class Audit(ReportsRate):
 
     @property
     def published_memorized(self) -> np.ndarray:
-        """bool [Q], as the code published with the paper counts: not where d1 = d2 = 0."""
-        return published_rule(self.raw_neighbors.squared_distances, Fraction(self.settings["threshold"]))
+        """bool [Q], as the code published with the paper counts: not where d1 = d2 = 0. Of rules other than d1/d2 there
+        is none such, and this is `raw_memorized`."""
+        if self.rule.name != "ratio" or self.rule.metric == "aligned":
+            return self.raw_memorized
+        return published_rule(self.raw_neighbors.squared_distances, self.rule.threshold)
 
     @property
     def published_count(self) -> int:
@@ -213,6 +270,9 @@ class Audit(ReportsRate):
             "count": self.count,
             "total": self.total,
             "interval": list(self.interval),
+            "near_count": self.near_count,
+            "blind_spots": list(self.blind_spots),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "raw_ratio": self.raw_ratio,
             "raw_count": self.raw_count,
             "published_ratio": self.published_ratio,
@@ -229,6 +289,11 @@ class Audit(ReportsRate):
             "memorized": self.memorized.tolist(),
             "raw_memorized": self.raw_memorized.tolist(),
             "published_memorized": self.published_memorized.tolist(),
+            "verdicts": self.verdicts,
+            "scores": self.scores.tolist(),
+            "p_values": None if self.calibration is None else self.p_values.tolist(),
+            "q_values": None if self.calibration is None else self.q_values.tolist(),
+            "second_look": None if self.look is None else self._look_to_dict(),
             "neighbors": {
                 "indices": neighbors.indices.tolist(),
                 "squared_distances": neighbors.squared_distances.tolist(),
@@ -237,6 +302,12 @@ class Audit(ReportsRate):
                 **({} if neighbors.mirrored is None else {"mirrored": neighbors.mirrored.tolist()}),
             },
         }
+
+    def _look_to_dict(self) -> dict[str, Any]:
+        """In plain JSON types; None where an image was not looked at."""
+        values = {"residuals": self.look.residuals, "scores": self.look.scores}
+        plain = {name: [None if x != x else x for x in each.tolist()] for name, each in values.items()}
+        return {"indices": self.look.indices.tolist(), **plain}
 
     def summary(self) -> dict[str, Any]:
         """`to_dict` without what is said of each image; of long lists the first entries, and how many there are."""
@@ -288,9 +359,10 @@ class Audit(ReportsRate):
 
     def verdict(self) -> str:
         """One sentence for a person."""
+        near = f"; {self.near_count:,} more are near one: look at them" if self.near_count else ""
         return (
             f"{self.count:,} of {self.total:,} images are copies of one of {self.training_size:,} training images: "
-            f"{percent(self.ratio)} (95 % interval {percent_range(self.interval)})"
+            f"{percent(self.ratio)} (95 % interval {percent_range(self.interval)}){near}"
         )
 
 

@@ -246,6 +246,27 @@ def highest_interval(
     )
 
 
+def beta_interval(a: float, b: float, confidence: float = 0.95) -> tuple[float, float]:
+    """The central interval of a share that is Beta(a, b) distributed.
+
+    Args:
+        a: Above 0.
+        b: Above 0.
+        confidence: With which the share lies in the interval.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        InputError: Unless a > 0, b > 0 and 0 < confidence < 1.
+    """
+    if not (a > 0 and b > 0 and 0 < confidence < 1):
+        raise InputError(f"no interval for Beta({a}, {b}) at confidence {confidence}")
+    side, middle = (1 - confidence) / 2, a / (a + b)
+    low = _edge(lambda p: _beta_cdf(p, a, b) <= side, 0.0, middle)
+    return low, _edge(lambda p: _beta_cdf(1 - p, b, a) <= side, 1.0, middle)
+
+
 def _beta_cdf(x: float, a: float, b: float) -> float:
     """I_x(a, b), the regularized incomplete beta function, by its continued fraction (DLMF 8.17.22)."""
     if x <= 0 or x >= 1:

@@ -1,6 +1,6 @@
 """Which training images are nearest: exact search, search through FAISS, shards, groups of duplicates."""
 
-from diffmem.search.distinct import DistinctNeighbors, SearchIndex
+from diffmem.search.distinct import DistinctNeighbors, SearchIndex, Views
 from diffmem.search.duplicates import DuplicateGroups, check_index, find_duplicates
 from diffmem.search.faiss_index import FaissIndex, FaissStats, faiss_factory
 from diffmem.search.index import QueryStats, TrainingIndex
@@ -17,6 +17,7 @@ __all__ = [
     "SearchIndex",
     "ShardedIndex",
     "TrainingIndex",
+    "Views",
     "check_index",
     "faiss_factory",
     "find_duplicates",

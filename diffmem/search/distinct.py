@@ -3,6 +3,7 @@ no duplicate of the first."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -23,15 +24,35 @@ SearchIndex = TrainingIndex | ShardedIndex | FaissIndex
 WIDEST_QUERY = 64  # neighbors asked for at once before duplicates are left out of the training set instead
 
 
+@dataclass(frozen=True)
+class Views:
+    """Query rows, as they are and mirrored, where mirroring rows is not mirroring images: vectors of images.
+
+    Attributes:
+        straight: [Q, d].
+        mirrored: [Q, d], of the mirrored images; None where these are not asked for.
+    """
+
+    straight: np.ndarray
+    mirrored: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.straight)
+
+    def __getitem__(self, rows: np.ndarray) -> Views:
+        return Views(self.straight[rows], None if self.mirrored is None else self.mirrored[rows])
+
+
 class DistinctNeighbors:
     """The two nearest training images of any images, duplicates left in or taken out.
 
     Args:
         index: An index of the training images.
-        training: The training images, [N, C, H, W].
+        training: The training images, [N, C, H, W], or vectors [N, d]; queries are then `Views`.
         groups: The training set's duplicates, found with the same radius and flip.
         radius: Root mean square difference per value within which two training images are duplicates.
-        flip: A training image counts at the smaller of its distances to the image and to the mirrored image.
+        flip: A training image counts at the smaller of its distances to the image and to the mirrored image; of
+            vectors, two training images' do not.
         progress: Called as `progress(stage, done, total)`.
 
     Attributes:
@@ -54,12 +75,12 @@ class DistinctNeighbors:
         self.radius, self._rows = radius, as_rows(training)
         self._limit = squared_radius(radius, self._rows.shape[1], self._rows.dtype == torch.uint8)
 
-    def nearest(self, images: np.ndarray, k: int = 2) -> Neighbors:
+    def nearest(self, images: np.ndarray | Views, k: int = 2) -> Neighbors:
         """The k nearest training images, duplicates left in."""
         self.recall = ()
         return self._nearest(self.index, images, k)
 
-    def outside_duplicates(self, images: np.ndarray, nearest: Neighbors) -> Neighbors:
+    def outside_duplicates(self, images: np.ndarray | Views, nearest: Neighbors) -> Neighbors:
         """`nearest` (k = 2) with each second neighbor replaced by the nearest image that is farther than the radius
         from the first one.
 
@@ -98,7 +119,7 @@ class DistinctNeighbors:
         with `flip`; int64 for uint8 images."""
         columns = torch.from_numpy(others)
         squared = exact_squared_distances(self._rows, self._rows, torch.from_numpy(some), columns).numpy()
-        if self.flip and len(some):
+        if self.flip and self.training.ndim == 4 and len(some):
             unique, rows = np.unique(some, return_inverse=True)
             mirrored = as_rows(mirror(self.training[unique]))
             flipped = exact_squared_distances(mirrored, self._rows, torch.from_numpy(rows), columns).numpy()
@@ -109,7 +130,7 @@ class DistinctNeighbors:
         """The training images that are farther than the radius from training image `first`."""
         image = self.training[first : first + 1]
         near = np.zeros(len(self.training), bool)
-        for view in (image, mirror(image)) if self.flip else (image,):
+        for view in (image, mirror(image)) if self.flip and image.ndim == 4 else (image,):
             near[pairs_within(as_rows(view), self._rows, self._limit)[1].numpy()] = True
         if near.all():
             raise InputError(
@@ -118,14 +139,15 @@ class DistinctNeighbors:
             )
         return np.flatnonzero(~near)
 
-    def _nearest(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
-        straight = self._query(index, images, k)
-        if not self.flip:
+    def _nearest(self, index: SearchIndex, images: np.ndarray | Views, k: int) -> Neighbors:
+        views = images if isinstance(images, Views) else Views(images, mirror(images) if self.flip else None)
+        straight = self._query(index, views.straight, k)
+        if views.mirrored is None:
             return straight
         # The k nearest by the smaller distance are among the k nearest of the two orientations: an image of that answer
         # has fewer than k images before it in its own orientation's order, as each of those comes before it in the
         # joint order too.
-        return _merge_orientations(straight, self._query(index, mirror(images), k))
+        return _merge_orientations(straight, self._query(index, views.mirrored, k))
 
     def _query(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
         found = index.query(images, k, progress=self.progress)

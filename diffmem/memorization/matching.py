@@ -1,0 +1,193 @@
+"""Which training images are nearest to an image, and how near: in pixels, in vectors, or after alignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from diffmem.data import ImageSet
+from diffmem.errors import InputError
+from diffmem.features import FeatureSet
+from diffmem.progress import Progress, silent
+from diffmem.search import (
+    DistinctNeighbors,
+    DuplicateGroups,
+    FaissIndex,
+    FaissStats,
+    Neighbors,
+    SearchIndex,
+    ShardedIndex,
+    TrainingIndex,
+    Views,
+    check_index,
+    faiss_factory,
+    find_duplicates,
+)
+
+NEIGHBORS = 8  # training images looked at: copies of images that the set holds in up to seven versions are seen
+SHARDED = "sharded"
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The nearest training images of n images.
+
+    Attributes:
+        neighbors: The nearest, and the nearest of those that are no duplicates of it (duplicates left in, where they
+            are kept).
+        raw: The two nearest, duplicates left in.
+        nearest: Up to `NEIGHBORS` nearest, duplicates left in.
+        scores: float64 [n], the matching's own score where it is none of distances; else None.
+        recall: What an index that may miss neighbors measured of itself.
+    """
+
+    neighbors: Neighbors
+    raw: Neighbors
+    nearest: Neighbors
+    scores: np.ndarray | None = None
+    recall: tuple[tuple[FaissStats, ...], ...] = ()
+
+
+class Matching(Protocol):
+    """A training set, ready to be compared with images.
+
+    Attributes:
+        groups: Its duplicates.
+        index: Its search index, or None.
+        search: Its neighbors outside duplicates, or None.
+        metric: "euclidean", "cosine", "hamming" or "aligned".
+        device: Where it is searched.
+    """
+
+    groups: DuplicateGroups
+    index: SearchIndex | None
+    search: DistinctNeighbors | None
+    metric: str
+    device: str
+
+    def match(self, queries: np.ndarray | Views) -> Matches:
+        """The nearest training images of images [n, C, H, W], or of their vectors."""
+        ...
+
+
+class RowMatching:
+    """By the distance of rows: pixels, or vectors.
+
+    Args:
+        training: The training images, or their vectors.
+        index: An index of these rows made before; "exact", "sharded" (over the ranks of `torch.distributed`), a name
+            or factory string of FAISS, or None for an exact one.
+        device: "cpu", "cuda", or "auto".
+        duplicates: "collapse" or "keep".
+        duplicate_radius: Root mean square per value within which two training images are duplicates.
+        flip: Whether mirrored images are compared too; of vectors, queries then hold both.
+        progress: A callback.
+
+    Raises:
+        InputError: An index of other rows, or fewer than two distinct training images.
+    """
+
+    def __init__(
+        self,
+        training: ImageSet | FeatureSet,
+        index: SearchIndex | str | None,
+        device: str,
+        duplicates: Literal["collapse", "keep"],
+        duplicate_radius: float,
+        flip: bool,
+        progress: Progress,
+    ):
+        self.rows = training.images if isinstance(training, ImageSet) else training.rows
+        self.metric = "euclidean" if isinstance(training, ImageSet) else training.metric
+        self.collapse, self.radius, self.flip, self.progress = (
+            duplicates == "collapse",
+            duplicate_radius,
+            flip,
+            progress,
+        )
+        given = training if isinstance(training, ImageSet) else self.rows
+        if index is None or index == "exact":
+            self.index: SearchIndex = TrainingIndex(given, device=device)
+        elif index == SHARDED:
+            self.index = ShardedIndex(given, device=device)
+        elif isinstance(index, str):
+            factory = faiss_factory(index, len(training))
+            self.index = FaissIndex(given, factory, device=device, progress=progress)
+        else:
+            check_index(index, given)
+            self.index = index
+        exact = None if duplicate_radius == 0 or isinstance(self.index, FaissIndex) else self.index
+        self.groups = find_duplicates(
+            self.rows, duplicate_radius, flip=flip and self.rows.ndim == 4, index=exact, progress=progress
+        )
+        check_distinct(self.groups, training)
+        self.search = self._new_search()
+        self.device = str(self.index.device)
+
+    def _new_search(self) -> DistinctNeighbors:
+        return DistinctNeighbors(
+            self.index, self.rows, self.groups, radius=self.radius, flip=self.flip, progress=self.progress
+        )
+
+    def match(self, queries: np.ndarray | Views) -> Matches:
+        # More than the rule's two: copies of images that the training set holds in several versions show there.
+        nearest = self.search.nearest(queries, min(NEIGHBORS, len(self.rows)))
+        recall = (self.search.recall,) if isinstance(self.index, FaissIndex) else ()
+        raw = nearest.first(2)
+        chosen = self.search.outside_duplicates(queries, raw) if self.collapse else raw
+        return Matches(chosen, raw.copy(), nearest, recall=recall)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The search holds the rows once more.
+        return {**self.__dict__, "progress": silent, "search": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.search = self._new_search()
+
+
+class AlignedMatching:
+    """By what remains after alignment (`diffmem.features.aligned`); "distances" are residuals, √(1 − correlation).
+
+    Args:
+        training: The training images.
+        progress: A callback.
+
+    Raises:
+        InputError: Fewer than two distinct training images.
+    """
+
+    index, search, metric = None, None, "aligned"
+
+    def __init__(self, training: ImageSet, progress: Progress):
+        self.groups = find_duplicates(training.images, 0, progress=progress)
+        check_distinct(self.groups, training)
+        from diffmem.features.aligned import AlignedMatcher
+
+        self.matcher = AlignedMatcher(training, progress=progress)
+        self.device = "cpu"
+
+    def match(self, queries: np.ndarray | Views) -> Matches:
+        found = self.matcher.match(queries)
+        squared = np.square(found.residuals.astype(np.float64))
+        mirrored = np.repeat(found.mirrored[:, None], squared.shape[1], axis=1)
+        mirrored[:, 1:] = False  # of the nearest alone it is known
+        nearest = Neighbors(found.indices, squared, 1, mirrored)
+        # The second neighbor: the nearest that is no duplicate of the first.
+        other = self.groups.group_of[found.indices] != self.groups.group_of[found.indices[:, :1]]
+        second = np.where(other.any(axis=1), other.argmax(axis=1), 1)
+        rows = np.arange(len(squared))[:, None]
+        columns = np.stack([np.zeros_like(second), second], axis=1)
+        chosen = Neighbors(found.indices[rows, columns], squared[rows, columns], 1, mirrored[rows, columns])
+        return Matches(chosen, nearest.first(2).copy(), nearest.first(NEIGHBORS), found.scores)
+
+
+def check_distinct(groups: DuplicateGroups, training: ImageSet | FeatureSet) -> None:
+    """Raises InputError where there is no second training image."""
+    if groups.distinct < 2:
+        raise InputError(
+            f"the rule needs at least two distinct training images; {training.source} holds {len(training)} "
+            f"image(s), {groups.distinct} distinct"
+        )

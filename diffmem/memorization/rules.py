@@ -1,0 +1,158 @@
+"""When an image is a copy: by the ratio of distances, by a similarity, or by what a hold-out set says.
+
+Every rule has a score, lower = more like a copy:
+
+- "ratio": d1/d2, the distances to the nearest and the second nearest training image (Yoon et al. 2023, the paper); of
+  aligned images, the least residual over that of the next candidates. A copy where it is below the threshold.
+- "similarity": of vectors compared by the cosine 1 − cos, a copy where cos is above the threshold (SSCD's 0.75, DCR's
+  0.5); of others the distance to the nearest training image (root mean square per value; bits that differ of hashes;
+  the score of aligned images), a copy where it is below the threshold.
+- "calibrated": the same score as "ratio" of pixels and aligned images, as "similarity" of others, a copy where its
+  p-value against a hold-out set is at most the share of alarms asked for (`diffmem.memorization.calibration`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from diffmem.errors import InputError
+from diffmem.html_report import percent
+from diffmem.memorization.calibration import ALARMS, Calibration, check_alarms
+from diffmem.memorization.criteria import parse_threshold, ratio_rule
+from diffmem.memorization.matching import Matches
+from diffmem.search import Neighbors
+
+RULES = ("ratio", "similarity", "calibrated")
+PUBLISHED = Fraction(1, 3)  # the paper's threshold on d1/d2
+ALIGNED = Fraction(1, 2)  # on the score of aligned images
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule with its threshold.
+
+    Attributes:
+        name: One of `RULES`.
+        features: Of what.
+        metric: How they are compared: "euclidean", "cosine", "hamming" or "aligned".
+        threshold: A fraction for "ratio", a number for "similarity", None for "calibrated".
+        alarms: Of "calibrated".
+    """
+
+    name: str
+    features: str
+    metric: str
+    threshold: Fraction | float | None
+    alarms: float
+
+    @classmethod
+    def of(cls, name: str, features: str, metric: str, threshold: Any, alarms: float | None, holdout: bool) -> Rule:
+        """The rule that these arguments of `diffmem.audit` ask for.
+
+        Raises:
+            InputError: There is no such rule, its threshold is missing or is none, or it wants a hold-out set.
+        """
+        if name not in RULES:
+            raise InputError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
+        if name != "calibrated":
+            if alarms is not None:
+                raise InputError("alarms= belongs to rule='calibrated', which finds the threshold for it")
+            alarms = ALARMS
+        if name == "ratio":
+            default = ALIGNED if metric == "aligned" else PUBLISHED
+            return cls(name, features, metric, parse_threshold(default if threshold is None else threshold), alarms)
+        if name == "similarity":
+            return cls(name, features, metric, _similarity_threshold(threshold, features, metric), alarms)
+        if threshold is not None:
+            raise InputError("rule='calibrated' finds its threshold by itself: leave threshold out, and say alarms=…")
+        if not holdout:
+            raise InputError(
+                "rule='calibrated' learns from real images that the model has not seen what is no copy: name them with "
+                "holdout=…"
+            )
+        alarms = ALARMS if alarms is None else alarms
+        check_alarms(alarms)
+        return cls(name, features, metric, None, float(alarms))
+
+    @property
+    def on_ratio(self) -> bool:
+        """Whether the score is d1/d2."""
+        return self.metric != "aligned" and (
+            self.name == "ratio" or (self.name == "calibrated" and self.features == "pixels")
+        )
+
+    @property
+    def score_name(self) -> str:
+        """What the score is, for people."""
+        if self.metric == "aligned":
+            return "residual / next residuals"
+        if self.on_ratio:
+            return "d1/d2"
+        return {"cosine": "1 − cosine", "hamming": "differing bits", "euclidean": "distance"}[self.metric]
+
+    def scores(self, found: Matches, neighbors: Neighbors) -> np.ndarray:
+        """float64 [n], lower = more like a copy."""
+        if found.scores is not None:
+            return found.scores
+        if self.on_ratio:
+            return neighbors.distance_ratios
+        if self.metric == "cosine":
+            return neighbors.squared_distances[:, 0] / 2.0
+        if self.metric == "hamming":
+            return neighbors.squared_distances[:, 0].astype(np.float64)
+        return neighbors.rms[:, 0]
+
+    def copies(self, scores: np.ndarray, neighbors: Neighbors, calibration: Calibration | None) -> np.ndarray:
+        """bool [n], which images are copies."""
+        if self.name == "calibrated":
+            return calibration.copies(scores)
+        if self.name == "similarity":
+            return 1 - scores > self.threshold if self.metric == "cosine" else scores < self.threshold
+        if self.metric == "aligned":
+            return scores < float(self.threshold)
+        return ratio_rule(neighbors.squared_distances, self.threshold)
+
+    def score_threshold(self, calibration: Calibration | None) -> float:
+        """The score below which an image is a copy."""
+        if self.name == "calibrated":
+            return calibration.threshold
+        return 1 - self.threshold if self.name == "similarity" and self.metric == "cosine" else float(self.threshold)
+
+    def described(self, calibration: Calibration | None) -> str:
+        """When an image is a copy, as the end of a sentence."""
+        if self.name == "calibrated":
+            return (
+                f"its score, {self.score_name} of {self.features}, is below {calibration.threshold:.4g}, which "
+                f"{percent(self.alarms)} of unseen images are at most ({calibration.total:,} hold-out images)"
+            )
+        if self.name == "similarity" and self.metric == "cosine":
+            return (
+                f"the cosine of its {self.features} features and those of a training image is above {self.threshold:g}"
+            )
+        return f"{self.score_name} of {self.features} is below {self.threshold}"
+
+
+def _similarity_threshold(threshold: Any, features: str, metric: str) -> float:
+    known = {
+        "cosine": "0.75 is SSCD's own for 90 % precision on its benchmark, 0.5 DCR's",
+        "hamming": "users of perceptual hashes take 10 of 64 bits",
+    }.get(metric, "it is a distance, and depends on the images")
+    if threshold is None:
+        raise InputError(
+            f"rule='similarity' of {features} needs threshold=… ({known}); thresholds do not travel between data sets: "
+            "rule='calibrated' finds one from a hold-out set"
+        )
+    try:
+        value = float(Fraction(threshold))
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        value = math.nan
+    fits = -1 < value < 1 if metric == "cosine" else 0 < value < math.inf
+    if not fits:
+        wanted = "a cosine between −1 and 1" if metric == "cosine" else "a distance above 0"
+        raise InputError(f"threshold must be {wanted} for rule='similarity' of {features}, got {threshold!r}")
+    return value
