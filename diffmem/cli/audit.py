@@ -13,10 +13,10 @@ from diffmem.cli.distributed import is_first_rank, process_group, ranks
 from diffmem.cli.options import (
     CommandWithJson,
     Source,
-    ValueRange,
     center_crop_option,
     debug_option,
     gate_options,
+    holdout_option,
     in_own_options,
     json_option,
     limits_of,
@@ -24,9 +24,12 @@ from diffmem.cli.options import (
     reading,
     reading_options,
     reserve_report,
+    resize_option,
     say_notes,
     tell_gate,
+    value_range_option,
 )
+from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.errors import InputError
 from diffmem.text import printable
 
@@ -50,7 +53,7 @@ class Threshold(click.ParamType):
 @click.command("audit", cls=CommandWithJson)
 @click.argument("generated", type=Source())
 @click.argument("training", type=Source())
-@click.option("--holdout", type=Source(), help="Real images the model has not seen: gives the rule's false-alarm rate.")
+@holdout_option
 @click.option("--threshold", type=Threshold(), default="1/3", show_default=True, help="A copy has d1/d2 below this.")
 @click.option(
     "--duplicates", type=click.Choice(["collapse", "keep"]), default="collapse", show_default=True,
@@ -62,19 +65,15 @@ class Threshold(click.ParamType):
     help="Training images within this distance (rms, gray levels) of the nearest one are duplicates of it.",
 )  # fmt: skip
 @click.option("--flip", is_flag=True, help="Look for mirrored copies too (models trained with horizontal flips).")
-@click.option("--resize", type=click.IntRange(min=1), help="Bring all images to N x N, antialiased.")
+@resize_option()
 @center_crop_option
 @click.option(
     "--split-grid", is_flag=True,
     help="GENERATED are sheets of images in a grid: cut them into images of the training images' size.",
 )  # fmt: skip
-@click.option(
-    "--value-range", type=ValueRange(), multiple=True, metavar="LOW,HIGH",
-    help="Sets of floats: the values of black and white, such as -1,1 or 0,1; they become gray levels. For one set "
-    "alone: generated=-1,1, training=0,1 or holdout=0,1.",
-)  # fmt: skip
+@value_range_option("of all sets, or of one alone: generated=-1,1, training=0,1, holdout=0,1", multiple=True)
 @reading_options("generated", "training", "holdout")
-@click.option("--limit", type=click.IntRange(min=1), help="Audit only the first N generated images.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images: of GENERATED.")
 @click.option(
     "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
 )
@@ -83,11 +82,9 @@ class Threshold(click.ParamType):
     help="How neighbors are searched: exact, or by FAISS, on GPUs where it has them: flat, ivf, ivf1024, hnsw, or one "
     "of its factory strings. What FAISS misses is measured on a sample and reported.",
 )  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write report.html, samples.csv and report.json into this folder."
-)
-@json_option
+@device_option
+@folder_option("a folder for report.html, samples.csv and report.json.")
+@json_option("a summary", full="with what is said of each image")
 @gate_options
 @debug_option
 def audit_command(

@@ -10,14 +10,18 @@ from typing import Any
 import click
 
 from diffmem.cli.options import (
+    CommandWithJson,
     Source,
-    ValueRange,
     center_crop_option,
     debug_option,
+    json_option,
     reading,
     reading_options,
     reserve_output,
+    resize_option,
     say_notes,
+    size_option,
+    value_range_option,
 )
 from diffmem.errors import InputError
 
@@ -35,14 +39,10 @@ class Labels(click.ParamType):
         return value
 
 
-@click.command("dataset")
+@click.command("dataset", cls=CommandWithJson)
 @click.argument("source", type=Source())
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--size",
-    type=click.IntRange(min=1),
-    help="Class-balanced subset: the first N/C images of each class (the first N images where there are no classes).",
-)
+@size_option(": the first ones of each (the first N images where there are no classes)")
 @click.option("--classes", type=click.IntRange(min=1), help="Only the first C classes.")
 @click.option(
     "--labels", type=Labels(), metavar="true|consecutive|none|random:C|unique",
@@ -53,26 +53,19 @@ class Labels(click.ParamType):
     "--label-seed", type=click.IntRange(min=0),
     help="Seed of random:C; without it the sequence is that of the paper's public code.",
 )  # fmt: skip
-@click.option(
-    "--resolution", "--resize", type=click.IntRange(min=1), metavar="R", help="Bring all images to R x R, antialiased."
-)
+@resize_option("--resolution", "resolution")
 @center_crop_option
-@click.option(
-    "--value-range", type=ValueRange(one_set=True), metavar="LOW,HIGH",
-    help="SOURCE holds floats, and these are black and white: -1,1 or 0,1. They become gray levels.",
-)  # fmt: skip
+@value_range_option("those of SOURCE, which become gray levels")
 @reading_options()
 @click.option("--mix", type=Source(), metavar="OTHER", help="Replace images of one class by the same class of OTHER.")
 @click.option("--share", type=click.FloatRange(0, 1), help="With --mix: the share of the class to replace.")
-@click.option("--class", "class_index", type=int, help="With --mix: the class, as its number in the labels.")
+@click.option("--class", "class_index", type=int, metavar="K", help="The class K: its images are replaced by --mix.")
 @click.option(
     "--seed", type=click.IntRange(min=0),
-    help="Draw the images of --size and --mix at random; without it they are the first ones.",
+    help="Seed of the random choices: of the images of --size and --mix, which are the first ones without it.",
 )  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), help="Read only the first N images of SOURCE.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the manifest as JSON on standard output and nothing else there."
-)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images: of SOURCE.")
+@json_option("the manifest")
 @debug_option
 def dataset_command(
     source, out, size, classes, labels, label_seed, resolution, center_crop, value_range, mix, share, class_index, seed,

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import click
 
-from diffmem.cli.options import debug_option
+from diffmem.cli.options import CommandWithJson, debug_option, json_option
+from diffmem.cli.sampling_options import folder_option
 
 
-@click.command("demo")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write to."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on standard output, nothing else.")
+@click.command("demo", cls=CommandWithJson)
+@folder_option("a folder for report.html, models and samples.", default=Path("demo"), show_default=True)
+@json_option("the results")
 @debug_option
 def demo_command(out: Path, as_json: bool) -> None:
     """Train one small model that memorizes real digits and one that does not, and show the difference.

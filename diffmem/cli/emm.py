@@ -9,8 +9,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
-from diffmem.cli.options import SOLVER, debug_option, reading, reading_options, reserve_report
+from diffmem.cli.execution import (
+    dry_run_option,
+    executor_of,
+    executor_options,
+    repetitions_option,
+    tell_outcome,
+    threads_option,
+)
+from diffmem.cli.options import (
+    CommandWithJson,
+    debug_option,
+    json_option,
+    moved_option,
+    reading,
+    reading_options,
+    reserve_report,
+)
+from diffmem.cli.sampling_options import folder_option, solver_option
 from diffmem.cli.training_options import POSITIVE, SHARE, describe_preset, parts_of, training_options
 
 if TYPE_CHECKING:
@@ -45,26 +61,27 @@ class Percentage(click.ParamType):
             self.fail(f"{value!r} is not a share like 10% or 0.1", parameter, context)
 
 
-@click.command("emm")
+@click.command("emm", cls=CommandWithJson)
 @training_options
 @reading_options(color=False)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the search: runs and results.")
+@folder_option("the folder of the search, with its runs and results.", required=True)
 @click.option("--zeta", type=SHARE, default=0.1, show_default=True, help="R_mem at EMM is 1 - zeta.")
-@click.option("--sizes", type=SizeRange(), help="Smallest and largest training set. [default: all that are possible]")
-@click.option("--precision", type=Percentage(), default="10%", show_default=True,
+@click.option("--size-range", "sizes", type=SizeRange(),
+              help="Smallest and largest training set. [default: all that are possible]")  # fmt: skip
+@click.option("--half-width", "precision", type=Percentage(), default="10%", show_default=True,
               help="Stop when half of the 95 % interval is this share of EMM.")  # fmt: skip
-@click.option("--seeds", "repetitions", type=POSITIVE, default=5, show_default=True, metavar="K",
-              help="Runs per size at most, each with a subset and a seed of its own.")  # fmt: skip
+@repetitions_option("per size at most, each with a subset and a seed of its own.", default=5)
+@moved_option("--sizes", "a range of sizes is --size-range MIN:MAX, since --sizes is a list of them")
+@moved_option("--precision", "the precision of EMM is --half-width, since --precision is that of a network's products")
+@moved_option("--seeds", "runs per size are --repetitions, since --seeds are those of images")
 @click.option("--max-runs", type=POSITIVE, default=40, show_default=True, help="Runs in all at most.")
 @click.option("--snapshots", type=POSITIVE, default=10, show_default=True, help="Audited snapshots per run.")
 @click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
-@click.option("--solver", type=SOLVER, default="heun", show_default=True,
-              help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14, with nearly the same "
-                   "verdicts.")  # fmt: skip
-@click.option("-n", "--dry-run", is_flag=True, help="Print what the search would try and cost at most, and stop.")
+@solver_option()
+@dry_run_option
 @threads_option
 @executor_options
-@click.option("--json", "as_json", is_flag=True, help="Print emm.json instead of the summary.")
+@json_option("what emm.json holds")
 @debug_option
 def emm_command(
     source, resize, color, alpha, key, layout, skip_bad, cond, out, zeta,
@@ -80,9 +97,9 @@ def emm_command(
 
     \b
     Examples:
-      diffmem emm --data builtin:digits --images 64000 --sizes 10:200 --samples 500 --snapshots 3 --solver unipc \\
+      diffmem emm --data builtin:digits --images 64000 --size-range 10:200 --samples 500 --snapshots 3 --solver unipc \\
           --out emm-digits
-      diffmem emm --data cifar10.zip --duration 2000 --sizes 100:20000 --workers 8 --device cuda --out emm
+      diffmem emm --data cifar10.zip --duration 2000 --size-range 100:20000 --workers 8 --device cuda --out emm
     """
     from contextlib import closing
 

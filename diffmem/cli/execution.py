@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from diffmem.cli.sampling_options import device_option
 
 if TYPE_CHECKING:
     from diffmem.studies import Outcome
@@ -30,7 +32,7 @@ _OPTIONS = [
         show_default=True,
         help="With --ray; 0.25: four runs share a GPU.",
     ),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
+    device_option,
 ]
 
 
@@ -41,6 +43,18 @@ threads_option = click.option(
     help="CPU threads of each run. Results depend on it by rounding: runs with another number are other runs. "
     "[default: 1]",
 )
+
+
+dry_run_option = click.option(
+    "-n", "--dry-run", is_flag=True, help="Print what would be done and what it would cost, and stop."
+)
+
+
+def repetitions_option(more: str, **settings: Any) -> Callable[[Callable], Callable]:
+    """--repetitions. more: for the help."""
+    return click.option(
+        "--repetitions", type=click.IntRange(min=1), metavar="K", show_default=True, help=f"Runs: {more}", **settings
+    )
 
 
 def executor_options(command: Callable) -> Callable:

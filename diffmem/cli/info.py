@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from diffmem.cli.options import debug_option
+from diffmem.cli.options import CommandWithJson, debug_option, json_option
 
 
-@click.command("info")
+@click.command("info", cls=CommandWithJson)
 @click.argument("path", metavar="[RUN]", required=False, type=click.Path(exists=True, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@json_option("the same")
 @debug_option
 def info_command(path: Path | None, as_json: bool) -> None:
     """What is installed, what this machine offers, and which backend each op and the search use here and why.

@@ -15,12 +15,16 @@ from diffmem.cli.options import (
     debug_option,
     flag_of,
     gate_options,
+    holdout_option,
     json_option,
     limits_of,
+    moved_option,
     reading,
     reading_options,
     reserve_report,
+    resize_option,
     say_notes,
+    size_option,
 )
 from diffmem.cli.sample import print_result, says_what_is_kept
 from diffmem.cli.sampling_options import (
@@ -92,8 +96,8 @@ class _Subcommands(click.Group):
 
 _SHARED = [
     click.argument("source", type=Source()),
-    click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images of SOURCE, as many of each class."),
-    click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased."),
+    size_option(": of SOURCE"),
+    resize_option(),
     solver_option(),
     steps_option,
     click.option(
@@ -147,16 +151,16 @@ def optimum_command() -> None:
 @click.option("--subset", type=POSITIVE, metavar="M", help="Another random subset of M images at each noise level.")
 @images_out_option
 @click.option("--no-audit", is_flag=True, help="Only write the images: do not audit them against SOURCE.")
-@click.option("--audit", "with_audit", is_flag=True, hidden=True)
-@click.option("--holdout", type=Source(), help="Real images the model has not seen: the rule's false-alarm rate.")
+@moved_option("--audit", "the images are audited against SOURCE anyway; leave it out", flag=True)
+@holdout_option
 @report_option()
 @restart_option
-@json_option
+@json_option("a summary", full="with what is said of each image")
 @gate_options
 @debug_option
 def sample_command(
     source, size, resize, solver, steps, tolerance, batch, device, cond, class_index, seeds, regularization, subset,
-    out, no_audit, with_audit, holdout, report, restart, as_json, fail_above, require_below, max_copies, **given,
+    out, no_audit, holdout, report, restart, as_json, fail_above, require_below, max_copies, **given,
 ) -> int:  # fmt: skip
     """Sample from the optimum of the training set SOURCE, and audit the images against SOURCE as they come.
 
@@ -172,8 +176,6 @@ def sample_command(
     from diffmem.optimum import OptimalDenoiser
     from diffmem.progress import progress_bars
 
-    if with_audit:
-        raise click.UsageError("--audit: the images are audited against SOURCE anyway; leave it out")
     limits = limits_of(fail_above, require_below, max_copies)
     of_audit = {"holdout": holdout, "report": report, **limits}
     for name, value in of_audit.items():
@@ -205,14 +207,16 @@ def sample_command(
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @reading_options("source", "holdout")
 @seeds_option(None, otherwise="as many as --noisy-images")
-@click.option("--holdout", type=Source(), help="Real images the model has not seen; those of SOURCE are left out.")
+@holdout_option
+@moved_option("--report", "the folder of a comparison is --out")
+@moved_option("--images", "it is --noisy-images, since --images is a length of training")
 @click.option(
     "--noisy-images", "images", type=click.IntRange(min=2), default=256, show_default=True, metavar="N",
     help="Noisy versions of training images, and of unseen ones, at most.",
 )  # fmt: skip
 @click.option("--levels", type=click.IntRange(min=2), default=24, show_default=True, help="Noise levels to compare at.")
 @folder_option("a folder for compare.html, .json, .csv and .svg.")
-@json_option
+@json_option("the comparison")
 @debug_option
 def compare_command(
     source, checkpoint, size, resize, solver, steps, tolerance, batch, device, seeds, holdout, images, levels, out,
@@ -252,7 +256,8 @@ def compare_command(
 @_class_option
 @seeds_option("0-999")
 @folder_option("a folder for sweep.html and its tables, which keeps what is finished.", required=True)
-@json_option
+@moved_option("--report", "the folder of a sweep is --out")
+@json_option("the points of the sweep")
 @debug_option
 def sweep_command(
     source, variants, size, resize, solver, steps, tolerance, batch, device, cond, class_index, seeds, out, as_json,

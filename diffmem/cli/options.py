@@ -159,10 +159,40 @@ class CommandWithJson(click.Command):
 
 JSON_KINDS = ("summary", "full")
 
-json_option = click.option(
-    "--json", "as_json", type=click.Choice(JSON_KINDS), metavar="[full]",
-    help="Print a summary as JSON on standard output and nothing else there; full: with what is said of each image.",
-)  # fmt: skip
+
+def json_option(of: str, full: str = "") -> Callable[[Callable], Callable]:
+    """--json of a `CommandWithJson`.
+
+    of: what is printed. full: what `--json full` adds, where it adds something.
+    """
+    return click.option(
+        "--json", "as_json", type=click.Choice(JSON_KINDS), metavar="[full]" if full else "",
+        help=f"Print JSON on standard output and nothing else there: {of}" + (f"; full: {full}." if full else "."),
+    )  # fmt: skip
+
+
+def moved_option(name: str, line: str, flag: bool = False) -> Callable[[Callable], Callable]:
+    """An option that a command once had under another name or meaning: given, it ends in this line."""
+
+    def refuse(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value:
+            raise click.UsageError(f"{name}: {line}")
+
+    kind = {"is_flag": True} if flag else {"metavar": "…"}
+    variable = f"moved_{name.strip('-').replace('-', '_')}"
+    return click.option(
+        name, variable, hidden=True, expose_value=False, is_eager=True, callback=refuse, **kind
+    )  # fmt: skip
+
+
+class AutoOnOff(click.Choice):
+    """auto, on or off; "yes" and "no" are understood too."""
+
+    def __init__(self) -> None:
+        super().__init__(["auto", "on", "off"])
+
+    def convert(self, value, parameter, context) -> str:
+        return super().convert({"yes": "on", "no": "off"}.get(value, value), parameter, context)
 
 
 class Share(click.FloatRange):
@@ -253,6 +283,31 @@ class Source(click.ParamType):
         return value
 
 
+holdout_option = click.option(
+    "--holdout", type=Source(), help="Real images the model has not seen: they give the rule's false-alarm rate."
+)
+
+
+def size_option(more: str = "") -> Callable[[Callable], Callable]:
+    """--size. more: for the help."""
+    help = f"A subset of N images, as many of each class{more}."
+    return click.option("--size", type=click.IntRange(min=1), metavar="N", help=help)
+
+
+def resize_option(*names: str, more: str = "") -> Callable[[Callable], Callable]:
+    """--resize, also under other names. more: for the help."""
+    help = "Bring all images to R x R, antialiased." + more
+    return click.option("--resize", *names, type=click.IntRange(min=1), metavar="R", help=help)
+
+
+def confidence_option(more: str) -> Callable[[Callable], Callable]:
+    """--confidence. more: which answer it is of, for the help."""
+    return click.option(
+        "--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95, show_default=True,
+        help=f"Confidence of the answer: {more}.",
+    )  # fmt: skip
+
+
 center_crop_option = click.option(
     "--center-crop", is_flag=True, help="Cut out the central square first, as ADM and EDM prepare images.",
 )  # fmt: skip
@@ -279,6 +334,15 @@ class ValueRange(click.ParamType):
         except InputError:
             self.fail(f"{value!r} is not LOW,HIGH, the values of black and white: -1,1 or 0,255", parameter, context)
         return low_high if self.one_set else (which or None, low_high)
+
+
+def value_range_option(more: str, **settings: Any) -> Callable[[Callable], Callable]:
+    """--value-range; settings: `multiple`, or of one set. more: for the help."""
+    several = settings.get("multiple", False)
+    return click.option(
+        "--value-range", type=ValueRange(one_set=not several), metavar="LOW,HIGH", **settings,
+        help=f"The values of black and white where images are floats, such as -1,1 or 0,1: {more}.",
+    )  # fmt: skip
 
 
 def ranges_by_set(given: tuple[tuple[str | None, tuple[float, float]], ...]) -> dict[str, tuple[float, float]]:

@@ -15,20 +15,22 @@ from diffmem.cli.audit import Source, as_json_asks, print_verdict
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import (
     CommandWithJson,
-    ValueRange,
     debug_option,
     flag_of,
     gate_options,
+    holdout_option,
     json_option,
     limits_of,
     reserve_output,
     reserve_report,
     say_notes,
     tell_gate,
+    value_range_option,
 )
 from diffmem.cli.sampling_options import (
     batch_option,
     class_option,
+    compile_option,
     device_option,
     images_out_option,
     report_option,
@@ -80,10 +82,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @class_option("all images are of it, each with the noise that its seed gives.  [default: drawn per seed]")
 @batch_option(64)
-@click.option(
-    "--compile", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
-    help="Run the step through torch.compile; auto: where the run is long enough to pay for it.",
-)  # fmt: skip
+@compile_option("compile", "where the run is long enough to pay for it")
 @click.option(
     "--precision", type=click.Choice(["ieee", "tf32", "bf16", "fp16"]),
     help="Of the network's products. ieee: float32, the protocol's; tf32: rounded on a GPU; bf16, fp16: autocast.  "
@@ -93,18 +92,15 @@ if TYPE_CHECKING:
 @click.option("--bf16", "half", flag_value="bf16", help="--precision bf16.")
 @device_option
 @click.option("--audit", "training", type=Source(), metavar="TRAINING", help="Audit against these images as it goes.")
-@click.option("--holdout", type=Source(), help="Real images the model has not seen: the rule's false-alarm rate.")
-@click.option(
-    "--value-range", type=ValueRange(one_set=True), metavar="LOW,HIGH",
-    help="The values of black and white where the images of --audit are floats: -1,1 or 0,1.",
-)  # fmt: skip
+@holdout_option
+@value_range_option("those of --audit and --holdout")
 @click.option(
     "--flip/--no-flip", default=None,
     help="Look for mirrored copies too.  [default: where CHECKPOINT is of a run with --xflip]",
 )  # fmt: skip
 @report_option("With --audit.")
 @restart_option
-@json_option
+@json_option("a summary", full="with what is said of each image")
 @gate_options
 @debug_option
 def sample_command(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from diffmem.cli.options import SOLVER
+from diffmem.cli.options import SOLVER, AutoOnOff
 from diffmem.errors import InputError
 
 
@@ -48,6 +48,14 @@ def batch_option(default: int) -> Callable[[Callable], Callable]:
     return click.option(
         "--batch", type=click.IntRange(min=1), default=default, show_default=True,
         help="Images per batch: so many are sampled at a time.",
+    )  # fmt: skip
+
+
+def compile_option(variable: str, when: str) -> Callable[[Callable], Callable]:
+    """--compile. when: what "auto" goes by, for the help."""
+    return click.option(
+        "--compile", variable, type=AutoOnOff(), default="auto", show_default=True,
+        help=f"Run the network through torch.compile; auto: {when}.",
     )  # fmt: skip
 
 

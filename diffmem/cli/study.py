@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffmem.cli.execution import executor_of, executor_options, tell_outcome, threads_option
-from diffmem.cli.options import debug_option
+from diffmem.cli.execution import executor_of, executor_options, repetitions_option, tell_outcome, threads_option
+from diffmem.cli.options import CommandWithJson, Source, debug_option, json_option, moved_option
+from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.cli.training_options import Numbers
 
 if TYPE_CHECKING:
@@ -23,11 +24,23 @@ def _choice_options(command):
     for option in reversed(
         [
             click.argument("studies", nargs=-1, required=True),
-            click.option("--scale", type=click.Choice(["digits", "cifar10"]), default="digits", show_default=True),
-            click.option("--data", "source", help="Training images instead of the scale's own; see `diffmem audit`."),
-            click.option("--other", help="The images that the study of intra-class diversity mixes in."),
+            click.option(
+                "--scale",
+                type=click.Choice(["digits", "cifar10"]),
+                default="digits",
+                show_default=True,
+                help="digits: networks and lengths for a laptop; cifar10: the paper's.",
+            ),
+            click.option(
+                "--data",
+                "source",
+                type=Source(),
+                help="The training images; in place of the scale's own.",
+            ),
+            click.option("--other", type=Source(), help="The images that the study of intra-class diversity mixes in."),
             click.option("--sizes", type=Numbers(), help="Training-set sizes instead of the study's."),
-            click.option("--seeds", "repetitions", type=click.IntRange(min=1), help="Runs per cell."),
+            repetitions_option("per cell."),
+            moved_option("--seeds", "runs per cell are --repetitions, since --seeds are those of images"),
             threads_option,
         ]
     ):
@@ -60,12 +73,12 @@ def study_command() -> None:
       diffmem study show width --plan 1,8
       diffmem study run size width --out studies
       diffmem study run resolution --scale cifar10 --data cifar10.zip --workers 8 --device cuda --out studies
-      diffmem study report --out studies
+      diffmem study report --runs studies
     """
 
 
-@study_command.command("list")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@study_command.command("list", cls=CommandWithJson)
+@json_option("the studies")
 @debug_option
 def list_command(as_json: bool) -> None:
     """List the built-in studies with their number of runs at both scales."""
@@ -87,15 +100,16 @@ def list_command(as_json: bool) -> None:
         click.echo(f"{row['name']:16} {row['runs']['digits']:7} {row['runs']['cifar10']:8}   {row['title']}")
 
 
-@study_command.command("show")
+@study_command.command("show", cls=CommandWithJson)
 @_choice_options
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs: what is done there costs nothing.")
+@click.option("--runs", type=click.Path(path_type=Path), help="Folder of runs: what is done there costs nothing.")
+@moved_option("--out", "the folder of runs is --runs here, since nothing is written")
 @click.option("--plan", "workers", type=Numbers(), metavar="W,W,…",
               help="Measure what the runs cost here, and simulate a schedule on so many devices.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="The device to measure on.")
-@click.option("--json", "as_json", is_flag=True, help="The studies as JSON, which `run` reads as a study of your own.")
+@device_option
+@json_option("the studies, which `run` reads as studies of your own")
 @debug_option
-def show_command(out, workers, device, as_json, **choice) -> None:
+def show_command(runs, workers, device, as_json, **choice) -> None:
     """Show what studies consist of, and what they would cost."""
     import torch
 
@@ -121,7 +135,7 @@ def show_command(out, workers, device, as_json, **choice) -> None:
     click.echo(f"{len(trials)} different runs")
     if workers:
         with progress_bars() as progress:
-            estimates = costs(trials, out, device, progress)
+            estimates = costs(trials, runs, device, progress)
         done = sum(cost.done for cost in estimates)
         click.echo(f"{done} of them done; the others, on this {device if device != 'auto' else 'machine'}'s measure:")
         for count in workers:
@@ -134,7 +148,7 @@ def show_command(out, workers, device, as_json, **choice) -> None:
 
 @study_command.command("run")
 @_choice_options
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of runs, ledger and reports.")
+@folder_option("the folder of runs, ledger and reports.", required=True)
 @click.option("--retry", is_flag=True, help="Try again what failed for good.")
 @executor_options
 @debug_option
@@ -163,28 +177,24 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
     return FAILURE if failed else 0
 
 
-@study_command.command("report")
+@study_command.command("report", cls=CommandWithJson)
 @click.argument("studies", nargs=-1)
-@click.option(
-    "--out", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the runs, or a report."
-)
-@click.option(
-    "--to",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Folder of the report. [default: OUT/report, or the report itself]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print studies.json.")
+@click.option("--runs", type=click.Path(path_type=Path, exists=True), help="Folder of runs; or a report.")
+@folder_option("the folder of the report.  [default: RUNS/report, or the report itself]")
+@moved_option("--to", "the folder of the report is --out, that of the runs --runs")
+@json_option("what studies.json holds")
 @debug_option
-def report_command(studies, out, folder, as_json) -> None:
-    """Write report.html, runs.csv and studies.json from the runs in OUT, also while others still run.
+def report_command(studies, runs, out, as_json) -> None:
+    """Write report.html, runs.csv and studies.json from the runs in RUNS, also while others still run.
 
-    OUT may be a report, or what diffmem emm wrote: its pages are then made again from its own tables, with what is
+    RUNS may be a report, or what diffmem emm wrote: its pages are then made again from its own tables, with what is
     computed and shown today.
     """
     from diffmem.studies.folder import report_studies
 
-    page = report_studies(out, folder, studies)
+    if runs is None:
+        raise click.UsageError("--runs is missing: name the folder of the runs with it; --out is that of the report")
+    page = report_studies(runs, out, studies)
     found = page.parent / "studies.json"
     if as_json:
         click.echo((found if found.is_file() else page.parent / "emm.json").read_text(encoding="utf-8"), nl=False)

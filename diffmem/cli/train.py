@@ -12,7 +12,17 @@ import click
 from click.core import ParameterSource
 
 from diffmem.cli.distributed import is_first_rank, process_group
-from diffmem.cli.options import SOLVER, debug_option, reading, reading_options, say_notes
+from diffmem.cli.execution import dry_run_option
+from diffmem.cli.options import (
+    AutoOnOff,
+    confidence_option,
+    debug_option,
+    reading,
+    reading_options,
+    say_notes,
+    size_option,
+)
+from diffmem.cli.sampling_options import compile_option, device_option, folder_option, solver_option
 from diffmem.cli.training_options import POSITIVE, describe_preset, parts_of, resumable_training_options
 from diffmem.errors import InputError
 from diffmem.timing import TimeLeft, duration_range
@@ -24,17 +34,19 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _LONG = 12 * 3600.0  # seconds
+_ON_OFF = {"on": True, "off": False, "yes": True, "no": False}  # the latter in the records of earlier runs
 COMMAND = "command.json"  # in the run's folder: the options of the command that began it
 _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 @click.command("train")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Needed, but for --dry-run.")
-@click.option("--size", type=POSITIVE, metavar="N", help="A subset of N images, as many of each class.")
+@folder_option("the folder of the run. Needed, but for --dry-run.")
+@size_option()
 @resumable_training_options
 @reading_options(color=False)
 @click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass of a process. [default: all of its share]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Seed of the random choices: of weights, order and noise.")  # fmt: skip
 # The run.
 @click.option("--snapshot-images", type=POSITIVE, metavar="N", help="A snapshot every N images. [default: at the end]")
 @click.option("--keep", type=POSITIVE, metavar="K", help="Keep the last K snapshots and the best. [default: all]")
@@ -43,23 +55,19 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 )
 @click.option("--audit-every", type=POSITIVE, metavar="N", help="Audit a snapshot every N images, and the last.")
 @click.option("--audit-samples", type=POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
-@click.option("--audit-solver", type=SOLVER, default="heun", show_default=True,
-              help="heun: the protocol's, number of function evaluations (NFE) 35; unipc: 14, with nearly the same "
-                   "verdicts.")  # fmt: skip
+@solver_option("--audit-solver")
 @click.option("--stop-at", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
               help="End the run once an audit shows that R_mem is at least SHARE.")  # fmt: skip
-@click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
-              show_default=True, help="Of --stop-at, over all audits of the run.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-@click.option("--compile", "compile_", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
-              help="Compile the network; auto: where it is large and the run is hours long.")  # fmt: skip
+@confidence_option("of --stop-at, over all audits of the run")
+@device_option
+@compile_option("compile_", "where it is large and the run is hours long")
 @click.option("--precision", type=click.Choice(["ieee", "tf32", "bf16"]),
               help="Of the network's products. ieee: float32, the protocol's; tf32: rounded on a GPU; bf16: autocast, "
               "weights stay float32. [default: ieee]")  # fmt: skip
-@click.option("--cuda-graph", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
+@click.option("--cuda-graph", type=AutoOnOff(), default="auto", show_default=True,
               help="On a GPU, launch a pass's kernels at once; auto: where that is faster.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in OUT, with its own settings; needs no other option.")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and what it would cost, and stop.")
+@dry_run_option
 @debug_option
 @click.pass_context
 def train_command(context: click.Context, out: Path | None, resume: bool, dry_run: bool, **options: Any) -> int:
@@ -189,8 +197,8 @@ def _train(
         choices = {
             "device": device,
             "batch_gpu": batch_gpu,
-            "compile": {"yes": True, "no": False}.get(compile_, "auto"),
-            "cuda_graph": {"yes": True, "no": False}.get(cuda_graph, "auto"),
+            "compile": _ON_OFF.get(compile_, "auto"),
+            "cuda_graph": _ON_OFF.get(cuda_graph, "auto"),
         }
         if is_first_rank():
             click.echo(json.dumps(config.to_json(), indent=1))

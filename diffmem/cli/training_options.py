@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffmem.cli.options import Color, Source
+from diffmem.cli.options import Color, Source, resize_option
 
 if TYPE_CHECKING:
     from diffmem.training import TrainingParts
@@ -36,9 +36,9 @@ NUMBER, SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
 _DATA = {"type": Source(), "help": "The training images; see `diffmem audit`."}
 _OPTIONS = [
     # The training set.
-    click.option("--resize", type=POSITIVE, metavar="R", help="Bring all images to R x R, antialiased."),
+    resize_option(),
     click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
-    click.option("--cond", is_flag=True, help="Train a class-conditional model on the labels of the data."),
+    click.option("--cond", is_flag=True, help="Class-conditional, on the labels of the data."),
     click.option("--xflip", is_flag=True, help="Mirrored images count as images too."),
     click.option(
         "--window",
@@ -52,11 +52,11 @@ _OPTIONS = [
         help="A network and its training by name: protocol, small_16, small_8, or one of diffmem.models.PRESETS; other "
         "options change parts of it. [default: by the images' size; protocol above 24x24, and with --arch]",
     ),
-    click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), help="[default: ddpmpp]"),
+    click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), help="Architecture. [default: ddpmpp]"),
     click.option(
         "--precond",
         type=click.Choice(["vp", "ve", "edm"]),
-        help="[default: vp, ve, edm of the architectures; edm of the small presets]",
+        help="Preconditioning. [default: vp, ve, edm of the architectures; edm of the small presets]",
     ),
     click.option("--num-channels", "--cbase", "model_channels", type=POSITIVE, help="Width: channels at multiplier 1."),
     click.option("--channel-mult", "--cres", type=Numbers(), help="Width multipliers per resolution."),
@@ -68,15 +68,17 @@ _OPTIONS = [
         metavar="LIST",
         help='Enabled skip connections: resolutions or single ones, as in "32,16.0", or "none".',
     ),
-    click.option("--dropout", type=SHARE),
+    click.option("--dropout", type=SHARE, help="Share of activations dropped in training."),
     # Training.
     click.option("--images", type=POSITIVE, help="Length of training in images seen."),
     click.option("--epochs", type=NUMBER, help="Length of training in epochs."),
     click.option("--duration", type=NUMBER, help="Length of training in the paper's unit, 20 epochs."),
     click.option(
-        "--batch", type=POSITIVE, help="Images per step, over all processes. [default: 512; small presets 64]"
+        "--batch",
+        type=POSITIVE,
+        help="Images per batch: those of a step, over all processes. [default: 512; small presets 64]",
     ),
-    click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), help="[default: adam]"),
+    click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), help="Optimizer. [default: adam]"),
     click.option("--lr", type=NUMBER, help="Learning rate. [default: 2e-4; small_16 1e-3, small_8 3e-3]"),
     click.option("--warmup-epochs", type=NUMBER, help="Of a linear warm-up. [default: 200; small presets 20]"),
     click.option("--weight-decay", type=NUMBER, help="Of adam and sgd an L2 penalty, decoupled of adamw. [default: 0]"),

@@ -10,12 +10,17 @@ import click
 
 from diffmem.cli.audit import Source
 from diffmem.cli.options import (
+    CommandWithJson,
+    confidence_option,
     debug_option,
     gate_options,
+    json_option,
     limits_of,
     reading,
     reading_options,
     reserve_report,
+    resize_option,
+    size_option,
     tell_gate,
 )
 from diffmem.cli.sampling_options import batch_option, device_option, folder_option, seeds_option, solver_option
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
     from diffmem.evaluation import Trajectory
 
 
-@click.command("trajectory")
+@click.command("trajectory", cls=CommandWithJson)
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @seeds_option("0-9999")
 @click.option("--every", type=click.IntRange(min=1), metavar="N", help="A snapshot every N images, and the last.")
@@ -36,19 +41,16 @@ if TYPE_CHECKING:
     "--at-least", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
     help="Ask whether R_mem is at least SHARE, and sample no more of a snapshot than that takes.",
 )  # fmt: skip
-@click.option(
-    "--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95, show_default=True,
-    help="Of the answer, over all snapshots.",
-)  # fmt: skip
-@click.option("--data", type=Source(), help="The training set, where the run does not know where it lies.")
-@click.option("--size", type=click.IntRange(min=1), metavar="N", help="With --data: as for diffmem train.")
-@click.option("--resize", type=click.IntRange(min=1), metavar="R", help="With --data: as for diffmem train.")
+@confidence_option("of --at-least, over all snapshots")
+@click.option("--data", type=Source(), help="The training images; needed where the run does not know where they are.")
+@size_option("; with --data")
+@resize_option(more=" With --data.")
 @reading_options()
 @solver_option()
 @batch_option(64)
 @device_option
 @folder_option("a folder for trajectory.html and its tables.  [default: RUN/trajectory]")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on standard output, nothing else.")
+@json_option("the points and the verdict")
 @gate_options
 @debug_option
 def trajectory_command(

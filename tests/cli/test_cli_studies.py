@@ -50,7 +50,7 @@ def own_study(tmp_path):
 
 def test_emm_searches_says_what_is_unresolved_and_goes_on_where_it_stopped(run, tmp_path):
     out = tmp_path / "emm"
-    arguments = ["emm", *TINY_RUN, "--sizes", "20:80", "--max-runs", 2, "--out", out]
+    arguments = ["emm", *TINY_RUN, "--size-range", "20:80", "--max-runs", 2, "--out", out]
     status, stdout, stderr = run(*arguments, "--json")
     assert status == 0, stderr
     found = json.loads(stdout)
@@ -103,7 +103,7 @@ def test_a_study_of_ones_own_from_run_to_report(run, own_study, tmp_path):
 
     status, stdout, stderr = run("study", "run", own_study, "--out", out, "--sizes", "20")
     assert "R_mem" not in stderr  # nothing is run twice
-    status, stdout, stderr = run("study", "report", "--out", out, "--to", tmp_path / "elsewhere", "--json")
+    status, stdout, stderr = run("study", "report", "--runs", out, "--out", tmp_path / "elsewhere", "--json")
     assert status == 0, stderr
     (found,) = json.loads(stdout)
     assert [(cell["variant"], cell["size"]) for cell in found["cells"]] == [("slow", 20), ("fast", 20)]
@@ -132,11 +132,11 @@ def test_list_and_show(run, own_study):
     ("arguments", "status", "words"),
     [
         (["study", "run", "withd", "--out", "o"], 1, "no study 'withd'"),
-        (["study", "report", "--out", "."], 1, "no study was run there"),
-        (["emm", *TINY_RUN, "--sizes", "20-50", "--out", "o"], 2, "not a range of sizes"),
-        (["emm", *TINY_RUN, "--sizes", "20:5000", "--out", "o"], 1, "1,740 images in equal numbers"),
-        (["emm", *TINY_RUN, "--precision", "x", "--out", "o"], 2, "not a share"),
-        (["emm", "--data", "builtin:digits", "--out", "o"], 1, "one of images, epochs, duration"),
+        (["study", "report", "--runs", "."], 1, "no study was run there"),
+        (["emm", *TINY_RUN, "--size-range", "20-50", "--out", "o"], 2, "not a range of sizes"),
+        (["emm", *TINY_RUN, "--size-range", "20:5000", "--out", "o"], 1, "1,740 images in equal numbers"),
+        (["emm", *TINY_RUN, "--half-width", "x", "--out", "o"], 2, "not a share"),
+        (["emm", "--data", "builtin:digits", "--out", "o"], 1, "exactly one of --images N, --epochs N and --dur"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, status, words, run, tmp_path, monkeypatch):
