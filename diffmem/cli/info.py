@@ -60,7 +60,7 @@ def info_command(path: Path | None, as_json: bool) -> None:
 
 def _about(path: Path) -> dict[str, str]:
     """What a run, or a checkpoint, is, in words by what they are of."""
-    from diffmem.models import checkpoint_path, load
+    from diffmem.models import ModuleConfig, checkpoint_path, load
     from diffmem.recognize import is_run
     from diffmem.training import RunFolder
 
@@ -68,11 +68,16 @@ def _about(path: Path) -> dict[str, str]:
     if run is None:
         return {"network": load(path).summary()}
     config, snapshots = run.config, run.snapshots()
+    own = config.denoiser.network
+    if isinstance(own, ModuleConfig):
+        network = f"{own.name}, one of your own, {own.parameters:,} parameters"
+    else:
+        network = load(checkpoint_path(path)).summary() if snapshots else "no snapshot yet"
     seen = max((line.images for line in run.stats()), default=0)
     mirrored = ", and mirrored" if config.xflip else ""
     return {
         "run": str(run.path),
-        "network": load(checkpoint_path(path)).summary() if snapshots else "no snapshot yet",
+        "network": network,
         "training set": f"{run.data['images']:,} images of {run.data['source']}{mirrored}",
         "length": f"{seen:,} of {config.images:,} images, in batches of {config.batch}",
         "optimizer": f"{config.optimizer}, learning rate {config.lr:g}, weight decay {config.weight_decay:g}",

@@ -20,7 +20,7 @@ from diffmem.evaluation.seed_ranges import PROTOCOL_SEEDS, checked_seeds, format
 from diffmem.evaluation.seed_store import SeedStore
 from diffmem.memorization import CopyDetector, CopyRate, ReportsRate, SequentialTest, highest_interval
 from diffmem.memorization.plausibility import single_color_share
-from diffmem.models import Denoiser, fingerprint, load
+from diffmem.models import Denoiser, Model, fingerprint, load
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, SnapshotRecord, Stats
@@ -192,6 +192,7 @@ def trajectory(
     stop: SequentialTest | None = None,
     settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     device: str = "auto",
+    model: Model | None = None,
     progress: Progress = silent,
 ) -> Trajectory:
     """R_mem of the snapshots of a run.
@@ -211,6 +212,7 @@ def trajectory(
             snapshots.
         settings: Of the sampler.
         device: "cpu", "cuda" or "auto".
+        model: As for `diffmem.training.train`, where the run trained a network of your own.
         progress: Called as `progress(stage, done, total)`.
 
     Raises:
@@ -228,7 +230,7 @@ def trajectory(
     records = _thinned(there, every)
     training = folder.training_images(data, progress)
     place = pick_device(device)
-    denoiser = load(folder.checkpoint(records[-1]), place)
+    denoiser = load(folder.checkpoint(records[-1]), place, model=model)
     flip = folder.config.xflip
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     detector = sample_detector(training, image_shape, place, flip=flip, progress=progress)
@@ -240,7 +242,7 @@ def trajectory(
 
     def audit(record: SnapshotRecord) -> Point:
         # One network, whose weights change: what was compiled once serves all snapshots.
-        denoiser.load_state_dict(load(folder.checkpoint(record), place).state_dict())
+        denoiser.load_state_dict(load(folder.checkpoint(record), place, model=model).state_dict())
         stage = f"sampling: snapshot {len(points) + 1} of {len(records)}, {record.epochs:,.0f} epochs"
         found = evaluate_snapshot(
             folder.path, record.images, denoiser, seeds, settings, detector, test, stage, progress

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import overload
 
 import torch
+import torch.nn as nn
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
@@ -16,9 +18,10 @@ from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import SEAL, check_file, sealed, unsealed
-from diffmem.models.config import DenoiserConfig
+from diffmem.models.config import DenoiserConfig, ModuleConfig
 from diffmem.models.denoiser import Denoiser
 from diffmem.models.edm_snapshot import read_edm_snapshot
+from diffmem.models.wrapped import Model, WrappedDenoiser, as_configured
 from diffmem.recognize import is_run, network_kind
 
 _WEIGHTS = "model.safetensors"
@@ -26,8 +29,11 @@ _CONFIG = "config.json"
 _SNAPSHOTS = "snapshots"
 
 
-def save(denoiser: Denoiser, folder: str | Path) -> Path:
+def save(denoiser: Denoiser | WrappedDenoiser, folder: str | Path) -> Path:
     """Writes the denoiser's configuration and weights to `folder` and returns it.
+
+    Of a network of your own (`as_denoiser`) it is the weights, under the names of its own state dict, and what
+    `ModuleConfig` holds: to `load` it takes the module.
 
     The folder is written beside its final name and renamed when complete; an older checkpoint of that name is replaced.
 
@@ -36,7 +42,7 @@ def save(denoiser: Denoiser, folder: str | Path) -> Path:
         folder: Where to.
 
     Raises:
-        InputError: The name is taken by something else, or the place cannot be written to.
+        InputError: The name is taken by something else, the place cannot be written to, or the denoiser is a function.
 
     Example:
         >>> net = Denoiser(preset("ddpmpp_8", channels=1, model_channels=16))
@@ -46,7 +52,10 @@ def save(denoiser: Denoiser, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {_WEIGHTS, _CONFIG}):
         raise InputError(f"{folder}: exists and is not a checkpoint; choose another name")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
+    if isinstance(denoiser, WrappedDenoiser):
+        tensors = _own_tensors(denoiser)
+    else:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
     with atomic_replacement(folder) as partial:
         content = serialize(tensors)
         (partial / _WEIGHTS).write_bytes(content)
@@ -55,7 +64,21 @@ def save(denoiser: Denoiser, folder: str | Path) -> Path:
     return folder
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
+@overload
+def load(path: str | Path, device: torch.device | str = "cpu", model: None = None) -> Denoiser: ...
+
+
+@overload
+def load(
+    path: str | Path, device: torch.device | str = "cpu", model: Model | None = None
+) -> Denoiser | WrappedDenoiser: ...
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    model: Model | None = None,
+) -> Denoiser | WrappedDenoiser:
     """The denoiser stored at `path`, in evaluation mode on `device`.
 
     Args:
@@ -64,6 +87,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
             of `diffmem train`, which stands for its newest snapshot (see `checkpoint_path`). Or an EDM
             `network-snapshot-*.pkl` (its EMA weights) or `training-state-*.pt`, of which nothing is executed.
         device: Where to.
+        model: Where it holds a network of your own: the module, which is copied and left as it is, or a function that
+            makes one. Its weights are then those of the checkpoint.
 
     Raises:
         InputError: The checkpoint is missing, damaged, not of a known architecture, or refused; the message names the
@@ -83,6 +108,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
                 f"{path}: is {kind}, which is not read: give a checkpoint folder of diffmem or a snapshot of EDM"
             )
         config, tensors = read_edm_snapshot(path)
+    if isinstance(config.network, ModuleConfig):
+        return _own(config, tensors, source, model).to(device).eval()
+    if model is not None:
+        raise InputError(f"{path}: holds a network of diffmem, which is built from it: leave model out")
     return _assemble(config, tensors, source).to(device).eval()
 
 
@@ -120,12 +149,14 @@ def import_edm(path: str | Path, out: str | Path) -> Path:
     return save(_assemble(config, tensors, Path(path)), out)
 
 
-def fingerprint(denoiser: Denoiser) -> str:
+def fingerprint(denoiser: Denoiser | WrappedDenoiser) -> str:
     """SHA-256 over configuration and weights: equal for equal denoisers, in whatever file they came.
 
     Args:
         denoiser: On any device.
     """
+    if isinstance(denoiser, WrappedDenoiser):
+        return denoiser.fingerprint
     digest = hashlib.sha256(json.dumps(denoiser.config.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(denoiser.state_dict().items()):
         digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
@@ -160,12 +191,52 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
         return config, load_file(folder / _WEIGHTS)
 
 
+def _own_tensors(denoiser: WrappedDenoiser) -> dict[str, torch.Tensor]:
+    """The state of a network of one's own, under its own names."""
+    if not isinstance(denoiser.plain, nn.Module):
+        raise InputError(f"{denoiser.plain_name}: is a function, of which there is nothing to store")
+    state = denoiser.plain.state_dict()
+    if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise InputError(f"{denoiser.plain_name}: its state holds {odd[0]}, which is no tensor and cannot be stored")
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}  # tied ones apart
+
+
+def _own(
+    config: DenoiserConfig,
+    tensors: dict[str, torch.Tensor],
+    source: Path,
+    model: Model | None,
+) -> WrappedDenoiser:
+    """A copy of `model` with the weights of a checkpoint."""
+    if model is None:
+        raise InputError(
+            f"{source.parent}: holds the weights of {config.network.name}, a network of your own, and nothing that"
+            f" builds it: from Python, give diffmem.models.load the module as model"
+        )
+    denoiser = as_configured(model, config)
+    _check_fit(tensors, denoiser.plain.state_dict(), source)
+    denoiser.plain.load_state_dict(tensors)
+    return denoiser
+
+
 def _assemble(config: DenoiserConfig, tensors: dict[str, torch.Tensor], source: Path) -> Denoiser:
     """The denoiser of that configuration with those tensors, which must fit it exactly."""
     # Without memory and without drawing random numbers, until the tensors are known to fit.
     with parsing(source, "a network that can be built"), torch.device("meta"):
         denoiser = Denoiser(config)
     wanted = denoiser.state_dict()
+    _check_fit(tensors, wanted, source)
+    placed = {
+        # In the memory order that the modules chose (channels_last, labels column by column).
+        name: torch.empty_strided(like.shape, like.stride(), dtype=torch.float32).copy_(tensors[name])
+        for name, like in wanted.items()
+    }
+    denoiser.load_state_dict(placed, assign=True)
+    return denoiser
+
+
+def _check_fit(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], source: Path) -> None:
+    """Raises InputError unless `tensors` are those of a state dict."""
     differences = [f"{name} is missing" for name in wanted if name not in tensors]
     differences += [f"{name[:100]} is not part of it" for name in tensors if name not in wanted]
     differences += [
@@ -181,10 +252,3 @@ def _assemble(config: DenoiserConfig, tensors: dict[str, torch.Tensor], source: 
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise InputError(f"{source}: does not fit its configuration: {'; '.join(differences[:3])}{more}")
-    placed = {
-        # In the memory order that the modules chose (channels_last, labels column by column).
-        name: torch.empty_strided(like.shape, like.stride(), dtype=torch.float32).copy_(tensors[name])
-        for name, like in wanted.items()
-    }
-    denoiser.load_state_dict(placed, assign=True)
-    return denoiser

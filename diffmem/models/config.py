@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from diffmem.errors import InputError
 from diffmem.inert.boundary import short
@@ -203,15 +203,59 @@ class ADMConfig:
 
 
 @dataclass(frozen=True)
+class ModuleConfig:
+    """A network of someone else's, as far as diffmem knows it: whoever wants it built has to give it (`load`, `train`).
+
+    Attributes:
+        name: Of its class.
+        resolution: Height and width of the images, pixels.
+        channels: Color channels of the images.
+        label_dim: Number of classes, or length of label vectors; 0: unconditional.
+        parameters: How many numbers there are in its parameters.
+        preconditioned: Whether it is a network F inside the preconditioning; else it is a denoiser D by itself, and the
+            preconditioning decides the loss alone.
+        sigma_min: The lowest noise level that it knows.
+        sigma_max: The highest.
+        sigma_per_image: Whether it is given noise levels as (B,).
+        class_indices: Whether it is given classes as indices.
+    """
+
+    name: str
+    resolution: int
+    channels: int
+    label_dim: int = 0
+    parameters: int = 0
+    preconditioned: bool = False
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+    sigma_per_image: bool = False
+    class_indices: bool = False
+    augment_dim: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.name, str), "name", self.name, "the name of a class")
+        for name in ("resolution", "channels"):
+            _check_whole(self, name, 1, "a positive whole number")
+        _check_whole(self, "label_dim", 0, "a whole number, 0 for none")
+        _check(_is_whole(self.parameters, 0, 2**62), "parameters", self.parameters, "a whole number")
+        for name in ("preconditioned", "sigma_per_image", "class_indices"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        for name in ("sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            _check(number and value >= 0, name, value, "a noise level")
+
+
+@dataclass(frozen=True)
 class DenoiserConfig:
     """A network and the preconditioning around it.
 
     Attributes:
         network: Of the network F.
-        preconditioning: c_skip, c_out, c_in and c_noise as functions of σ.
+        preconditioning: c_skip, c_out, c_in and c_noise as functions of σ; in training it decides the loss.
     """
 
-    network: UNetConfig | ADMConfig
+    network: UNetConfig | ADMConfig | ModuleConfig
     preconditioning: Preconditioning
 
     def __post_init__(self):
@@ -232,14 +276,10 @@ class DenoiserConfig:
     def to_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values, each part with its `type`."""
         return {
-            "network": {"type": _NETWORK_NAMES[type(self.network)], **dataclasses.asdict(self.network)},
+            "network": {"type": _NETWORK_NAMES[type(self.network)], **_plain(self.network)},
             "preconditioning": {
                 "type": _PRECONDITIONING_NAMES[type(self.preconditioning)],
-                # JSON has no infinity.
-                **{
-                    name: "inf" if value == math.inf else value
-                    for name, value in dataclasses.asdict(self.preconditioning).items()
-                },
+                **_plain(self.preconditioning),
             },
         }
 
@@ -258,8 +298,13 @@ class DenoiserConfig:
         )
 
 
-_NETWORK_NAMES = {UNetConfig: "unet", ADMConfig: "adm"}
+_NETWORK_NAMES = {UNetConfig: "unet", ADMConfig: "adm", ModuleConfig: "module"}
 _PRECONDITIONING_NAMES = {VP: "vp", VE: "ve", IDDPM: "iddpm", EDM: "edm"}
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """The fields of a part; JSON has no infinity."""
+    return {name: "inf" if value == math.inf else value for name, value in dataclasses.asdict(part).items()}
 
 
 def _part(values: Any, name: str, kinds: dict[str, type]) -> Any:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from diffmem.errors import InputError
-from diffmem.models.config import DenoiserConfig, UNetConfig
+from diffmem.models.config import DenoiserConfig, ModuleConfig, UNetConfig
 from diffmem.models.networks import ADM, UNet
 from diffmem.models.preconditioning import IDDPM
 
@@ -32,6 +32,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.autocast_dtype: torch.dtype | None = None
+        if isinstance(config.network, ModuleConfig):
+            raise InputError(f"the network is {config.network.name}, one of your own: give it to as_denoiser")
         iddpm = isinstance(config.preconditioning, IDDPM)
         kind = UNet if isinstance(config.network, UNetConfig) else ADM
         self.model = kind(config.network, config.network.channels * (2 if iddpm else 1))

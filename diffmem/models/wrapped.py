@@ -8,6 +8,12 @@ The protocol is that of EDM's networks: `model(x, sigma, class_labels=None)` ret
                   not passed where the model is unconditional
     returns       (B, C, H, W)
 
+With `preconditioning` the module is a network F instead, and the denoiser is c_skip·x + c_out·F(c_in·x; c_noise), as
+for diffmem's own networks: `model(x, noise, class_labels=None)` is given c_in·x and c_noise, (B,).
+
+`diffmem.training.train` trains such a denoiser: its `config` says what it is in a `TrainingConfig`, and the module goes
+in as `model`. `save` and `load` store its weights under the module's own names, and never the module.
+
 A module in half precision is given half-precision images at all noise levels, which costs accuracy where noise is high:
 a float32 module sampled with `SamplerConfig(precision="bf16")` or "fp16" keeps it.
 
@@ -18,6 +24,7 @@ What the model says of itself is read from its attributes, under our names or ED
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import math
@@ -30,7 +37,9 @@ import torch.nn as nn
 
 from diffmem.errors import InputError
 from diffmem.inert.boundary import one_line, short
+from diffmem.models.config import DenoiserConfig, ModuleConfig
 from diffmem.models.denoiser import Denoiser
+from diffmem.models.preconditioning import EDM, VE, VP
 
 _NAMES = {
     "channels": ("channels", "img_channels"),
@@ -39,6 +48,8 @@ _NAMES = {
     "sigma_min": ("sigma_min",),
     "sigma_max": ("sigma_max",),
 }
+# A module of someone else's, or what makes one.
+Model = nn.Module | Callable[[], nn.Module]
 _INTERFACE = ("channels", "resolution", "label_dim", "summary", "fingerprint")
 _LABEL_NAMES = ("class_labels", "labels")
 _LARGEST = 65_536  # pixels along an edge, channels, classes
@@ -47,6 +58,7 @@ _LARGEST = 65_536  # pixels along an edge, channels, classes
 def as_denoiser(
     model: nn.Module | Callable[..., torch.Tensor],
     *,
+    preconditioning: VP | VE | EDM | None = None,
     channels: int | None = None,
     resolution: int | None = None,
     label_dim: int | None = None,
@@ -56,7 +68,7 @@ def as_denoiser(
     class_indices: bool | None = None,
     device: torch.device | str | None = None,
     fingerprint: str | None = None,
-) -> nn.Module:
+) -> Denoiser | WrappedDenoiser:
     """A denoiser that samplers, audits and comparisons take, around a model that denoises; see this module's protocol.
 
     What is a denoiser of diffmem's already is returned as it is. Others are called once, on noise, to see that they do
@@ -65,12 +77,13 @@ def as_denoiser(
 
     Args:
         model: the module, or a function.
+        preconditioning: VP(), VE() or EDM() around a network F; None: the model denoises by itself.
         channels: of the images, where the model does not say so itself.
         resolution: height and width of the images, likewise.
         label_dim: number of classes, likewise; where nothing says so 0, unconditional.
-        sigma_min: the lowest noise level that the model knows (where it says nothing: all).
+        sigma_min: the lowest noise level that the model knows (where it says nothing: all, or the preconditioning's).
         sigma_max: the highest.
-        sigma_per_image: whether sigma is passed as (B,). None: where a 0-d tensor fails.
+        sigma_per_image: whether sigma is passed as (B,). None: where a 0-d tensor fails, and with a preconditioning.
         class_indices: whether class_labels are passed as indices. None: where one-hot vectors fail.
         device: of a function; a module's is where its parameters are.
         fingerprint: what stands for the model, so that an interrupted run can continue. None: the SHA-256 of a module's
@@ -90,12 +103,16 @@ def as_denoiser(
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     if is_denoiser(model):
+        if preconditioning is not None:
+            raise InputError(f"{type(model).__name__}: is a denoiser already: leave preconditioning out")
         return model
+    if preconditioning is not None and not isinstance(preconditioning, (VP, VE, EDM)):
+        raise InputError(f"preconditioning is {short(preconditioning)}, but must be VP(), VE() or EDM()")
     given = {
         "channels": channels, "resolution": resolution, "label_dim": label_dim, "sigma_min": sigma_min,
         "sigma_max": sigma_max,
     }  # fmt: skip
-    wrapped = WrappedDenoiser(model, given, device, fingerprint)
+    wrapped = WrappedDenoiser(model, given, device, fingerprint, preconditioning)
     wrapped._find_call(sigma_per_image, class_indices)
     return wrapped
 
@@ -137,7 +154,12 @@ class WrappedDenoiser(nn.Module):
     compilable = False  # its owner knows whether torch.compile takes it
 
     def __init__(
-        self, model: Any, given: dict[str, Any], device: torch.device | str | None, fingerprint: str | None
+        self,
+        model: Any,
+        given: dict[str, Any],
+        device: torch.device | str | None,
+        fingerprint: str | None,
+        preconditioning: VP | VE | EDM | None = None,
     ) -> None:
         super().__init__()
         if not callable(model):
@@ -159,8 +181,10 @@ class WrappedDenoiser(nn.Module):
             self._check_whole(name, value, 1)
         self.label_dim = 0 if self.label_dim is None else self.label_dim
         self._check_whole("label_dim", self.label_dim, 0)
-        self.sigma_min = self._level("sigma_min", 0.0)
-        self.sigma_max = self._level("sigma_max", math.inf)
+        self.preconditioning = preconditioning
+        around: Any = EDM() if preconditioning is None else preconditioning  # of EDM, all levels
+        self.sigma_min = self._level("sigma_min", around.sigma_min)
+        self.sigma_max = self._level("sigma_max", around.sigma_max)
         self._round_sigma = getattr(plain, "round_sigma", None)
         if self._round_sigma is not None and not callable(self._round_sigma):
             raise InputError(f"{self.plain_name}: round_sigma is {short(self._round_sigma)}, but must be a function")
@@ -189,12 +213,35 @@ class WrappedDenoiser(nn.Module):
             raise InputError(f"{self.plain_name}: {name} is {short(value)}, but must be a noise level of at least 0")
         return float(value)
 
+    @property
+    def plain(self) -> Any:
+        """The model itself, out of what torch.compile made of it."""
+        return getattr(self.model, "_orig_mod", self.model)
+
+    @property
+    def config(self) -> DenoiserConfig:
+        """What diffmem knows of the model, for a `TrainingConfig`; without a preconditioning the loss is EDM's."""
+        network = ModuleConfig(
+            name=self.plain_name,
+            resolution=self.resolution,
+            channels=self.channels,
+            label_dim=self.label_dim,
+            parameters=sum(parameter.numel() for parameter in self.parameters()),
+            preconditioned=self.preconditioning is not None,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            sigma_per_image=self._sigma_per_image,
+            class_indices=self._class_indices,
+        )
+        return DenoiserConfig(network, EDM() if self.preconditioning is None else self.preconditioning)
+
     def summary(self) -> str:
         """One line for a person: the model's class, image size, parameters, classes."""
         size = f"{self.channels}x{self.resolution}x{self.resolution}"
         classes = f"label_dim {self.label_dim}" if self.label_dim else "unconditional"
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return f"{self.plain_name}, images {size}, {parameters:,} parameters, {classes}"
+        around = "" if self.preconditioning is None else f" with {type(self.preconditioning).__name__} preconditioning"
+        return f"{self.plain_name}{around}, images {size}, {parameters:,} parameters, {classes}"
 
     @property
     def fingerprint(self) -> str:
@@ -203,8 +250,10 @@ class WrappedDenoiser(nn.Module):
             self._fingerprint = f"function {secrets.token_hex(16)}"  # what it computes cannot be told
         if self._fingerprint is not None:
             return self._fingerprint
-        plain = getattr(self.model, "_orig_mod", self.model)
+        plain = self.plain
         kind = (type(plain).__module__, type(plain).__qualname__, self.channels, self.resolution, self.label_dim)
+        if self.preconditioning is not None:
+            kind = (*kind, repr(self.preconditioning))
         digest = hashlib.sha256(repr((*kind, self.sigma_min, self.sigma_max)).encode())
         for name, tensor in sorted(plain.state_dict().items()):
             digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
@@ -220,9 +269,27 @@ class WrappedDenoiser(nn.Module):
         except Exception as error:
             raise self._failure(error, f"in round_sigma({sigma:g})") from error
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor | float, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The denoised images (B, C, H, W) float32, as `Denoiser.forward` (float64 of a float64 model)."""
-        sigma = torch.as_tensor(sigma, device=x.device).to(self.dtype)
+        if augment_labels is not None:
+            raise InputError(f"{self.plain_name}: knows no augmentations: train it with augment=0")
+        if self.preconditioning is None:
+            return self._call(x, torch.as_tensor(sigma, device=x.device), labels)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        x = x.to(wide)
+        level = torch.as_tensor(sigma, device=x.device).to(wide).reshape(-1, 1, 1, 1)
+        c = self.preconditioning.coefficients(level)
+        return c.skip * x + c.out * self._call(c.in_ * x, c.noise, labels)
+
+    def _call(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """What the model returns for `x` and a level, one or one per image, in the forms that it takes."""
+        sigma = sigma.to(self.dtype)
         if self._sigma_per_image:
             sigma = sigma.reshape(-1).expand(len(x))
         elif sigma.numel() > 1:
@@ -282,7 +349,8 @@ class WrappedDenoiser(nn.Module):
         sigma = min(max(1.0, self.sigma_min), self.sigma_max)
         labels = torch.zeros(count, dtype=torch.int64, device=place) if self.label_dim else None
         failure: Exception | None = None
-        per_image = (False, True) if sigma_per_image is None else (sigma_per_image,)
+        either = (False, True) if self.preconditioning is None else (True, False)
+        per_image = either if sigma_per_image is None else (sigma_per_image,)
         indices = (False, True) if class_indices is None and self.label_dim else (bool(class_indices),)
         for self._sigma_per_image in per_image:
             for self._class_indices in indices:
@@ -307,6 +375,54 @@ class WrappedDenoiser(nn.Module):
     def _failure(self, error: Exception, where: str) -> InputError:
         """What a model of someone else's raised where it was known how to call it, in one line."""
         return InputError(f"{self.plain_name}: fails {where} ({type(error).__name__}: {one_line(error)})")
+
+
+def as_configured(model: Any, config: DenoiserConfig) -> WrappedDenoiser:
+    """The denoiser that `config` describes, made of a copy of `model`: an instance of that network, or what makes one.
+
+    Raises InputError where it is another network, or none.
+    """
+    network = config.network
+    assert isinstance(network, ModuleConfig)
+    if isinstance(model, WrappedDenoiser):
+        model = model.plain
+    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.Module):
+        try:
+            model = copy.deepcopy(model)
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__}: cannot be copied ({one_line(error)}): give a function that makes it"
+            ) from error
+    elif callable(model):
+        model = model()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, but must be a module, or a function that makes one")
+    if isinstance(model, Denoiser):
+        raise InputError(f"the network is {network.name}, one of your own, and model is one of diffmem's")
+    wrapped = as_denoiser(
+        model,
+        preconditioning=config.preconditioning if network.preconditioned else None,
+        channels=network.channels,
+        resolution=network.resolution,
+        label_dim=network.label_dim,
+        sigma_min=network.sigma_min,
+        sigma_max=network.sigma_max,
+        sigma_per_image=network.sigma_per_image,
+        class_indices=network.class_indices if network.label_dim else None,
+    )
+    if not isinstance(wrapped, WrappedDenoiser):
+        raise InputError(f"{type(model).__name__}: has an interface of its own, and is no module that can be stored")
+    found = wrapped.config.network
+    assert isinstance(found, ModuleConfig)
+    if (found.name, found.parameters) != (network.name, network.parameters):
+        raise InputError(
+            f"model is {found.name} with {found.parameters:,} parameters, but must be {network.name} with "
+            f"{network.parameters:,}"
+        )
+    return wrapped
 
 
 def _name_of(function: Any) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffmem.atomic_io import atomic_file
-from diffmem.models import Denoiser
+from diffmem.models import Denoiser, WrappedDenoiser
 from diffmem.plotting import grid
 from diffmem.sampling import sample
 from diffmem.training.planning import Plan
@@ -31,7 +31,7 @@ class Snapshot:
     images: int
     epochs: float
     loss: float
-    denoiser: Denoiser
+    denoiser: Denoiser | WrappedDenoiser
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffmem.errors import InputError
-from diffmem.models import DenoiserConfig
+from diffmem.models import DenoiserConfig, ModuleConfig
 from diffmem.precision import TRAINING_PRECISIONS
 from diffmem.training.augmentation import LABELS
 from diffmem.training.ema import EMA
@@ -52,7 +52,8 @@ class TrainingConfig:
     """What decides the result of a run; the defaults are the reference protocol's (Gu et al., arXiv 2310.02664).
 
     Attributes:
-        denoiser: Network and preconditioning; the latter decides the loss.
+        denoiser: Network and preconditioning; the latter decides the loss. Of a network of your own, the `config` of
+            `as_denoiser(model, …)`.
         images: Length of the run, images seen (see `images_of`); the last step may see a few more.
         batch: Images per step, over all processes.
         seed: Of the initial weights, the order of the data, the noise, dropout and augmentation.
@@ -115,6 +116,8 @@ class TrainingConfig:
         names = ", ".join(TRAINING_PRECISIONS)
         _check(self.precision in TRAINING_PRECISIONS, "precision", self.precision, f"one of {names}")
         _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers below 1")
+        own = isinstance(self.denoiser.network, ModuleConfig)
+        _check(not (own and self.augment), "augment", self.augment, "0 for a network of your own")
         dim, wanted = self.denoiser.network.augment_dim, LABELS if self.augment else 0
         _check(dim == wanted, "augment_dim", dim, f"{wanted} where augment is {self.augment:g}")
 

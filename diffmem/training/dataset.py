@@ -7,8 +7,9 @@ import torch
 
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
-from diffmem.models.config import ADMConfig, UNetConfig
+from diffmem.models.config import ADMConfig, ModuleConfig, UNetConfig
 
+Network = UNetConfig | ADMConfig | ModuleConfig
 _SHARE_OF_MEMORY = 0.5  # of a GPU's free memory that pixels may take
 
 
@@ -19,7 +20,13 @@ class TrainingImages:
     fit the network.
     """
 
-    def __init__(self, images: ImageSet, network: UNetConfig | ADMConfig, device: torch.device, xflip: bool = False):
+    def __init__(
+        self,
+        images: ImageSet,
+        network: Network,
+        device: torch.device,
+        xflip: bool = False,
+    ):
         _check(images, network)
         self.source, self.fingerprint = images.source, images.fingerprint
         self.device = device
@@ -49,7 +56,7 @@ class TrainingImages:
         return images, self._labels.index_select(0, chosen.to(self.device, non_blocking=True))
 
 
-def _check(images: ImageSet, network: UNetConfig | ADMConfig) -> None:
+def _check(images: ImageSet, network: Network) -> None:
     if len(images) == 0:
         raise InputError(f"{images.source}: no images to train on")
     if images.images.dtype != np.uint8:

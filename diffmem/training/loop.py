@@ -20,6 +20,7 @@ import torch
 from diffmem.atomic_io import output_lock
 from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
+from diffmem.models import Model
 from diffmem.precision import float32_products
 from diffmem.training.callbacks import Callback, Snapshot, StopDecision, combined
 from diffmem.training.config import TrainingConfig
@@ -77,6 +78,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     data_source: DatasetSpec | None = None,
+    model: Model | None = None,
 ) -> Run:
     """Trains a denoiser on `data` and returns how that ended; the results lie in the folder `out`.
 
@@ -103,6 +105,10 @@ def train(
         callbacks: Callbacks, see `Callback`.
         data_source: How to find `data` again, where they are images in memory: then `diffmem.evaluation` needs not be
             told.
+        model: A network of your own, where `config.denoiser` is that of `as_denoiser(model, …)`: the module, which is
+            copied and trained from the weights that it has, or a function that makes one, which is called with torch's
+            generator seeded by `config.seed`. Buffers, such as running means, are those of the last step, and of the
+            first process. Or a `Denoiser`, to train from its weights.
 
     Returns:
         The folder, images seen, why the run ended, and its snapshots.
@@ -123,7 +129,7 @@ def train(
         raise InputError(f"snapshot_images is {snapshot_images}, but must be at least 1")
     with own_random_numbers(), stop_requests() as stop, contextlib.ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(output_lock(out)))
-        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, data_source, cuda_graph)
+        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, data_source, cuda_graph, model)
         trainer.enter(stack)
         ranks.agree(lambda: begin_run(out, describe(trainer.config, trainer.data, trainer.source), resume))
         snapshots = ranks.agree(lambda: Snapshots(out, keep))
@@ -153,6 +159,7 @@ def plan_training(
     batch_gpu: int | None = None,
     compile: bool | str = "auto",
     cuda_graph: bool | str = "auto",
+    model: Model | None = None,
 ) -> Plan:
     """What `train` with these arguments would do and cost, from a few passes of the network; nothing is written.
 
@@ -163,10 +170,11 @@ def plan_training(
         batch_gpu: As for `train`.
         compile: As for `train`.
         cuda_graph: As for `train`.
+        model: As for `train`.
     """
     ranks = Ranks()
     with own_random_numbers(), contextlib.ExitStack() as stack:
-        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, cuda_graph=cuda_graph)
+        trainer = Trainer(config, data, device, batch_gpu, compile, ranks, cuda_graph=cuda_graph, model=model)
         trainer.enter(stack)
         return measured_plan(trainer)
 

@@ -7,7 +7,8 @@ to where the first one lay. Random numbers go on as they would: a replay draws f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -40,15 +41,26 @@ def capture_cuda(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], t
     return graph.replay, result
 
 
+@contextlib.contextmanager
+def unchanged(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Gives tensors back the values that they had."""
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, value in zip(tensors, before, strict=True):
+        tensor.copy_(value)
+
+
 class GraphedPass:
     """`run(tensors)` from a graph of its first call.
 
-    gradient: what `run` adds to; capturing leaves it, and the random numbers, as they were. capture: how a graph is
-    made.
+    changing: what `run` changes, the gradient first; capturing leaves it, and the random numbers, as they were.
+    capture: how a graph is made.
     """
 
-    def __init__(self, run: Callable[[Tensors], torch.Tensor], gradient: torch.Tensor, capture: Capture = capture_cuda):
-        self.run, self.gradient, self.capture = run, gradient, capture
+    def __init__(
+        self, run: Callable[[Tensors], torch.Tensor], changing: Sequence[torch.Tensor], capture: Capture = capture_cuda
+    ):
+        self.run, self.changing, self.capture = run, changing, capture
         self.held: Tensors = ()
         self.replay: Callable[[], None] | None = None
         self.result: torch.Tensor | None = None
@@ -65,9 +77,7 @@ class GraphedPass:
 
     def _capture(self, tensors: Tensors) -> None:
         held = tuple(None if each is None else each.clone(memory_format=torch.preserve_format) for each in tensors)
-        gradient = self.gradient.clone()
-        devices = [self.gradient.device] if self.gradient.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        device = self.changing[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), unchanged(self.changing):
             self.replay, self.result = self.capture(lambda: self.run(held))
-        self.gradient.copy_(gradient)
         self.held = held

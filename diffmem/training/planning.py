@@ -9,7 +9,7 @@ import torch
 
 from diffmem.timing import CompileCost, Timing, compiling_pays, measure
 from diffmem.training.losses import draw
-from diffmem.training.passes import forward_backward
+from diffmem.training.passes import forward_backward, unchanged
 from diffmem.training.trainer import Trainer
 
 # CPU: measured on a 32-channel network at 8×8 (122 s idle, 7 %) and, beside other work, on one of 78,000 parameters
@@ -67,7 +67,8 @@ class Plan:
 
 def measured_plan(trainer: Trainer, snapshot_images: int | None = None) -> Plan:
     """Measures a few passes, and settles whether the run is to be compiled; leaves no trace in the state."""
-    per_step = trainer.ranks.agree(partial(_seconds_per_step, trainer))
+    with unchanged(list(trainer.buffers.values())):
+        per_step = trainer.ranks.agree(partial(_seconds_per_step, trainer))
     left = trainer.total_steps - trainer.steps
     parameters = sum(parameter.numel() for parameter in trainer.denoiser.parameters())
     if trainer.cuda_graph == "auto":
@@ -120,7 +121,8 @@ def graph_pays(trainer: Trainer, seconds: float) -> bool:
         return False
     trainer.cuda_graph = True
     try:
-        return measure(partial(_pass, trainer, trainer.microbatch, graphed=True), budget=1.0).median < each
+        with unchanged(list(trainer.buffers.values())):
+            return measure(partial(_pass, trainer, trainer.microbatch, graphed=True), budget=1.0).median < each
     except RuntimeError:  # something in it cannot be captured
         return False
     finally:

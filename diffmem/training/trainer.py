@@ -14,12 +14,13 @@ from diffmem.data import DatasetSpec, read_data
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
-from diffmem.models import Denoiser
+from diffmem.models import Denoiser, Model, WrappedDenoiser
 from diffmem.precision import AUTOCAST, float32_products, measured_convolutions
 from diffmem.training.augmentation import augment, augmentation_labels, draw_augmentation
 from diffmem.training.config import TrainingConfig
 from diffmem.training.dataset import TrainingImages
 from diffmem.training.losses import Draws, denoising_loss, draw
+from diffmem.training.network import buffers, networks
 from diffmem.training.order import DataOrder
 from diffmem.training.parallel import Ranks
 from diffmem.training.passes import GraphedPass, Tensors, capture_cuda, forward_backward
@@ -32,9 +33,10 @@ from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 class _Objective(nn.Module):
     """The denoiser with its loss: the loss of each image, summed over its pixels."""
 
-    def __init__(self, denoiser: Denoiser, tikhonov: float):
+    def __init__(self, denoiser: Denoiser | WrappedDenoiser, config: TrainingConfig):
         super().__init__()
-        self.denoiser, self.tikhonov = denoiser, tikhonov
+        self.denoiser, self.tikhonov = denoiser, config.tikhonov
+        self.preconditioning = config.denoiser.preconditioning
 
     def forward(
         self,
@@ -47,7 +49,7 @@ class _Objective(nn.Module):
         loss = denoising_loss(
             self.denoiser,
             images,
-            self.denoiser.config.preconditioning,
+            self.preconditioning,
             labels,
             augment_labels,
             draws=Draws(level, noise),
@@ -69,6 +71,7 @@ class Trainer:
         ranks: Ranks | None = None,
         data_source: DatasetSpec | None = None,
         cuda_graph: bool | str = "auto",
+        model: Model | None = None,
     ):
         ranks = Ranks() if ranks is None else ranks
         for name, value in (("compile", compile), ("cuda_graph", cuda_graph)):
@@ -92,15 +95,17 @@ class Trainer:
         self.data = TrainingImages(images, config.denoiser.network, self.device, config.xflip)
         self.order = DataOrder(len(self.data), seed_of(config.seed, "order"), config.window)
         torch.manual_seed(seed_of(config.seed, "weights"))
-        self.denoiser = Denoiser(config.denoiser).to(self.device).train()
-        self.averaged = Denoiser(config.denoiser).to(self.device).eval()
-        self.averaged.load_state_dict(self.denoiser.state_dict())
+        denoiser, averaged = networks(config.denoiser, model)
+        self.denoiser = denoiser.to(self.device).train()
+        self.averaged = averaged.to(self.device).eval()
+        self.buffers, self.averaged_buffers = buffers(self.denoiser), buffers(self.averaged)
         self.flat = FlatParameters(self.denoiser, gradients=True)
         self.flat_averaged = FlatParameters(self.averaged, gradients=False)
         self.optimizer = make_optimizer(config, self.flat)
         self.denoiser.autocast_dtype = AUTOCAST[config.precision]
-        self.objective = _Objective(self.denoiser, config.tikhonov)
-        self.compile, self.cuda_graph = compile, cuda_graph
+        self.objective = _Objective(self.denoiser, config)
+        own = isinstance(self.denoiser, WrappedDenoiser)  # its owner knows what it can be made of
+        self.compile, self.cuda_graph = (False if own and each == "auto" else each for each in (compile, cuda_graph))
         self.passes: GraphedPass | None = None
         self.generator = torch.Generator(self.device)
         self.host_generator = torch.Generator()
@@ -166,6 +171,8 @@ class Trainer:
         self.optimizer.step()
         self.beta = config.ema.beta(self.images, config.batch, size)
         self.flat_averaged.values.data.lerp_(self.flat.values.data, 1 - self.beta)
+        for name, buffer in self.buffers.items():
+            self.averaged_buffers[name].copy_(buffer)
         self.loss_sums += loss
         self.loss_counts = [count + config.batch for count in self.loss_counts]
         self.images += config.batch
@@ -177,8 +184,12 @@ class Trainer:
             return forward_backward(self.objective, self.config.batch, tensors)
         if self.passes is None:
             run = partial(forward_backward, self.objective, self.config.batch)
-            self.passes = GraphedPass(run, self.flat.values.grad, capture_cuda)
+            self.passes = GraphedPass(run, self.changing(), capture_cuda)
         return self.passes(tensors)
+
+    def changing(self) -> list[torch.Tensor]:
+        """What a pass changes: the gradient, and the network's buffers."""
+        return [self.flat.values.grad, *self.buffers.values()]
 
     def mean_losses(self) -> tuple[float, float]:
         """Mean loss per pixel since the last tick and since the last snapshot."""
@@ -201,6 +212,7 @@ class Trainer:
             "averaged": self.flat_averaged.to_stored(self.flat_averaged.values),
             "order": torch.from_numpy(self.order.order),
             "loss_sums": self.loss_sums,
+            **{f"buffer.{name}": buffer for name, buffer in self.buffers.items()},
         }
         for name, value in self.optimizer.state[self.flat.values].items():
             if isinstance(value, torch.Tensor):
@@ -227,6 +239,10 @@ class Trainer:
         for name in tensors:
             if name.startswith("optimizer.") and name != "optimizer.step":
                 checked_tensor(tensors, name, (count,), self.flat.values.dtype)
+        held = {
+            name: checked_tensor(tensors, f"buffer.{name}", tuple(buffer.shape), buffer.dtype)
+            for name, buffer in self.buffers.items()
+        }
         with parsing("the training state", "an order of this training set"):
             self.order.restore(metadata["order"], order.numpy())
         self.flat.values.data.copy_(self.flat.from_stored(weights))
@@ -240,6 +256,9 @@ class Trainer:
         if state:
             layout = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**layout, "state": {0: state}})
+        for name, value in held.items():
+            self.buffers[name].copy_(value)
+            self.averaged_buffers[name].copy_(value)
         self.loss_sums.copy_(loss_sums)
         self.loss_counts = list(metadata["loss_counts"])
         self.images = metadata["images"]

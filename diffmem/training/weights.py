@@ -17,13 +17,13 @@ _ALIGNED = 16  # numbers: 64 bytes, a cache line
 class FlatParameters:
     """`values`, one parameter that holds all of a module's, which become views of it (and their gradients of its).
 
-    Shapes and memory order stay as they were. The gaps between tensors, up to a cache line, are zeros and stay so.
-    Training states hold such a buffer in the order of EDM's tensors (`to_stored`, `from_stored`), whatever order a
-    module prefers in memory.
+    Parameters that require no gradient are left out. Shapes and memory order stay as they were. The gaps between
+    tensors, up to a cache line, are zeros and stay so. Training states hold such a buffer in the order of EDM's tensors
+    (`to_stored`, `from_stored`), whatever order a module prefers in memory.
     """
 
     def __init__(self, module: nn.Module, gradients: bool):
-        parameters = list(module.parameters())
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         regrouped = {
             id(parameter)
             for part in module.modules()
@@ -41,7 +41,7 @@ class FlatParameters:
         if gradients:
             self.values.grad = torch.zeros_like(values)
         for parameter, start in zip(parameters, starts, strict=True):
-            size, stride = parameter.size(), parameter.stride()
+            size, stride = parameter.size(), _dense_stride(parameter)
             if id(parameter) in regrouped:
                 self._regrouped.append((slice(start, start + parameter.numel()), size))
             view = values.as_strided(size, stride, start)
@@ -65,6 +65,16 @@ class FlatParameters:
         for part, (parts, channels, *rest) in self._regrouped:
             buffer[part] = QueryKeyValue.from_edm(buffer[part].view(parts * channels, *rest)).flatten()
         return buffer
+
+
+def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's own memory order, unless that leaves gaps or names a number twice."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.size(), strict=True) if n != 1):
+        if stride != expected:
+            return torch.empty(tensor.size(), device="meta").stride()
+        expected *= size
+    return tensor.stride()
 
 
 def make_optimizer(config: TrainingConfig, flat: FlatParameters) -> torch.optim.Optimizer:

@@ -39,7 +39,7 @@ def graphed(config, digits, micro, capture=capture_by_calls) -> Trainer:
     trainer = Trainer(config, digits, "cpu", batch_gpu=micro, compile=False)
     trainer.cuda_graph = True
     run = partial(forward_backward, trainer.objective, config.batch)
-    trainer.passes = GraphedPass(run, trainer.flat.values.grad, capture)
+    trainer.passes = GraphedPass(run, [trainer.flat.values.grad], capture)
     return trainer
 
 

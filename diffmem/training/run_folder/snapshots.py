@@ -16,7 +16,7 @@ from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, sealed
-from diffmem.models import Denoiser, save
+from diffmem.models import Denoiser, WrappedDenoiser, save
 from diffmem.training.run_folder.stats import read_stats
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
@@ -89,7 +89,7 @@ class Snapshots:
         self.out, self.keep = out, keep
         self.records: list[SnapshotRecord] = read_records(out)
 
-    def write(self, denoiser: Denoiser, images: int) -> Path:
+    def write(self, denoiser: Denoiser | WrappedDenoiser, images: int) -> Path:
         """Stores the denoiser and returns its folder; `add` then lists it."""
         return save(denoiser, snapshot_folder(self.out, images))
 
