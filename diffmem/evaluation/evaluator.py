@@ -175,12 +175,11 @@ def identity_of(
 
     Args:
         fingerprint: The denoiser's.
-        sampler: Its batch size and compiling change images by rounding only, and do not count.
+        sampler: How to sample.
         detector: Decides which images are copies.
         device: Of the denoiser.
     """
-    settings = {name: value for name, value in sampler.to_json().items() if name not in ("batch", "compile")}
-    return {"denoiser": fingerprint, **settings, **detector.identity, "device": device.type}
+    return {"denoiser": fingerprint, **sampler.identity, **detector.identity, "device": device.type}
 
 
 def decide_compile(denoiser: Any, sampler: SamplerConfig, images: int) -> SamplerConfig:

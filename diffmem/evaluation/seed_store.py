@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -229,8 +230,10 @@ class SeedStore:
         """Joins the blocks, which are many after a long run, to one, if all were judged by this detector."""
         with self._locked():
             blocks = sorted(self.folder.glob("block-*.npz"))
+            if len(blocks) < 2:
+                return
             parts = self.read(judged_by)
-            if len(blocks) < 2 or any(part.detection is None for part in parts):
+            if any(part.detection is None for part in parts):
                 return
             self.write(SeedRecords.join(parts), judged_by)
             for path in blocks[1:]:  # the first one bears the name of all
@@ -254,7 +257,7 @@ class SeedStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Nobody joins the blocks meanwhile. The writer of a temporary store has it for itself."""
-        if self.temporary or not self.folder.is_dir():
+        if self.temporary or not self.folder.is_dir() or not os.access(self.folder.parent, os.W_OK):
             yield
             return
         with output_lock(self.folder, wait=60.0):

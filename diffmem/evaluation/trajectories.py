@@ -257,16 +257,11 @@ def trajectory(
         tuple(record.images for record in there if record.images not in points),
         tuple(folder.stats()),
         training,
-        {**_decisive(settings, detector, place), "seeds": format_seeds(seeds), "order": order, "every": every,
-         "ema": folder.averaging()},
+        {**settings.identity, "training": training.fingerprint, "flip": flip, "device": place.type,
+         "seeds": format_seeds(seeds), "order": order, "every": every, "ema": folder.averaging()},
         stop,
         len(records) if order == "bisect" else None,
     )  # fmt: skip
-
-
-def _decisive(settings: SamplerConfig, detector: CopyDetector, place: torch.device) -> dict[str, Any]:
-    """What decides the verdicts of all snapshots."""
-    return {name: value for name, value in identity_of("", settings, detector, place).items() if name != "denoiser"}
 
 
 def _thinned(records: list[SnapshotRecord], every: int | None) -> list[SnapshotRecord]:

@@ -92,6 +92,11 @@ class SamplerConfig:
         """The configuration as plain JSON values; no bound on S_max is None."""
         return {**dataclasses.asdict(self), "S_max": None if math.isinf(self.S_max) else self.S_max}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the images, in JSON types: batch size and compiling change them by rounding only."""
+        return {name: value for name, value in self.to_json().items() if name not in ("batch", "compile")}
+
     @staticmethod
     def from_json(values: dict[str, Any]) -> SamplerConfig:
         """The configuration that `to_json` gave; raises InputError for what is none."""

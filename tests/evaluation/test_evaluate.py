@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.evaluation import SeedStore, evaluate, evaluator
+from diffmem.evaluation import SeedRecords, SeedStore, evaluate, evaluator
 from diffmem.integrity import sealed
 from diffmem.memorization import CopyDetector, CopyRate, SequentialTest
 from diffmem.models import as_denoiser
@@ -67,6 +67,30 @@ def searched(monkeypatch):
 
 def identity(detector):
     return {"denoiser": "images by seed", **detector.identity}
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"duplicates": "keep"}, {"index": "flat"}], ids=str)
+def test_decisions_there_and_back(options, tmp_path):
+    """What a store reads is what the detector decided, to the last figure."""
+    if "index" in options:
+        pytest.importorskip("faiss", reason="the extra faiss is not installed")
+    detector = CopyDetector(TRAINING, **options)
+    found = detector.judge(IMAGES)
+    store = SeedStore(tmp_path / "seeds", {})
+    store.begin()
+    store.write(SeedRecords.of(np.arange(COUNT), IMAGES, None, found), "ours")
+    (read,) = store.read("ours")
+    assert read.detection.recall == found.recall
+    assert len(found.recall) == (1 if "index" in options else 0)
+    for name, values in found.to_arrays().items():
+        np.testing.assert_array_equal(read.detection.to_arrays()[name], values, err_msg=name)
+    audits = []
+    for detection in (found, read.detection):
+        detector.reset()
+        detector.update(IMAGES, detection)
+        audits.append(detector.compute().to_dict())
+    assert audits[0] == audits[1]
+    assert store.read("another")[0].detection is None
 
 
 @pytest.mark.parametrize("temporary", [True, False])

@@ -405,7 +405,7 @@ def compare(
         "seed": seed,
         "tolerance": tolerance,
         **({} if run is None else {"EMA weights": run.averaging()}),
-        "sampling": {key: value for key, value in settings.to_json().items() if key not in ("batch", "compile")},
+        "sampling": settings.identity,
         "conditional": bool(denoiser.label_dim),
     }
     return Comparison(

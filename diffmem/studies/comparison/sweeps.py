@@ -180,21 +180,19 @@ def sweep(
     order = list(KINDS.values())
     chosen = sorted(set(chosen), key=lambda variant: (order.index(type(variant)), strength(variant)))
     settings = replace(settings, compile="off")
-    decisive = {}
     points = []
     with output_lock(folder):
         for variant in chosen:
             denoiser.regularization = variant
-            decisive = identity_of(denoiser.fingerprint, settings, detector, place)
-            store = SeedStore.within(Path(folder) / POINTS, _file_name(variant), decisive)
+            identity = identity_of(denoiser.fingerprint, settings, detector, place)
+            store = SeedStore.within(Path(folder) / POINTS, _file_name(variant), identity)
             stage = f"sampling: {variant}, {len(points) + 1} of {len(chosen)}"
             found = evaluate(
                 denoiser, seeds, settings, detector, store, images=IMAGES, stage=stage, progress=progress
             )  # fmt: skip
             points.append(SweepPoint(variant, found))
-    del decisive["denoiser"]
-    described = {**decisive, "seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
-    return Sweep(images, tuple(points), spacing, described)
+    about = {"seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
+    return Sweep(images, tuple(points), spacing, {**settings.identity, **about})
 
 
 def _file_name(variant: Regularization) -> str:
