@@ -18,6 +18,7 @@
 #include "group_norm_silu/group_norm_silu.h"
 #include "nearest/nearest.h"
 #include "posterior_mean/posterior_mean.h"
+#include "tile_max/tile_max.h"
 #ifdef DIFFMEM_WITH_CUDA
 #include "nearest/nearest_cuda.h"
 #endif
@@ -328,6 +329,44 @@ void bind_nearest(py::module_& m) {
       py::arg("threads"), "Exact k nearest rows by all pairs.");
 }
 
+// diffmem::tile_max: the row whose largest tile distance is least (tile_max.h says what each array holds).
+void bind_tile_max(py::module_& m) {
+  namespace nearest = diffmem::nearest;
+  using Address = std::uintptr_t;
+  static const auto check = [](const nearest::Rows& rows, const nearest::Rows& queries, std::int64_t tiles) {
+    require(rows.d == queries.d && rows.type == queries.type, "tile_max: rows and queries must have one d and one type");
+    require(tiles >= 1 && rows.d % tiles == 0, "tile_max: d must be a multiple of tiles");
+  };
+  m.def(
+      "tile_max_search",
+      [](const nearest::Rows& rows, const nearest::Rows& queries, std::int64_t tiles, Address order,
+         std::int64_t first_row, Address near, Address distances, Address indices, int threads) {
+        check(rows, queries, tiles);
+        if (queries.count == 0 || rows.count == 0) return;
+        require_addresses(order, distances, indices);
+        diffmem::tile_max::search(
+            {rows, queries, tiles, at<const std::int32_t>(order), first_row, at<const bool>(near),
+             at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)},
+            threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("rows"), py::arg("queries"), py::arg("tiles"), py::arg("order"),
+      py::arg("first_row"), py::arg("near"), py::arg("distances"), py::arg("indices"), py::arg("threads"),
+      "Lowers each query's least tile maximum by some rows.");
+  m.def(
+      "tile_max_pairs",
+      [](const nearest::Rows& rows, const nearest::Rows& queries, std::int64_t tiles, Address some, Address others,
+         std::int64_t count, Address distances, int threads) {
+        check(rows, queries, tiles);
+        if (count <= 0) return;
+        require_addresses(some, others, distances);
+        diffmem::tile_max::pairs({rows, queries, tiles, at<const std::int64_t>(some), at<const std::int64_t>(others),
+                                  count, at<std::int64_t>(distances), at<double>(distances)},
+                                 threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("rows"), py::arg("queries"), py::arg("tiles"), py::arg("some"),
+      py::arg("others"), py::arg("count"), py::arg("distances"), py::arg("threads"), "Tile maxima of pairs.");
+}
+
 // diffmem::posterior_mean: integer products and exact pairs (posterior_mean.h says what each array holds).
 void bind_posterior_mean(py::module_& m) {
   namespace pm = diffmem::posterior_mean;
@@ -532,6 +571,7 @@ PYBIND11_MODULE(_C, m) {
   bind_group_norm_silu(m);
   bind_nearest(m);
   bind_posterior_mean(m);
+  bind_tile_max(m);
 #ifdef DIFFMEM_WITH_CUDA
   m.attr("with_cuda") = true;
   bind_nearest_cuda(m);

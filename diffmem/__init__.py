@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from diffmem.data import ImageSet, load_images
     from diffmem.errors import InputError
-    from diffmem.memorization import Audit, CopyDetector, audit
+    from diffmem.memorization import Audit, CopyDetector, Measures, audit, measure
     from diffmem.search import Neighbors, TrainingIndex
 
 __version__ = "0.1.0"
@@ -36,10 +36,12 @@ _NAMES = {
     "CopyDetector": "diffmem.memorization",
     "ImageSet": "diffmem.data",
     "InputError": "diffmem.errors",
+    "Measures": "diffmem.memorization",
     "Neighbors": "diffmem.search",
     "TrainingIndex": "diffmem.search",
     "audit": "diffmem.memorization",
     "load_images": "diffmem.data",
+    "measure": "diffmem.memorization",
 }
 _SUBPACKAGES = (
     "data",
@@ -60,6 +62,7 @@ __all__ = [
     "CopyDetector",
     "ImageSet",
     "InputError",
+    "Measures",
     "Neighbors",
     "TrainingIndex",
     "__version__",
@@ -69,6 +72,7 @@ __all__ = [
     "evaluation",
     "features",
     "load_images",
+    "measure",
     "memorization",
     "models",
     "optimum",

@@ -17,6 +17,7 @@ from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.emm import emm_command
 from diffmem.cli.info import info_command
+from diffmem.cli.measure import measure_command
 from diffmem.cli.optimum import optimum_command
 from diffmem.cli.options import debug_option, debugging, in_options, running_command
 from diffmem.cli.sample import import_edm_command, sample_command
@@ -50,6 +51,7 @@ def cli() -> None:
     \b
     Start here:
       diffmem audit samples/ training.zip --out report   which of these images are copies?
+      diffmem measure samples/ training.zip              what every measure of copying says of them
       diffmem sample model/ --out samples.npz            images from a checkpoint
       diffmem demo                                       see it work on real digits
     """
@@ -57,6 +59,7 @@ def cli() -> None:
 
 for command in (
     audit_command,
+    measure_command,
     dataset_command,
     train_command,
     trajectory_command,

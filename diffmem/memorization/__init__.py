@@ -4,6 +4,7 @@ from diffmem.memorization.criteria import parse_threshold, published_rule, ratio
 from diffmem.memorization.detector import CopyDetector, Detection, audit
 from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.inputs import check_sets
+from diffmem.memorization.measures import Measures, measure
 from diffmem.memorization.result import Audit, CopiedImage, SeenImage, UnkeptImages
 from diffmem.memorization.statistics import (
     CopyRate,
@@ -22,6 +23,7 @@ __all__ = [
     "CopyRate",
     "Detection",
     "Gate",
+    "Measures",
     "ReportsRate",
     "SeenImage",
     "SequentialTest",
@@ -32,6 +34,7 @@ __all__ = [
     "decide_gate",
     "exact_interval",
     "highest_interval",
+    "measure",
     "parse_threshold",
     "published_rule",
     "ratio_rule",

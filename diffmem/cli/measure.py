@@ -1,0 +1,189 @@
+"""`diffmem measure`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diffmem.cli.options import (
+    Source,
+    ValueRange,
+    center_crop_option,
+    debug_option,
+    in_own_options,
+    ranges_by_set,
+    reading,
+    reading_options,
+    reserve_report,
+    say_notes,
+)
+from diffmem.text import printable
+
+if TYPE_CHECKING:
+    from diffmem.memorization import Measures
+
+_VECTORS = (".npy", ".npz", ".safetensors", ".pt", ".parquet")
+
+
+def _list(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Names all measures and variants, with their formulas and sources."""
+    if not value or context.resilient_parsing:
+        return
+    from diffmem.memorization.criteria import CRITERIA
+
+    for criterion in CRITERIA.values():
+        click.echo(f"{criterion.name}: {criterion.formula} ({criterion.source})")
+        for name, value_of in criterion.values.items():
+            click.echo(f"    {name}: {value_of.what}")
+        for name, variant in criterion.variants.items():
+            click.echo(f"    {criterion.name}:{name}: {variant.value.what} ({variant.source}); by its full name alone")
+    context.exit()
+
+
+@click.command("measure")
+@click.argument("generated", type=Source())
+@click.argument("training", type=Source())
+@click.option(
+    "--holdout", type=Source(), help="Real images the model has not seen: what each value is for honest images."
+)
+@click.option(
+    "--measures", default="all", show_default=True, metavar="all|NAME,…",
+    help="Which ones (--list); somebody's variant by its full name: authenticity:fld.",
+)  # fmt: skip
+@click.option(
+    "--features", default="pixels", show_default=True, metavar="NAME",
+    help="What images are compared by: pixels, hash, sscd, dinov2, clip, torchscript:PATH, onnx:PATH, …; precomputed: "
+    "the sources are files of vectors.",
+)  # fmt: skip
+@click.option(
+    "--cells", type=click.Choice(["k-means", "labels"]), default="k-means", show_default=True,
+    help="The cells of C_T: of k-means of the training images, or the class labels of all sets.",
+)  # fmt: skip
+@click.option("--second", type=Source(), help="What a second model generated from the same latents: disjoint_halves.")
+@click.option("--second-training", type=Source(), help="What that was trained on.  [default: TRAINING]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of k-means and the bootstrap.")
+@click.option("--resize", type=click.IntRange(min=1), help="Bring all images to N x N, antialiased.")
+@center_crop_option
+@click.option(
+    "--value-range", type=ValueRange(), multiple=True, metavar="LOW,HIGH",
+    help="Sets of floats: the values of black and white, such as -1,1 or 0,1; they become gray levels. For one set "
+    "alone: generated=-1,1, training=0,1 or holdout=0,1.",
+)  # fmt: skip
+@reading_options("generated", "training", "holdout")
+@click.option("--limit", type=click.IntRange(min=1), help="Measure only the first N generated images.")
+@click.option(
+    "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Write measures.html, measures.csv, images.csv and measures.json into this folder.",
+)  # fmt: skip
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list,
+    help="Name the measures with their formulas and sources, and exit.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output and nothing else there.")
+@debug_option
+def measure_command(
+    generated, training, holdout, measures, features, cells, second, second_training, seed, resize, center_crop,
+    value_range, limit, cache, device, out, as_json, **options,
+) -> None:  # fmt: skip
+    """What every measure of copying says of the GENERATED images.
+
+    GENERATED and TRAINING are what `diffmem audit` reads. One table, with what each value is for honest images where
+    --holdout is given: hold-out images in the generated images' place. "all" leaves out what cannot be computed from
+    what is given; a measure that is named and lacks something is an error.
+
+    \b
+    Examples:
+      diffmem measure samples/ cifar10-train.zip --holdout cifar10-test.zip --out measures
+      diffmem measure samples.npz training.zip --measures authenticity,authenticity:fld --json
+      diffmem measure samples.npy training.npy --features precomputed    vectors [N, d]
+    """
+    import torch
+
+    from diffmem.data import load_images
+    from diffmem.memorization import measure
+    from diffmem.progress import progress_bars
+
+    torch.set_flush_denormal(True)
+    reserve_report(out)
+    sources = {
+        "generated": generated, "training": training, "holdout": holdout, "second": second,
+        "second_training": second_training,
+    }  # fmt: skip
+    ranges = ranges_by_set(value_range)
+    with progress_bars() as progress:
+
+        def load(name: str, source: str) -> Any:
+            first = limit if name in ("generated", "second") else None
+            if features == "precomputed":
+                from diffmem.features import load_features
+
+                found = load_features(source)
+                return found if first is None else found.select(slice(0, first))
+            given = {**reading(name, **options), "value_range": ranges.get(name, ranges.get("training"))}
+            given |= {"resize": resize, "center_crop": center_crop, "cache": cache}
+            images = load_images(source, limit=first, progress=progress, **given)
+            say_notes([images])
+            return images
+
+        sets = {name: load(name, source) for name, source in sources.items() if source is not None}
+        found = measure(
+            **sets,
+            measures=measures,
+            features="pixels" if features == "precomputed" else features,
+            cells=None if cells == "k-means" else cells,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(found.to_json())
+        for warning in found.warnings:
+            click.echo(f"warning: {printable(in_own_options(warning))}", err=True)
+    else:
+        print_measures(found)
+    if out is not None:
+        page = found.save(out)
+        if not as_json:
+            click.echo(f"report: {page}")
+
+
+def print_measures(found: Measures) -> None:
+    """The table, on standard output."""
+    from diffmem.memorization.measures_report import lines
+
+    made = lines(found)
+    columns = [
+        ("measure", "name"),
+        ("value", "shown"),
+        ("95 % interval", "interval"),
+        ("honest images", "honest_shown"),
+    ]
+    if not found.honest:
+        columns.pop()
+    widths = [max(len(title), *(len(line[key]) for line in made)) for title, key in columns]
+
+    def row(cells: list[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    click.echo(row([title for title, _ in columns]))
+    for line in made:
+        text = row([line[key] for _, key in columns])
+        click.echo(f"{text}   {line['hint']}" if line["hint"] else text)
+    for warning in found.warnings:
+        click.echo(f"warning: {printable(in_own_options(warning))}")
+    for note in found.notes:
+        click.echo(f"  {note}")
+    for name, reason in found.skipped.items():
+        click.echo(f"  left out: {name}: {printable(in_own_options(reason))}")
+    if not found.honest:
+        click.echo("  no hold-out set: what honest images give is not known (--holdout)")

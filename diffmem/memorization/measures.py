@@ -1,0 +1,515 @@
+"""`measure`: every measure of copying of the same images, in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffmem.data import ImageSet, load_images
+from diffmem.data.arrays import is_tensor, to_numpy
+from diffmem.errors import InputError
+from diffmem.memorization.criteria import CRITERIA, Comparison, Criterion, Measured, Points, Searches, Variant
+from diffmem.memorization.criteria import find_criterion as find
+from diffmem.memorization.criteria.mifid import LARGEST
+from diffmem.memorization.inputs import check_sets, in_one_precision, value_ranges
+from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
+from diffmem.memorization.result import software_versions
+from diffmem.memorization.statistics import wilson_interval
+from diffmem.progress import Progress, silent
+
+if TYPE_CHECKING:
+    import pandas
+
+BOOTSTRAPS = 1000
+BOOTSTRAP_ROWS = 1 << 20  # rows drawn at a time
+SET_NAMES = ("generated", "training", "holdout", "second", "second_training")
+_NEEDS = {
+    "holdout": "real images that the model has not seen: pass holdout=…",
+    "images": "images: these are vectors, which have no tiles",
+    "second": "images of a second model from the same latents: pass second=…",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Measures:
+    """What the measures of copying say of some generated images.
+
+    Attributes:
+        values: Each number by its stable name, such as "authenticity", "c_t" or "mifid_distance_generated".
+        intervals: 95 % intervals of those values that are shares or means over images: of shares Wilson's, of means
+            from 1,000 bootstrap samples of the generated images, of C_T from the ranks. They cover the choice of
+            images alone.
+        honest: What each value is for honest images: hold-out images in the generated images' place, as many of them
+            where there are enough. Empty without a hold-out set.
+        per_image: By name, an array [M] with what each generated image contributes.
+        honest_per_image: The same of the hold-out images.
+        skipped: By name of the measure, why it was left out of "all".
+        notes: What else a person should know, one sentence each.
+        warnings: Why the values must not be relied on, one sentence each.
+        settings: What was compared, and how.
+        images: The sets by name ("generated", "training", …), where they are images.
+        versions: Of the software that decides the numbers.
+
+    Example:
+        >>> import diffmem
+        >>> digits = diffmem.load_images("builtin:digits").images
+        >>> found = diffmem.measure(digits[990:1010], digits[:1000], measures="ratio,authenticity")
+        >>> found.values["ratio"], found["authenticity"]
+        (0.5, 0.15)
+    """
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    honest: dict[str, float]
+    per_image: dict[str, np.ndarray]
+    honest_per_image: dict[str, np.ndarray]
+    skipped: dict[str, str]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    settings: dict[str, Any]
+    images: dict[str, ImageSet | None] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=software_versions)
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The table of values as columns: name, value, low and high (the interval), honest, better, share, what,
+        measure, formula, source and blind (what it cannot see); None where there is nothing."""
+        names = list(self.values)
+        about = [describe(name) for name in names]
+        return {
+            "name": names,
+            "value": [self.values[name] for name in names],
+            "low": [self.intervals.get(name, (None, None))[0] for name in names],
+            "high": [self.intervals.get(name, (None, None))[1] for name in names],
+            "honest": [self.honest.get(name) for name in names],
+            "better": [value.better for _, value, _ in about],
+            "share": [value.share for _, value, _ in about],
+            "what": [value.what for _, value, _ in about],
+            "measure": [criterion.name for criterion, _, _ in about],
+            "formula": [criterion.formula for criterion, _, _ in about],
+            "source": [source for _, _, source in about],
+            "blind": [criterion.blind for criterion, _, _ in about],
+        }
+
+    def to_frame(self, *, per_image: bool = False) -> pandas.DataFrame:
+        """The table of values, or one row per generated image.
+
+        Args:
+            per_image: A row per generated image, a column for each array of `per_image`, instead of a row per value.
+
+        Returns:
+            The table, its index the values' names or the images'.
+
+        Raises:
+            MissingExtraError: The package pandas is not installed; `columns()` needs none.
+        """
+        return _report().frame(self, per_image)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the arrays, in plain JSON types; what is not finite becomes None."""
+        return {
+            "values": {name: _plain(value) for name, value in self.values.items()},
+            "intervals": {name: [_plain(end) for end in pair] for name, pair in self.intervals.items()},
+            "honest": {name: _plain(value) for name, value in self.honest.items()},
+            "skipped": self.skipped,
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "settings": self.settings,
+            "versions": self.versions,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+    def name(self, row: int) -> str:
+        """What to call a generated image."""
+        images = self.images.get("generated")
+        return f"#{row}" if images is None else images.name(row)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `measures.html`, `measures.csv` (a row per value), `images.csv` (a row per generated image) and
+        `measures.json` into `folder`, together, and returns the path of the page.
+
+        Raises:
+            InputError: That cannot be done.
+        """
+        return _report().write(self, folder)
+
+    def __repr__(self) -> str:
+        return f"<Measures: {', '.join(f'{name} {value:.4g}' for name, value in self.values.items())}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the table."""
+        return _report().render_table(self)
+
+
+def measure(
+    generated: Any,
+    training: Any,
+    holdout: Any = None,
+    *,
+    measures: str | Iterable[str] = "all",
+    features: Any = "pixels",
+    cells: Any = None,
+    second: Any = None,
+    second_training: Any = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    value_range: Any = None,
+    progress: Progress | None = None,
+) -> Measures:
+    """What every measure of copying that the field uses says of the same generated images.
+
+    Each pair of sets is searched once, exactly, for all measures together; memory grows with the sets, not with their
+    product. The measures, their formulas and sources are in `diffmem.memorization.criteria`.
+
+    Args:
+        generated: The generated images: anything that `diffmem.load_images` reads; vectors, an array or tensor [M, d]
+            of uint8 or floats; or a `diffmem.features.FeatureSet`.
+        training: The training images, likewise.
+        holdout: Real images that the model has not seen, likewise: some measures need them, and they show what each
+            value is for honest images.
+        measures: "all", or names, as a list or separated by commas: of a criterion or one of its values
+            ("authenticity", "c_t_global"), or of somebody's variant ("authenticity:fld"), which "all" leaves out. "all"
+            leaves out what cannot be computed from what is given, and says so in `skipped`; a measure that is named and
+            cannot be computed is an error.
+        features: What images are compared by, as for `diffmem.features.extract`: "pixels", a network's name, or a
+            function.
+        cells: The cells of C_T: labels (training, holdout, generated) as integers [n] each, or "labels", those of the
+            sets themselves. None: k-means of the training set.
+        second: What a second model generated from the same latents (`disjoint_halves`).
+        second_training: What that was trained on; None: the same training set.
+        settings: Choices by measure: {"tile_max": {"tile": 8}, "ratio": {"threshold": "1/2"}}; see each module of
+            `diffmem.memorization.criteria`.
+        seed: Of k-means and the bootstrap.
+        device: "cpu", "cuda", or "auto".
+        value_range: The values of black and white in sets of floats; see `diffmem.audit`.
+        progress: A callback (`diffmem.progress`), or None.
+
+    Returns:
+        Values, intervals and what honest images give.
+
+    Raises:
+        InputError: Sets that do not fit together or are empty, values that are not finite, unknown measures, or a
+            measure that is named and lacks what it needs.
+
+    Example:
+        >>> import diffmem
+        >>> digits = diffmem.load_images("builtin:digits").images
+        >>> found = diffmem.measure(digits[900:1100], digits[:1000], digits[1100:], measures=["c_t_global", "m3"])
+        >>> found["c_t_global"] < -3, round(found.values["m3"], 2), sorted(found.honest)
+        (True, 0.65, ['c_t_global', 'm3', 'm3_median'])
+    """
+    asked = _asked(measures)
+    progress = progress or silent
+    given = dict(zip(SET_NAMES, (generated, training, holdout, second, second_training), strict=True))
+    points, images, source = _read(given, features, value_ranges(value_range), device, progress)
+    points = _with_cells(points, images, cells)
+    for name in settings or {}:
+        if name not in CRITERIA:
+            raise InputError(f"settings: {name!r} is none of {', '.join(CRITERIA)}")
+    wanted = [criterion for criterion, _, _ in asked] if asked else list(CRITERIA.values())
+    comparison = Comparison(
+        *(points[name] for name in SET_NAMES),
+        searches=Searches(device, progress),
+        neighbors=max(criterion.neighbors for criterion in wanted),
+        seed=seed,
+        settings=settings or {},
+    )
+    found, honest, skipped = _run(comparison, asked, cells)
+    intervals = _intervals(found, seed)
+    return Measures(
+        values={name: float(value) for each in found for name, value in each.values.items()},
+        intervals=intervals,
+        honest={name: float(value) for each in honest for name, value in each.values.items()},
+        per_image=_joined(found),
+        honest_per_image=_joined(honest),
+        skipped=skipped,
+        notes=tuple(dict.fromkeys(note for each in found for note in each.notes)),
+        warnings=_warnings(comparison, images),
+        settings={
+            "measures": "all" if asked is None else [name for _, _, name in asked],
+            "features": source,
+            "cells": "k-means" if cells is None else "labels" if isinstance(cells, str) else "given",
+            "settings": {name: dict(chosen) for name, chosen in (settings or {}).items()},
+            "seed": seed,
+            "dimension": comparison.training.dimension,
+            "dtype": str(comparison.training.values.dtype),
+            **{name: _source(points[name], images[name]) for name in SET_NAMES if points[name] is not None},
+        },
+        images=images,
+    )
+
+
+def describe(name: str) -> tuple[Criterion, Any, str]:
+    """The criterion that gives the value of that name, what the value is, and its source."""
+    criterion, variant = find(name)
+    if variant is None:
+        return criterion, criterion.values[name], criterion.source
+    return criterion, variant.value, variant.source
+
+
+def _asked(measures: str | Iterable[str]) -> list[tuple[Criterion, Variant | None, str]] | None:
+    """What is asked for by name, each once; None for all."""
+    words = measures.split(",") if isinstance(measures, str) else list(measures)
+    words = [word.strip() for word in words if str(word).strip()]
+    if words == ["all"]:
+        return None
+    if not words:
+        raise InputError('measures="": none is named; give "all" or names')
+    asked: dict[str, tuple[Criterion, Variant | None, str]] = {}
+    for word in words:
+        if word == "all":
+            asked |= {name: (criterion, None, name) for name, criterion in CRITERIA.items()}
+            continue
+        criterion, variant = find(word)
+        name = criterion.name if variant is None else f"{criterion.name}:{word.partition(':')[2]}"
+        asked[name] = criterion, variant, name
+    return list(asked.values())
+
+
+def _read(
+    given: dict[str, Any], features: Any, ranges: Mapping[str, Any], device: str, progress: Progress
+) -> tuple[dict[str, Points | None], dict[str, ImageSet | None], str]:
+    """The sets as points that fit together, and as images where they are."""
+    vectors = {name: _vectors(source, name) for name, source in given.items() if source is not None}
+    kinds = {each is not None for each in vectors.values()}
+    if len(kinds) > 1:
+        are = next(name for name, each in vectors.items() if each is not None)
+        are_not = next(name for name, each in vectors.items() if each is None)
+        raise InputError(f"{are} holds vectors, {are_not} images: give all as images, or all as vectors")
+    if kinds == {True}:
+        if features != "pixels":
+            raise InputError(f"features={features!r} is for images: these are vectors already")
+        return _fitting_vectors(vectors), dict.fromkeys(SET_NAMES), "vectors"
+    images: dict[str, ImageSet | None] = {
+        name: None
+        if source is None
+        else load_images(source, value_range=ranges.get(name, ranges.get("training")), progress=progress)
+        for name, source in given.items()
+    }
+    images = dict(zip(images, in_one_precision(*images.values()), strict=True))
+    for name, each in images.items():
+        if each is not None and name != "training":
+            check_sets(each, images["training"], name)
+    if images["training"].images.dtype != np.uint8:
+        check_scale(
+            SetFigures.of(images["generated"].images),
+            SetFigures.of(images["training"].images),
+            "generated",
+            (images["generated"].source, images["training"].source),
+        )
+    if features == "pixels":
+        points = {name: None if each is None else Points(each.images, name) for name, each in images.items()}
+        return points, images, "pixels"
+    from diffmem.features import check_comparable, extract
+
+    sets = {
+        name: extract(each, features, device=device, progress=progress)
+        for name, each in images.items()
+        if each is not None
+    }
+    for name, each in sets.items():
+        if name != "training":
+            check_comparable(each, sets["training"], name)
+    rows = {name: np.asarray(each.rows) for name, each in sets.items()}
+    points = {name: Points(rows[name], name) if name in rows else None for name in SET_NAMES}
+    return points, images, sets["training"].features
+
+
+def _vectors(source: Any, name: str) -> np.ndarray | None:
+    """Vectors [n, d] where the source is some, else None."""
+    if hasattr(source, "vectors") and hasattr(source, "metric"):  # a FeatureSet
+        return np.asarray(source.rows)
+    if not (isinstance(source, np.ndarray) or is_tensor(source)) or source.ndim != 2:
+        return None
+    rows = to_numpy(source, name)
+    if rows.dtype == np.float16:
+        rows = rows.astype(np.float32)
+    if rows.dtype not in (np.uint8, np.float32, np.float64):
+        raise InputError(f"{name}: vectors must be uint8, float16, float32 or float64, got {rows.dtype}")
+    return rows
+
+
+def _fitting_vectors(vectors: dict[str, np.ndarray]) -> dict[str, Points | None]:
+    training = vectors["training"]
+    if training.size == 0:
+        raise InputError(f"training: no vectors (shape {training.shape})")
+    kinds = {rows.dtype for rows in vectors.values()}
+    if np.dtype(np.uint8) in kinds and len(kinds) > 1:
+        raise InputError("some vectors are uint8, others floats: make all in the same way")
+    dtype = np.result_type(*kinds)
+    for name, rows in vectors.items():
+        if len(rows) == 0:
+            raise InputError(f"{name}: no vectors in it")
+        if rows.shape[1] != training.shape[1]:
+            raise InputError(f"{name}: vectors of {rows.shape[1]} values, training: of {training.shape[1]}")
+    return {
+        name: Points(vectors[name].astype(dtype, copy=False), name) if name in vectors else None for name in SET_NAMES
+    }
+
+
+def _with_cells(
+    points: dict[str, Points | None], images: dict[str, ImageSet | None], cells: Any
+) -> dict[str, Points | None]:
+    """The points with their cells, where these are given."""
+    if cells is None:
+        return points
+    order = ("training", "holdout", "generated")
+    if isinstance(cells, str):
+        if cells != "labels":
+            raise InputError(f'cells: "labels", or the labels (training, holdout, generated), got {cells!r}')
+        given = {name: None if images[name] is None else images[name].labels for name in order}
+        for name in order:
+            if images[name] is not None and (given[name] is None or given[name].ndim != 1):
+                raise InputError(f"cells: the {name} images have no class labels")
+    else:
+        try:
+            given = dict(zip(order, cells, strict=True))
+        except (TypeError, ValueError):
+            raise InputError("cells: three arrays of labels are expected: (training, holdout, generated)") from None
+    labeled = dict(points)
+    for name, labels in given.items():
+        if points[name] is None or labels is None:
+            continue
+        labels = to_numpy(labels, "cells")
+        if labels.shape != (len(points[name]),) or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"cells: {len(points[name]):,} integers are expected for {name}, got {labels.dtype} {labels.shape}"
+            )
+        labeled[name] = replace(points[name], cells=labels.astype(np.int64))
+    return labeled
+
+
+def _run(
+    comparison: Comparison, asked: list[tuple[Criterion, Variant | None, str]] | None, cells: Any
+) -> tuple[list[Measured], list[Measured], dict[str, str]]:
+    """What was found of the generated images and of honest ones, and what was left out."""
+    honest_comparison = comparison.honest()
+    found, honest, skipped = [], [], {}
+    for criterion, variant, name in asked or [(each, None, name) for name, each in CRITERIA.items()]:
+        described = variant or criterion
+        lacking = _lacking(comparison, described.needs)
+        if asked is None and lacking is None and name == "mifid" and comparison.training.dimension > LARGEST:
+            lacking = f"FID of {comparison.training.dimension:,} values takes long and is not usual: name it for that"
+        if lacking is not None:
+            if asked is not None:
+                raise InputError(f"measures={name!r} needs {lacking}")
+            skipped[name] = lacking
+            continue
+        try:
+            measured = described.measure(comparison)
+        except InputError as error:
+            if asked is not None or (cells is not None and str(error).startswith("cells:")):
+                raise
+            skipped[name] = str(error)
+            continue
+        found.append(measured)
+        if variant is None and criterion.honest is not None:
+            honest.append(Measured(criterion.honest(comparison)))
+        elif honest_comparison is not None and not {"holdout", "second"} & set(described.needs):
+            try:
+                honest.append(described.measure(honest_comparison))
+            except InputError:  # such as too few of them
+                continue
+    return found, honest, skipped
+
+
+def _lacking(comparison: Comparison, needs: tuple[str, ...]) -> str | None:
+    """What a measure needs and is not given, or None."""
+    there = {
+        "holdout": comparison.holdout is not None,
+        "images": comparison.images,
+        "second": comparison.second is not None,
+    }
+    return next((_NEEDS[need] for need in needs if not there[need]), None)
+
+
+def _intervals(found: list[Measured], seed: int) -> dict[str, tuple[float, float]]:
+    """Of all values that have one: Wilson's of shares, the bootstrap's of means, and those the criteria gave."""
+    intervals: dict[str, tuple[float, float]] = {}
+    means: dict[str, np.ndarray] = {}
+    for each in found:
+        for name, array_name in each.means_of.items():
+            values = each.per_image[array_name]
+            if values.dtype == bool:
+                intervals[name] = wilson_interval(int(values.sum()), len(values))
+            else:
+                means[name] = values
+        intervals |= each.intervals
+    intervals |= bootstrap_means(means, seed)
+    order = [name for each in found for name in each.values]
+    return {name: intervals[name] for name in order if name in intervals}
+
+
+def bootstrap_means(columns: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, tuple[float, float]]:
+    """The 95 % percentile interval of the mean of each column over the same 1,000 samples of its rows.
+
+    Args:
+        columns: float64 [M] each; NaN is left out of the mean.
+        seed: Of the samples.
+    """
+    if not columns:
+        return {}
+    table = np.stack([np.asarray(values, np.float64) for values in columns.values()], axis=1)
+    there = ~np.isnan(table)
+    both = np.concatenate([np.where(there, table, 0), there], axis=1)
+    random = np.random.default_rng(seed)
+    count, means = len(table), np.empty((BOOTSTRAPS, len(columns)))
+    step = max(1, BOOTSTRAP_ROWS // count)
+    for start in range(0, BOOTSTRAPS, step):
+        draws = min(step, BOOTSTRAPS - start)
+        drawn = random.integers(count, size=(draws, count)) + count * np.arange(draws)[:, None]
+        times = np.bincount(drawn.reshape(-1), minlength=draws * count).reshape(draws, count).astype(np.float64)
+        totals, counts = np.split(times @ both, 2, axis=1)
+        means[start : start + draws] = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+    ends = [np.nanpercentile(column, [2.5, 97.5]) if np.isfinite(column).any() else (np.nan,) * 2 for column in means.T]
+    return {name: (float(low), float(high)) for name, (low, high) in zip(columns, ends, strict=True)}
+
+
+def _joined(found: list[Measured]) -> dict[str, np.ndarray]:
+    return {name: values for each in found for name, values in each.per_image.items()}
+
+
+def _warnings(comparison: Comparison, images: dict[str, ImageSet | None]) -> tuple[str, ...]:
+    found: list[str] = []
+    if images["generated"] is not None:
+        ours = SetFigures.of(images["generated"].images, count_identical=True)
+        found += suspicions(ours, SetFigures.of(images["training"].images))
+    if comparison.holdout is not None:
+        seen = int((comparison.holdout_nearest(1).squared_distances[:, 0] == 0).sum())
+        if seen:
+            found.append(
+                f"{seen:,} of {len(comparison.holdout):,} holdout images are training images, pixel for pixel: what is "
+                "said of honest images counts them as unseen; remove them."
+                if comparison.images
+                else f"{seen:,} of {len(comparison.holdout):,} holdout vectors equal training vectors: what is said of "
+                "honest images counts them as unseen; remove them."
+            )
+    return tuple(found)
+
+
+def _source(points: Points, images: ImageSet | None) -> dict[str, Any]:
+    shape = list(points.values.shape)
+    return {"source": "array" if images is None else images.source, "images": shape[0], "shape": shape[1:]}
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _report() -> ModuleType:
+    """What writes results for people; it knows them, so that it is loaded when asked for."""
+    from diffmem.memorization import measures_report
+
+    return measures_report
