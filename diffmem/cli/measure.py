@@ -24,8 +24,6 @@ from diffmem.text import printable
 if TYPE_CHECKING:
     from diffmem.memorization import Measures
 
-_VECTORS = (".npy", ".npz", ".safetensors", ".pt", ".parquet")
-
 
 def _list(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     """Names all measures and variants, with their formulas and sources."""
@@ -106,6 +104,7 @@ def measure_command(
     import torch
 
     from diffmem.data import load_images
+    from diffmem.features import load_features
     from diffmem.memorization import measure
     from diffmem.progress import progress_bars
 
@@ -121,8 +120,6 @@ def measure_command(
         def load(name: str, source: str) -> Any:
             first = limit if name in ("generated", "second") else None
             if features == "precomputed":
-                from diffmem.features import load_features
-
                 found = load_features(source)
                 return found if first is None else found.select(slice(0, first))
             given = {**reading(name, **options), "value_range": ranges.get(name, ranges.get("training"))}

@@ -14,6 +14,7 @@ import numpy as np
 from diffmem.data import ImageSet, load_images
 from diffmem.data.arrays import is_tensor, to_numpy
 from diffmem.errors import InputError
+from diffmem.features import FeatureSet, extract, extractor, load_features
 from diffmem.memorization.criteria import CRITERIA, Comparison, Criterion, Measured, Points, Searches, Variant
 from diffmem.memorization.criteria import find_criterion as find
 from diffmem.memorization.criteria.mifid import LARGEST
@@ -183,8 +184,9 @@ def measure(
             ("authenticity", "c_t_global"), or of somebody's variant ("authenticity:fld"), which "all" leaves out. "all"
             leaves out what cannot be computed from what is given, and says so in `skipped`; a measure that is named and
             cannot be computed is an error.
-        features: What images are compared by, as for `diffmem.features.extract`: "pixels", a network's name, or a
-            function.
+        features: What images are compared by, as for `diffmem.audit`: "pixels", a network's name, a function;
+            "precomputed" where the sources are files of vectors; or vectors beside the images, {"generated": …,
+            "training": …}. Vectors are taken as they are: each measure has its own distance, Euclidean or cosine.
         cells: The cells of C_T: labels (training, holdout, generated) as integers [n] each, or "labels", those of the
             sets themselves. None: k-means of the training set.
         second: What a second model generated from the same latents (`disjoint_halves`).
@@ -281,82 +283,89 @@ def _asked(measures: str | Iterable[str]) -> list[tuple[Criterion, Variant | Non
 def _read(
     given: dict[str, Any], features: Any, ranges: Mapping[str, Any], device: str, progress: Progress
 ) -> tuple[dict[str, Points | None], dict[str, ImageSet | None], str]:
-    """The sets as points that fit together, and as images where they are."""
-    vectors = {name: _vectors(source, name) for name, source in given.items() if source is not None}
-    kinds = {each is not None for each in vectors.values()}
-    if len(kinds) > 1:
-        are = next(name for name, each in vectors.items() if each is not None)
-        are_not = next(name for name, each in vectors.items() if each is None)
-        raise InputError(f"{are} holds vectors, {are_not} images: give all as images, or all as vectors")
-    if kinds == {True}:
-        if features != "pixels":
-            raise InputError(f"features={features!r} is for images: these are vectors already")
-        return _fitting_vectors(vectors), dict.fromkeys(SET_NAMES), "vectors"
+    """The sets as points that fit together, as images where they are, and what they are compared by."""
+    given = {name: source for name, source in given.items() if source is not None}
+    if isinstance(features, str) and features == "precomputed":
+        sets = {name: load_features(source) for name, source in given.items()}
+        return _fitting_vectors(sets), dict.fromkeys(SET_NAMES), sets["training"].features
+    are_vectors = {name: isinstance(source, FeatureSet) or _is_matrix(source) for name, source in given.items()}
+    if any(are_vectors.values()):
+        if not all(are_vectors.values()):
+            images, vectors = (next(name for name, are in are_vectors.items() if are == kind) for kind in (False, True))
+            raise InputError(f"{vectors} holds vectors, {images} images: give all as images, or all as vectors")
+        if not isinstance(features, str) or features != "pixels":
+            raise InputError("features= is for images: these are vectors already")
+        sets = {name: _as_features(source, name) for name, source in given.items()}
+        return _fitting_vectors(sets), dict.fromkeys(SET_NAMES), sets["training"].features
+    beside: Mapping[str, Any] = features if isinstance(features, Mapping) else {}
+    if beside and (missing := set(given) - set(beside)):
+        raise InputError(f"features: the vectors of the {', '.join(sorted(missing))} images are missing")
+    maker = None if beside else extractor(features, device=device)
+    images = _read_images(given, ranges, progress, maker is not None and not maker.resizes)
+    if maker is not None and maker.name == "pixels":
+        points = {name: None if each is None else Points(each.images, name) for name, each in images.items()}
+        return points, images, "pixels"
+    sets = {}
+    for name, each in images.items():
+        if each is None:
+            continue
+        sets[name] = load_features(beside[name]) if beside else extract(each, maker, progress=progress)
+        if len(sets[name]) != len(each):
+            raise InputError(f"features: {len(sets[name]):,} vectors of {len(each):,} {name} images")
+    return _fitting_vectors(sets), images, sets["training"].features
+
+
+def _read_images(
+    given: dict[str, Any], ranges: Mapping[str, Any], progress: Progress, one_size: bool
+) -> dict[str, ImageSet | None]:
     images: dict[str, ImageSet | None] = {
-        name: None
-        if source is None
-        else load_images(source, value_range=ranges.get(name, ranges.get("training")), progress=progress)
+        name: load_images(source, value_range=ranges.get(name, ranges.get("training")), progress=progress)
         for name, source in given.items()
     }
     images = dict(zip(images, in_one_precision(*images.values()), strict=True))
+    training = images["training"]
     for name, each in images.items():
-        if each is not None and name != "training":
-            check_sets(each, images["training"], name)
-    if images["training"].images.dtype != np.uint8:
-        check_scale(
-            SetFigures.of(images["generated"].images),
-            SetFigures.of(images["training"].images),
-            "generated",
-            (images["generated"].source, images["training"].source),
-        )
-    if features == "pixels":
-        points = {name: None if each is None else Points(each.images, name) for name, each in images.items()}
-        return points, images, "pixels"
-    from diffmem.features import check_comparable, extract
-
-    sets = {
-        name: extract(each, features, device=device, progress=progress)
-        for name, each in images.items()
-        if each is not None
-    }
-    for name, each in sets.items():
         if name != "training":
-            check_comparable(each, sets["training"], name)
-    rows = {name: np.asarray(each.rows) for name, each in sets.items()}
-    points = {name: Points(rows[name], name) if name in rows else None for name in SET_NAMES}
-    return points, images, sets["training"].features
+            check_sets(each, training, name, sizes=one_size)
+            if training.images.dtype != np.uint8:
+                figures, theirs = SetFigures.of(each.images), SetFigures.of(training.images)
+                check_scale(figures, theirs, name, (each.source, training.source))
+    return {name: images.get(name) for name in SET_NAMES}
 
 
-def _vectors(source: Any, name: str) -> np.ndarray | None:
-    """Vectors [n, d] where the source is some, else None."""
-    if hasattr(source, "vectors") and hasattr(source, "metric"):  # a FeatureSet
-        return np.asarray(source.rows)
-    if not (isinstance(source, np.ndarray) or is_tensor(source)) or source.ndim != 2:
-        return None
+def _is_matrix(source: Any) -> bool:
+    return (isinstance(source, np.ndarray) or is_tensor(source)) and source.ndim == 2
+
+
+def _as_features(source: Any, name: str) -> FeatureSet:
+    if isinstance(source, FeatureSet):
+        return source
     rows = to_numpy(source, name)
-    if rows.dtype == np.float16:
-        rows = rows.astype(np.float32)
-    if rows.dtype not in (np.uint8, np.float32, np.float64):
-        raise InputError(f"{name}: vectors must be uint8, float16, float32 or float64, got {rows.dtype}")
-    return rows
+    return FeatureSet(rows, source=name, features="vectors")
 
 
-def _fitting_vectors(vectors: dict[str, np.ndarray]) -> dict[str, Points | None]:
-    training = vectors["training"]
-    if training.size == 0:
-        raise InputError(f"training: no vectors (shape {training.shape})")
-    kinds = {rows.dtype for rows in vectors.values()}
+def _fitting_vectors(sets: dict[str, FeatureSet]) -> dict[str, Points | None]:
+    """The vectors as they are, whatever they are compared by elsewhere: a measure has its own distance."""
+    training = sets["training"]
+    for name, each in sets.items():
+        if name == "training":
+            continue
+        if each.dimension != training.dimension:
+            raise InputError(f"{name}: vectors of {each.dimension:,} values, training: of {training.dimension:,}")
+        if each.fingerprint and training.fingerprint and each.fingerprint != training.fingerprint:
+            raise InputError(
+                f"{name} and training vectors were made by different networks or preprocessing: {each.fingerprint}; "
+                f"{training.fingerprint}: make both with the same"
+            )
+    kinds = {each.vectors.dtype for each in sets.values()}
     if np.dtype(np.uint8) in kinds and len(kinds) > 1:
         raise InputError("some vectors are uint8, others floats: make all in the same way")
     dtype = np.result_type(*kinds)
-    for name, rows in vectors.items():
-        if len(rows) == 0:
-            raise InputError(f"{name}: no vectors in it")
-        if rows.shape[1] != training.shape[1]:
-            raise InputError(f"{name}: vectors of {rows.shape[1]} values, training: of {training.shape[1]}")
-    return {
-        name: Points(vectors[name].astype(dtype, copy=False), name) if name in vectors else None for name in SET_NAMES
-    }
+    dtype = np.dtype(np.float32) if dtype == np.float16 else dtype
+    points: dict[str, Points | None] = dict.fromkeys(SET_NAMES)
+    for name, each in sets.items():
+        points[name] = Points(each.vectors.astype(dtype, copy=False), name)
+    return points
 
 
 def _with_cells(

@@ -10,8 +10,8 @@ import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.errors import MissingExtraError
-from diffmem.pages import percent, template, write_texts
-from diffmem.pictures import data_url, plot, svg
+from diffmem.html_report import percent, template, write_texts
+from diffmem.plotting import data_url, plot, svg
 from diffmem.text import write_table
 
 if TYPE_CHECKING:

@@ -108,13 +108,13 @@ def test_images_vectors_and_tensors_give_the_same(digits):
 @pytest.mark.parametrize(
     ("generated", "training", "message"),
     [
-        (np.full((3, 4), np.nan, np.float32), np.ones((5, 4), np.float32), "generated images hold NaN"),
-        (np.ones((3, 4), np.float32), np.full((5, 4), np.inf, np.float32), "training images hold NaN, infinity"),
+        (np.full((3, 4), np.nan, np.float32), np.ones((5, 4), np.float32), "generated: 3 vectors hold NaN"),
+        (np.ones((3, 4), np.float32), np.full((5, 4), np.inf, np.float32), "training: 5 vectors hold NaN, infinity"),
         (np.ones((3, 4), np.float32), np.ones((5, 3), np.float32), "4 values, training: of 3"),
         (np.ones((3, 4), np.uint8), np.ones((5, 4), np.float32), "uint8, others floats"),
         (np.ones((0, 4), np.float32), np.ones((5, 4), np.float32), "generated: no vectors"),
         (np.ones((3, 4), np.float32), np.ones((0, 4), np.float32), "training: no vectors"),
-        (np.ones((3, 4), np.int64), np.ones((5, 4), np.int64), "must be uint8, float16"),
+        (np.ones((3, 4), np.int64), np.ones((5, 4), np.int64), "must be float16, float32, float64 or uint8"),
         (np.ones((3, 4), np.float32), np.ones((5, 1, 2, 2), np.uint8), "generated holds vectors, training images"),
         (np.ones((3, 1, 2, 2), np.uint8), np.ones((5, 1, 2, 3), np.uint8), "resize="),
     ],
@@ -135,6 +135,33 @@ def test_tiny_and_degenerate_sets():
     one = diffmem.measure(zeros[:1], zeros[:1])
     assert {"ratio", "m3", "authenticity", "distance_ratio", "precision_recall", "mifid"} <= set(one.skipped)
     assert one["nearest_distance"] == 0
+
+
+def test_features(digits, tmp_path):
+    """Made here, read from files, or given beside images: the same vectors give the same numbers."""
+
+    def half(images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=2).flatten(1)
+
+    sets = {"generated": digits[:60], "training": digits[200:500]}
+    vectors = {name: half(torch.from_numpy(images)).numpy() for name, images in sets.items()}
+    expected = diffmem.measure(**vectors, measures="authenticity,top1_similarity,calibrated_l2").values
+    for name, each in vectors.items():
+        np.save(tmp_path / f"{name}.npy", each)
+    files = {name: tmp_path / f"{name}.npy" for name in sets}
+    for given, features in ((sets, half), (files, "precomputed"), (sets, files)):
+        found = diffmem.measure(**given, measures="authenticity,top1_similarity,calibrated_l2", features=features)
+        assert found.values == pytest.approx(expected, rel=1e-9)
+    assert diffmem.measure(**sets, features=half).per_image["nearest_index"].shape == (60,)
+    assert "tile_max" in diffmem.measure(**sets, features="hash").skipped
+    for given, features, message in (
+        (sets, {"generated": files["generated"]}, "vectors of the training images are missing"),
+        (sets, {"generated": files["training"], "training": files["training"]}, "300 vectors of 60 generated images"),
+        (vectors, "hash", "these are vectors already"),
+        (sets, "beauty", "beauty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            diffmem.measure(**given, features=features)
 
 
 def test_settings(digits):
