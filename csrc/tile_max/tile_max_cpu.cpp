@@ -1,10 +1,9 @@
 // The CPU search over the distance loops of nearest/kernels.h.
 //
-// What it costs: a pair that is looked at ends in its first tile nearly always (CIFAR-10, 16 tiles of 192 bytes: 6 % go on
-// to the second): three vectors of AVX-512, a call, and three cache lines of a row that is not in the cache. So callers
-// leave out the pairs that a cheaper bound excludes (96 % there), and put queries with the same first tile side by side.
-#include "tile_max/tile_max.h"
-
+// What it costs: a pair that is looked at ends in its first tile nearly always (CIFAR-10, 16 tiles of 192 bytes: 6 % go
+// on to the second): three vectors of AVX-512, a call, and three cache lines of a row that is not in the cache. So
+// callers leave out the pairs that a cheaper bound excludes (96 % there), and put queries with the same first tile side
+// by side.
 #include <algorithm>
 #include <cstddef>
 #include <limits>
@@ -12,6 +11,7 @@
 #include "cpu/features.h"
 #include "cpu/share.h"
 #include "nearest/kernels.h"
+#include "tile_max/tile_max.h"
 
 namespace diffmem::tile_max {
 
@@ -29,8 +29,8 @@ const nearest::Kernels& kernels() {
 }
 
 template <class Value, class Distance>
-void search_rows(const Search& s, Distance* limits, Distance (*distance)(const Value*, const Value*, std::size_t, Distance),
-                 int threads) {
+void search_rows(const Search& s, Distance* limits,
+                 Distance (*distance)(const Value*, const Value*, std::size_t, Distance), int threads) {
   const auto values = static_cast<std::size_t>(s.rows.d / s.tiles);
   const auto* rows = static_cast<const Value*>(s.rows.data);
   const auto* queries = static_cast<const Value*>(s.queries.data);
@@ -94,24 +94,18 @@ void pair_maxima(const Pairs& p, Distance* out, Distance (*distance)(const Value
 void search(const Search& s, int threads) {
   const nearest::Kernels& table = kernels();
   switch (s.rows.type) {
-    case nearest::Type::u8:
-      return search_rows<std::uint8_t>(s, s.integer, table.distance_u8, threads);
-    case nearest::Type::f32:
-      return search_rows<float>(s, s.real, table.distance_f32, threads);
-    case nearest::Type::f64:
-      return search_rows<double>(s, s.real, table.distance_f64, threads);
+    case nearest::Type::u8: return search_rows<std::uint8_t>(s, s.integer, table.distance_u8, threads);
+    case nearest::Type::f32: return search_rows<float>(s, s.real, table.distance_f32, threads);
+    case nearest::Type::f64: return search_rows<double>(s, s.real, table.distance_f64, threads);
   }
 }
 
 void pairs(const Pairs& p, int threads) {
   const nearest::Kernels& table = kernels();
   switch (p.rows.type) {
-    case nearest::Type::u8:
-      return pair_maxima<std::uint8_t>(p, p.integer, table.distance_u8, threads);
-    case nearest::Type::f32:
-      return pair_maxima<float>(p, p.real, table.distance_f32, threads);
-    case nearest::Type::f64:
-      return pair_maxima<double>(p, p.real, table.distance_f64, threads);
+    case nearest::Type::u8: return pair_maxima<std::uint8_t>(p, p.integer, table.distance_u8, threads);
+    case nearest::Type::f32: return pair_maxima<float>(p, p.real, table.distance_f32, threads);
+    case nearest::Type::f64: return pair_maxima<double>(p, p.real, table.distance_f64, threads);
   }
 }
 
