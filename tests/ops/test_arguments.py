@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -224,44 +223,46 @@ def test_layouts_change_nothing(data):
         assert_close("any op, another layout", ours, theirs)
 
 
+REFUSALS = """
+import torch
+from diffmem import _C
+a = torch.zeros(4096).data_ptr()
+rows = lambda n=4, d=8: _C.NearestRows(a, n, d, d, _C.NearestType.u8)
+calls = [
+    lambda: _C.NearestRows(a, -1, 8, 8, _C.NearestType.u8),
+    lambda: _C.NearestRows(a, 4, 8, 0, _C.NearestType.u8),
+    lambda: _C.NearestRows(0, 4, 8, 8, _C.NearestType.u8),
+    lambda: _C.nearest_search_dense(rows(), rows(), 5, a, a, 1),
+    lambda: _C.nearest_search_dense(rows(), rows(), 0, a, a, 1),
+    lambda: _C.nearest_search_dense(rows(), rows(d=9), 1, a, a, 1),
+    lambda: _C.nearest_search_dense(rows(), rows(), 1, 0, a, 1),
+    lambda: _C.nearest_search_dense(rows(), rows(), 1, a, a, 0),
+    lambda: _C.conv3x3_packed_size(-8, 16),
+    lambda: _C.conv3x3_packed_size(7, 16),
+    lambda: _C.conv3x3_forward([1, 4, 4, 8, 2**61], a, a, 0, a, 1),
+    lambda: _C.conv3x3_forward([0, 4, 4, 8, 16], a, a, 0, a, 1),
+    lambda: _C.conv3x3_forward([1, 4, 4, 8, 16], 0, a, 0, a, 1),
+    lambda: _C.conv3x3_weight_sums([1, 4, 4, 8, 16], a, a, 0, a, 1),
+    lambda: _C.group_norm_silu_forward([1, 4, 8, 0], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
+    lambda: _C.group_norm_silu_forward([1, 4, 8, 3], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
+    lambda: _C.group_norm_silu_forward([1, 4, 8, 2], [a, a, a, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
+    lambda: _C.PosteriorTerm(a, 4, 2**17, a, a, a),
+    lambda: _C.PosteriorRows(a, 4, 0, a),
+    lambda: _C.posterior_column_top(a, 0, 16, a, a, 1),
+    lambda: _C.posterior_column_top(a, 4, 17, a, a, 1),
+    lambda: _C.posterior_weighted_sums(a, 4, 4, 2**17, a, 1, a, 1),
+]
+for number, call in enumerate(calls):
+    try:
+        call()
+    except ValueError:
+        continue
+    raise SystemExit(f"call {number} was taken")
+"""
+
+
 @needs_core
 def test_the_core_refuses_what_numbers_tell():
     """In a process of its own: what is not refused would end it."""
-    code = """
-        import torch
-        from diffmem import _C
-        a = torch.zeros(4096).data_ptr()
-        rows = lambda n=4, d=8: _C.NearestRows(a, n, d, d, _C.NearestType.u8)
-        calls = [
-            lambda: _C.NearestRows(a, -1, 8, 8, _C.NearestType.u8),
-            lambda: _C.NearestRows(a, 4, 8, 0, _C.NearestType.u8),
-            lambda: _C.NearestRows(0, 4, 8, 8, _C.NearestType.u8),
-            lambda: _C.nearest_search_dense(rows(), rows(), 5, a, a, 1),
-            lambda: _C.nearest_search_dense(rows(), rows(), 0, a, a, 1),
-            lambda: _C.nearest_search_dense(rows(), rows(d=9), 1, a, a, 1),
-            lambda: _C.nearest_search_dense(rows(), rows(), 1, 0, a, 1),
-            lambda: _C.nearest_search_dense(rows(), rows(), 1, a, a, 0),
-            lambda: _C.conv3x3_packed_size(-8, 16),
-            lambda: _C.conv3x3_packed_size(7, 16),
-            lambda: _C.conv3x3_forward([1, 4, 4, 8, 2**61], a, a, 0, a, 1),
-            lambda: _C.conv3x3_forward([0, 4, 4, 8, 16], a, a, 0, a, 1),
-            lambda: _C.conv3x3_forward([1, 4, 4, 8, 16], 0, a, 0, a, 1),
-            lambda: _C.conv3x3_weight_sums([1, 4, 4, 8, 16], a, a, 0, a, 1),
-            lambda: _C.group_norm_silu_forward([1, 4, 8, 0], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
-            lambda: _C.group_norm_silu_forward([1, 4, 8, 3], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
-            lambda: _C.group_norm_silu_forward([1, 4, 8, 2], [a, a, a, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
-            lambda: _C.PosteriorTerm(a, 4, 2**17, a, a, a),
-            lambda: _C.PosteriorRows(a, 4, 0, a),
-            lambda: _C.posterior_column_top(a, 0, 16, a, a, 1),
-            lambda: _C.posterior_column_top(a, 4, 17, a, a, 1),
-            lambda: _C.posterior_weighted_sums(a, 4, 4, 2**17, a, 1, a, 1),
-        ]
-        for number, call in enumerate(calls):
-            try:
-                call()
-            except ValueError:
-                continue
-            raise SystemExit(f"call {number} was taken")
-    """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", REFUSALS], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
