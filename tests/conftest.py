@@ -22,6 +22,17 @@ os.environ["DIFFMEM_DEVICE"] = "cpu"
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive", action="store_true", help="every combination, where a run every day takes one of each kind"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("exhaustive"):
+        items[:] = [item for item in items if item.get_closest_marker("exhaustive") is None]
+
+
 @pytest.fixture
 def one_thread():
     """One thread of PyTorch's, so that sums have the same order as in processes that a test starts; and the tests'

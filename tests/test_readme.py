@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from edm_snapshots import network, pretended_edm_modules, snapshot
 from golden_networks import golden, state_dict
+from processes import finished, start_command, start_script
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -37,16 +39,42 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize(("language", "code"), EXAMPLES, ids=lambda value: value.strip().splitlines()[0][:40])
 def test_example(language, code, folder):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    if language == "console":
-        code = "\n".join(COMMANDS.findall(code))
-    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euxc", code]
-    result = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=LONGEST
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+    if language == "python":
+        results = [finished(start_script(code, cwd=folder), LONGEST)]
+    else:
+        lines = COMMANDS.findall(code) if language == "console" else code.splitlines()
+        results = [run(line, folder) for line in lines]
+    assert results
+    for result in results:
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
     assert not (folder / "executed").exists()
+
+
+def run(line: str, folder: Path) -> subprocess.CompletedProcess:
+    """A line of a shell: a command of diffmem, whose output may go to a file, in a process that has imported PyTorch;
+    all else by the shell itself."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words = list(lexer)
+    operators = [word for word in words if set(word) <= set("();<>|&")]
+    if words[0] == "diffmem" and (not operators or operators == [words[-2]] == [">"]):
+        result = finished(start_command(*words[1 : -2 if operators else None], cwd=folder), LONGEST)
+        if operators:
+            (folder / words[-1]).write_text(result.stdout)
+        return result
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euxc", line], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+        timeout=LONGEST,
+    )  # fmt: skip
+
+
+def test_the_shell_runs_what_is_more_than_a_command(tmp_path):
+    assert run("torchrun --help | head -1", tmp_path).stdout.startswith("usage: torchrun")
+    assert run("diffmem info --nonsense", tmp_path).returncode == 2
+    assert run("diffmem info --json > info.json", tmp_path).returncode == 0
+    assert '"torch"' in (tmp_path / "info.json").read_text()
 
 
 def test_commands_need_nothing_that_a_new_user_does_not_have():

@@ -5,18 +5,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import pickle
 import pickletools
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from processes import finished, start_script
 
 FOLDER = Path(__file__).parents[1] / "hostile"
 READER = Path(__file__).with_name("reader.py")
@@ -25,10 +23,7 @@ MEMORY = 10**9
 
 def read_all(paths, cwd):
     """What became of each path, read one after another in one process of its own (so that memory adds up)."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, READER, *paths], capture_output=True, text=True, env=environment, cwd=cwd, timeout=300
-    )
+    result = finished(start_script(READER.read_text(), *paths, env={"OMP_NUM_THREADS": "1"}, cwd=cwd), timeout=300)
     outcomes = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(outcomes) == len(paths), f"died in {paths[len(outcomes)]}: {result.stderr[-1000:]}"
     return outcomes
