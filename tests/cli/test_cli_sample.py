@@ -163,18 +163,18 @@ def test_audit_as_it_goes(run, checkpoint, noise, tmp_path):
     assert "5 of 10 images are copies of one of 45 training images" in out
 
 
-# A command that gets a signal as soon as it has kept a certain block.
+# A command that gets a signal as soon as it has kept the block of a certain seed.
 SIGNALLED = """
 import os, sys
 from diffmem.cli import main
-from diffmem.evaluation.resume_store import KeptBlocks
+from diffmem.evaluation.seed_store import SeedStore
 last, number, *words = sys.argv[1:]
-write = KeptBlocks.write
-def write_and_signal(self, index, samples):
-    write(self, index, samples)
-    if index == int(last):
+write = SeedStore.write
+def write_and_signal(self, records, *rest):
+    write(self, records, *rest)
+    if int(last) in records.seeds:
         os.kill(os.getpid(), int(number))
-KeptBlocks.write = write_and_signal
+SeedStore.write = write_and_signal
 main(words)
 """
 
