@@ -8,6 +8,7 @@ The names below are the front door; everything else lives in the subpackages, wh
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from diffmem.search import Neighbors, TrainingIndex
 
 __version__ = "0.1.0"
+
+# What was skipped, resumed, made again or must not be relied on is logged under "diffmem". The command line, which
+# prints such things itself, and programs that ask for no log see nothing of it.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _NAMES = {
     "Audit": "diffmem.memorization",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from diffmem.progress import Progress
 # Part of the settings: raise it when the same source would decode to other pixels.
 _VERSION = 2
 _STAGE = "checking the packed copy"
+_log = logging.getLogger(__name__)
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 
 
@@ -46,7 +48,10 @@ def load_cached(
     key = {"settings": text, "source": source_fingerprint(path, encoded, progress)}
     cached = _read(target, key, str(path))
     if cached is not None:
+        _log.debug("%s: read from its packed copy, %s", path, target.name)
         return cached
+    if target.exists():
+        _log.info("%s: the packed copy %s is damaged or of other contents, and is made again", path, target.name)
     images = decode()
     try:
         if not target.parent.stat().st_mode & 0o222:  # root could write there all the same, against the owner's will

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -36,6 +37,8 @@ from diffmem.data.value_range import as_bytes, check_value_range
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.recognize import network_kind
+
+_log = logging.getLogger(__name__)
 
 
 def load_images(
@@ -112,13 +115,14 @@ def load_images(
     report = progress or silent
     value_range = None if value_range is None else check_value_range(value_range)
 
+    if isinstance(source, ImageSet):
+        return _finish(_with_checked_labels(source), options, limit, value_range, report)
+
     def finish(images: ImageSet) -> ImageSet:
-        return _finish(images, options, limit, value_range, report)
+        return _logged(_finish(images, options, limit, value_range, report))
 
     if isinstance(source, ImageRecipe):
         return finish(source.load(report))
-    if isinstance(source, ImageSet):
-        return finish(_with_checked_labels(source))
     if isinstance(source, str) and source.startswith(builtin.PREFIX):
         return finish(_image_set(builtin.read_builtin(source, limit), source))
     if isinstance(source, (str, os.PathLike)):
@@ -135,12 +139,12 @@ def load_images(
                 return _decoded(encoded, options, limit, skip_bad, report)
 
             if not cache:
-                return decode()
+                return _logged(decode())
             settings = {"color": color, "size": options.size, "limit": limit, "skip_bad": skip_bad, "key": key}
             if center_crop:
                 settings["center_crop"] = True
             settings |= {} if alpha is None else {"alpha": alpha}
-            return load_cached(path, encoded, settings, decode, report)
+            return _logged(load_cached(path, encoded, settings, decode, report))
         return finish(_image_set(_array_file(path, key, layout, report), str(path)))
     if isinstance(source, np.ndarray) or is_tensor(source):
         where = "array" if isinstance(source, np.ndarray) else "tensor"
@@ -153,6 +157,15 @@ def load_images(
         f"cannot read images from an object of type {type(source).__name__}: give a path, an array, a tensor or an "
         "iterable of images"
     )
+
+
+def _logged(images: ImageSet) -> ImageSet:
+    """The images; what a caller might want to know of how they were read is logged."""
+    for note in images.notes:
+        _log.info("%s", note)
+    for file in images.skipped:
+        _log.warning("%s: skipped %s: %s", images.source, file.name, file.reason)
+    return images
 
 
 def _decoded(

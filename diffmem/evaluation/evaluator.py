@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from diffmem.sampling import SamplerConfig, is_compilable, is_compiled, sample_b
 from diffmem.sampling.batches import in_precision
 from diffmem.timing import measure
 
+_log = logging.getLogger(__name__)
 STAGE = "sampling"
 
 
@@ -282,6 +284,8 @@ class _Run:
             sampler = self._decide_compile(left)
         left, self.sampler = self.ranks.share((left, sampler))
         self.done = len(self.seeds) - len(left)
+        if self.store is not None and self.known:
+            _log.info("%s: resumes with %d of %d images", self.store.folder, self.done, len(self.seeds))
         # Only the last batch may be smaller than the others, so that a run that resumes makes those it would have made.
         batches = [left[start : start + sampler.batch] for start in range(0, len(left), sampler.batch)]
         self.left = [seed for batch in batches[self.ranks.rank :: self.ranks.size] for seed in batch]

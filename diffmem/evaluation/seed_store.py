@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from diffmem.inert.boundary import parsing
 from diffmem.integrity import load_arrays, read_sealed, save_arrays, sealed
 from diffmem.memorization import Detection
 
+_log = logging.getLogger(__name__)
 FORMAT = "diffmem-seeds-2"
 _RUN = "run.json"
 _RESTART = "begin again with restart=True"
@@ -274,9 +276,10 @@ class SeedStore:
                 if any(values[name] is None for name in ("seeds", "digests", "constant", "images", "image_seeds")):
                     raise ValueError("an array is missing")
                 return SeedRecords(**{**values, "detection": Detection.from_arrays(found) if ours else None})
-        except InputError:
+        except InputError as error:
             if not self.temporary:
                 raise
+            _log.warning("%s: damaged, its images are sampled again (%s)", path, error)
             return None
 
     def _run(self) -> dict[str, Any] | None:

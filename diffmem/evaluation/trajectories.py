@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, SnapshotRecord, Stats
 
+_log = logging.getLogger(__name__)
 FOLDER = "trajectory"  # in the run's folder
 ORDERS = ("newest", "oldest", "bisect")
 COPIES = 24  # of a snapshot whose images are kept
@@ -251,7 +253,7 @@ def trajectory(
 
     for record in _chosen(records, order, points, _ONSET if stop is None else stop.at_least):
         points[record.images] = audit(record)
-    return Trajectory(
+    found = Trajectory(
         folder.path,
         tuple(points[record.images] for record in records if record.images in points),
         tuple(record.images for record in there if record.images not in points),
@@ -262,6 +264,9 @@ def trajectory(
         stop,
         len(records) if order == "bisect" else None,
     )  # fmt: skip
+    for warning in found.warnings:
+        _log.warning("%s: the newest snapshot: %s", folder.path, warning)
+    return found
 
 
 def _thinned(records: list[SnapshotRecord], every: int | None) -> list[SnapshotRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffmem.features.named import extractor
 from diffmem.features.precomputed import read_own
 from diffmem.progress import Progress, silent
 
+_log = logging.getLogger(__name__)
 _NO_FILE = ("array", "tensor")  # sources of images that were made in memory
 
 
@@ -71,6 +73,8 @@ def extract(
         kept = _kept(target, key)
         if kept is not None:
             return replace(kept, names=images.names, source=images.source)
+        if target.exists():
+            _log.info("%s: features of other images, or damaged: made again", target)
     made = FeatureSet(_vectors(images, maker, progress), maker.metric, maker.fingerprint, **about)
     if cache and target is not None:
         try:
@@ -78,7 +82,9 @@ def extract(
                 raise InputError(f"{target.parent} is marked read-only")
             made._write(target, key)
         except InputError as error:
-            made = replace(made, notes=(*made.notes, f"the {maker.name} features were not kept: {error}"))
+            note = f"the {maker.name} features were not kept: {error}"
+            _log.info("%s: %s", images.source, note)
+            made = replace(made, notes=(*made.notes, note))
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
@@ -36,6 +37,7 @@ from diffmem.search.rows import as_rows, fingerprint, mirror
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
+_log = logging.getLogger(__name__)
 LOOKED_AT = 16  # images at the beginning that may turn out to be sheets
 LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
 
@@ -528,6 +530,8 @@ class CopyDetector(ReportsRate):
             warnings = (*warnings, *suspicions(figures, self._training_figures))
         found = _describe_search(self.index, detection.recall, self.rule.metric)
         warnings = (*warnings, *_missed(found), *hidden_copies(detection.hidden))
+        for warning in warnings:
+            _log.warning("%s: %s", images.source, warning)
         if figures is not None and isinstance(images, ImageSet):
             shape, dtype = images.images.shape, figures.dtype
         elif figures is not None:

@@ -8,6 +8,7 @@ to have everything measured again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Collection
@@ -19,6 +20,7 @@ import torch
 from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
 
+_log = logging.getLogger(__name__)
 Timing = dict[str, float]  # backend: seconds
 
 
@@ -85,8 +87,8 @@ class AutotuneCache:
             everything = _read(path)
             everything.setdefault(self.op, {}).setdefault(device, {})[case] = seconds
             atomic_write(path, json.dumps(everything, indent=1) + "\n", durable=False)
-        except (OSError, InputError):
-            return  # remembered by this process only
+        except (OSError, InputError) as error:
+            _log.info("%s: cannot be written, so that this process only remembers what is fastest: %s", path, error)
 
     def _loaded(self) -> dict[str, dict[str, Timing]]:
         if self.table is None:

@@ -8,6 +8,7 @@ with that reason.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from diffmem.errors import InputError
 
+_log = logging.getLogger(__name__)
 NAMES = ("reference", "torch", "native", "triton", "cuda")
 
 
@@ -206,7 +208,8 @@ def native_module():
         return None
     try:
         from diffmem import _C
-    except ImportError:
+    except ImportError as error:
+        _log.info("no compiled core, ops run by PyTorch alone: %s", error)
         return None
     return _C
 

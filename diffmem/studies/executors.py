@@ -7,6 +7,7 @@ of the ledger, which `run_trials` keeps.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from diffmem.errors import InputError, MissingExtraError
 from diffmem.studies.measure import Result, run_trial
 from diffmem.studies.trial import Trial
 
+_log = logging.getLogger(__name__)
 _WATCH_SECONDS = 5.0  # between looks of a process at whether its parent is still there
 
 
@@ -95,6 +97,7 @@ class Processes:
                 self._processes[place] = self._pools[place].submit(os.getpid).result()
                 future = self._pools[place].submit(run_trial, trial, folder, self._device(place))
             except BrokenProcessPool:
+                _log.warning("a process that ran trials has died; another takes its place")
                 self._pools[place] = None  # its process died with the trial before
                 continue
             self._busy[place] = future

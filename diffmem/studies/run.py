@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -18,6 +19,7 @@ from diffmem.studies.ledger import ATTEMPTS, DONE, LEASE_SECONDS, RUNNING, Ledge
 from diffmem.studies.measure import InterruptedTrialError, Result, read_result
 from diffmem.studies.trial import Trial
 
+_log = logging.getLogger(__name__)
 _TRIALS = "trials"
 _EARLIER = "units"  # what earlier versions called it
 _LOOK_SECONDS = 2.0  # between looks at what other processes do
@@ -98,6 +100,7 @@ def run_trials(
             raise KeyboardInterrupt from None
         except OutputInUseError:
             # Its last holder, which let the lease run out (asleep, say), still writes there.
+            _log.info("run %s: another process still writes there; it is tried again later", key)
             ledger.release(key)
             held.discard(key)
             busy[key] = time.monotonic() + _BUSY_SECONDS
@@ -106,6 +109,7 @@ def run_trials(
             message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             # What is wrong with the input is wrong again.
             ledger.fail(key, message, seconds, attempts=ATTEMPTS if isinstance(error, InputError) else 1)
+            _log.warning("run %s failed: %s", key, message)
             outcome = Outcome(trial, None, message)
         else:
             ledger.finish(key, result.seconds)

@@ -6,6 +6,7 @@ What a run leaves in its folder, and who reads it, is in `diffmem.training.run_f
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -33,6 +34,7 @@ from diffmem.training.run_folder.stats import Stats, append_stats, truncate_stat
 from diffmem.training.signals import own_random_numbers, stop_requests
 from diffmem.training.trainer import Trainer
 
+_log = logging.getLogger(__name__)
 _TICKS = 1000  # lines of statistics per run, about
 _LONGEST_TICK = 200  # steps
 _READ_STOP_EVERY = {"cpu": 1, "cuda": 16}  # steps between looks at the other processes' wish to stop
@@ -137,6 +139,7 @@ def train(
         if state is not None:
             metadata = read_metadata(state)
             trainer.restore(metadata, read_tensors(state, metadata))
+            _log.info("%s: resumes after %d images", out, trainer.images)
         plan = measured_plan(trainer, snapshot_images)
         if ranks.rank == 0:
             snapshots.forget_after(trainer.images)
