@@ -60,6 +60,7 @@ CLOSE = {
     "dropout in float32": (1e-4, 0.0),
     "dropout in half precision": (1e-2, 0.0),
     "losses of the protocol": (2e-4, 1e-5),
+    "weights after a step by hand": (1e-5, 1e-6),
     "weights after training by two processes": (1e-5, 1e-7),
     "weights after compiled training": (1e-3, 1e-4),
     "weights after training by a CUDA graph": (1e-3, 1e-4),

@@ -7,6 +7,7 @@ checked.
 """
 
 import importlib
+import logging
 import re
 import runpy
 import shlex
@@ -82,11 +83,14 @@ def run_python(code: str, where: str, names: dict, capsys) -> None:
 def test_page(page, tmp_path, monkeypatch, capsys, one_thread):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    for language, code in blocks(page):
-        if language == "console":
-            run_console(code, capsys)
-        elif language == "python":
-            run_python(code, name_of(page), names, capsys)
+    try:
+        for language, code in blocks(page):
+            if language == "console":
+                run_console(code, capsys)
+            elif language == "python":
+                run_python(code, name_of(page), names, capsys)
+    finally:
+        logging.getLogger("diffmem").setLevel(logging.NOTSET)
 
 
 def test_commands_that_are_not_run_have_options_that_exist():
