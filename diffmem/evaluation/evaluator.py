@@ -197,14 +197,14 @@ def decide_compile(denoiser: Any, sampler: SamplerConfig, images: int) -> Sample
     device = next(denoiser.parameters()).device
     x = torch.zeros(size, denoiser.channels, *[denoiser.resolution] * 2, device=device)
     precise = in_precision(denoiser, sampler.precision)
-    with torch.inference_mode(), evaluating(denoiser), memory_errors(size), precise:
+    with torch.inference_mode(), evaluating(denoiser), _memory_errors(size), precise:
         each = measure(lambda: denoiser(x, 1.0).sum().item(), budget=1.0)
     evaluations = sampler.plan(denoiser).nfe * -(-images // sampler.batch)
     return replace(sampler, compile=worth_compiling(denoiser, each, evaluations))
 
 
 @contextmanager
-def memory_errors(batch: int) -> Iterator[None]:
+def _memory_errors(batch: int) -> Iterator[None]:
     """Says that a batch is too large where the device's memory is full."""
     try:
         yield
@@ -274,6 +274,8 @@ class _Run:
         left: list[int] = []
         sampler = self.sampler
         if self.ranks.rank == 0:
+            if self.stop is not None and self.detector is None:
+                raise InputError("stop: there is no detector that could say how many images are copies")
             if self.store is not None:
                 self.store.begin(restart)
                 for part in self.store.read(self.judged_by):
@@ -282,7 +284,7 @@ class _Run:
             known = {seed for part in self.known for seed in part.seeds.tolist()}
             left = [] if self._decided() else [seed for seed in self.seeds if seed not in known]
             sampler = self._decide_compile(left)
-        left, self.sampler = self.ranks.share((left, sampler))
+        left, self.sampler, self.judging = self.ranks.share((left, sampler, self.detector is not None))
         self.done = len(self.seeds) - len(left)
         if self.store is not None and self.known:
             _log.info("%s: resumes with %d of %d images", self.store.folder, self.done, len(self.seeds))
@@ -310,14 +312,14 @@ class _Run:
         while True:
             ended = True
             try:
-                with memory_errors(min(self.sampler.batch, total)):
+                with _memory_errors(min(self.sampler.batch, total)):
                     made = next(batches, None)
                 if made is not None:
                     ended = False
                     self._take(made)
                     # As if the other ranks kept pace with this one.
                     self.done = min(self.done + len(made.seeds) * self.ranks.size, total)
-                    progress(f"{stage}: {self._so_far()}" if self.detector is not None else stage, self.done, total)
+                    progress(stage if self.detector is None else f"{stage}: {self._so_far()}", self.done, total)
             except InputError as error:
                 if self.ranks.rank == 0:
                     raise
@@ -333,7 +335,8 @@ class _Run:
         labels = None if made.labels is None else made.labels.numpy()
         records = SeedRecords.of(made.seeds.numpy(), images, labels, detection)
         self.new += len(records)
-        if self.detector is not None or self.images is None:
+        # Images that the first rank is to judge go there whole; it keeps what is to be kept.
+        if detection is not None or not self.judging or self.images is None:
             records = self._trimmed(records)
             if self.store is not None:
                 self.store.write(records, self.judged_by)

@@ -200,15 +200,15 @@ class SeedStore:
         Raises:
             InputError: A block is damaged, or of another version (but see `temporary`).
         """
+        with self._locked():
+            found = [self._block(path, judged_by) for path in sorted(self.folder.glob("block-*.npz"))]
         parts: list[SeedRecords] = []
         known: set[int] = set()
-        with self._locked():
-            for path in sorted(self.folder.glob("block-*.npz")):
-                part = self._block(path, judged_by)
-                # Blocks overlap where two processes made the same, or one was killed while it joined blocks.
-                if part is not None and (new := [seed for seed in part.seeds.tolist() if seed not in known]):
-                    parts.append(part if len(new) == len(part) else part.select(new))
-                    known.update(new)
+        # Blocks overlap where two processes made the same, or one was killed while it joined blocks.
+        for part in sorted((part for part in found if part is not None), key=lambda part: part.detection is None):
+            if new := [seed for seed in part.seeds.tolist() if seed not in known]:
+                parts.append(part if len(new) == len(part) else part.select(new))
+                known.update(new)
         return parts
 
     def write(self, records: SeedRecords, judged_by: str | None = None) -> None:

@@ -182,10 +182,17 @@ def test_first_images_and_first_copies(tmp_path, sampled):
         assert found.image_seeds.tolist() == [0, 1, 3, 4, 5]
         np.testing.assert_array_equal(found.images, IMAGES[found.image_seeds])
         assert found.records.image_rows.tolist() == [0, 1, 3, 4, 5]
-    # All images are asked for, and most are not kept: those are made again.
+    # All images are asked for, and most were not kept: those are made again.
     sampled.clear()
-    whole = evaluate(DENOISER, range(20), SamplerConfig(batch=4), DETECTOR, SeedStore(tmp_path / "all", {}))
-    assert len(whole.images) == 20
+    assert len(evaluate(DENOISER, range(20), SamplerConfig(batch=4), DETECTOR, store).images) == 20
+    assert sampled == [*range(20)]
+    # Nobody judges: what is made is remembered all the same.
+    plain = SeedStore(tmp_path / "plain", {})
+    sampled.clear()
+    for _ in range(2):
+        found = evaluate(DENOISER, range(10), SamplerConfig(batch=4), store=plain, images=3)
+        assert (found.image_seeds.tolist(), len(found)) == ([0, 1, 2], 10)
+    assert sampled == [*range(10)]
 
 
 def test_stop(tmp_path, sampled):
@@ -206,6 +213,8 @@ def test_stop(tmp_path, sampled):
     # Images that were asked for before, but are not now, decide nothing.
     found = evaluate(DENOISER, range(8, 16), sampler, DETECTOR, store, lambda rate: rate.total >= 4, images=0)
     assert found.seeds.tolist() == [8, 9, 10, 11]
+    with pytest.raises(InputError, match="stop: there is no detector"):
+        evaluate(DENOISER, [0], stop=test)
 
 
 class FakeRanks:
