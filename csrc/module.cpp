@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "affine_alignment/affine_alignment.h"
 #include "alignment/alignment.h"
 #include "conv3x3/conv3x3.h"
 #include "cpu/features.h"
@@ -114,6 +115,27 @@ void bind_conv3x3(py::module_& m) {
 template <class T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// diffmem::affine_alignment: maps of pairs (affine_alignment.h says what each array holds).
+void bind_affine_alignment(py::module_& m) {
+  namespace affine_alignment = diffmem::affine_alignment;
+  using Address = std::uintptr_t;
+  m.def(
+      "affine_alignment",
+      [](std::array<std::int64_t, 6> sizes, Address images, Address templates, Address start, int iterations,
+         Address remainders, Address maps, int threads) {
+        require_sizes(sizes, "affine_alignment: shape must hold sizes of at least 1");
+        require(iterations >= 0, "affine_alignment: iterations must be at least 0");
+        require_threads(threads);
+        require_addresses(images, templates, start, remainders, maps);
+        affine_alignment::align({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]}, at<const float>(images),
+                                at<const float>(templates), at<const float>(start), iterations, at<float>(remainders),
+                                at<float>(maps), threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("shape"), py::arg("images"), py::arg("templates"),
+      py::arg("start"), py::arg("iterations"), py::arg("remainders"), py::arg("maps"), py::arg("threads"),
+      "The best affine map of each pair; shape: pairs, channels, height, width, h, w.");
 }
 
 // diffmem::alignment: best correlations (alignment.h says what each array holds).
@@ -566,6 +588,7 @@ PYBIND11_MODULE(_C, m) {
       "cpu_level", [] { return std::string(diffmem::cpu::name(diffmem::cpu::level())); },
       "Instruction set in use: portable, avx2 or avx512 (DIFFMEM_CPU lowers it).");
   m.def("cpu_features", &diffmem::cpu::features, "Relevant processor features found.");
+  bind_affine_alignment(m);
   bind_alignment(m);
   bind_conv3x3(m);
   bind_group_norm_silu(m);

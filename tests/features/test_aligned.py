@@ -67,7 +67,7 @@ def test_disguised_copies_are_found(matcher, name):
 def test_others_are_not(matcher):
     found = matcher.match(blobs(30, seed=50))
     assert found.scores.min() > 0.7
-    assert found.scores.max() <= 1
+    assert found.scores.max() < 1.2
 
 
 def test_brightness_and_mirror_leave_the_score_alone(matcher):
@@ -125,11 +125,14 @@ def test_small_sets_and_images_without_variance():
         assert (found.residuals == 1).all()
 
 
-def test_copies_of_what_the_training_set_holds_several_times():
-    training = np.concatenate([TRAINING[:100], TRAINING[:10], TRAINING[:10] // 2 + 30])
-    found = AlignedMatcher(training).match(moved(TRAINING[:10], 1, 1))
-    assert set(found.indices[:, :3].ravel() % 100 % 10) <= set(range(10))
+@pytest.mark.parametrize("times", [1, 3, 12])
+def test_copies_of_what_the_training_set_holds_several_times(times):
+    copies = [moved(TRAINING[:3], i % 3 - 1, i % 2) // (1 + i % 2) + i for i in range(times)]
+    found = AlignedMatcher(np.concatenate([TRAINING, *copies])).match(moved(TRAINING[:3], 1, 1) // 2)
     assert found.scores.max() < 0.5
+    for own, indices in enumerate(found.indices):
+        versions = [own, *(len(TRAINING) + 3 * i + own for i in range(times))]
+        assert set(indices[: times + 1]) == set(versions)
 
 
 def test_bad_arguments(matcher):
@@ -161,7 +164,7 @@ def test_pairs_are_brought_together(name):
     before = np.abs(generated.astype(int) - training).mean(axis=(1, 2, 3))
     after = pairs.difference[:, :, 8:-8, 8:-8].mean(axis=(1, 2, 3))
     assert (after < 10).all()
-    assert name == "none" or (after < before).all()
+    assert name == "none" or (after < before / 3).all()
     assert (pairs.residuals < 0.3).all()
 
 
@@ -170,8 +173,9 @@ def test_the_transform_of_a_pair():
     generated = (moved(training, 2, -3)[..., ::-1] * 0.5 + 20).astype(np.uint8)
     pairs = align_pairs(generated, training)
     assert pairs.mirrored.all()
-    assert (pairs.scale == 1).all()
-    assert pairs.shift.tolist() == [[2.0, -3.0]] * 4
+    assert np.allclose(pairs.scale, 1, atol=0.01)
+    assert np.allclose(pairs.shift, [2, -3], atol=0.05)
+    assert np.allclose(pairs.maps, [[1, 0, -3], [0, 1, 2]], atol=0.05)
     assert np.allclose(pairs.gain, 0.5, atol=0.02)
     assert np.allclose(pairs.offset, 20, atol=2)
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from numerics import assert_close
 
 from diffmem.errors import InputError
-from diffmem.ops.alignment import OP, alignment
+from diffmem.ops.alignment import OP, alignment, native
+from diffmem.ops.registry import native_module
 
 FAST = [name for name in (each.name for each in OP.backends) if name != "reference"]
 
@@ -98,3 +99,23 @@ def test_arguments_are_checked():
         alignment(searched.numpy(), templates)
     with pytest.raises(InputError, match="no backend 'cubic'"):
         alignment(searched, templates, impl="cubic")
+
+
+@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=f"no compiled alignment: {native.unavailable('cpu')}")
+def test_opcheck():
+    torch.library.opcheck(torch.ops.diffmem.alignment_native, (images(2, 3, 3, 12, 11), images(2, 5, 3, 8, 8)))
+
+
+@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=f"no compiled alignment: {native.unavailable('cpu')}")
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_instruction_sets(level, monkeypatch):
+    monkeypatch.setenv("DIFFMEM_CPU", level)
+    try:
+        native_module().cpu_level()
+    except ValueError as error:
+        pytest.skip(str(error))
+    for count in (1, 8, 9, 16, 17, 24, 41):
+        check(images(2, 2, 3, 15, 21, mean=50.0), images(2, count, 3, 9, 10, seed=1), "native")
+    monkeypatch.setenv("DIFFMEM_CPU", "portable")
+    with pytest.raises(InputError, match="no AVX2"):
+        alignment(images(1, 1, 1, 4, 4), images(1, 1, 1, 3, 3), impl="native")

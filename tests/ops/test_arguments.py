@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
 
+from diffmem.ops.affine_alignment import affine_alignment
 from diffmem.ops.alignment import alignment
 from diffmem.ops.attention import attention
 from diffmem.ops.conv3x3 import conv3x3
@@ -32,6 +33,10 @@ def good(op: str) -> dict:
     }  # fmt: skip
     rows = {"queries": torch.zeros(3, 5, dtype=torch.uint8), "training": torch.ones(4, 5, dtype=torch.uint8), "k": 2}
     return {
+        "affine_alignment": {
+            "images": torch.randn(2, 3, 12, 12), "templates": torch.randn(2, 3, 8, 8), "start": torch.zeros(2, 2, 3),
+            "iterations": 1,
+        },
         "alignment": {"searched": torch.randn(2, 2, 3, 12, 12), "templates": torch.randn(2, 5, 3, 8, 8)},
         "conv3x3": {"x": x, "weight": torch.randn(16, 16, 3, 3), "bias": torch.randn(16)},
         "conv3x3_winograd": {
@@ -55,6 +60,7 @@ def good(op: str) -> dict:
 
 
 CALLS = {
+    "affine_alignment": affine_alignment,
     "alignment": alignment,
     "conv3x3": conv3x3,
     "conv3x3_winograd": torch.ops.diffmem.conv3x3_winograd,
@@ -98,7 +104,7 @@ def changes(op: str, name: str, value) -> list:
             ("no such thing", "text"),
         ]
         one_of_any_size = {
-            "alignment": ("searched", "templates"),
+            "affine_alignment": ("images", "templates"), "alignment": ("searched", "templates"),
             "conv3x3": ("x",), "attention": ("qkv",), "group_norm_silu": ("x",), "nearest": (), "posterior_mean": (),
         }  # fmt: skip
         if name in one_of_any_size.get(op, ()):  # height and width are free
@@ -120,6 +126,8 @@ def changes(op: str, name: str, value) -> list:
         return [("zero", 0.0), ("NaN", float("nan")), ("text", "small"), ("infinite", float("inf")), ("one", 1.0)]
     if isinstance(value, float):
         return [("negative", -1.0), ("NaN", float("nan")), ("text", "small"), ("infinite", float("inf"))]
+    if name == "iterations":
+        return [("negative", -1), ("huge", 2**62), ("text", "many")]
     return [("zero", 0), ("negative", -1), ("huge", 2**62), ("text", "many")]
 
 

@@ -11,6 +11,7 @@ from numerics import assert_close
 
 import diffmem.ops
 from diffmem.errors import InputError
+from diffmem.ops.affine_alignment import affine_alignment
 from diffmem.ops.alignment import alignment
 from diffmem.ops.attention import attention
 from diffmem.ops.conv3x3 import conv3x3
@@ -28,7 +29,9 @@ def inputs(op):
     x = torch.randn(4, 16, 16, 16, generator=generator).to(memory_format=torch.channels_last)
     rows = torch.randint(0, 256, (40, 12), generator=generator, dtype=torch.uint8)
     windows = x[:2, None, :3, :12, :12], x[2:, None, :3, :9, :8]
+    start = torch.eye(2, 3).repeat(2, 1, 1)
     return {
+        "affine_alignment": (affine_alignment, (*(each[:, 0] for each in windows), start, 0)),
         "alignment": (alignment, windows),
         "attention": (attention, (x[:, :12], 2)),
         "conv3x3": (conv3x3, (x, torch.randn(16, 16, 3, 3, generator=generator), torch.ones(16))),

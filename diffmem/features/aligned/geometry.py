@@ -6,7 +6,6 @@ and free of the noise and artifacts of large pictures. All lengths below scale w
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,10 +26,12 @@ class Geometry:
     Attributes:
         height: Of the images, in pixels.
         width: Of the images, in pixels.
+        largest: The longest side at which they are compared.
     """
 
     height: int
     width: int
+    largest: int = WORKING_SIZE
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < LEAST_SIZE:
@@ -42,7 +43,7 @@ class Geometry:
     @cached_property
     def working(self) -> tuple[int, int]:
         """The size [h, w] at which images are compared."""
-        factor = min(1.0, WORKING_SIZE / max(self.height, self.width))
+        factor = min(1.0, self.largest / max(self.height, self.width))
         return max(LEAST_SIZE, round(self.height * factor)), max(LEAST_SIZE, round(self.width * factor))
 
     @cached_property
@@ -93,21 +94,20 @@ def resampling(size: int, scale: float) -> torch.Tensor:
     return matrix
 
 
-def variant_of(position: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, ...]:
-    """Mirror (bool), scale (index into `SCALES`), and shift (down, right) of the op's positions."""
+def starts(position: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the positions [...] of the op `alignment` mean: mirrored, bool [...], and the map [..., 2, 3] that takes a
+    template's pixel, counted from its center, to the image's (x before y)."""
     down, across = (2 * margin + 1 for margin in geometry.margin)
     x = position % across - geometry.margin[1]
     y = position // across % down - geometry.margin[0]
     variant = position // (across * down)
-    return variant >= len(SCALES), variant % len(SCALES), y, x
+    enlarged = torch.tensor(SCALES, device=position.device)[variant % len(SCALES)]
+    zero, one = torch.zeros_like(enlarged), torch.ones_like(enlarged)
+    rows = torch.stack([one, zero, x.to(enlarged), zero, one, y.to(enlarged)], dim=-1)
+    return variant >= len(SCALES), rows.unflatten(-1, (2, 3)) / enlarged[..., None, None]
 
 
 def shifts(geometry: Geometry) -> list[tuple[int, int]]:
     """First pixels (y, x) of the nine windows of the first stage."""
     down, right = geometry.step
     return [(y, x) for y in (0, down, 2 * down) for x in (0, right, 2 * right)]
-
-
-def block_of(values: int, budget: int = 1 << 24) -> int:
-    """How many images of so many values fit a budget of values."""
-    return max(1, math.floor(budget / max(1, values)))

@@ -11,7 +11,8 @@ import torch
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.features.aligned.candidates import CandidateIndex
-from diffmem.features.aligned.geometry import SCALES, Geometry, variant_of
+from diffmem.features.aligned.geometry import Geometry, starts
+from diffmem.ops.affine_alignment import affine_alignment
 from diffmem.ops.alignment import alignment
 from diffmem.progress import Progress, silent
 from diffmem.search.rows import check_finite
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # query images at a time
 READ = 1024  # training images brought to the working size at a time
+REFINED = 4  # candidates of each image for which an affine map is sought
+ITERATIONS = 6
+LEAST_SHARE = 0.7  # of the last candidates' residual: what the best one is held against at least
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class AlignedMatches:
     """What `AlignedMatcher.match` found for Q images.
 
     Attributes:
-        scores: float64 [Q] in 0 … 1, lower = more like a copy: the least residual over that of the next candidates.
+        scores: float64 [Q], lower = more like a copy: the least residual over that of the next candidates; 0 for the
+            same image, about 0.9 for one that is like none.
         indices: int64 [Q, k] of the candidates, by residual, ties to the lower index.
-        residuals: float32 [Q, k], √(1 − correlation) after alignment: 0 for the same image, about 1 for others.
-        mirrored: bool [Q], whether the nearest candidate is the image's mirror image.
-        scale: float32 [Q], by which the nearest candidate is enlarged in the image.
+        residuals: float32 [Q, k], √(1 − correlation) after alignment, the more the image had to be deformed for it: 0
+            for the same image, 1 for one that has nothing to do with it.
+        mirrored: bool [Q], whether the first candidate is the image's mirror image.
+        scale: float32 [Q], by which the first candidate is enlarged in the image.
         shift: float32 [Q, 2], how far it then lies down and right of the image's center, in pixels, before mirroring.
     """
 
@@ -53,8 +59,10 @@ class AlignedMatcher:
     Candidates are the training images whose leading principal components are nearest to those of the image, shifted
     and mirrored. Each candidate is then aligned with the image: mirrored or not, seven scales, all shifts up to an
     eighth of the image, brightness and color removed per channel, contrast over all; r = √(1 − correlation) is what
-    remains. An image's score is its least residual over the residual of the mean correlation of the next candidates:
-    where one training image fits far better than all others, it is the one that was copied.
+    remains. For the best of them a close affine map is sought (`diffmem.ops.affine_alignment`): parts of pixels, other
+    proportions. An image's score is its least residual over that of the next candidates, r of the mean of their
+    correlations: where one training image fits far better than all others, it is the one that was copied. Those that
+    the training set holds several times do not hide each other, up to two thirds of the candidates.
 
     Args:
         training: The training images: anything that `diffmem.load_images` reads.
@@ -129,38 +137,53 @@ class AlignedMatcher:
 
     def _match(self, images: ImageSet, exclude: np.ndarray | None) -> AlignedMatches:
         queries, wanted = len(images), min(self.candidates, len(self) - (exclude is not None))
-        indices = np.zeros((queries, wanted), np.int64)
-        correlations = np.zeros((queries, wanted), np.float32)
-        positions = np.zeros((queries, wanted), np.int64)
+        parts = []
         self.progress("aligning with training images", 0, queries)
         for start in range(0, queries, BLOCK):
             part = slice(start, start + BLOCK)
-            block = self._working(images.select(part), "images")
             own = None if exclude is None else np.asarray(exclude)[part]
-            found = self._index.query(block.float(), wanted, own)
-            templates = self.geometry.templates(self._images[torch.from_numpy(found)].float())
-            correlation, position = (
-                each.numpy() for each in alignment(self.geometry.variants(block.float()), templates)
-            )
-            order = np.lexsort((found, -correlation), axis=1)
-            for into, values in ((indices, found), (correlations, correlation), (positions, position)):
-                into[part] = np.take_along_axis(values, order, 1)
+            parts.append(self._match_block(self._working(images.select(part), "images").float(), wanted, own))
             self.progress("aligning with training images", min(start + BLOCK, queries), queries)
-        residuals = np.sqrt(1 - correlations.astype(np.float64))
-        best = torch.from_numpy(positions[:, 0] if wanted else np.zeros(queries, np.int64))
-        mirrored, scale, down, right = variant_of(best, self.geometry)
-        enlarged = 1 / torch.tensor(SCALES, dtype=torch.float64)[scale]
-        factors = np.array(
-            [size / small for size, small in zip(self.image_shape[1:], self.geometry.working, strict=True)]
-        )
-        shift = torch.stack([down, right], 1).numpy() * enlarged[:, None].numpy() * factors
+        scores, indices, residuals, mirrored, maps = (np.concatenate(each) for each in zip(*parts, strict=True))
+        scale = np.sqrt(np.linalg.det(maps[:, :, :2]))
+        shift = maps[:, ::-1, 2] * (np.array(self.image_shape[1:]) / self.geometry.working)
         return AlignedMatches(
-            scores=scores_of(correlations.astype(np.float64), self.neighbors),
-            indices=indices,
-            residuals=residuals.astype(np.float32),
-            mirrored=mirrored.numpy(),
-            scale=enlarged.numpy().astype(np.float32),
-            shift=shift.astype(np.float32),
+            scores, indices, residuals.astype(np.float32), mirrored, scale.astype(np.float32), shift.astype(np.float32)
+        )
+
+    def _match_block(self, images: torch.Tensor, wanted: int, exclude: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """Scores, candidates, residuals, mirrored and map of the first one, of images at the working size."""
+        if wanted == 0:
+            nothing = np.zeros((len(images), 0))
+            same = np.tile(np.eye(2, 3), (len(images), 1, 1))
+            return np.ones(len(images)), nothing.astype(np.int64), nothing, np.zeros(len(images), bool), same
+        found = torch.from_numpy(self._index.query(images, wanted, exclude))
+        templates = self.geometry.templates(self._images[found].float())
+        correlation, position = alignment(self.geometry.variants(images), templates)
+        order = torch.from_numpy(np.lexsort((found.numpy(), -correlation.numpy()), axis=1))
+        found, correlation, position = (each.gather(1, order) for each in (found, correlation, position))
+        # The best ones may be moved by parts of a pixel, and stretched.
+        best = min(REFINED, wanted)
+        mirrored, maps = starts(position[:, :best], self.geometry)
+        sides = torch.stack([images, images.flip(-1)], dim=1)
+        rows = torch.arange(len(images))[:, None]
+        closest = templates[rows, order[:, :best]]
+        remainders, maps = affine_alignment(
+            sides[rows, mirrored.long()].flatten(0, 1), closest.flatten(0, 1), maps.flatten(0, 1), ITERATIONS
+        )
+        correlations = correlation.double().numpy()
+        residuals = np.sqrt(1 - correlations)
+        residuals[:, :best] = remainders.view(-1, best).double().numpy()
+        found, mirrored, maps = found.numpy(), mirrored.numpy(), maps.view(-1, best, 2, 3).double().numpy()
+        first = np.lexsort((found[:, :best], residuals[:, :best]), axis=1)[:, 0]
+        order = np.lexsort((found, residuals), axis=1)
+        row = np.arange(len(images))
+        return (
+            residuals[row, first] / against(correlations, self.neighbors),
+            np.take_along_axis(found, order, 1),
+            np.take_along_axis(residuals, order, 1),
+            mirrored[row, first],
+            maps[row, first],
         )
 
     def _working(self, images: ImageSet, what: str) -> torch.Tensor:
@@ -177,17 +200,18 @@ class AlignedMatcher:
         return self.geometry.working == self.image_shape[1:]
 
 
-def scores_of(correlations: np.ndarray, neighbors: int) -> np.ndarray:
-    """The scores of candidates' correlations [Q, k], largest first: √(1 − c₁) over √(1 − mean of the next ones).
+def against(correlations: np.ndarray, neighbors: int) -> np.ndarray:
+    """What the least residual is held against, of candidates' correlations [Q, k], largest first: float64 [Q].
 
-    Where there are no others, the residual is held against 1, that of an image that has nothing to do with it.
+    √(1 − mean) of the next correlations after the first one, and at least `LEAST_SHARE` of that of the last ones:
+    where the training set holds an image several times, the next ones are that image too. 1, the residual of an image
+    that has nothing to do with it, where there are no others.
     """
-    if correlations.shape[1] == 0:
+    others = correlations[:, 1:]
+    if others.shape[1] == 0:
         return np.ones(len(correlations))
-    others = correlations[:, 1 : 1 + neighbors]
-    mean = others.mean(axis=1) if others.shape[1] else np.zeros(len(correlations))
-    residual, against = np.sqrt(1 - correlations[:, 0]), np.sqrt(1 - mean)
-    return np.divide(residual, against, out=np.zeros(len(correlations)), where=against > 0)
+    near, far = (np.sqrt(1 - each.mean(axis=1)) for each in (others[:, :neighbors], others[:, -neighbors:]))
+    return np.maximum(np.maximum(near, LEAST_SHARE * far), np.finfo(np.float32).eps)
 
 
 class _threads:

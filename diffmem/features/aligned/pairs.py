@@ -9,25 +9,30 @@ import torch
 import torch.nn.functional as F
 
 from diffmem.errors import InputError
-from diffmem.features.aligned.geometry import SCALES, Geometry, variant_of
+from diffmem.features.aligned.geometry import WORKING_SIZE, Geometry, starts
+from diffmem.ops.affine_alignment import affine_alignment
 from diffmem.ops.alignment import alignment
 from diffmem.search.rows import check_finite
 
 BLOCK = 64
+ITERATIONS = 8
+FINEST = 4 * WORKING_SIZE  # the largest size at which pairs are aligned
 
 
 @dataclass(frozen=True)
 class Alignments:
     """How n training images are brought to the n generated images beside them.
 
-    A training image enlarged by `scale` about its center, moved by `shift`, mirrored where `mirrored`, its channels
+    A training image under the map x → A·x + b, counted from its center, mirrored where `mirrored`, its channels
     multiplied by `gain` and raised by `offset`, is `aligned_training`.
 
     Attributes:
-        residuals: float32 [n], √(1 − correlation) after alignment: 0 for the same image, about 1 for others.
+        residuals: float32 [n], as those of `AlignedMatcher`: 0 for the same image, 1 for one that has nothing to do
+            with it.
         mirrored: bool [n].
-        scale: float32 [n].
-        shift: float32 [n, 2], down and right, in pixels.
+        scale: float32 [n], by which the training image is enlarged, √det A.
+        shift: float32 [n, 2], b: how far it then lies down and right of the center, in pixels.
+        maps: float32 [n, 2, 3], A beside b, x before y, in pixels.
         gain: float32 [n, C].
         offset: float32 [n, C], in the generated images' units.
         aligned_training: [n, C, H, W], uint8 where the generated images are, else float32.
@@ -38,6 +43,7 @@ class Alignments:
     mirrored: np.ndarray
     scale: np.ndarray
     shift: np.ndarray
+    maps: np.ndarray
     gain: np.ndarray
     offset: np.ndarray
     aligned_training: np.ndarray
@@ -80,48 +86,59 @@ def as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def _align(generated: torch.Tensor, training: torch.Tensor, geometry: Geometry) -> tuple[np.ndarray, ...]:
-    small = geometry.reduce(generated)
-    templates = geometry.templates(geometry.reduce(training))[:, None]
-    correlation, position = alignment(geometry.variants(small), templates)
-    mirrored, scale, down, right = variant_of(position[:, 0], geometry)
-    scale = 1 / torch.tensor(SCALES)[scale]
-    factors = [size / other for size, other in zip(generated.shape[2:], geometry.working, strict=True)]
-    shift = torch.stack([down * scale * factors[0], right * scale * factors[1]], dim=1)
-    brought, covered = bring(training.float(), mirrored, scale, shift)
+    small, goal = geometry.reduce(generated), geometry.reduce(training)
+    templates = geometry.templates(goal)
+    _, position = alignment(geometry.variants(small), templates[:, None])
+    mirrored, maps = starts(position[:, 0], geometry)
+    remainders, maps = affine_alignment(mirror(small, mirrored), templates, maps, ITERATIONS)
+    while geometry.working != tuple(generated.shape[2:]):  # once more at twice the size, until nothing is reduced
+        finer = Geometry(*generated.shape[2:], largest=2 * geometry.largest)
+        maps = rescaled(maps, geometry.working, finer.working)
+        geometry = finer
+        if geometry.largest <= FINEST:
+            templates = geometry.templates(geometry.reduce(training))
+            _, maps = affine_alignment(mirror(geometry.reduce(generated), mirrored), templates, maps, ITERATIONS)
+    brought, covered = bring(training.float(), mirrored, maps)
     gain, offset = fit_colors(brought, generated.float(), covered)
     aligned = brought * gain[..., None, None] + offset[..., None, None]
     if generated.dtype == torch.uint8:
         aligned = aligned.round().clamp(0, 255)
     difference = (generated.float() - aligned).abs()
     kind = generated.dtype if generated.dtype == torch.uint8 else torch.float32
+    scale = torch.linalg.det(maps[:, :, :2]).clamp(min=0).sqrt()
     return tuple(
         each.numpy()
         for each in (
-            (1 - correlation[:, 0]).clamp(min=0).sqrt(), mirrored, scale, shift, gain, offset,
-            aligned.to(kind), difference.to(kind),
+            remainders, mirrored, scale, maps[:, :, 2].flip(1), maps, gain, offset, aligned.to(kind),
+            difference.to(kind),
         )
     )  # fmt: skip
 
 
-def bring(
-    images: torch.Tensor, mirrored: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [n, C, H, W] enlarged by `scale` about their center, moved by `shift` pixels, then mirrored.
+def mirror(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """The images [n, C, H, W], those of them mirrored that are to be."""
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def rescaled(maps: torch.Tensor, before: tuple[int, int], after: tuple[int, int]) -> torch.Tensor:
+    """Maps [n, 2, 3] of images of one size [h, w] as maps of the same images at another size."""
+    factors = torch.tensor([after[1] / before[1], after[0] / before[0]])
+    columns = torch.cat([1 / factors, torch.ones(1)])
+    return maps * factors[:, None] * columns
+
+
+def bring(images: torch.Tensor, mirrored: torch.Tensor, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [n, C, H, W] under their maps, then mirrored where they are to be.
 
     Also which pixels the image covers, bool [n, 1, H, W]; beyond its border its nearest pixel continues.
     """
-    n, _, height, width = images.shape
-    y, x = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2 for size in (height, width))
-    across = torch.where(mirrored[:, None], -x, x)
-    down = (y - shift[:, :1]) / scale[:, None]
-    across = (across - shift[:, 1:]) / scale[:, None]
-    grid = torch.stack(
-        [
-            (across * (2 / width))[:, None, :].expand(n, height, width),
-            (down * (2 / height))[:, :, None].expand(n, height, width),
-        ],
-        dim=-1,
-    )
+    height, width = images.shape[2:]
+    sides = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2 for size in (height, width))
+    y, x = torch.meshgrid(*sides, indexing="ij")
+    back = torch.linalg.inv(maps[:, :, :2])
+    sign = torch.where(mirrored, -1.0, 1.0)[:, None, None]
+    points = torch.stack([sign * x, y.expand(len(images), height, width)], dim=-1) - maps[:, None, None, :, 2]
+    grid = torch.einsum("nij,nhwj->nhwi", back, points) * torch.tensor([2 / width, 2 / height])
     covered = (grid.abs() <= 1).all(dim=-1)[:, None]
     return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False), covered
 

@@ -1,0 +1,34 @@
+// The affine map under which an image fits a template best, near a first guess: what the op of that name describes.
+//
+// A map (A, b) takes the template's pixel p, counted from its center, to A·p + b, counted from the image's center,
+// where the image is read by linear interpolation; beyond its border the nearest pixel continues. One step solves, by
+// least squares, t ≈ gain·w + Σ_j step_j·∂w/∂map_j for the template t of length 1 and the image's values w, the mean of
+// each channel removed from all of them.
+//
+// Layouts (float32, tightly packed):
+//   images     (pairs, channels, height, width)
+//   templates  (pairs, channels, h, w)
+//   start      (pairs, 2, 3), A beside b, x before y
+//   remainders (pairs), √(1 − correlation)·e^(deformation), at most 1
+//   maps       (pairs, 2, 3), the best one on the way
+// Portable: sums in double, without instructions of one processor.
+#pragma once
+
+#include <cstdint>
+
+namespace diffmem::affine_alignment {
+
+struct Shape {
+  std::int64_t pairs, channels, height, width, h, w;
+};
+
+void align(const Shape& shape, const float* images, const float* templates, const float* start, int iterations,
+           float* remainders, float* maps, int threads);
+
+// diffmem/ops/affine_alignment/arguments.py has the same.
+inline constexpr double kDeformation = 3.0, kScaling = 0.5;
+inline constexpr double kDamping = 1e-2;
+inline constexpr double kLongestShift = 1.0, kLongestStep = 0.1;
+inline constexpr double kFlat = 1e-6;
+
+}  // namespace diffmem::affine_alignment
