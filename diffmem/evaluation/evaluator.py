@@ -266,6 +266,7 @@ class _Run:
         self.known: list[SeedRecords] = []  # on the first rank
         self.waiting: list[SeedRecords] = []  # this rank's, until they are gathered
         self.done = self.new = 0
+        self.kept_images = self.kept_copies = 0
         self.count = self.total = 0  # of the images asked for: copies, and all that were judged
         self.failure: InputError | None = None
 
@@ -280,6 +281,7 @@ class _Run:
                 self.store.begin(restart)
                 for part in self.store.read(self.judged_by):
                     if (part := self._judged(part)) is not None:
+                        self._note_kept(part)
                         self._add(part)
             known = {seed for part in self.known for seed in part.seeds.tolist()}
             left = [] if self._decided() else [seed for seed in self.seeds if seed not in known]
@@ -383,8 +385,14 @@ class _Run:
 
     def _trimmed(self, records: SeedRecords) -> SeedRecords:
         """The records of a batch, all of whose images are there, with those that are to be kept."""
-        kept = [*self.known, *self.waiting]
-        return self._first(records, sum(len(part.images) for part in kept), sum(map(_copies_shown, kept)))
+        records = self._first(records, self.kept_images, self.kept_copies)
+        self._note_kept(records)
+        return records
+
+    def _note_kept(self, part: SeedRecords) -> None:
+        self.kept_images += len(part.images)
+        if part.detection is not None and self.images is not None:
+            self.kept_copies += int(part.detection.memorized[part.image_rows].sum())
 
     def _first(self, records: SeedRecords, images: int = 0, copies: int = 0) -> SeedRecords:
         """The records with the first images and copies that are to be kept, where so many are kept already."""
@@ -422,8 +430,3 @@ class _Run:
             self.store.compact(self.judged_by)
         records = self._first(SeedRecords.join(self.known).select(self.seeds))
         return Evaluation(records, self.population, self.new_in_all, seconds)
-
-
-def _copies_shown(part: SeedRecords) -> int:
-    """How many of the images that are kept are copies."""
-    return 0 if part.detection is None else int(part.detection.memorized[part.image_rows].sum())
