@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffmem.cli.options import (
+    CommandWithJson,
     Source,
-    ValueRange,
     center_crop_option,
     debug_option,
     in_own_options,
+    json_option,
     ranges_by_set,
     reading,
     reading_options,
     reserve_report,
+    resize_option,
     say_notes,
+    value_range_option,
 )
+from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.text import printable
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: bool) -> No
     context.exit()
 
 
-@click.command("measure")
+@click.command("measure", cls=CommandWithJson)
 @click.argument("generated", type=Source())
 @click.argument("training", type=Source())
 @click.option(
@@ -61,29 +64,24 @@ def _list(context: click.Context, parameter: click.Parameter, value: bool) -> No
 )  # fmt: skip
 @click.option("--second", type=Source(), help="What a second model generated from the same latents: disjoint_halves.")
 @click.option("--second-training", type=Source(), help="What that was trained on.  [default: TRAINING]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of k-means and the bootstrap.")
-@click.option("--resize", type=click.IntRange(min=1), help="Bring all images to N x N, antialiased.")
-@center_crop_option
 @click.option(
-    "--value-range", type=ValueRange(), multiple=True, metavar="LOW,HIGH",
-    help="Sets of floats: the values of black and white, such as -1,1 or 0,1; they become gray levels. For one set "
-    "alone: generated=-1,1, training=0,1 or holdout=0,1.",
-)  # fmt: skip
+    "--seed", type=int, default=0, show_default=True, help="Seed of the random choices: of k-means and the bootstrap."
+)
+@resize_option()
+@center_crop_option
+@value_range_option("of all sets, or of one alone: generated=-1,1, training=0,1, holdout=0,1", multiple=True)
 @reading_options("generated", "training", "holdout")
-@click.option("--limit", type=click.IntRange(min=1), help="Measure only the first N generated images.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images: of GENERATED.")
 @click.option(
     "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-@click.option(
-    "--out", type=click.Path(path_type=Path),
-    help="Write measures.html, measures.csv, images.csv and measures.json into this folder.",
-)  # fmt: skip
+@device_option
+@folder_option("a folder for measures.html, measures.csv, images.csv and measures.json.")
 @click.option(
     "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list,
     help="Name the measures with their formulas and sources, and exit.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output and nothing else there.")
+@json_option("what measures.json holds")
 @debug_option
 def measure_command(
     generated, training, holdout, measures, features, cells, second, second_training, seed, resize, center_crop,
