@@ -68,17 +68,32 @@ class Geometry:
         (top, left), (height, width) = self.margin, self.working
         return images[..., top : height - top, left : width - left]
 
+    def inner(self, images: torch.Tensor) -> torch.Tensor:
+        """The central windows of the first stage, less a step on each side, of images [..., h, w]."""
+        (down, right), (height, width) = self.step, self.working
+        return images[..., down : height - down, right : width - right]
+
+    def windows(self, images: torch.Tensor) -> torch.Tensor:
+        """The nine windows of that size of images [n, C, h, w], moved by a step: [n, 9, C, y, x]."""
+        (down, right), (height, width) = self.step, self.working
+        windows = images.unfold(2, height - 2 * down, down).unfold(3, width - 2 * right, right)
+        return windows.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
     def variants(self, images: torch.Tensor) -> torch.Tensor:
         """Images [n, C, h, w] as they are and mirrored, each enlarged by `SCALES` about its center: [n, V, C, h, w].
 
         Variant m·len(SCALES) + s is mirrored where m = 1. Beyond the border the nearest pixel continues.
         """
+        n, channels, height, width = images.shape
         both = torch.stack([images, images.flip(-1)], dim=1)
         vertical, horizontal = (
-            torch.stack([resampling(size, scale) for scale in SCALES]).to(images) for size in self.working
+            torch.stack([resampling(size, scale) for scale in SCALES]).to(images) for size in (height, width)
         )
-        scaled = torch.einsum("syh,nmchw,sxw->nmscyx", vertical, both, horizontal)
-        return scaled.flatten(1, 2)
+        # Two large products instead of many small ones: along the lines for all scales, then down for each.
+        across = (both.reshape(-1, width) @ horizontal.flatten(0, 1).T).view(-1, height, len(SCALES), width)
+        across = across.permute(2, 0, 3, 1).reshape(len(SCALES), -1, height)
+        down = torch.bmm(across, vertical.transpose(1, 2)).view(len(SCALES), n, 2, channels, width, height)
+        return down.permute(1, 2, 0, 3, 5, 4).reshape(n, 2 * len(SCALES), channels, height, width)
 
 
 def resampling(size: int, scale: float) -> torch.Tensor:
@@ -105,9 +120,3 @@ def starts(position: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, to
     zero, one = torch.zeros_like(enlarged), torch.ones_like(enlarged)
     rows = torch.stack([one, zero, x.to(enlarged), zero, one, y.to(enlarged)], dim=-1)
     return variant >= len(SCALES), rows.unflatten(-1, (2, 3)) / enlarged[..., None, None]
-
-
-def shifts(geometry: Geometry) -> list[tuple[int, int]]:
-    """First pixels (y, x) of the nine windows of the first stage."""
-    down, right = geometry.step
-    return [(y, x) for y in (0, down, 2 * down) for x in (0, right, 2 * right)]

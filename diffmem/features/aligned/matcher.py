@@ -11,20 +11,17 @@ import torch
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.features.aligned.candidates import CandidateIndex
-from diffmem.features.aligned.geometry import Geometry, starts
-from diffmem.ops.affine_alignment import affine_alignment
-from diffmem.ops.alignment import alignment
+from diffmem.features.aligned.geometry import Geometry
+from diffmem.features.aligned.second_stage import align
 from diffmem.progress import Progress, silent
 from diffmem.search.rows import check_finite
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
-BLOCK = 128  # query images at a time
+BLOCK = 512  # query images at a time, of the first stage
+ALIGNED = 64  # of the second
 READ = 1024  # training images brought to the working size at a time
-REFINED = 4  # candidates of each image for which an affine map is sought
-ITERATIONS = 6
-LEAST_SHARE = 0.7  # of the last candidates' residual: what the best one is held against at least
 
 
 @dataclass(frozen=True)
@@ -142,49 +139,21 @@ class AlignedMatcher:
         for start in range(0, queries, BLOCK):
             part = slice(start, start + BLOCK)
             own = None if exclude is None else np.asarray(exclude)[part]
-            parts.append(self._match_block(self._working(images.select(part), "images").float(), wanted, own))
+            block = self._working(images.select(part), "images").float()
+            found = torch.from_numpy(self._index.query(block, wanted, own))
+            parts += [self._align(*each) for each in zip(block.split(ALIGNED), found.split(ALIGNED), strict=True)]
             self.progress("aligning with training images", min(start + BLOCK, queries), queries)
-        scores, indices, residuals, mirrored, maps = (np.concatenate(each) for each in zip(*parts, strict=True))
+        scores, columns, residuals, mirrored, maps, indices = map(np.concatenate, zip(*parts, strict=True))
+        indices = np.take_along_axis(indices, columns, 1)
         scale = np.sqrt(np.linalg.det(maps[:, :, :2]))
         shift = maps[:, ::-1, 2] * (np.array(self.image_shape[1:]) / self.geometry.working)
         return AlignedMatches(
             scores, indices, residuals.astype(np.float32), mirrored, scale.astype(np.float32), shift.astype(np.float32)
         )
 
-    def _match_block(self, images: torch.Tensor, wanted: int, exclude: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """Scores, candidates, residuals, mirrored and map of the first one, of images at the working size."""
-        if wanted == 0:
-            nothing = np.zeros((len(images), 0))
-            same = np.tile(np.eye(2, 3), (len(images), 1, 1))
-            return np.ones(len(images)), nothing.astype(np.int64), nothing, np.zeros(len(images), bool), same
-        found = torch.from_numpy(self._index.query(images, wanted, exclude))
+    def _align(self, images: torch.Tensor, found: torch.Tensor) -> tuple[np.ndarray, ...]:
         templates = self.geometry.templates(self._images[found].float())
-        correlation, position = alignment(self.geometry.variants(images), templates)
-        order = torch.from_numpy(np.lexsort((found.numpy(), -correlation.numpy()), axis=1))
-        found, correlation, position = (each.gather(1, order) for each in (found, correlation, position))
-        # The best ones may be moved by parts of a pixel, and stretched.
-        best = min(REFINED, wanted)
-        mirrored, maps = starts(position[:, :best], self.geometry)
-        sides = torch.stack([images, images.flip(-1)], dim=1)
-        rows = torch.arange(len(images))[:, None]
-        closest = templates[rows, order[:, :best]]
-        remainders, maps = affine_alignment(
-            sides[rows, mirrored.long()].flatten(0, 1), closest.flatten(0, 1), maps.flatten(0, 1), ITERATIONS
-        )
-        correlations = correlation.double().numpy()
-        residuals = np.sqrt(1 - correlations)
-        residuals[:, :best] = remainders.view(-1, best).double().numpy()
-        found, mirrored, maps = found.numpy(), mirrored.numpy(), maps.view(-1, best, 2, 3).double().numpy()
-        first = np.lexsort((found[:, :best], residuals[:, :best]), axis=1)[:, 0]
-        order = np.lexsort((found, residuals), axis=1)
-        row = np.arange(len(images))
-        return (
-            residuals[row, first] / against(correlations, self.neighbors),
-            np.take_along_axis(found, order, 1),
-            np.take_along_axis(residuals, order, 1),
-            mirrored[row, first],
-            maps[row, first],
-        )
+        return *align(images, templates, self.geometry, self.neighbors), found.numpy()
 
     def _working(self, images: ImageSet, what: str) -> torch.Tensor:
         """The images at the working size, uint8 where they are uint8 of that size, else float32."""
@@ -198,20 +167,6 @@ class AlignedMatcher:
     @property
     def _at_working_size(self) -> bool:
         return self.geometry.working == self.image_shape[1:]
-
-
-def against(correlations: np.ndarray, neighbors: int) -> np.ndarray:
-    """What the least residual is held against, of candidates' correlations [Q, k], largest first: float64 [Q].
-
-    √(1 − mean) of the next correlations after the first one, and at least `LEAST_SHARE` of that of the last ones:
-    where the training set holds an image several times, the next ones are that image too. 1, the residual of an image
-    that has nothing to do with it, where there are no others.
-    """
-    others = correlations[:, 1:]
-    if others.shape[1] == 0:
-        return np.ones(len(correlations))
-    near, far = (np.sqrt(1 - each.mean(axis=1)) for each in (others[:, :neighbors], others[:, -neighbors:]))
-    return np.maximum(np.maximum(near, LEAST_SHARE * far), np.finfo(np.float32).eps)
 
 
 class _threads:

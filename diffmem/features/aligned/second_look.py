@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from diffmem.features.aligned.geometry import Geometry
-from diffmem.features.aligned.matcher import scores_of
 from diffmem.features.aligned.pairs import as_tensor
-from diffmem.ops.alignment import alignment
+from diffmem.features.aligned.second_stage import align
 
 
 def align_candidates(
@@ -24,15 +23,12 @@ def align_candidates(
     Returns:
         scores: float64 [n], as `AlignedMatcher` gives them, over these candidates: lower = more like a copy.
         best: int64 [n], the column of the best candidate; the first of equals.
-        residuals: float64 [n], √(1 − correlation) with it.
+        residuals: float64 [n], what then remains, as `AlignedMatcher` gives it.
     """
     geometry = Geometry(*training.shape[2:])
     different, where = np.unique(candidates, return_inverse=True)
     small = geometry.templates(geometry.reduce(as_tensor(training[different])))
     templates = small[torch.from_numpy(where.reshape(candidates.shape))]
     queries = geometry.reduce(as_tensor(images))
-    correlations = alignment(geometry.variants(queries), templates)[0].numpy().astype(np.float64)
-    best = correlations.argmax(axis=1)
-    ordered = -np.sort(-correlations, axis=1)
-    residuals = np.sqrt(np.clip(1 - ordered[:, 0], 0, None))
-    return scores_of(np.minimum(ordered, 1), candidates.shape[1] - 1), best, residuals
+    scores, columns, residuals, _, _ = align(queries, templates, geometry, max(1, candidates.shape[1] - 1))
+    return scores, columns[:, 0], residuals[:, 0]

@@ -1,0 +1,73 @@
+"""The second stage of aligned search: each image against each of its candidates."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from diffmem.features.aligned.geometry import Geometry, starts
+from diffmem.ops.affine_alignment import affine_alignment
+from diffmem.ops.alignment import alignment
+
+REFINED = 4  # candidates of each image for which an affine map is sought
+ITERATIONS = 6
+LEAST_SHARE = 0.7  # of the last candidates' residual: what the best one is held against at least
+
+
+def align(
+    images: torch.Tensor, templates: torch.Tensor, geometry: Geometry, neighbors: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """How well images [n, C, h, w] at the working size fit each of their templates [n, k, C, y, x].
+
+    Returns:
+        scores: float64 [n].
+        columns: int64 [n, k], the templates by residual, ties to the lower one.
+        residuals: float64 [n, k], in that order.
+        mirrored: bool [n], of the first.
+        maps: float64 [n, 2, 3], of the first: from the template to the image.
+    """
+    n, wanted = templates.shape[:2]
+    if wanted == 0:
+        nothing = np.zeros((n, 0))
+        return np.ones(n), nothing.astype(np.int64), nothing, np.zeros(n, bool), np.tile(np.eye(2, 3), (n, 1, 1))
+    correlation, position = alignment(geometry.variants(images), templates)
+    order = (-correlation).argsort(dim=1, stable=True)
+    correlation, position = correlation.gather(1, order), position.gather(1, order)
+    # The best ones may be moved by parts of a pixel, and stretched.
+    best = min(REFINED, wanted)
+    mirrored, maps = starts(position[:, :best], geometry)
+    sides, rows = torch.stack([images, images.flip(-1)], dim=1), torch.arange(n)[:, None]
+    remainders, maps = affine_alignment(
+        sides[rows, mirrored.long()].flatten(0, 1),
+        templates[rows, order[:, :best]].flatten(0, 1),
+        maps.flatten(0, 1),
+        ITERATIONS,
+    )
+    correlations = correlation.double().numpy()
+    residuals = np.sqrt(1 - correlations)
+    residuals[:, :best] = remainders.view(-1, best).double().numpy()
+    columns = order.numpy()
+    by_residual = np.lexsort((columns, residuals), axis=1)
+    first = np.lexsort((columns[:, :best], residuals[:, :best]), axis=1)[:, 0]
+    row = np.arange(n)
+    return (
+        residuals[row, first] / against(correlations, neighbors),
+        np.take_along_axis(columns, by_residual, 1),
+        np.take_along_axis(residuals, by_residual, 1),
+        mirrored.numpy()[row, first],
+        maps.view(-1, best, 2, 3).double().numpy()[row, first],
+    )
+
+
+def against(correlations: np.ndarray, neighbors: int) -> np.ndarray:
+    """What the least residual is held against, of candidates' correlations [Q, k], largest first: float64 [Q].
+
+    √(1 − mean) of the next correlations after the first one, and at least `LEAST_SHARE` of that of the last ones:
+    where the training set holds an image several times, the next ones are that image too. 1, the residual of an image
+    that has nothing to do with it, where there are no others.
+    """
+    others = correlations[:, 1:]
+    if others.shape[1] == 0 or neighbors < 1:
+        return np.ones(len(correlations))
+    near, far = (np.sqrt(1 - each.mean(axis=1)) for each in (others[:, :neighbors], others[:, -neighbors:]))
+    return np.maximum(np.maximum(near, LEAST_SHARE * far), np.finfo(np.float32).eps)
