@@ -20,6 +20,11 @@ torch.set_flush_denormal(True)
 os.environ["DIFFMEM_DEVICE"] = "cpu"
 
 ROOT = Path(__file__).parents[1]
+# Modules that take longest, the longest first.
+LONGEST = (
+    "test_readme.py", "test_sanitizers.py", "test_gpu_benchmark.py", "test_install.py", "test_triton_kernels.py",
+    "test_run.py", "test_hostile_files.py", "test_docs.py", "test_training_loop.py",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("exhaustive"):
         items[:] = [item for item in items if item.get_closest_marker("exhaustive") is None]
+    # Side by side, with modules as they come (--no-loadscope-reorder): the longest may not be the last to begin.
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture

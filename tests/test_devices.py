@@ -1,11 +1,10 @@
 """Which device a call runs on, and that this suite asks for the CPU where there is a GPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import finished, start_script
 
 from diffmem.devices import SETTING, pick_device
 from diffmem.errors import InputError
@@ -47,7 +46,8 @@ ASK_FOR_THE_CPU = [
 
 
 def test_tests_ask_for_the_cpu_where_a_gpu_is_seen():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "pretended_gpu", "-p", "no:cacheprovider"]
-    named = [str(HERE / each) for each in ASK_FOR_THE_CPU]
-    done = subprocess.run([*command, *named], cwd=HERE.parent, capture_output=True, text=True)
+    code = "import sys, pytest; sys.exit(int(pytest.main(sys.argv[1:])))"
+    named = [HERE / each for each in ASK_FOR_THE_CPU]
+    command = ("-q", "-x", "-p", "pretended_gpu", "-p", "no:cacheprovider", "-p", "no:xdist", *named)
+    done = finished(start_script(code, *command, cwd=HERE.parent))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

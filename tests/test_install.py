@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[1]
 # -S: without site's .pth files, or the editable installation of this checkout would lend its compiled core.
 PYTHON = [sys.executable, "-S"]
 PACKAGES = sysconfig.get_paths()["purelib"]
-CORE = ["tests/ops/test_nearest.py", "tests/search", "tests/memorization/test_audit.py"]
+CORE = [
+    *(f"tests/search/test_{name}.py" for name in ("index_exact", "index_stored", "duplicates")),
+    "tests/ops/test_nearest.py",
+    "tests/memorization/test_audit.py",
+]
 
 
 @pytest.fixture(scope="module")
