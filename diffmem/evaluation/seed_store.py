@@ -107,9 +107,9 @@ def _digests(images: np.ndarray) -> np.ndarray:
 class SeedStore:
     """Records of images by seed, in a folder: `run.json` says what decides them, and a `block-….npz` holds each batch.
 
-    A block appears in one step, when it is complete, and carries a checksum; it bears the name of its first seed. So
-    a process may be killed at any time and loses the batch it was at. Several processes may write to one store: what
-    both of them make is the same, and counts once.
+    A block appears in one step, when it is complete, and carries a checksum; it is named after its first seed, and,
+    where several batches were joined, their number. So a process may be killed at any time and loses the batch it was
+    at. Several processes may write to one store: what both of them make is the same, and counts once.
 
     Args:
         folder: It is made when the first run begins.
@@ -164,10 +164,11 @@ class SeedStore:
             self.remove()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            run = self._run()
-            if run is None:
-                self._write_run(None)
-                return
+            with self._locked():
+                run = self._run()
+                if run is None:
+                    self._write_run(None)
+                    return
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written: {error.strerror or error}") from None
         kept = run["identity"]
@@ -218,13 +219,15 @@ class SeedStore:
             records: Of seeds that are not known yet.
             judged_by: Names the detector that decided.
         """
+        self._write_block(self.folder / f"block-{int(records.seeds[0]):010d}.npz", records, judged_by)
+
+    def _write_block(self, path: Path, records: SeedRecords, judged_by: str | None) -> None:
         arrays = {each.name: getattr(records, each.name) for each in fields(SeedRecords)}
         detection = arrays.pop("detection")
         arrays = {name: values for name, values in arrays.items() if values is not None}
         if detection is not None:
             arrays |= {f"detection.{name}": values for name, values in detection.to_arrays().items()}
             arrays["judged_by"] = np.array(judged_by or "")
-        path = self.folder / f"block-{int(records.seeds[0]):010d}.npz"
         with atomic_file(path, durable=not self.temporary) as partial, open(partial, "xb") as file:
             save_arrays(file, arrays, compress=not self.temporary)
 
@@ -237,9 +240,13 @@ class SeedStore:
             parts = self.read(judged_by)
             if any(part.detection is None for part in parts):
                 return
-            self.write(SeedRecords.join(parts), judged_by)
-            for path in blocks[1:]:  # the first one bears the name of all
-                path.unlink(missing_ok=True)
+            joined = SeedRecords.join(parts)
+            # Under a name that no writer of single blocks takes, who may be at work meanwhile.
+            target = self.folder / f"block-{int(joined.seeds[0]):010d}-{len(joined)}.npz"
+            self._write_block(target, joined, judged_by)
+            for path in blocks:
+                if path != target:
+                    path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes what was kept, and the folder with it unless there are other things in it."""

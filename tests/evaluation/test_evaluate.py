@@ -276,6 +276,37 @@ def test_ranks_share_the_seeds(detectors, stop, size, tmp_path, sampled, searche
     assert sum(len(part) for part in store.read(None)) == total
 
 
+def test_several_writers_of_one_store(tmp_path, sampled):
+    """Each finds the truth whatever the others write or join meanwhile, and nothing of it is lost."""
+    failures = []
+
+    def run(number):
+        chance = np.random.default_rng(number)
+        try:
+            for _ in range(6):
+                low, high = sorted(chance.choice(COUNT + 1, 2, replace=False).tolist())
+                batch = int(chance.integers(1, 9))
+                store = SeedStore(tmp_path / "seeds", identity(DETECTOR))
+                found = evaluate(
+                    DENOISER, range(low, high), SamplerConfig(batch=batch, compile="off"), DETECTOR, store, images=0
+                )  # fmt: skip
+                assert found.seeds.tolist() == [*range(low, high)]
+                assert found.memorized.tolist() == [3 <= seed < 8 for seed in range(low, high)]
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    store = SeedStore(tmp_path / "seeds", identity(DETECTOR))
+    known = {seed for part in store.read() for seed in part.seeds.tolist()}
+    assert known == set(sampled)
+    assert [path.name for path in tmp_path.iterdir()] == ["seeds"]
+
+
 def test_folders_that_are_none(tmp_path, sampled):
     ours = SeedStore(tmp_path / "seeds", {"solver": "heun"})
     ours.folder.mkdir()
