@@ -121,7 +121,7 @@ class Curve:
 class Simulation:
     """Runs on a curve, and what they cost."""
 
-    def __init__(self, curve: Curve, generator: np.random.Generator):
+    def __init__(self, curve: Curve, generator: np.random.Generator) -> None:
         self.curve, self.generator = curve, generator
         self.cost = 0.0
 

@@ -28,7 +28,7 @@ QUERIES, CHECKED = 256, 32
 class Direct:
     """cdist, softmax, matmul."""
 
-    def __init__(self, images: torch.Tensor):
+    def __init__(self, images: torch.Tensor) -> None:
         self.rows = images.flatten(1).float().div_(127.5).sub_(1)
 
     def __call__(self, x: torch.Tensor, sigma, labels=None) -> torch.Tensor:

@@ -29,7 +29,7 @@ STEPS = 4  # per timing
 class PlainBlock(nn.Module):
     """DDPM++'s residual block from torch.nn."""
 
-    def __init__(self, inputs, outputs, emb, dropout, resample=None, attention=False):
+    def __init__(self, inputs, outputs, emb, dropout, resample=None, attention=False) -> None:
         super().__init__()
         self.resample, self.dropout = resample, dropout
         self.norm0 = nn.GroupNorm(min(32, inputs // 4), inputs, eps=1e-6)
@@ -67,7 +67,7 @@ class PlainBlock(nn.Module):
 class PlainUNet(nn.Module):
     """DDPM++ from torch.nn, with the names of our network."""
 
-    def __init__(self, config):
+    def __init__(self, config) -> None:
         super().__init__()
         self.config = config
         width, emb = config.model_channels, 4 * config.model_channels
@@ -125,7 +125,7 @@ class PlainUNet(nn.Module):
 class PlainTraining:
     """VP training, step by step, in plain PyTorch."""
 
-    def __init__(self, config: TrainingConfig, denoiser: Denoiser, images: np.ndarray):
+    def __init__(self, config: TrainingConfig, denoiser: Denoiser, images: np.ndarray) -> None:
         self.config, self.images = config, torch.from_numpy(images)
         self.net = PlainUNet(config.denoiser.network).train()
         ours = {name: value.contiguous() for name, value in denoiser.model.state_dict().items()}

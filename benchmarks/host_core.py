@@ -24,7 +24,7 @@ class SimtCore:
     with_cuda = True
     nearest_cuda_max_neighbors = 64
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.simt_error.restype = ctypes.c_char_p
         self.library.simt_centered_row.restype = ctypes.c_int64

@@ -30,14 +30,14 @@ from diffmem.errors import InputError, OutputInUseError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _LONGEST_NAME = 200  # bytes: file systems allow 255, and partial folders add some
 _OLD, _COMMITTED = "old", "committed"
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """A path to write a file to that takes the place of `path` at the end, and is removed on any exception.
 
     durable: the file survives a power cut once this is over (fsync).
@@ -54,14 +54,14 @@ def atomic_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Pa
             _sync(target.parent)
 
 
-def atomic_write(path: str | os.PathLike, text: str, *, durable: bool = True) -> None:
+def atomic_write(path: str | os.PathLike[str], text: str, *, durable: bool = True) -> None:
     """Writes `text` as UTF-8 to `path`, replacing it in one step; what UTF-8 cannot hold is written as an escape."""
     with atomic_file(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """A new folder to fill that becomes `path` at the end, and is removed on any exception.
 
     Raises `InputError` where `path` exists already and is not an empty folder.
@@ -72,7 +72,7 @@ def atomic_folder(path: str | os.PathLike, *, durable: bool = True) -> Iterator[
 
 
 @contextmanager
-def atomic_replacement(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
+def atomic_replacement(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """A new folder to fill that takes the place of the folder `path`, of which nothing is lost before; parents are
     made."""
     target = output_path(path)
@@ -85,7 +85,7 @@ def atomic_replacement(path: str | os.PathLike, *, durable: bool = True) -> Iter
 
 
 @contextmanager
-def atomic_set(folder: str | os.PathLike) -> Iterator[Path]:
+def atomic_set(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to write the files of a set into (a page and its tables), which then appear in `folder` together.
 
     `folder` is made if need be. A folder that holds nothing but an earlier set of these files is exchanged for the new
@@ -112,7 +112,7 @@ def atomic_set(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def output_lock(path: str | os.PathLike, *, shared: bool = False, wait: float = 0.0) -> Iterator[None]:
+def output_lock(path: str | os.PathLike[str], *, shared: bool = False, wait: float = 0.0) -> Iterator[None]:
     """Keeps other processes from writing to the file or folder `path` meanwhile. Locks of dead processes do not count.
 
     The folders above `path` are made. shared: others may hold it too, if all of them share it. wait: so many seconds
@@ -137,7 +137,7 @@ def output_lock(path: str | os.PathLike, *, shared: bool = False, wait: float = 
 _held: dict[str, int] = {}  # outputs locked by this process, and by which of its threads
 
 
-def output_path(path: str | os.PathLike) -> Path:
+def output_path(path: str | os.PathLike[str]) -> Path:
     """Where output to `path` goes: the end of the symbolic links, which need not exist yet."""
     try:
         os.stat(path)
@@ -148,7 +148,7 @@ def output_path(path: str | os.PathLike) -> Path:
     return Path(os.path.realpath(path))
 
 
-def check_output_folder(folder: str | os.PathLike) -> Path:
+def check_output_folder(folder: str | os.PathLike[str]) -> Path:
     """Make `folder` and see that files can be written there, before long work is done for it."""
     folder, target = Path(folder), output_path(folder)
     try:
@@ -159,7 +159,7 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
     return folder
 
 
-def check_output_file(path: str | os.PathLike) -> Path:
+def check_output_file(path: str | os.PathLike[str]) -> Path:
     """See that a file can be written at `path`, before long work is done for it; its folder is not made."""
     path, target = Path(path), output_path(path)
     if target.exists() and not target.is_file():
@@ -186,7 +186,7 @@ def _keep_mode(partial: Path, target: Path) -> None:
 
 
 @contextmanager
-def _errors_of(path: str | os.PathLike) -> Iterator[None]:
+def _errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -372,7 +372,8 @@ def _lock_file(path: Path, target: Path) -> tuple[int, Path]:
                 return os.open(file, flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0), 0o666), file
             except OSError as error:
                 failure = failure or error
-    raise InputError(f"{path}: cannot be written: {failure.strerror or failure}") from None
+    reason = failure.strerror if failure is not None and failure.strerror else failure
+    raise InputError(f"{path}: cannot be written: {reason}") from None
 
 
 def _unlock(handle: int, file: Path) -> None:

@@ -20,5 +20,5 @@ class MissingExtraError(ImportError):
         purpose: What needs it, as the beginning of the message.
     """
 
-    def __init__(self, package: str, extra: str, purpose: str):
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}: pip install 'diffmem[{extra}]'")

@@ -70,7 +70,7 @@ def write_report(
     drawing: str,
     summary: str,
     columns: Sequence[str],
-    rows: Iterable[Sequence],
+    rows: Iterable[Sequence[Any]],
     pictures: Mapping[str, Image] = MappingProxyType({}),
 ) -> Path:
     """Writes `stem`.html (the page), .svg (its plot), .json (`summary`), .csv and `pictures` (by file name, as PNG)

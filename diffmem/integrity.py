@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -108,7 +108,9 @@ def arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
 
 def save_arrays(stream: BinaryIO, arrays: Mapping[str, np.ndarray], *, compress: bool = False) -> None:
     """Writes arrays as an `.npz` with their checksum; `load_arrays` reads it."""
-    (np.savez_compressed if compress else np.savez)(stream, **{SEAL: np.array(arrays_sha256(arrays))}, **arrays)
+    (np.savez_compressed if compress else np.savez)(
+        stream, **cast(Any, {SEAL: np.array(arrays_sha256(arrays)), **arrays})
+    )
 
 
 def load_arrays(path: Path, advice: str) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def plot(width: float = 6.2, height: float = 2.9) -> Iterator[Figure]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "diffmem", "font.family": "sans-serif", "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "diffmem", "font.family": "sans-serif", "font.size": 9}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with rc_context(style):
         yield Figure(figsize=(width, height), layout="constrained")

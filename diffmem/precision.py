@@ -14,7 +14,8 @@ backends at once, says so. So here the second is read where there is one, and bo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def measured_convolutions(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = kept
 
 
-def _backends() -> list:
+def _backends() -> list[Any]:
     """What has a switch `fp32_precision` of its own: each kind of product on each backend."""
     found = [torch.backends.cuda.matmul]
     for module in (torch.backends.cudnn, torch.backends.mkldnn):
@@ -76,7 +77,7 @@ def _backends() -> list:
     return [each for each in found if hasattr(each, "fp32_precision")]
 
 
-def _switches() -> dict[str, object]:
+def _switches() -> dict[str, Any]:
     """All that `float32_products` changes; None: could not be read."""
     return {
         "matmul": _read(torch.get_float32_matmul_precision),
@@ -86,7 +87,7 @@ def _switches() -> dict[str, object]:
     }
 
 
-def _restore(kept: dict[str, object]) -> None:
+def _restore(kept: dict[str, Any]) -> None:
     if kept["matmul"] is not None:
         torch.set_float32_matmul_precision(kept["matmul"])
     if kept["allow_matmul"] is not None:
@@ -101,7 +102,7 @@ def _restore(kept: dict[str, object]) -> None:
             backend.fp32_precision = precision
 
 
-def _read(switch):
+def _read(switch: Callable[[], Any]) -> Any:
     """Its value, or None where PyTorch refuses to say, because the new switches were set and the old ones were not."""
     try:
         return switch()

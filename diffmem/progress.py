@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import IO
 
 from diffmem.timing import TimeLeft, duration_range
 
@@ -52,7 +52,7 @@ def progress_bars(enabled: bool = True) -> Iterator[Progress]:
     )
     # Speed is that of the last minutes: a step of the work may take that long.
     with rich_progress.Progress(*columns, console=console, speed_estimate_period=300) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, rich_progress.TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             name = stage.partition(":")[0]
@@ -68,7 +68,7 @@ class _Log:
 
     INTERVAL = 30.0
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.begun: dict[str, tuple[float, int]] = {}  # when a stage began, and how much was done by then
         self.told: dict[str, float] = {}
@@ -93,8 +93,8 @@ class _Log:
         if done > before:
             speed = (done - before) / (now - began)
             line += f", {_digits(speed)}/s"
-            if name in self.left:
-                line += f", {duration_range(*self.left[name].range(total - done))} left"
+            if name in self.left and (seconds := self.left[name].range(total - done)) is not None:
+                line += f", {duration_range(*seconds)} left"
         print(line, file=self.file, flush=True)
 
 

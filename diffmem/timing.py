@@ -94,7 +94,7 @@ def compiling_pays(eager: Timing, steps: int, parameters: int, cost: CompileCost
 class TimeLeft:
     """The time that is left, as a range, from the speeds of the last `keep` reports."""
 
-    def __init__(self, keep: int = 20):
+    def __init__(self, keep: int = 20) -> None:
         self.seconds_each: deque[float] = deque(maxlen=keep)
 
     def add(self, speed: float) -> None:

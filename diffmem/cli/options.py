@@ -204,7 +204,7 @@ class Share(click.FloatRange):
 
     name = "share"
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(0, 1)
 
     def convert(self, value, parameter, context) -> float:
@@ -322,7 +322,7 @@ class ValueRange(click.ParamType):
 
     name = "low,high"
 
-    def __init__(self, one_set: bool = False):
+    def __init__(self, one_set: bool = False) -> None:
         self.one_set = one_set
 
     def convert(self, value, parameter, context):
@@ -371,7 +371,7 @@ class Color(click.Choice):
 class PerSource(click.ParamType):
     """A value for all sources of a command, or SOURCE=VALUE for one of them: (source or None, value)."""
 
-    def __init__(self, sources: tuple[str, ...], choices: tuple[str, ...] = ()):
+    def __init__(self, sources: tuple[str, ...], choices: tuple[str, ...] = ()) -> None:
         self.sources, self.choices = sources, choices
         self.name = "|".join(choices) or "name"
 

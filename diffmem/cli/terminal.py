@@ -28,7 +28,7 @@ class TerminatedError(KeyboardInterrupt):
 class Ending:
     """number: of the signal that asked the command to end; None while there was none."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
         self.asked = -_DELIVERIES
 
@@ -60,7 +60,7 @@ class Output(io.TextIOWrapper):
     """Standard output or standard error: nothing in a name can hide or rearrange what is printed, letters that the
     encoding lacks are escaped, and a reader that goes away (`| head`) does not end the work."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO) -> None:
         super().__init__(
             stream.buffer, encoding=stream.encoding or "utf-8", errors="backslashreplace",
             line_buffering=stream.line_buffering,

@@ -2,6 +2,7 @@
 
 from diffmem.data.dataset_spec import DatasetSpec, read_data
 from diffmem.data.image_set import ImageRecipe, ImageSet, SkippedFile
+from diffmem.data.image_source import ImageSource
 from diffmem.data.load import load_images
 from diffmem.data.subsets import (
     DerivedSet,
@@ -23,6 +24,7 @@ __all__ = [
     "DerivedSet",
     "ImageRecipe",
     "ImageSet",
+    "ImageSource",
     "Mix",
     "SkippedFile",
     "at_resolution",

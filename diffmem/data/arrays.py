@@ -12,8 +12,9 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -152,7 +153,7 @@ def map_npy(path: Path) -> np.ndarray:
         return np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")
 
 
-def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype of an `.npy` file; raises ValueError and others where there is no plain header.
 
     The header is read here, since numpy reads as many bytes as a file claims; parsing it is numpy's.
@@ -196,7 +197,7 @@ def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
                 return npz_member(archive, name, path) if name in names else None
 
             assume = {"images": "NCHW", "arr_0": "NHWC"}.get(chosen)
-            images = as_nchw(member(chosen), layout, f"{path}: {chosen}", assume=assume)
+            images = as_nchw(npz_member(archive, chosen, path), layout, f"{path}: {chosen}", assume=assume)
             beside = "arr_1" if chosen == "arr_0" else "labels"
             labels, notes = or_note(lambda: _labels_of(member(beside), images, path))
             try:
@@ -231,9 +232,9 @@ def npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 )
             array = allocate(shape[::-1] if fortran else shape, dtype)
             if size:
-                view = memoryview(array.reshape(-1).view(np.uint8))
+                view = array.reshape(-1).view(np.uint8).data
                 done = 0
-                while done < size and (got := stream.readinto(view[done : done + 2**24])):
+                while done < size and (got := cast(BufferedIOBase, stream).readinto(view[done : done + 2**24])):
                     done += got
                 if done != size:
                     raise ValueError("it is shorter than it declares")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -86,7 +87,7 @@ def _splitmix64(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def _sklearn_datasets(what: str):
+def _sklearn_datasets(what: str) -> Any:
     try:
         from sklearn import datasets
     except ImportError:

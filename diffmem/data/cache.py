@@ -16,12 +16,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from diffmem.atomic_io import atomic_file
-from diffmem.data.decode import BadImage
 from diffmem.data.decode_pool import EncodedImages
+from diffmem.data.depth import BadImage
 from diffmem.data.image_set import ImageSet, SkippedFile
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
@@ -36,7 +37,7 @@ _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 
 
 def load_cached(
-    path: Path, encoded: EncodedImages, settings: dict, decode: Callable[[], ImageSet], progress: Progress
+    path: Path, encoded: EncodedImages, settings: dict[str, Any], decode: Callable[[], ImageSet], progress: Progress
 ) -> ImageSet:
     """The images that `decode()` gives, from the packed copy where that is what it would be made from now.
 
@@ -86,18 +87,18 @@ def source_fingerprint(path: Path, encoded: EncodedImages, progress: Progress) -
     return digest.hexdigest()
 
 
-def _write(target: Path, key: dict, images: ImageSet) -> None:
+def _write(target: Path, key: dict[str, Any], images: ImageSet) -> None:
     """The file is a safetensors file, written block by block since the images may exceed the memory."""
     about = {
         "key": key,
         "contents": images.fingerprint,
-        "names": list(images.names),
+        "names": list(images.names or ()),
         "notes": list(images.notes),
         "skipped": [[item.name, item.reason] for item in images.skipped],
         "sheets": images.sheets,
     }
     tensors = {"images": images.images} | ({} if images.labels is None else {"labels": images.labels})
-    header: dict = {}
+    header: dict[str, Any] = {}
     end = 0
     for name, array in tensors.items():
         dtype = next(code for code, kind in _DTYPES.items() if kind == array.dtype)
@@ -114,7 +115,7 @@ def _write(target: Path, key: dict, images: ImageSet) -> None:
                 file.write(np.ascontiguousarray(array[start : start + 4096]).data)
 
 
-def _read(target: Path, key: dict, source: str) -> ImageSet | None:
+def _read(target: Path, key: dict[str, Any], source: str) -> ImageSet | None:
     """The packed copy, its images memory-mapped, or None where it is absent, damaged or of something else."""
     try:
         with parsing(target, "a packed copy"), open(target, "rb") as file:

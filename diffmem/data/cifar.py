@@ -43,16 +43,16 @@ def read_cifar(path: Path, split: str, progress: Progress) -> Arrays:
     return Arrays(
         np.concatenate([batch.images for batch in batches]),
         np.concatenate([batch.labels for batch in batches]),
-        [name for batch in batches for name in batch.names],
+        [name for batch in batches for name in batch.names or ()],
     )
 
 
 def _read_batch(data: bytes, where: str) -> Arrays:
     with parsing(where, "a batch of CIFAR-10", "download the archive again"):
         budget = Budget(len(data))
-        names = plain_names(budget) | _ARRAYS
+        known = plain_names(budget) | _ARRAYS
         try:
-            content = read_pickle(Source(memoryview(data)), names, budget)
+            content = read_pickle(Source(memoryview(data)), known, budget)
         except Refused as error:
             raise InputError(
                 f"{where} is not a batch of CIFAR-10: it asks for {error}, which is never loaded"

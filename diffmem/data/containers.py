@@ -22,10 +22,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from diffmem.data.decode import MAX_FILE_BYTES, BadImage, image_suffixes
+from diffmem.data.decode import MAX_FILE_BYTES, image_suffixes
+from diffmem.data.depth import BadImage
 from diffmem.data.labels import DATASET_JSON, as_labels, or_note, parse_dataset_json
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.text import printable
@@ -61,13 +63,13 @@ _LOCAL_HEADER = struct.Struct("<26xHH")
 _BAD_ENTRY = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 
 
-def natural_key(name: str) -> list[list[tuple]]:
+def natural_key(name: str) -> list[list[tuple[Any, ...]]]:
     """Sorts path names folder by folder, runs of digits by their value."""
     *folders, base = name.split("/")
     return [*map(_folder_key, folders), _component_key(base)]
 
 
-def _component_key(component: str) -> list[tuple]:
+def _component_key(component: str) -> list[tuple[Any, ...]]:
     return [
         (0, len(value := piece.lstrip("0")), value, piece) if "0" <= piece[0] <= "9" else (1, piece)
         for piece in _PIECES.findall(component)
@@ -134,7 +136,7 @@ def _check_json_size(size: int, images: int) -> None:
 class Folder:
     """The image files in a folder and its subfolders (links are followed), or a single image file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.description = str(path)
         self._root = path if path.is_dir() else path.parent
         found = [path.name]
@@ -202,7 +204,7 @@ def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[st
 class ZipArchive:
     """The image files in a zip archive. Nothing is extracted: a name in it is never used as a path."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.description = str(path)
         self._zip = open_zip(path)
         entries: dict[str, zipfile.ZipInfo] = {}
@@ -253,6 +255,7 @@ class ZipArchive:
         """What `ZipFile.read` gives, at a fifth of its cost and without its lock, for the usual two methods."""
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             return self._zip.read(entry)
+        assert self._zip.fp is not None
         descriptor = self._zip.fp.fileno()
         header = os.pread(descriptor, _LOCAL_HEADER.size, entry.header_offset)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
@@ -304,7 +307,7 @@ def _unsafe(name: str) -> str | None:
 class HuggingFaceDataset:
     """A dataset that `datasets.Dataset.save_to_disk` wrote: its image column, and its label column if there is one."""
 
-    def __init__(self, path: Path, key: str | None):
+    def __init__(self, path: Path, key: str | None) -> None:
         try:
             import datasets
         except ImportError:
@@ -328,14 +331,15 @@ class HuggingFaceDataset:
         self.names: Sequence[str] = [f"{column}-{index:08d}" for index in range(len(dataset))]
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         labels = next((name for name in ("label", "labels", *classes) if name in features), None)
-        self.labels, self.notes = None, ()
+        self.labels: np.ndarray | None = None
+        self.notes: tuple[str, ...] = ()
         if labels is not None:
             read = lambda: as_labels(dataset[labels][:], self.names, f"{path}: column {labels}")  # noqa: E731
             self.labels, self.notes = or_note(read)
         if len(images) > 1 and column != "image":
             self.notes += (f"{path}: of its columns of images, {', '.join(images)}, the first was read",)
 
-    def _pick(self, what: str, mapping: dict, names: Sequence[str], key: str | None):
+    def _pick(self, what: str, mapping: Any, names: Sequence[str], key: str | None) -> Any:
         if key is None and len(names) == 1:
             key = names[0]
         if key not in names:

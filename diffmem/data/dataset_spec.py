@@ -16,6 +16,7 @@ import numpy as np
 
 from diffmem.data.classes import class_indices
 from diffmem.data.image_set import ImageRecipe, ImageSet
+from diffmem.data.image_source import ImageSource
 from diffmem.data.load import load_images
 from diffmem.data.subsets import RANDOM_LABEL_SEED, DerivedSet, Mix, derive, has_classes, parse_labels
 from diffmem.errors import InputError
@@ -209,7 +210,7 @@ _WHOLE = {"size": 1, "resolution": 1, "limit": 1, "classes": 1, "label_seed": 0,
 _CHOICES = {"color": ("gray", "rgb"), "alpha": ("drop", "white", "black"), "layout": ("NCHW", "NHWC")}
 
 
-def read_data(data: Any, progress: Progress = silent) -> tuple[ImageSet, DatasetSpec | None]:
+def read_data(data: ImageSource, progress: Progress = silent) -> tuple[ImageSet, DatasetSpec | None]:
     """The images of `data`, and how to find them again, where there is a way.
 
     Args:

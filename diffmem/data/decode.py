@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -109,7 +109,7 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
     try:
         stream = io.BytesIO(data)
         try:
-            image = Image.open(stream, formats=_USUAL_FORMATS)
+            image: Image.Image = Image.open(stream, formats=_USUAL_FORMATS)
         except UnidentifiedImageError:
             stream.seek(0)
             image = Image.open(stream, formats=_formats())
@@ -117,7 +117,9 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
         if width * height > MAX_PIXELS:
             raise BadImage(f"declares {width}×{height} pixels, more than the {MAX_PIXELS:,} that are decoded")
         if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise BadImage(f"holds {image.n_frames} frames: keep one of them as an image of its own")
+            raise BadImage(
+                f"holds {getattr(image, 'n_frames', 'several')} frames: keep one of them as an image of its own"
+            )
         deep_gray = require_eight_bits(image, data)
         image, turned = _upright(image)
         if deep_gray:
@@ -149,7 +151,7 @@ def exif_orientation(image: Image.Image) -> int:
 def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
     """`image`, loaded, as its EXIF orientation says, and whether that changed it."""
     # Pillow's TIFF reader turns the pixels as it loads them, and takes the tag away.
-    turned = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) in _TURNS
+    turned = image.format == "TIFF" and cast(Any, image).tag_v2.get(_ORIENTATION, 1) in _TURNS
     image.load()
     # Setting out to find EXIF costs a tenth of decoding a small image, and most images have none.
     if image.format in _USUAL_FORMATS and _METADATA.isdisjoint(image.info):
@@ -225,7 +227,7 @@ def _opaque(image: Image.Image, alpha: str | None) -> Image.Image:
         image = image.convert(image.mode.upper())
     elif image.mode not in ("LA", "RGBA"):
         image = image.convert("LA" if gray else "RGBA")
-    if image.getchannel("A").getextrema()[0] < 255:
+    if cast(Any, image.getchannel("A").getextrema())[0] < 255:
         if alpha is None:
             raise BadImage(
                 "has transparent pixels: choose a background with alpha='white' or alpha='black', or alpha='drop'"

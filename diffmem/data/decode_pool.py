@@ -16,14 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from diffmem.data.decode import BadImage, Decoded, Outcome, PixelOptions, decode_into
+from diffmem.data.decode import Decoded, Outcome, PixelOptions, decode_into
+from diffmem.data.depth import BadImage
 from diffmem.data.image_set import SkippedFile
 from diffmem.data.storage import allocate, discard_rows
 from diffmem.errors import InputError
@@ -38,11 +39,13 @@ _BLOCK_IMAGES = 256
 
 class EncodedImages(Protocol):
     """Image files in some container: `names`, what the container is called, the Pillow mode ("L", "RGB" or None) that
-    it prescribes for them, and the bytes of each file."""
+    it prescribes for them, their labels, what else is to be said, and the bytes of each file."""
 
     description: str
     names: Sequence[str]
     mode: str | None
+    labels: np.ndarray | None
+    notes: tuple[str, ...]
 
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises `BadImage`, and may be called from several threads."""
@@ -97,7 +100,7 @@ def decode_all(
 class _Tally:
     """Outcomes as they come in: raises for the first one that ends the reading, and reports progress."""
 
-    def __init__(self, source: EncodedImages, skip_bad: bool, progress: Progress, total: int):
+    def __init__(self, source: EncodedImages, skip_bad: bool, progress: Progress, total: int) -> None:
         self.source, self.skip_bad, self.progress, self.total = source, skip_bad, progress, total
         self.shape: tuple[int, int, int] | None = None
         self.bad: dict[int, str] = {}
@@ -119,7 +122,7 @@ class _Tally:
             if isinstance(outcome, str):
                 self.refuse(index, unread.get(index, outcome))
             else:
-                self.shapes.setdefault(tuple(outcome[:3]), []).append(index)
+                self.shapes.setdefault((outcome[0], outcome[1], outcome[2]), []).append(index)
                 self.turned += outcome[3]
         if any(shape != self.shape for shape in self.shapes):
             raise InputError(f"{self.source.description}: {_mixed(self.shapes, self.source.names)}")
@@ -137,7 +140,7 @@ def _mixed(shapes: dict[tuple[int, int, int], list[int]], names: Sequence[str]) 
         by_size.setdefault((height, width), []).extend(indices)
         by_channels.setdefault(channels, []).extend(indices)
 
-    def listing(groups: dict, label: Callable[..., str]) -> str:
+    def listing(groups: Mapping[Any, Sequence[int]], label: Callable[..., str]) -> str:
         ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1][0]))
         shown = [f"{len(indices):,} of {label(what)} ({names[min(indices)]})" for what, indices in ordered[:4]]
         return ", ".join(shown) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
@@ -195,7 +198,7 @@ def _decode_in_processes(
     tally: _Tally,
 ) -> None:
     """Decode the remaining `blocks` into `images`; a thread per process feeds it, this thread counts and reports."""
-    results: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     lock, stop = threading.Lock(), threading.Event()
     waiting = list(blocks)
     expected = len(waiting)
@@ -206,8 +209,9 @@ def _decode_in_processes(
             block = waiting.pop() if waiting and not stop.is_set() else None
         return None if block is None else (block, *_read_block(source, block))
 
-    def feed(process: subprocess.Popen) -> None:
+    def feed(process: subprocess.Popen[bytes]) -> None:
         block = range(0, 1)
+        assert process.stdin is not None and process.stdout is not None  # noqa: PT018
         try:
             coming = take()
             while coming is not None:
@@ -222,7 +226,7 @@ def _decode_in_processes(
     with ExitStack() as cleanup:
         threads: list[threading.Thread] = []
 
-        def end(processes: list[subprocess.Popen]) -> None:
+        def end(processes: list[subprocess.Popen[bytes]]) -> None:
             stop.set()
             for process in processes:
                 process.kill()
@@ -230,11 +234,11 @@ def _decode_in_processes(
                 thread.join()
             for process in processes:
                 process.wait()
-                for pipe in (process.stdin, process.stdout):
+                for pipe in filter(None, (process.stdin, process.stdout)):
                     with suppress(OSError):  # what was left in the pipe's buffer has nowhere to go
                         pipe.close()
 
-        processes: list[subprocess.Popen] = []
+        processes: list[subprocess.Popen[bytes]] = []
         cleanup.callback(end, processes)
         for _ in range(workers):
             processes.append(_start())
@@ -253,7 +257,7 @@ def _decode_in_processes(
             tally.add(block, unread, outcomes)
 
 
-def _start() -> subprocess.Popen:
+def _start() -> subprocess.Popen[bytes]:
     program = f"import sys; sys.path[:] = {sys.path!r}; from diffmem.data.decode_pool import serve; serve()"
     return subprocess.Popen(
         [sys.executable, "-c", program],
@@ -264,7 +268,7 @@ def _start() -> subprocess.Popen:
     )
 
 
-def _send(stdin: BinaryIO, data: Sequence[bytes], shape: tuple[int, ...], options: PixelOptions) -> None:
+def _send(stdin: IO[bytes], data: Sequence[bytes], shape: tuple[int, ...], options: PixelOptions) -> None:
     """Ask a process for the pixels of one block. Raises `OSError` if the process is gone."""
     lengths = [len(item) for item in data]
     request = {"lengths": lengths, "shape": shape, "options": asdict(options)}
@@ -273,10 +277,10 @@ def _send(stdin: BinaryIO, data: Sequence[bytes], shape: tuple[int, ...], option
     stdin.flush()
 
 
-def _receive(stdout: BinaryIO, rows: np.ndarray) -> list[Outcome]:
+def _receive(stdout: Any, rows: np.ndarray) -> list[Outcome]:
     """The outcomes of the block last sent; its pixels land in `rows`. Raises `EOFError` if the process is gone."""
     reply = stdout.readline()
-    if not reply.endswith(b"\n") or stdout.readinto(memoryview(rows).cast("B")) != rows.nbytes:
+    if not reply.endswith(b"\n") or stdout.readinto(rows.data.cast("B")) != rows.nbytes:
         raise EOFError
     return [outcome if isinstance(outcome, str) else Decoded(*outcome) for outcome in json.loads(reply)]
 
@@ -292,5 +296,5 @@ def serve() -> None:
         rows = np.empty((len(data), *request["shape"]), dtype=np.uint8)
         outcomes = decode_into(rows, data, options)
         stdout.write(json.dumps(outcomes).encode() + b"\n")
-        stdout.write(memoryview(rows).cast("B"))
+        stdout.write(rows.data.cast("B"))
         stdout.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from PIL import Image
 
@@ -57,7 +58,7 @@ def _png(image: Image.Image, data: bytes) -> bool:
 
 
 def _tiff(image: Image.Image, data: bytes) -> bool:
-    tags = image.tag_v2
+    tags = image.tag_v2  # type: ignore[attr-defined] # of TIFF images
     bits = set(_numbers(tags.get(258, (1,))))
     photometric = tags.get(262, 0)
     if signs := set(_numbers(tags.get(339, (1,)))) - {1, 4}:
@@ -194,7 +195,7 @@ _CHECKS: dict[str, Callable[[Image.Image, bytes], bool]] = {
 }
 
 
-def _numbers(value) -> tuple[int, ...]:
+def _numbers(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 

@@ -102,7 +102,9 @@ def sheets_of(images: np.ndarray) -> Grid | None:
     return None
 
 
-def sheets_of_files(source: EncodedImages, indices: Sequence[int], options: PixelOptions) -> tuple[int, int] | None:
+def sheets_of_files(
+    source: EncodedImages, indices: Sequence[int] | np.ndarray, options: PixelOptions
+) -> tuple[int, int] | None:
     """(rows, columns) of the grid that the files at `indices` look like sheets of, before `options` resize or crop
     them; None where they do not, or are of several sizes."""
     stored = replace(options, size=None, center_crop=False)

@@ -91,7 +91,11 @@ def as_labels(values: Sequence[Any], names: Sequence[str], where: str) -> np.nda
             raise InputError(f"{where}: the label of {name} has {len(value)} entries, that of {names[0]} has {length}")
     try:
         with np.errstate(over="ignore"):
-            labels = np.array(values, dtype=np.float64).reshape(len(values), length).astype(np.float32)
+            labels = (
+                np.array(values, dtype=np.float64)
+                .reshape(len(values), -1 if length is None else length)
+                .astype(np.float32)
+            )
     except OverflowError:
         raise InputError(f"{where}: a label is a whole number too large for any float") from None
     return _class_numbers(_finite(labels, names, where))

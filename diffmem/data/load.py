@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from diffmem.data.decode import PixelOptions, image_suffixes
 from diffmem.data.decode_pool import EncodedImages, decode_all
 from diffmem.data.grid import rows_and_columns, sheets_of_files
 from diffmem.data.image_set import ImageRecipe, ImageSet
+from diffmem.data.image_source import ImageSource
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.value_range import as_bytes, check_value_range
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_images(
-    source: Any,
+    source: ImageSource,
     *,
     resize: int | tuple[int, int] | None = None,
     center_crop: bool = False,

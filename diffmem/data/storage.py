@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -108,5 +108,6 @@ class Gathering:
         if self._file is None:
             return np.concatenate(self._blocks)
         self._file.flush()
+        assert self._dtype is not None
         rows = self._bytes // (int(np.prod(self._shape)) * self._dtype.itemsize)
-        return np.memmap(self._file, dtype=self._dtype, mode="r+", shape=(rows, *self._shape))
+        return np.memmap(cast(Any, self._file), dtype=self._dtype, mode="r+", shape=(rows, *self._shape))

@@ -14,7 +14,8 @@ from PIL import Image, ImageFile
 
 from diffmem.data.adapt import adapt
 from diffmem.data.arrays import Arrays, as_nchw, to_numpy
-from diffmem.data.decode import BadImage, PixelOptions, as_gray_or_rgb, convert, decode_image
+from diffmem.data.decode import PixelOptions, as_gray_or_rgb, convert, decode_image
+from diffmem.data.depth import BadImage
 from diffmem.data.grid import rows_and_columns
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.storage import Gathering
@@ -31,7 +32,7 @@ def is_map_dataset(source: Any) -> bool:
 
 
 def read_stream(
-    source: Iterable[Any], options: PixelOptions, layout: str | None, limit: int | None, where: str, progress: Progress
+    source: Any, options: PixelOptions, layout: str | None, limit: int | None, where: str, progress: Progress
 ) -> Arrays:
     """All images of `source` (at most `limit`), with labels where every item brings usable ones.
 

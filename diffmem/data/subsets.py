@@ -18,6 +18,7 @@ import numpy as np
 from diffmem import __version__
 from diffmem.data.classes import class_indices
 from diffmem.data.image_set import ImageSet
+from diffmem.data.image_source import ImageSource
 from diffmem.data.load import load_images
 from diffmem.data.storage import allocate
 from diffmem.data.write import write_images
@@ -256,7 +257,7 @@ class Mix(NamedTuple):
         class_index: The class whose images are replaced.
     """
 
-    other: Any
+    other: ImageSource
     share: float
     class_index: int
 
@@ -274,13 +275,13 @@ class DerivedSet(NamedTuple):
     images: ImageSet
     manifest: dict[str, Any]
 
-    def write(self, path: str | os.PathLike, progress: Progress = silent) -> None:
+    def write(self, path: str | os.PathLike[str], progress: Progress = silent) -> None:
         """Write the images and the manifest by `write_images`: the same sources and arguments give the same bytes."""
         write_images(self.images, path, manifest=self.manifest, progress=progress)
 
 
 def derive(
-    source: Any,
+    source: ImageSource,
     *,
     limit: int | None = None,
     color: str | None = None,

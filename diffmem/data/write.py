@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,7 @@ _REPORT_EVERY = 500
 
 def write_images(
     image_set: ImageSet,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -51,7 +51,7 @@ def write_images(
     writers[_checked_suffix(path)](image_set, path, manifest=manifest, progress=progress)
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises the `InputError` of `write_images` where the name or place of `path` is wrong: before long work, not after
     it."""
     path = Path(path)
@@ -63,7 +63,7 @@ def check_writable(path: str | os.PathLike) -> None:
         raise InputError(f"{path}: cannot be written: the folder {path.parent} is read-only")
 
 
-def _checked_suffix(path: str | os.PathLike) -> str:
+def _checked_suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in (".zip", ".npz", ""):
         raise InputError(f"{path}: images are written as .zip, as .npz, or, without a suffix, as a folder")
@@ -72,7 +72,7 @@ def _checked_suffix(path: str | os.PathLike) -> str:
 
 def write_edm_zip(
     image_set: ImageSet,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     manifest: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -105,7 +105,7 @@ def write_edm_zip(
 
 def write_npz(
     image_set: ImageSet,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     seeds: Sequence[int] | np.ndarray | None = None,
     *,
     manifest: Mapping[str, Any] | None = None,
@@ -135,7 +135,7 @@ def write_npz(
         arrays["seeds"] = _checked_seeds(seeds, len(image_set), path)
     with atomic_file(path) as partial:
         with open(partial, "xb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **cast(Any, arrays))
         if manifest is not None:
             with zipfile.ZipFile(partial, "a") as archive:
                 archive.writestr(_entry(MANIFEST_JSON), _manifest_json(manifest))
@@ -144,7 +144,7 @@ def write_npz(
 
 def write_folder(
     image_set: ImageSet,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     seeds: Sequence[int] | np.ndarray | None = None,
     *,
     manifest: Mapping[str, Any] | None = None,

@@ -144,7 +144,7 @@ def _model(folder: Path, training: ImageSet, unseen: ImageSet, images: int, samp
 class _Shown(Callback):
     """Tells a progress callback how far a training is."""
 
-    def __init__(self, progress: Progress, what: str):
+    def __init__(self, progress: Progress, what: str) -> None:
         self.progress, self.what = progress, what
 
     def on_start(self, plan: Plan) -> None:

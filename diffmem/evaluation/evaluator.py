@@ -215,7 +215,7 @@ def _memory_errors(batch: int) -> Iterator[None]:
 class _Ranks:
     """The ranks that share a run."""
 
-    def __init__(self, distributed: bool):
+    def __init__(self, distributed: bool) -> None:
         group = distributed and dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
 

@@ -125,7 +125,7 @@ class SeedStore:
         []
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any], *, temporary: bool = False):
+    def __init__(self, folder: str | Path, identity: dict[str, Any], *, temporary: bool = False) -> None:
         self.folder, self.temporary = Path(folder), temporary
         self.identity = json.loads(json.dumps(identity))  # as it reads when it comes back
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import diffmem
-from diffmem.data import ImageSet
+from diffmem.data import ImageSet, ImageSource
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.evaluation.detectors import sample_detector
@@ -187,7 +187,7 @@ class Trajectory:
 def trajectory(
     run: str | Path,
     *,
-    data: Any = None,
+    data: ImageSource | None = None,
     seeds: Sequence[int] = PROTOCOL_SEEDS,
     every: int | None = None,
     order: str = "newest",

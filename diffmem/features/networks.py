@@ -123,7 +123,7 @@ def onnx(path: str | Path, preprocessing: str | None, options: dict[str, Any]) -
 class _OnnxNetwork:
     """A session as a function of tensors."""
 
-    def __init__(self, session: Any, path: Path):
+    def __init__(self, session: Any, path: Path) -> None:
         inputs = session.get_inputs()
         kinds = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
         if len(inputs) != 1 or inputs[0].type not in kinds or len(inputs[0].shape) != 4:

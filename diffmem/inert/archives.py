@@ -117,12 +117,12 @@ class TarReader:
     Iterate over it, and `read` the member that came last. Links are not followed, nothing is written anywhere.
     """
 
-    def __init__(self, file: BinaryIO, where: Path):
+    def __init__(self, file: BinaryIO, where: Path) -> None:
         self.where = where
         magic = file.read(6)
         file.seek(0)
         if magic[:2] == b"\x1f\x8b":
-            self._stream: BinaryIO = gzip.GzipFile(fileobj=file)
+            self._stream: gzip.GzipFile | bz2.BZ2File | _Xz | BinaryIO = gzip.GzipFile(fileobj=file)
         elif magic[:3] == b"BZh":
             self._stream = bz2.BZ2File(file)
         elif magic == b"\xfd7zXZ\x00":
@@ -176,7 +176,7 @@ class TarReader:
 class _Xz:
     """An xz stream with a limit on what its decoder may allocate, which `lzma.open` does not offer."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO) -> None:
         self._file, self._decoder = file, lzma.LZMADecompressor(memlimit=2**27)
 
     def read(self, size: int) -> bytes:

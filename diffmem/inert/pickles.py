@@ -59,7 +59,7 @@ class Budget:
     """How many operations the pickles of a file may take, and how many bytes may be built from it: a few times its
     size (storages pass through twice)."""
 
-    def __init__(self, file_size: int):
+    def __init__(self, file_size: int) -> None:
         self.left = 4 * file_size + _SLACK
         self.operations = MAX_OPERATIONS
 
@@ -79,13 +79,13 @@ class Budget:
 def plain_names(budget: Budget) -> dict[tuple[str, str], Name]:
     """The names that stand for plain containers and numbers."""
 
-    def items(values: Any, kinds: tuple[type, ...]) -> Any:
+    def items(values: Any, kinds: tuple[type[Any], ...]) -> Any:
         if not isinstance(values, kinds):
             raise Damaged(f"a container built from {type(values).__name__}")
         budget.charge(_ITEM * len(values))
         return values
 
-    def ordered_dict(pairs: Any = ()) -> dict:
+    def ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
         if isinstance(pairs, dict):
             return dict(items(pairs, (dict,)))
         pairs = items(pairs, (list, tuple))
@@ -154,7 +154,7 @@ def key_of(value: Any) -> str | int | bytes:
 class Source:
     """The bytes of a file, read from the front; no claim of theirs costs more than what is there."""
 
-    def __init__(self, data: memoryview):
+    def __init__(self, data: memoryview) -> None:
         self.data, self.position = data, 0
 
     def take(self, size: int) -> memoryview:
@@ -305,7 +305,7 @@ class _Machine:
             raise Damaged(f"odd arguments for {kind.name}")
         self.stack.append(kind.build(*args))
 
-    def set_items(self, target: dict, values: list[Any]) -> None:
+    def set_items(self, target: dict[Any, Any], values: list[Any]) -> None:
         if len(values) % 2:
             raise Damaged("a dictionary with a key and no value")
         for key, value in zip(values[::2], values[1::2], strict=True):
@@ -367,7 +367,8 @@ class _Machine:
         self.set_items(self.top(dict), values)
 
     def dict_(self) -> None:
-        values, target = self.since_mark(), {}
+        target: dict[Any, Any] = {}
+        values = self.since_mark()
         self.set_items(target, values)
         self.stack.append(target)
 

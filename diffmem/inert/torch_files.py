@@ -134,7 +134,7 @@ def read_torch_file(path: str | Path, kind: str = "snapshot", advice: str = "dow
 
 
 def _read_stream(data: memoryview, budget: Budget, nested: bool) -> Any:
-    if data[:4] == b"PK\x03\x04":
+    if bytes(data[:4]) == b"PK\x03\x04":
         return _read_zip(data, budget, nested)
     source = Source(data)
     storages: dict[str, Storage] = {}
@@ -229,7 +229,9 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
             raise Damaged("a tensor without a storage, or of an odd shape")
         return TensorRecord(storage, offset, shape, strides)
 
-    def viewed(storage: Any, offset: Any, shape: Any, strides: Any, gradient: Any, hooks: Any, kind: Any, *_: Any):
+    def viewed(
+        storage: Any, offset: Any, shape: Any, strides: Any, gradient: Any, hooks: Any, kind: Any, *_: Any
+    ) -> Any:
         if not isinstance(kind, Name) or kind.name not in _DTYPES:
             raise Refused(f"a tensor of dtype {kind.name if isinstance(kind, Name) else short(kind)}")
         record = tensor(storage, offset, shape, strides)

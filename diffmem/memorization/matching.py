@@ -161,7 +161,7 @@ class AlignedMatching:
 
     index, search, metric = None, None, "aligned"
 
-    def __init__(self, training: ImageSet, progress: Progress):
+    def __init__(self, training: ImageSet, progress: Progress) -> None:
         self.groups = find_duplicates(training.images, 0, progress=progress)
         check_distinct(self.groups, training)
         from diffmem.features.aligned import AlignedMatcher

@@ -71,7 +71,7 @@ class SetFigures:
         count_identical: Whether to count how often each image occurs, at about 100 bytes per different image.
     """
 
-    def __init__(self, *, count_identical: bool = False):
+    def __init__(self, *, count_identical: bool = False) -> None:
         self.total = 0
         self.low, self.high = math.inf, -math.inf  # of floats
         self._rows = np.zeros(0, np.int64)

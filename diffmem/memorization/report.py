@@ -199,7 +199,7 @@ def _triples(audit: Audit, rows: list[int], pictures: _Pictures) -> list[_Triple
 class _Pictures:
     """Images as data URLs, each encoded once, until the budget of the page is spent (then None)."""
 
-    def __init__(self, audit: Audit):
+    def __init__(self, audit: Audit) -> None:
         self.audit = audit
         self.left = PICTURE_BUDGET
         self.encoded: dict[tuple[str, int], str] = {}

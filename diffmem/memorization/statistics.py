@@ -326,7 +326,7 @@ class SequentialTest:
     at_least: float = 0.9
     confidence: float = 0.95
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (0 < self.at_least <= 1 and 0 < self.confidence < 1):
             raise InputError(
                 f"a share of at least {self.at_least} at confidence {self.confidence}: both lie between 0 and 1"

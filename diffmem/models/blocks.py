@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -33,7 +34,9 @@ def positional_embedding(values: torch.Tensor, channels: int, endpoint: bool) ->
 class FourierEmbedding(nn.Module):
     """(B, channels): cosines, then sines, of values (B,) times fixed random frequencies (arXiv 2006.10739)."""
 
-    def __init__(self, channels: int, scale: float = 16.0):
+    freqs: torch.Tensor
+
+    def __init__(self, channels: int, scale: float = 16.0) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
 
@@ -50,7 +53,7 @@ class LabelEmbedding(nn.Module):
     `gain` is what a one-hot's 1 would be multiplied by.
     """
 
-    def __init__(self, label_dim: int, out_features: int, bias: bool, gain: float = 1.0):
+    def __init__(self, label_dim: int, out_features: int, bias: bool, gain: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(label_dim, out_features).t())
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
@@ -69,7 +72,9 @@ class LabelEmbedding(nn.Module):
 class Resample(nn.Module):
     """Down- or upsampling by 2 with a separable filter; upsampling is the transposed filter times 4."""
 
-    def __init__(self, direction: str, taps: tuple[int, ...]):
+    resample_filter: torch.Tensor
+
+    def __init__(self, direction: str, taps: tuple[int, ...]) -> None:
         super().__init__()
         self.direction = direction
         self.register_buffer("resample_filter", resample_filter(taps))
@@ -102,7 +107,7 @@ def resample(x: torch.Tensor, taps: torch.Tensor, direction: str) -> torch.Tenso
 class Conv3x3(nn.Conv2d):
     """A 3×3 convolution, stride 1, zero padding 1, through `diffmem.ops.conv3x3`."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
@@ -110,6 +115,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class ResampleConv2d(nn.Conv2d):
+    resample_filter: torch.Tensor
     """A filter and a convolution, the filter first; `fused` first convolves and then filters while it skips pixels."""
 
     def __init__(
@@ -136,7 +142,7 @@ class ResampleConv2d(nn.Conv2d):
             )
         # Zero padding of the convolution and of the filter both before the convolution, then no padding at all.
         margin = (self.resample_filter.shape[-1] - 1) // 2
-        x = F.conv2d(x, self.weight, None, padding=self.kernel_size[0] // 2 + margin)
+        x = F.conv2d(x, self.weight, None, padding=int(self.kernel_size[0] // 2 + margin))
         channels = x.shape[1]
         kernel = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
         x = F.conv2d(x, kernel, stride=2, groups=channels)
@@ -152,9 +158,10 @@ class QueryKeyValue(nn.Module):
     `state_dict()` and `load_state_dict()`, with EDM's shapes (3C, C_in, 1, 1) and (3C,), and in training states.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         drawn = nn.Conv2d(channels, 3 * channels, 1)
+        assert drawn.bias is not None
         self.weight = nn.Parameter(self.from_edm(drawn.weight[:, :, 0, 0].detach()))
         self.bias = nn.Parameter(self.from_edm(drawn.bias.detach()))
 
@@ -171,12 +178,12 @@ class QueryKeyValue(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.weight.flatten(0, 1)[:, :, None, None], self.bias.flatten())
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.to_edm(destination[f"{prefix}weight"])[:, :, None, None]
         destination[f"{prefix}bias"] = self.to_edm(destination[f"{prefix}bias"])
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         # A parameter of this module's own shape, as `named_parameters()` gives it, is loaded as it is.
         channels, inputs = self.weight.shape[1:]
         weight, bias = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
@@ -191,7 +198,7 @@ class GroupNorm(nn.Module):
     """GroupNorm over min(32, channels // 4) groups, with SiLU, an adaptive scale and shift, and an embedding
     added before it, where asked for."""
 
-    def __init__(self, channels: int, eps: float):
+    def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
         self.num_groups = max(1, min(32, channels // 4))
         self.eps = eps
@@ -276,7 +283,7 @@ class UNetBlock(nn.Module):
         self.affine = nn.Linear(style.emb_channels, out_channels * (2 if style.adaptive else 1))
         self.norm1 = GroupNorm(out_channels, style.eps)
         self.conv1 = Conv3x3(out_channels, out_channels)
-        self.skip: nn.Module | None = None
+        self.skip: nn.Conv2d | None = None
         if in_channels != out_channels or (resample is not None and not style.resample_skip):
             self.skip = convolution(out_channels, 1)
         elif resample is not None:
@@ -300,6 +307,7 @@ class UNetBlock(nn.Module):
         # map, forward (where the convolution would add it in one of its own) or backward (a sum over the map).
         folded = added is not None or fuses_added(x.device.type)
         if folded:
+            assert self.conv0.bias is not None
             added = self.conv0.bias[None] if added is None else added + self.conv0.bias
         y = self.norm1(self._first_convolution(x, biased=not folded), scale, shift, added=added)
         y = self.conv1(dropout(y, style.dropout, self.training))
@@ -352,7 +360,7 @@ def _stretch(image: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return torch.cat([first, middle.expand(repeats), last], dim)
 
 
-def initialize(module: nn.Module, gain: float, scheme: str) -> None:
+def initialize(module: QueryKeyValue | LabelEmbedding | nn.Conv2d | nn.Linear, gain: float, scheme: str) -> None:
     """Draws a convolution's or linear layer's weights, times `gain`; biases are zero for "xavier" (Glorot and Bengio
     2010).
 
@@ -370,7 +378,7 @@ def initialize(module: nn.Module, gain: float, scheme: str) -> None:
             if module.bias is not None:
                 module.bias.zero_()
         else:
-            module.reset_parameters()
+            cast(nn.Linear, module).reset_parameters()
             if module.bias is not None:
                 module.bias.mul_(gain)
         module.weight.mul_(gain)

@@ -209,8 +209,9 @@ def _own(
 ) -> WrappedDenoiser:
     """A copy of `model` with the weights of a checkpoint."""
     if model is None:
+        name = getattr(config.network, "name", "")
         raise InputError(
-            f"{source.parent}: holds the weights of {config.network.name}, a network of your own, and nothing that"
+            f"{source.parent}: holds the weights of {name}, a network of your own, and nothing that"
             f" builds it: from Python, give diffmem.models.load the module as model"
         )
     denoiser = as_configured(model, config)

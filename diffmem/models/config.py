@@ -51,7 +51,7 @@ def _check_whole(config: Any, field: str, least: int, wanted: str) -> None:
     _check(_is_whole(value, least, largest), field, value, f"{wanted}, at most {largest:,}")
 
 
-def _tuple(config: Any, field: str) -> tuple:
+def _tuple(config: Any, field: str) -> tuple[Any, ...]:
     """The sequence of a field, made a tuple (JSON brings lists)."""
     value = getattr(config, field)
     _check(isinstance(value, list | tuple), field, value, "a list")
@@ -136,7 +136,7 @@ class UNetConfig:
     resample_filter: tuple[int, ...] = (1, 1)
     skip_connections: tuple[bool, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_shared(self)
         _check_whole(self, "channel_mult_noise", 1, "a positive whole number")
         width = self.model_channels * self.channel_mult_noise
@@ -197,7 +197,7 @@ class ADMConfig:
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
     dropout: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_shared(self)
         _check(self.model_channels % 2 == 0, "model_channels", self.model_channels, "even")
 
@@ -258,7 +258,7 @@ class DenoiserConfig:
     network: UNetConfig | ADMConfig | ModuleConfig
     preconditioning: Preconditioning
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # By name: dataclasses.asdict would copy a value of a forged file in depth.
         for name in (field.name for field in dataclasses.fields(self.preconditioning)):
             value = getattr(self.preconditioning, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -28,19 +29,26 @@ class Denoiser(nn.Module):
         torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, config: DenoiserConfig):
+    levels: torch.Tensor | None
+
+    def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
         self.autocast_dtype: torch.dtype | None = None
         if isinstance(config.network, ModuleConfig):
             raise InputError(f"the network is {config.network.name}, one of your own: give it to as_denoiser")
-        iddpm = isinstance(config.preconditioning, IDDPM)
-        kind = UNet if isinstance(config.network, UNetConfig) else ADM
-        self.model = kind(config.network, config.network.channels * (2 if iddpm else 1))
-        # On a device with memory even where the network is laid out on "meta".
-        levels = torch.tensor(config.preconditioning.levels, device="cpu") if iddpm else None
+        channels = config.network.channels * (2 if isinstance(config.preconditioning, IDDPM) else 1)
+        self.model: UNet | ADM
+        if isinstance(config.network, UNetConfig):
+            self.model = UNet(config.network, channels)
+        else:
+            self.model = ADM(config.network, channels)
+        levels = None
+        if isinstance(config.preconditioning, IDDPM):
+            # On a device with memory even where the network is laid out on "meta".
+            levels = torch.tensor(config.preconditioning.levels, device="cpu")
         self.register_buffer("levels", levels, persistent=False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
 
     @property
     def resolution(self) -> int:
@@ -103,17 +111,19 @@ class Denoiser(nn.Module):
             raise InputError(
                 f"sigma: {sigma.shape[0]} noise levels for {x.shape[0]} images; give one, or one per image"
             )
-        if self.levels is None:
-            c = self.config.preconditioning.coefficients(sigma)
+        around = self.config.preconditioning
+        if isinstance(around, IDDPM):
+            assert self.levels is not None
+            c = around.coefficients(sigma, self.levels)
         else:
-            c = self.config.preconditioning.coefficients(sigma, self.levels)
+            c = around.coefficients(sigma)
         # With EDM's shapes (B, 3, H, W) the layout of x is what every convolution after it follows.
         scaled = (c.in_ * x).contiguous(memory_format=torch.channels_last)
         with self._autocast(x.device.type):
             output = self.model(scaled, c.noise.reshape(-1), labels, augment_labels)
         return c.skip * x + c.out * output[:, : x.shape[1]].to(dtype)
 
-    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
+    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device_type, self.autocast_dtype)

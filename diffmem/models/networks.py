@@ -8,6 +8,7 @@ labels class indices (B,) int64 or vectors (B, label_dim), None for all zeros. W
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -36,7 +37,7 @@ class UNet(nn.Module):
         out_channels: Channels of the output; None: those of the images.
     """
 
-    def __init__(self, config: UNetConfig, out_channels: int | None = None):
+    def __init__(self, config: UNetConfig, out_channels: int | None = None) -> None:
         super().__init__()
         self.config = config
         out_channels = config.channels if out_channels is None else out_channels
@@ -166,7 +167,8 @@ class UNet(nn.Module):
                 x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
                 skips.append(x if next(enabled) else None)
 
-        image = normalized = None
+        image: Any = None  # the first block of the decoder ends in an image
+        normalized: Any = None
         for name, layer in self.dec.items():
             if name.endswith("aux_up"):
                 image = layer(image)
@@ -189,7 +191,7 @@ class ADM(nn.Module):
         out_channels: Channels of the output; None: those of the images.
     """
 
-    def __init__(self, config: ADMConfig, out_channels: int | None = None):
+    def __init__(self, config: ADMConfig, out_channels: int | None = None) -> None:
         super().__init__()
         self.config = config
         out_channels = config.channels if out_channels is None else out_channels

@@ -30,7 +30,7 @@ import inspect
 import math
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -105,7 +105,7 @@ def as_denoiser(
     if is_denoiser(model):
         if preconditioning is not None:
             raise InputError(f"{type(model).__name__}: is a denoiser already: leave preconditioning out")
-        return model
+        return cast(Denoiser, model)
     if preconditioning is not None and not isinstance(preconditioning, (VP, VE, EDM)):
         raise InputError(f"preconditioning is {short(preconditioning)}, but must be VP(), VE() or EDM()")
     given = {
@@ -151,6 +151,11 @@ class WrappedDenoiser(nn.Module):
     `channels`, `resolution`, `label_dim`, `sigma_min`, `sigma_max`: of the model. `autocast_dtype`: as of `Denoiser`.
     """
 
+    channels: int
+    resolution: int
+    label_dim: int
+    sigma_min: float
+    sigma_max: float
     compilable = False  # its owner knows whether torch.compile takes it
 
     def __init__(
@@ -179,7 +184,7 @@ class WrappedDenoiser(nn.Module):
                     "diffmem.models.as_denoiser(model, channels=…, resolution=…)"
                 )
             self._check_whole(name, value, 1)
-        self.label_dim = 0 if self.label_dim is None else self.label_dim
+        self.label_dim = self.label_dim or 0
         self._check_whole("label_dim", self.label_dim, 0)
         self.preconditioning = preconditioning
         around: Any = EDM() if preconditioning is None else preconditioning  # of EDM, all levels
@@ -252,9 +257,10 @@ class WrappedDenoiser(nn.Module):
             return self._fingerprint
         plain = self.plain
         kind = (type(plain).__module__, type(plain).__qualname__, self.channels, self.resolution, self.label_dim)
+        around: tuple[str, ...] = ()
         if self.preconditioning is not None:
-            kind = (*kind, repr(self.preconditioning))
-        digest = hashlib.sha256(repr((*kind, self.sigma_min, self.sigma_max)).encode())
+            around = (repr(self.preconditioning),)
+        digest = hashlib.sha256(repr((*kind, *around, self.sigma_min, self.sigma_max)).encode())
         for name, tensor in sorted(plain.state_dict().items()):
             digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -301,7 +307,7 @@ class WrappedDenoiser(nn.Module):
         if self.label_dim:
             given = self._labels(labels, x)
             extra, arguments = ((given,), {}) if self._labels_name is None else ((), {self._labels_name: given})
-        context = contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.autocast_dtype is not None:
             context = torch.autocast(x.device.type, self.autocast_dtype)
         try:
@@ -364,6 +370,7 @@ class WrappedDenoiser(nn.Module):
                 except Exception as error:  # whatever a model of someone else's may raise
                     failure = failure or error
         size = f"{self.channels}x{self.resolution}x{self.resolution}"
+        assert failure is not None
         message = one_line(failure)
         needs_more = not self.label_dim and isinstance(failure, TypeError) and "missing" in message
         classes = "; a model that needs labels says how many classes it knows: label_dim=…" if needs_more else ""
@@ -404,7 +411,7 @@ def as_configured(model: Any, config: DenoiserConfig) -> WrappedDenoiser:
         raise InputError(f"the network is {network.name}, one of your own, and model is one of diffmem's")
     wrapped = as_denoiser(
         model,
-        preconditioning=config.preconditioning if network.preconditioned else None,
+        preconditioning=cast(Any, config.preconditioning) if network.preconditioned else None,
         channels=network.channels,
         resolution=network.resolution,
         label_dim=network.label_dim,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ class AutotuneCache:
     def best(self, device: str, case: str, among: Collection[str] | None = None) -> str | None:
         """The backend that was fastest, or None where nothing was measured, or what was is not one of `among`."""
         seconds = self._loaded().get(device, {}).get(case)
-        found = min(seconds, key=seconds.get) if seconds else None
+        found = min(seconds, key=seconds.__getitem__) if seconds else None
         return found if among is None or found in among else None
 
     def fastest(self, device: str, case: str, among: Collection[str], measure: Callable[[], Timing]) -> str:
@@ -96,7 +97,7 @@ class AutotuneCache:
         return self.table
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     """The file's {op: {device: {case: {backend: seconds}}}}, empty where it cannot be read as that."""
     try:
         found = json.loads(path.read_text())

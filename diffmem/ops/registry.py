@@ -162,7 +162,7 @@ def _unavailable(backend: Backend, device_type: str) -> str | None:
 
 
 # What torch.compiler.assume_constant_result does; calling that would import Dynamo, and with it Triton, here.
-_unavailable._dynamo_marked_constant = True
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 OPS: dict[str, Op] = {}
@@ -194,7 +194,7 @@ def native_kernel_unavailable(device_type: str, kernel: str, instructions: str) 
     return reason
 
 
-def available_core(op: str, unavailable: str | None):
+def available_core(op: str, unavailable: str | None) -> Any:
     """The compiled core, for an operator that needs it; unavailable: why it cannot be had for that, or None."""
     if unavailable is not None:
         raise InputError(f"{op}: backend 'native' cannot be used here: {unavailable}")
@@ -202,7 +202,7 @@ def available_core(op: str, unavailable: str | None):
 
 
 @cache
-def native_module():
+def native_module() -> Any:
     """The compiled core, or None where it was not built or DIFFMEM_NATIVE=off forbids it."""
     if os.environ.get("DIFFMEM_NATIVE", "").lower() == "off":
         return None
@@ -215,7 +215,7 @@ def native_module():
 
 
 @cache
-def build_info() -> dict:
+def build_info() -> dict[str, Any]:
     """What the installation built and why not what it did not: native, native_reason, cuda, cuda_reason."""
     if os.environ.get("DIFFMEM_NATIVE", "").lower() == "off":
         reason = "DIFFMEM_NATIVE=off in the environment"

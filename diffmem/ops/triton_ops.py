@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def triton_unavailable(device_type: str) -> str | None:
     return None
 
 
-def launch(kernel, grid: tuple[int, ...], first: torch.Tensor, *arguments, **options) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *arguments: Any, **options: Any) -> None:
     """kernel[grid](first, *arguments, **options) on the GPU that holds `first`, on torch's current stream."""
     if first.device.type == "cuda" and torch.cuda.device_count() > 1:
         with torch.cuda.device(first.device):  # Triton launches on the current device

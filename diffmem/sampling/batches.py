@@ -190,7 +190,7 @@ def sample(denoiser: Any, seeds: Sequence[int], config: SamplerConfig | None = N
     parts = list(sample_batches(denoiser, seeds, config, **arguments))
     if not parts:
         raise InputError("seeds: none given")
-    labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts])
+    labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts if part.labels is not None])
     return Samples(torch.cat([part.images for part in parts]), torch.cat([part.seeds for part in parts]), labels)
 
 

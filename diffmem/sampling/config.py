@@ -112,9 +112,11 @@ class SamplerConfig:
 
     def sigmas(self, denoiser: Any) -> list[float]:
         """The noise levels for this denoiser, clipped to its range and rounded as it rounds them, and 0."""
+        assert self.steps is not None and self.sigma_min is not None  # noqa: PT018 (set in __post_init__)
         low, high = clip_range(denoiser, self.sigma_min, self.sigma_max)
         if self.solver == "unipc":
             return round_sigmas(sigmas_logistic(self.steps, low, high), denoiser)
+        assert self.rho is not None
         return round_sigmas(sigmas_karras(self.steps, low, high, self.rho), denoiser)
 
     def plan(self, denoiser: Any, sigmas: Sequence[float] | None = None) -> Plan:

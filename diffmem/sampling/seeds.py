@@ -16,7 +16,7 @@ class SeededGenerators:
     overwritten where the class is given), then the steps' noise.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed) % 2**32) for seed in seeds]
         if not self.generators:

@@ -118,7 +118,7 @@ def _stage(
     )
 
 
-_COMPILED: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
 def is_compiled(model: Any) -> bool:
@@ -131,7 +131,7 @@ def is_compilable(model: Any) -> bool:
     return getattr(model, "compilable", True)
 
 
-def _compiled_stage(model: Any) -> Callable:
+def _compiled_stage(model: Any) -> Callable[..., Any]:
     """The compiled stage of this denoiser, made once."""
     if not is_compilable(model):
         raise InputError(

@@ -26,7 +26,7 @@ class LowerBounds:
         queries: [Q, d] rows, of the training images' dtype.
     """
 
-    def __init__(self, index: TrainingIndex, queries: torch.Tensor):
+    def __init__(self, index: TrainingIndex, queries: torch.Tensor) -> None:
         self.coded = index.filtered
         self.shape = len(queries), len(index)
         if self.coded is None:

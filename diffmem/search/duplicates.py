@@ -145,7 +145,7 @@ class _SelfJoin:
     within the radius, and every pair only where all 64 do.
     """
 
-    def __init__(self, rows: torch.Tensor, limit: int | float, index: TrainingIndex | ShardedIndex):
+    def __init__(self, rows: torch.Tensor, limit: int | float, index: TrainingIndex | ShardedIndex) -> None:
         self.rows, self.limit, self.index = rows, limit, index
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +169,7 @@ class _SelfJoin:
 class _Forest:
     """Disjoint sets of indices, each rooted in its lowest."""
 
-    def __init__(self, parent: np.ndarray):
+    def __init__(self, parent: np.ndarray) -> None:
         self.parent = parent.copy()
 
     def root(self, index: int) -> int:

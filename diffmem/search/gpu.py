@@ -73,7 +73,7 @@ class GpuRows:
         at the first query and remembers, for other processes too (`diffmem.ops.autotune`).
     """
 
-    def __init__(self, rows: torch.Tensor, device: torch.device, backend: str | None = None):
+    def __init__(self, rows: torch.Tensor, device: torch.device, backend: str | None = None) -> None:
         self.rows, self.device, self.backend = rows, device, backend
         self.part = len(rows)
         if device.type == "cuda" and held_bytes(rows) > (room := _room(device)):
@@ -192,7 +192,7 @@ class _Bytes:
     """Some of the uint8 training rows on the device: value − 128 as int8, rows padded with zeros to what the kernel and
     cuBLAS take, and their squared norms; uint8 rows are dropped as soon as they are there."""
 
-    def __init__(self, rows: torch.Tensor, device: torch.device):
+    def __init__(self, rows: torch.Tensor, device: torch.device) -> None:
         self.count, self.d = rows.shape
         self.values, self.norms = _centered(rows, device)
         self._faiss_index = None
@@ -268,7 +268,7 @@ class _Bytes:
 class _Floats:
     """Some of the float32 training rows on the device, their mean, and the squared norms about it."""
 
-    def __init__(self, rows: torch.Tensor, device: torch.device):
+    def __init__(self, rows: torch.Tensor, device: torch.device) -> None:
         self.values = torch.empty(rows.shape, dtype=rows.dtype, device=device)
         total = torch.zeros(rows.shape[1], dtype=torch.float64, device=device)
         step = max(1, SEND_BYTES // (rows.element_size() * max(1, rows.shape[1])))

@@ -228,7 +228,7 @@ class TrainingIndex:
 class _Search:
     """One query: searches block after block and keeps count."""
 
-    def __init__(self, index: TrainingIndex, k: int):
+    def __init__(self, index: TrainingIndex, k: int) -> None:
         self.index = index
         self.k = k
         # Under "auto" it is open at first whether the bounds prune; how a block goes decides it for the next.

@@ -43,7 +43,7 @@ class Observation:
     total: int
     censored: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.count <= self.total or self.total < 1:
             raise InputError(f"{self.count} copies of {self.total} images on {self.size} training images: impossible")
 
@@ -54,7 +54,7 @@ class Posterior:
     zeta: EMM is the size at which the expected R_mem is 1 − zeta.
     """
 
-    def __init__(self, observations: Sequence[Observation], low: float, high: float, zeta: float = 0.1):
+    def __init__(self, observations: Sequence[Observation], low: float, high: float, zeta: float = 0.1) -> None:
         if not 0 < zeta < 1:
             raise InputError(f"zeta is {zeta}, but must lie between 0 and 1")
         if not 1 <= low < high:

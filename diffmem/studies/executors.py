@@ -49,7 +49,7 @@ class InProcess:
 
     slots = 1
 
-    def __init__(self, device: str = "auto"):
+    def __init__(self, device: str = "auto") -> None:
         self.device = device
 
     def submit(self, trial: Trial, folder: Path) -> Future[Result]:
@@ -75,7 +75,7 @@ class Processes:
         device: As for `run_trial`; "cuda" deals the GPUs out in turns.
     """
 
-    def __init__(self, workers: int, *, threads: int | None = None, device: str = "auto"):
+    def __init__(self, workers: int, *, threads: int | None = None, device: str = "auto") -> None:
         if workers < 1:
             raise InputError(f"{workers} workers: at least 1 is needed")
         self.slots = workers

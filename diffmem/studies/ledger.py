@@ -70,7 +70,9 @@ class Ledger:
     Raises InputError where the file cannot be opened or is none.
     """
 
-    def __init__(self, folder: str | Path, holder: str | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, folder: str | Path, holder: str | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.path = Path(folder) / FILE
         self.holder = holder or f"{socket.gethostname()}:{_process(os.getpid())}:{secrets.token_hex(4)}"
         self._clock = clock

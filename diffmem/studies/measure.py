@@ -222,7 +222,7 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
 class _Audits(AuditEvery):
     """Audits every snapshot of a trial's run, and keeps the list of what was found and spent."""
 
-    def __init__(self, trial: Trial, training: ImageSet, folder: Path, device: str):
+    def __init__(self, trial: Trial, training: ImageSet, folder: Path, device: str) -> None:
         setting = trial.setting
         super().__init__(
             training,

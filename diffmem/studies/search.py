@@ -44,7 +44,7 @@ class Search:
     runs: int = 40
     step: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("repetitions", "runs", "step"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")

@@ -82,7 +82,7 @@ class Study:
     published: str | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names):
             raise InputError(f"study {self.name}: two variants have one name")

@@ -129,7 +129,7 @@ class Trial:
     repetition: int = 0
     at_least: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 2 or self.repetition < 0:
             raise InputError(f"a run on {self.size} images, repetition {self.repetition}: at least 2, and 0")
         if self.at_least is not None and not 0 < self.at_least <= 1:

@@ -76,7 +76,7 @@ class Grids(Callback):
         count: Images in the grid, those of the first seeds.
     """
 
-    def __init__(self, out: str | Path, count: int = 16):
+    def __init__(self, out: str | Path, count: int = 16) -> None:
         self.out, self.seeds = Path(out) / "grids", range(count)
 
     def on_snapshot(self, snapshot: Snapshot) -> None:
@@ -93,7 +93,7 @@ class TensorBoard(Callback):
         out: The run's folder.
     """
 
-    def __init__(self, out: str | Path):
+    def __init__(self, out: str | Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(Path(out) / "tensorboard"))

@@ -36,8 +36,8 @@ def images_of(
         >>> images_of(1000, duration=2000)
         40000000
     """
-    given = {"images": images, "epochs": epochs, "duration": duration}
-    given = {name: value for name, value in given.items() if value is not None}
+    asked = {"images": images, "epochs": epochs, "duration": duration}
+    given = {name: value for name, value in asked.items() if value is not None}
     if len(given) != 1:
         raise InputError("the length of training: give exactly one of images=…, epochs=… and duration=…")
     ((name, value),) = given.items()
@@ -99,7 +99,7 @@ class TrainingConfig:
     tikhonov: float = 0.0
     precision: str = "ieee"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         check_trainable(self.denoiser.preconditioning)
         check_tikhonov(self.tikhonov)

@@ -142,7 +142,7 @@ def training_config(
         augment_dim=LABELS if training.get("augment") else 0,
         **network,
     )
-    seen = images_of(items_per_epoch(images, bool(training.get("xflip"))), **length)
+    seen = images_of(items_per_epoch(images, bool(training.get("xflip"))), **dict[str, Any](length))
     return TrainingConfig(denoiser, seen, seed=seed, ema=ema, **training)
 
 

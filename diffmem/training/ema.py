@@ -53,7 +53,7 @@ class EMA:
     target: float | None = None
     protocol: str = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (("rule", RULES), ("protocol", PROTOCOLS)):
             value = getattr(self, name)
             if value not in choices:

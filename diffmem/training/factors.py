@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffmem.errors import InputError
-from diffmem.models import EDM, PRESETS, VE, VP, ADMConfig, DenoiserConfig, UNetConfig, preset
+from diffmem.models import EDM, PRESETS, VE, VP, ADMConfig, DenoiserConfig, ModuleConfig, UNetConfig, preset
+from diffmem.models.preconditioning import Preconditioning
 
 _ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "ddpmpp": (PRESETS["ddpmpp_cifar10"].network, VP()),
     "ncsnpp": (PRESETS["ncsnpp_cifar10"].network, VE()),
     "adm": (PRESETS["adm_imagenet64"].network, EDM()),
 }
-_PRECONDITIONINGS = {"vp": VP(), "ve": VE(), "edm": EDM()}
+_PRECONDITIONINGS: dict[str, Preconditioning] = {"vp": VP(), "ve": VE(), "edm": EDM()}
 ARCHITECTURES, PRECONDITIONINGS = tuple(_ARCHITECTURES), tuple(_PRECONDITIONINGS)
 
 
@@ -45,8 +46,10 @@ def denoiser_config(
     Raises:
         InputError: An unknown name.
     """
+    network: UNetConfig | ADMConfig
     if preset_name is not None:
         base = preset(preset_name)
+        assert not isinstance(base.network, ModuleConfig)
         network, preconditioning = base.network, base.preconditioning
     elif arch in _ARCHITECTURES:
         network, preconditioning = _ARCHITECTURES[arch]

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from diffmem.atomic_io import output_lock
-from diffmem.data import DatasetSpec
+from diffmem.data import DatasetSpec, ImageSource
 from diffmem.errors import InputError
 from diffmem.models import Model
 from diffmem.precision import float32_products
@@ -67,7 +66,7 @@ class Run:
 
 def train(
     config: TrainingConfig,
-    data: Any,
+    data: ImageSource,
     out: str | Path,
     *,
     snapshot_images: int | None = None,
@@ -156,7 +155,7 @@ def train(
 
 def plan_training(
     config: TrainingConfig,
-    data: Any,
+    data: ImageSource,
     *,
     device: str | torch.device = "auto",
     batch_gpu: int | None = None,

@@ -16,7 +16,7 @@ class DataOrder:
     or later than an epoch from now, and no order is seen twice.
     """
 
-    def __init__(self, size: int, seed: int, window: float = 0.0):
+    def __init__(self, size: int, seed: int, window: float = 0.0) -> None:
         self._random = np.random.default_rng(seed)
         self.order = self._random.permutation(size)
         self.position = 0

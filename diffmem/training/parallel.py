@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ T = TypeVar("T")
 class Ranks:
     """The processes that share a run; each computes its slice of every batch. `rank` of `size`; 0 writes and speaks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         running = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if running else 0
         self.size = dist.get_world_size() if running else 1
@@ -30,7 +30,7 @@ class Ranks:
         """What `decide()` returns on the first process, on all; an InputError there is one everywhere."""
         if self.size == 1:
             return decide()
-        answer: list = [None, None]
+        answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 answer[0] = decide()

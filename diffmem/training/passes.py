@@ -70,8 +70,10 @@ class GraphedPass:
         if self.replay is None:
             self._capture(tensors)
         for held, given in zip(self.held, tensors, strict=True):
-            if held is not None:
+            if held is not None and given is not None:
                 held.copy_(given)
+        assert self.replay is not None
+        assert self.result is not None
         self.replay()
         return self.result
 

@@ -108,7 +108,7 @@ def _seconds_per_step(trainer: Trainer) -> Timing:
     if count < trainer.microbatch and found.median * trainer.microbatch / count <= 1.0:
         count = trainer.microbatch
     found = measure(partial(_pass, trainer, count), budget)
-    trainer.flat.values.grad.zero_()
+    trainer.flat.gradient.zero_()
     found = found.times(trainer.share / count)
     # More images in a pass take less time each, as far as there is room in the processor.
     return found if count == trainer.microbatch else found._replace(low=found.low / 2)
@@ -128,7 +128,7 @@ def graph_pays(trainer: Trainer, seconds: float) -> bool:
     finally:
         trainer.cuda_graph = "auto"
         trainer.passes = None
-        trainer.flat.values.grad.zero_()
+        trainer.flat.gradient.zero_()
 
 
 def _pass(trainer: Trainer, count: int, graphed: bool = False) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from diffmem.data import DatasetSpec, read_data
+from diffmem.data import DatasetSpec, ImageSource, read_data
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
@@ -33,7 +34,7 @@ from diffmem.training.weights import FlatParameters, make_optimizer, sanitize
 class _Objective(nn.Module):
     """The denoiser with its loss: the loss of each image, summed over its pixels."""
 
-    def __init__(self, denoiser: Denoiser | WrappedDenoiser, config: TrainingConfig):
+    def __init__(self, denoiser: Denoiser | WrappedDenoiser, config: TrainingConfig) -> None:
         super().__init__()
         self.denoiser, self.tikhonov = denoiser, config.tikhonov
         self.preconditioning = config.denoiser.preconditioning
@@ -64,7 +65,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainingConfig,
-        data: Any,
+        data: ImageSource,
         device: str | torch.device = "auto",
         batch_gpu: int | None = None,
         compile: bool | str = "auto",
@@ -103,7 +104,7 @@ class Trainer:
         self.flat_averaged = FlatParameters(self.averaged, gradients=False)
         self.optimizer = make_optimizer(config, self.flat)
         self.denoiser.autocast_dtype = AUTOCAST[config.precision]
-        self.objective = _Objective(self.denoiser, config)
+        self.objective: Callable[..., torch.Tensor] = _Objective(self.denoiser, config)
         own = isinstance(self.denoiser, WrappedDenoiser)  # its owner knows what it can be made of
         self.compile, self.cuda_graph = (False if own and each == "auto" else each for each in (compile, cuda_graph))
         self.passes: GraphedPass | None = None
@@ -153,7 +154,7 @@ class Trainer:
         shape = (config.batch, *images.shape[1:])
         level, noise = draw(config.denoiser.preconditioning, shape, self.device, self.generator)
         level, noise = level[mine], noise[mine]
-        self.flat.values.grad.zero_()
+        self.flat.gradient.zero_()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, self.share, self.microbatch):
             part = slice(start, start + self.microbatch)
@@ -161,7 +162,7 @@ class Trainer:
             torch.manual_seed(seed_of(config.seed, "dropout", self.steps, first + start))
             given = (images, level, noise, labels, augment_labels)
             loss += self.forward_backward(tuple(None if each is None else each[part] for each in given))
-        gradient = self.flat.values.grad
+        gradient = self.flat.gradient
         self.ranks.sum(gradient)
         self.ranks.sum(loss)
         sanitize(gradient)
@@ -189,7 +190,7 @@ class Trainer:
 
     def changing(self) -> list[torch.Tensor]:
         """What a pass changes: the gradient, and the network's buffers."""
-        return [self.flat.values.grad, *self.buffers.values()]
+        return [self.flat.gradient, *self.buffers.values()]
 
     def mean_losses(self) -> tuple[float, float]:
         """Mean loss per pixel since the last tick and since the last snapshot."""

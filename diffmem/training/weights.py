@@ -5,6 +5,8 @@ Small networks have hundreds of tensors of a few thousand numbers: a loop over t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -22,7 +24,7 @@ class FlatParameters:
     (`to_stored`, `from_stored`), whatever order a module prefers in memory.
     """
 
-    def __init__(self, module: nn.Module, gradients: bool):
+    def __init__(self, module: nn.Module, gradients: bool) -> None:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         regrouped = {
             id(parameter)
@@ -49,7 +51,13 @@ class FlatParameters:
             parameter.data = view
             parameter.requires_grad_(gradients)
             if gradients:
-                parameter.grad = self.values.grad.as_strided(size, stride, start)
+                parameter.grad = self.gradient.as_strided(size, stride, start)
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The gradient of `values`, where there is one."""
+        assert self.values.grad is not None
+        return self.values.grad
 
     def to_stored(self, buffer: torch.Tensor) -> torch.Tensor:
         """A copy of `buffer`, laid out like `values` (weights, their averages, an optimizer's moments), as training
@@ -79,7 +87,7 @@ def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def make_optimizer(config: TrainingConfig, flat: FlatParameters) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over the one buffer, in its fused form."""
-    shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
         return torch.optim.SGD([flat.values], momentum=config.momentum, **shared)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW

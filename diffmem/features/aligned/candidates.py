@@ -34,7 +34,7 @@ class CandidateIndex:
         components: float32 [<= 128, d], their leading principal components.
     """
 
-    def __init__(self, images: torch.Tensor, geometry: Geometry, progress: Progress = silent):
+    def __init__(self, images: torch.Tensor, geometry: Geometry, progress: Progress = silent) -> None:
         self.geometry = geometry
         sample = sample_rows(images.flatten(1)).view(-1, *images.shape[1:])
         windows = normalized(geometry.inner(sample).float())

@@ -172,7 +172,7 @@ class AlignedMatcher:
 class _threads:
     """PyTorch's number of threads, for the time of a `with` block."""
 
-    def __init__(self, threads: int | None):
+    def __init__(self, threads: int | None) -> None:
         self.threads = threads
 
     def __enter__(self) -> None:

@@ -286,7 +286,7 @@ class Comparison:
     seed: int = 0
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for points in (self.generated, self.training, self.holdout, self.second, self.second_training):
             if points is not None:
                 check_finite(points.rows, f"{points.what} images")

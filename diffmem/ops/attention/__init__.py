@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from diffmem.ops.attention import arguments, autotune, reference, torch_backend
@@ -9,7 +11,7 @@ from diffmem.ops.registry import Backend, Op, register
 from diffmem.ops.triton_ops import triton_unavailable
 
 
-def _triton_kernels():
+def _triton_kernels() -> Any:
     from diffmem.ops.attention import triton_kernels  # imports triton
 
     return triton_kernels

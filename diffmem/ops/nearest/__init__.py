@@ -73,7 +73,9 @@ def _nearest(queries: torch.Tensor, training: torch.Tensor, k: int, impl: str) -
 
 
 @_nearest.register_fake
-def _nearest_fake(queries, training, k, impl):
+def _nearest_fake(
+    queries: torch.Tensor, training: torch.Tensor, k: int, impl: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(queries, training, k)
     squared = torch.int64 if queries.dtype == torch.uint8 else torch.float64
     return queries.new_empty(len(queries), k, dtype=squared), queries.new_empty(len(queries), k, dtype=torch.int64)

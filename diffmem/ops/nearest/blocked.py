@@ -88,7 +88,7 @@ def exact_squared_distances(
 class _Products:
     """Approximate squared distances (less ‖x‖²) of one block of queries, and their guaranteed error."""
 
-    def __init__(self, queries: torch.Tensor):
+    def __init__(self, queries: torch.Tensor) -> None:
         self.integer = queries.dtype == torch.uint8
         self.format = torch.float32 if self.integer else torch.float64
         unit = 2.0**-24 if self.integer else 2.0**-53

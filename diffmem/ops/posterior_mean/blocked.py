@@ -39,7 +39,7 @@ class RunningMean:
     which saves work on the CPU and makes a GPU wait.
     """
 
-    def __init__(self, count: int, dimension: int, device: torch.device, waits: bool = True):
+    def __init__(self, count: int, dimension: int, device: torch.device, waits: bool = True) -> None:
         self.waits = waits
         self.top = torch.full((count,), -math.inf, dtype=torch.float64, device=device)
         self.mass = torch.zeros(count, dtype=torch.float64, device=device)

@@ -108,7 +108,7 @@ class Scratch:
     """Memory that calls use one after the other: pages that the system gives out again for each cost as much as a
     product over a hundred components. Calls that run at the same time get memory of their own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.free: list[torch.Tensor] = []
 
     def take(self, size: int) -> torch.Tensor:
@@ -126,7 +126,7 @@ class Scratch:
 class BlockSums:
     """Σ rows [k] float64 over the images of a block of uint8 rows [N, k]; kept for the block asked for last."""
 
-    def __init__(self, rows: torch.Tensor):
+    def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
         self.last: tuple[slice, torch.Tensor] | None = None
 
@@ -146,7 +146,7 @@ class Codes:
     components: rho float32 [levels, N], ρ(z) rounded up, and errors, the largest ‖Pz − ẑ‖.
     """
 
-    def __init__(self, rows: torch.Tensor, center: torch.Tensor, p: torch.Tensor, progress: Progress):
+    def __init__(self, rows: torch.Tensor, center: torch.Tensor, p: torch.Tensor, progress: Progress) -> None:
         p = p[: max(LANES, CODE_BYTES // len(rows))]
         self.p = torch.linalg.qr(p.double().T).Q.T.contiguous()
         n, m = len(rows), len(self.p)

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,7 +95,8 @@ class ResidentRows:
         found: list[list[Means]] = [[] for _ in requests]
         passed: list[bool] = []
         while parts or (checks and not passed):
-            group, total = [], 0
+            group: list[Any] = []
+            total = 0
             while parts and (not group or total + self._logit_bytes(parts[0][1]) <= LOGIT_BYTES):
                 total += self._logit_bytes(parts[0][1])
                 group.append(parts.pop(0))
@@ -151,7 +152,7 @@ class _Block:
 class _Call:
     """One request between its logits and its mean."""
 
-    def __init__(self, resident: ResidentRows, request: Request, tolerance: float):
+    def __init__(self, resident: ResidentRows, request: Request, tolerance: float) -> None:
         self.resident, self.request, self.tolerance = resident, request, tolerance
         count, d = request.x.shape
         self.length = _length(request.images)

@@ -66,7 +66,7 @@ class PosteriorMean(NamedTuple):
 class ListedRows:
     """Rows [n, d] of a larger set, which are gathered only as blocks of them are asked for."""
 
-    def __init__(self, rows: torch.Tensor, images: torch.Tensor):
+    def __init__(self, rows: torch.Tensor, images: torch.Tensor) -> None:
         self.rows, self.images = rows, images
 
     @property

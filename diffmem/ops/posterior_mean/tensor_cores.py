@@ -41,7 +41,7 @@ class SpanLogits(Logits):
 class TensorCoreProducts:
     """`Products` on a GPU (or in Triton's interpreter)."""
 
-    def __init__(self, u: torch.Tensor, weight: torch.Tensor, center: torch.Tensor, tolerance: float):
+    def __init__(self, u: torch.Tensor, weight: torch.Tensor, center: torch.Tensor, tolerance: float) -> None:
         self.weight, self.center = weight, center.float()
         self.lengths = u.norm(dim=1)
         self.reach = math.log(1 / (DROPPED_SHARE * tolerance))
@@ -50,7 +50,7 @@ class TensorCoreProducts:
         largest = 127 * sum(256**place for place in range(count))
         self.unit = u.abs().amax(dim=1).clamp(min=1e-30) / largest
         left = (u / self.unit[:, None]).round_()
-        planes = []
+        planes: list[torch.Tensor] = []
         for _ in range(count):  # digits −128 … 127, the lowest first
             digit = (left + 128).remainder(256) - 128
             left = (left - digit) / 256

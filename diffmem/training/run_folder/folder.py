@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmem.data import DatasetSpec, ImageSet, read_data
+from diffmem.data import DatasetSpec, ImageSet, ImageSource, read_data
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.models import checkpoint_path
@@ -91,7 +91,7 @@ class RunFolder:
         """The lines of `stats.jsonl`; a line that was cut off by a crash is left out."""
         return read_stats(self.path)
 
-    def training_images(self, data: Any = None, progress: Progress = silent) -> ImageSet:
+    def training_images(self, data: ImageSource | None = None, progress: Progress = silent) -> ImageSet:
         """The run's training set, read again from where it was, or from `data`.
 
         Raises InputError where it is not found, or is not the one that the run was trained on.

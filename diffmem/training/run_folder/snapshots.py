@@ -67,7 +67,7 @@ class KeepLast:
 
     count: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.count < 1:
             raise InputError(f"the number of snapshots to keep is {self.count}, but must be at least 1")
 
@@ -76,7 +76,7 @@ class KeepLast:
         candidates = [record for record in records if record.kept]
         scored = [record for record in candidates if record.score is not None]
         if scored:
-            kept.add(max(scored, key=lambda record: record.score).images)
+            kept.add(max(scored, key=lambda record: record.score or 0.0).images)
         elif candidates:
             kept.add(min(candidates, key=lambda record: record.loss).images)
         return kept
@@ -85,7 +85,7 @@ class KeepLast:
 class Snapshots:
     """The snapshots in a run's folder."""
 
-    def __init__(self, out: Path, keep: KeepRule = keep_all):
+    def __init__(self, out: Path, keep: KeepRule = keep_all) -> None:
         self.out, self.keep = out, keep
         self.records: list[SnapshotRecord] = read_records(out)
 
@@ -141,7 +141,7 @@ def read_records(out: Path) -> list[SnapshotRecord]:
     values = read_checked(path, _ADVICE)
     values = values.get("snapshots") if isinstance(values, dict) else values  # without checksums it was a plain list
     with parsing(path, "a list of snapshots", _ADVICE):
-        records = [SnapshotRecord(**each) for each in values]
+        records = [SnapshotRecord(**each) for each in values or ()]
         if not all(type(record.images) is int and record.images >= 0 for record in records):
             raise ValueError("a snapshot after no number of images")
         return records
