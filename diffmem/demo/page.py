@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from diffmem.html_report import template
 from diffmem.plotting import data_url
 
 if TYPE_CHECKING:
+    from diffmem.data import ImageSet
     from diffmem.demo.run import Demo, Model
 
 SHOWN = 16  # generated images of each model, seeds 0, 1, …: not chosen
@@ -36,7 +37,7 @@ def _pairs(model: Model) -> list[tuple[str, str, bool]]:
     rows = np.arange(min(SHOWN, result.total))
     return [
         (
-            data_url(result.generated.images[row]),
+            data_url(cast("ImageSet", result.generated).images[row]),
             data_url(model.training.images[result.neighbors.indices[row, 0]]),
             bool(result.memorized[row]),
         )

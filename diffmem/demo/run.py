@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Demo:
                 "samples": model.audit.total,
                 "r_mem": model.audit.ratio,
                 "interval": list(model.audit.interval),
-                "false_alarms": model.audit.holdout.ratio,
+                "false_alarms": cast(Audit, model.audit.holdout).ratio,
                 "against_unseen": model.control.ratio,
                 "over_time": [[point.epochs, point.ratio] for point in model.trajectory.points],
             }
@@ -104,7 +104,7 @@ def _run_demo(out: Path, images: int, samples: int, progress: Progress) -> Demo:
         ]
     finally:
         torch.set_num_threads(threads)
-    demo = Demo(*models, unseen, out / "report.html")
+    demo = Demo(models[0], models[1], unseen, out / "report.html")
     write_page(demo)
     return demo
 
@@ -136,8 +136,10 @@ def _model(folder: Path, training: ImageSet, unseen: ImageSet, images: int, samp
         settings=SamplerConfig(batch=100, compile="off"), training=training, holdout=unseen, device="cpu",
         progress=progress,
     )  # fmt: skip
+    assert made is not None  # on one rank
+    assert made.audit is not None  # a training set was given
     made.audit.save(folder / "audit")
-    control = audit(made.audit.generated, unseen.select(slice(len(training))), device="cpu")
+    control = audit(cast(ImageSet, made.audit.generated), unseen.select(slice(len(training))), device="cpu")
     return Model(folder, training, over_time, made.audit, control)
 
 

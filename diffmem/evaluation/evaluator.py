@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -254,7 +254,7 @@ class _Run:
         if isinstance(denoiser, torch.nn.Module) or not hasattr(denoiser, "label_dim"):
             denoiser = as_denoiser(denoiser)
         if detector is not None:
-            check_shape(detector.training, (denoiser.channels, denoiser.resolution, denoiser.resolution))
+            check_shape(cast(Any, detector.training), (denoiser.channels, denoiser.resolution, denoiser.resolution))
         self.denoiser, self.seeds, self.sampler, self.detector = denoiser, seeds, sampler, detector
         self.store, self.stop, self.images, self.copies = store, stop, images, copies
         self.ranks = _Ranks(distributed)
@@ -279,8 +279,8 @@ class _Run:
                 raise InputError("stop: there is no detector that could say how many images are copies")
             if self.store is not None:
                 self.store.begin(restart)
-                for part in self.store.read(self.judged_by):
-                    if (part := self._judged(part)) is not None:
+                for stored in self.store.read(self.judged_by):
+                    if (part := self._judged(stored)) is not None:
                         self._note_kept(part)
                         self._add(part)
             known = {seed for part in self.known for seed in part.seeds.tolist()}
@@ -362,7 +362,9 @@ class _Run:
     def _add(self, part: SeedRecords, counted: bool = False) -> None:
         """Takes records over on the first rank; judges those that were not."""
         if self.detector is not None and part.detection is None:
-            part = self._judged(part)
+            judged = self._judged(part)
+            assert judged is not None  # of this run
+            part = judged
             if self.images is not None:
                 part = self._trimmed(part)
                 if self.store is not None:

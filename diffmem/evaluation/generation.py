@@ -21,7 +21,7 @@ from diffmem.evaluation.evaluator import evaluate
 from diffmem.evaluation.seed_ranges import checked_seeds, format_seeds
 from diffmem.evaluation.seed_store import SeedStore
 from diffmem.memorization import Audit
-from diffmem.models import Denoiser, as_denoiser, checkpoint_path, fingerprint, load
+from diffmem.models import Denoiser, WrappedDenoiser, as_denoiser, checkpoint_path, fingerprint, load
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig, Samples
 from diffmem.sampling.batches import in_precision
@@ -165,7 +165,8 @@ def _generate(
     if isinstance(checkpoint, (str, Path)):
         place = pick_device(device)
         checkpoint = checkpoint_path(checkpoint)
-        denoiser, source = load(checkpoint, place), str(checkpoint)
+        denoiser: Denoiser | WrappedDenoiser = load(checkpoint, place)
+        source = str(checkpoint)
     else:
         denoiser = as_denoiser(checkpoint)
         source, place = denoiser.summary(), next(denoiser.parameters()).device
@@ -203,6 +204,7 @@ def _generate(
         None if found.labels is None else torch.from_numpy(found.labels),
     )  # fmt: skip
     if store is not None:
+        assert out is not None  # where there is a store
         _write(samples, out, progress)
         store.remove()
     audit = None

@@ -64,9 +64,13 @@ class SeedRecords:
             return parts[0]
         names = ("seeds", "digests", "constant", "images", "image_seeds")
         arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-        labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
-        detection = None if parts[0].detection is None else Detection.join([part.detection for part in parts])
-        return cls(*arrays, labels, detection)
+        labels = [part.labels for part in parts if part.labels is not None]
+        found = [part.detection for part in parts if part.detection is not None]
+        return cls(
+            *arrays,  # type: ignore[arg-type, call-arg] # as many as there are names
+            np.concatenate(labels) if labels else None,
+            Detection.join(found) if found else None,
+        )
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -279,7 +283,7 @@ class SeedStore:
             with parsing(path, "a block of images", advice):
                 found = {name.removeprefix("detection."): arrays[name] for name in arrays if "." in name}
                 ours = found and judged_by is not None and str(arrays["judged_by"]) == judged_by
-                values = {each.name: arrays.get(each.name) for each in fields(SeedRecords)}
+                values: dict[str, Any] = {each.name: arrays.get(each.name) for each in fields(SeedRecords)}
                 if any(values[name] is None for name in ("seeds", "digests", "constant", "images", "image_seeds")):
                     raise ValueError("an array is missing")
                 return SeedRecords(**{**values, "detection": Detection.from_arrays(found) if ours else None})

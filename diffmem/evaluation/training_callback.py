@@ -77,7 +77,7 @@ class AuditEvery(Callback):
         point = Point(snapshot.images, snapshot.epochs, snapshot.loss, found, self.test)
         self.points.append(point)
         self.on_audit(point)
-        if not point.answer:
+        if not point.answer or self.stop is None:
             return StopDecision(score=point.ratio)
         reason = f"R_mem is at least {self.stop.at_least:.4g} ({point.count} of {point.total} images are copies)"
         return StopDecision(point.ratio, stop=True, reason=reason)

@@ -21,7 +21,7 @@ from diffmem.evaluation.seed_ranges import PROTOCOL_SEEDS, checked_seeds, format
 from diffmem.evaluation.seed_store import SeedStore
 from diffmem.memorization import CopyDetector, CopyRate, ReportsRate, SequentialTest, highest_interval
 from diffmem.memorization.plausibility import single_color_share
-from diffmem.models import Denoiser, Model, fingerprint, load
+from diffmem.models import Denoiser, Model, WrappedDenoiser, fingerprint, load
 from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, SnapshotRecord, Stats
@@ -69,7 +69,7 @@ class Point(ReportsRate):
 def evaluate_snapshot(
     run: Path,
     images: int,
-    denoiser: Denoiser,
+    denoiser: Denoiser | WrappedDenoiser,
     seeds: Sequence[int],
     sampler: SamplerConfig,
     detector: CopyDetector,
@@ -81,9 +81,11 @@ def evaluate_snapshot(
     is known of it."""
     identity = identity_of(fingerprint(denoiser), sampler, detector, next(denoiser.parameters()).device)
     store = SeedStore.within(run / FOLDER / "audits", f"{images:09d}", identity)
-    return evaluate(
+    found = evaluate(
         denoiser, seeds, sampler, detector, store, test, images=0, copies=COPIES, stage=stage, progress=progress
     )  # fmt: skip
+    assert found is not None  # on one rank
+    return found
 
 
 @dataclass(frozen=True, eq=False)

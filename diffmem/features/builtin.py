@@ -20,7 +20,9 @@ HASH_SIDE, HASH_FACTOR = 8, 4  # as imagehash.phash has them
 class Pixels:
     """The gray levels as they are: squared distances are exact integers."""
 
-    name, metric, fingerprint, batch, resizes = "pixels", "euclidean", "pixels", 4096, False
+    name = fingerprint = "pixels"
+    metric: Metric = "euclidean"
+    batch, resizes = 4096, False
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1)
@@ -31,7 +33,9 @@ class PerceptualHash:
     to 32 × 32, lie above their median; the bits of `imagehash.phash` (Krawetz 2011). Compared by the number of bits
     that differ."""
 
-    name, metric, fingerprint, batch, resizes = "hash", "hamming", "phash 8x8 of 32x32", 4096, True
+    name, fingerprint = "hash", "phash 8x8 of 32x32"
+    metric: Metric = "hamming"
+    batch, resizes = 4096, True
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         from PIL import Image
@@ -77,7 +81,7 @@ class Function:
         resizes: bool = False,
     ):
         self.function, self.metric, self.batch = function, metric, batch
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", type(function).__name__)
         self.device, self.prepare = torch.device(device), prepare
         self.fingerprint, self.resizes = fingerprint, resizes
 

@@ -58,7 +58,7 @@ def extract(
     progress = progress or silent
     images = load_images(source, progress=progress)
     maker = extractor(features, **options)
-    about = {"names": images.names, "source": images.source, "features": maker.name}
+    about: dict[str, Any] = {"names": images.names, "source": images.source, "features": maker.name}
     if isinstance(maker, Pixels):
         return FeatureSet(images.images.reshape(len(images), -1), maker.metric, _pixels(images), **about)
     if images.images.dtype != np.uint8:
@@ -116,6 +116,7 @@ def _vectors(images: ImageSet, maker: FeatureExtractor, progress: Progress) -> n
         vectors[rows] = made
     progress(stage, len(leaders), len(leaders))
     copies = np.flatnonzero(of != np.arange(len(images)))
+    assert vectors is not None  # there is an image
     vectors[copies] = vectors[of[copies]]
     return vectors
 

@@ -36,11 +36,20 @@ class FeatureExtractor(Protocol):
         resizes: Whether images of any size can be compared with each other, since they are brought to one.
     """
 
-    name: str
-    metric: Metric
-    fingerprint: str | None
-    batch: int
-    resizes: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> Metric: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def resizes(self) -> bool: ...
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """The vectors of images.

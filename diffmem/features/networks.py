@@ -90,7 +90,7 @@ def onnx(path: str | Path, preprocessing: str | None, options: dict[str, Any]) -
     except ImportError:
         raise MissingExtraError("onnxruntime", "onnx", f"{path}: running ONNX files") from None
     device = pick_device(options["device"])
-    providers = ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     settings = onnxruntime.SessionOptions()
@@ -141,8 +141,8 @@ class _OnnxNetwork:
         self.__name__ = path.name
 
     def __call__(self, images: torch.Tensor) -> np.ndarray:
-        values = images.permute(0, 2, 3, 1) if self.last else images
-        values = np.ascontiguousarray(values.cpu().numpy(), self.dtype)
+        ordered = images.permute(0, 2, 3, 1) if self.last else images
+        values = np.ascontiguousarray(ordered.cpu().numpy(), self.dtype)
         return np.concatenate([self._run(part) for part in self._parts(values)])[: len(values)]
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
@@ -215,7 +215,7 @@ def _preset_of(configuration: Any) -> Preprocessing:
     if tuple(round(value, 3) for value in configuration.mean) == tuple(round(v, 3) for v in PRESETS["clip"].mean):
         return PRESETS["clip"]
     side = configuration.input_size[1]
-    filter = "bicubic" if configuration.interpolation == "bicubic" else "bilinear"
+    filter: Any = "bicubic" if configuration.interpolation == "bicubic" else "bilinear"
     return Preprocessing(
         "timm", int(side / configuration.crop_pct), crop=side, filter=filter,
         mean=tuple(configuration.mean), std=tuple(configuration.std),

@@ -149,8 +149,8 @@ def _read_pt(path: Path, key: str | None) -> tuple[np.ndarray, None, tuple[str, 
     content = read_torch_file(path, "torch file", advice)
     if isinstance(content, TensorRecord):
         content = {"features": content}
-    records = content.items() if isinstance(content, dict) else ()
-    records = {str(name): value for name, value in records if isinstance(value, TensorRecord)}
+    items = content.items() if isinstance(content, dict) else ()
+    records = {str(name): value for name, value in items if isinstance(value, TensorRecord)}
     with parsing(path, "a complete torch file", advice):
         chosen = _pick(list(records), key, path)
         try:
@@ -210,7 +210,11 @@ def _read_folder(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | N
         if not parts:
             raise InputError(f"{beside}: no features in this folder: give {_READ}")
         pieces = [_read_parquet(part, key) for part in parts]
-        names = None if any(each is None for _, each, _ in pieces) else [name for _, each, _ in pieces for name in each]
+        names = (
+            None
+            if any(each is None for _, each, _ in pieces)
+            else [name for _, each, _ in pieces for name in each or ()]
+        )
         return _joined([vectors for vectors, _, _ in pieces], parts), names, ()
     vectors = _joined([map_npy(part) for part in parts], parts)
     metadata = sorted((beside / "metadata").glob("*.parquet"), key=_natural)

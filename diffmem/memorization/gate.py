@@ -85,5 +85,5 @@ def decide_gate(
     if max_copies is not None and count > max_copies:
         closed.append(f"{count:,} copies are more than {max_copies:,}")
     undecided += [f"the audit carries a warning: {warning}" for warning in warnings]
-    state = "closed" if closed else "undecided" if undecided else "passed"
+    state: Any = "closed" if closed else "undecided" if undecided else "passed"
     return Gate(state, (*closed, *undecided))

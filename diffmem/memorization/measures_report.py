@@ -159,7 +159,7 @@ def _charts(found: Measures) -> list[str]:
         with plot() as figure:
             axes = figure.add_subplot()
             held = "held-out real images"
-            looks = ({"color": "#3866a8", "label": "generated"},
+            looks: Any = ({"color": "#3866a8", "label": "generated"},
                      {"color": "#c2571a", "label": held, "histtype": "step", "linewidth": 1.4})  # fmt: skip
             for values, look in zip(sets, looks, strict=False):
                 axes.hist(values, edges, weights=np.full(len(values), 1 / len(values)), **look)

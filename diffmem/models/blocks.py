@@ -283,7 +283,7 @@ class UNetBlock(nn.Module):
         self.affine = nn.Linear(style.emb_channels, out_channels * (2 if style.adaptive else 1))
         self.norm1 = GroupNorm(out_channels, style.eps)
         self.conv1 = Conv3x3(out_channels, out_channels)
-        self.skip: nn.Conv2d | None = None
+        self.skip: nn.Conv2d | Resample | None = None
         if in_channels != out_channels or (resample is not None and not style.resample_skip):
             self.skip = convolution(out_channels, 1)
         elif resample is not None:
@@ -348,7 +348,7 @@ class UNetBlock(nn.Module):
             return x
         if not self.zero_channels:
             return self.skip(x)
-        return F.conv2d(x, self.skip.weight[:, : x.shape[1]], self.skip.bias)
+        return F.conv2d(x, self.skip.weight[:, : x.shape[1]], self.skip.bias)  # type: ignore[arg-type, index, union-attr]
 
 
 def _stretch(image: torch.Tensor, dim: int, size: int) -> torch.Tensor:

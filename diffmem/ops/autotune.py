@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -77,7 +77,7 @@ class AutotuneCache:
         if found is None:
             self.add(device, case, measure())
             found = self.best(device, case)
-        return found
+        return cast(str, found)
 
     def add(self, device: str, case: str, seconds: Timing) -> None:
         """Remembers a measurement, and writes it beside what other processes have written by now."""

@@ -276,6 +276,7 @@ class OptimalDenoiser(nn.Module):
         """Sorted rows of the random subset for this noise level (of one class)."""
         digest = hashlib.sha256(f"{self.seed} {sigma.hex()} {start}".encode()).digest()
         generator = np.random.default_rng(int.from_bytes(digest[:16], "little"))
+        assert self.subset is not None
         size = min(self.subset, stop - start)
         return torch.from_numpy(np.sort(generator.choice(stop - start, size, replace=False)) + start)
 
@@ -286,8 +287,8 @@ class OptimalDenoiser(nn.Module):
         level. Where labels or subsets are asked for, the device is waited for: they are drawn on the CPU."""
         classes = self._classes(labels, len(levels))
         if self.subset is None:
-            return classes
-        parts = []
+            return list(classes)
+        parts: list[tuple[torch.Tensor | None, tuple[int, int] | torch.Tensor]] = []
         known = levels.cpu()
         for chosen, (start, stop) in classes:
             queries = torch.arange(len(levels)) if chosen is None else chosen.cpu()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,7 +97,11 @@ class Smoothed:
 
 
 Regularization = Tikhonov | EmpiricalBayes | Smoothed
-_KINDS = {"tikhonov": Tikhonov, "bayes": EmpiricalBayes, "smooth": Smoothed}
+_KINDS: dict[str, Callable[[float], Regularization]] = {
+    "tikhonov": Tikhonov,
+    "bayes": EmpiricalBayes,
+    "smooth": Smoothed,
+}
 
 
 def parse_regularization(text: str) -> Regularization:

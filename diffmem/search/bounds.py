@@ -89,6 +89,7 @@ class LowerBounds:
 
     def _reach(self, squared: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
         """How far apart the codes of two points within a distance can be."""
+        assert self.coded is not None
         return self.coded.scale * squared.double().sqrt() * self.rounding + errors * (1 + 1e-6) + self.slack
 
 

@@ -105,9 +105,9 @@ class DistinctNeighbors:
             rows = open_rows[firsts[open_rows] == first]
             others = self._outside(first)
             index = TrainingIndex(self.training[others], device=str(self.index.device))
-            found = self._nearest(index, images[rows], 1)
-            found = Neighbors(others[found.indices], found.squared_distances, found.dimension, found.mirrored)
-            _set_second(result, rows, found, np.arange(len(rows)), np.zeros(len(rows), np.int64))
+            near = self._nearest(index, images[rows], 1)
+            near = Neighbors(others[near.indices], near.squared_distances, near.dimension, near.mirrored)
+            _set_second(result, rows, near, np.arange(len(rows)), np.zeros(len(rows), np.int64))
         return result
 
     def are_duplicates(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -161,7 +161,7 @@ def _set_second(
 ) -> None:
     target.indices[rows, 1] = source.indices[source_rows, columns]
     target.squared_distances[rows, 1] = source.squared_distances[source_rows, columns]
-    if target.mirrored is not None:
+    if target.mirrored is not None and source.mirrored is not None:
         target.mirrored[rows, 1] = source.mirrored[source_rows, columns]
 
 

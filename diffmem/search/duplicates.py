@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,15 +156,16 @@ class _SelfJoin:
             if k > len(self.rows) or len(open_rows) == 0:
                 break
             neighbors = self.index.query(images[open_rows], k)
-            within = neighbors.squared_distances <= self.limit
+            within: Any = neighbors.squared_distances <= self.limit
             full = within.all(axis=1)
             rows, columns = np.nonzero(within & ~full[:, None])
             found.append((open_rows[rows], neighbors.indices[rows, columns]))
             open_rows = open_rows[full]
         if len(open_rows):
-            rows, columns, _ = pairs_within(as_rows(images[open_rows]), self.rows, self.limit)
-            found.append((open_rows[rows.numpy()], columns.numpy()))
-        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+            first, second, _ = pairs_within(as_rows(images[open_rows]), self.rows, self.limit)
+            found.append((open_rows[first.numpy()], second.numpy()))
+        queries, training = zip(*found, strict=True)
+        return np.concatenate(queries), np.concatenate(training)
 
 
 class _Forest:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,7 +194,7 @@ class FaissIndex:
         """
         faiss = _faiss()
         on_cpu = faiss.index_gpu_to_cpu(self._index) if self.device == "cuda" else self._index
-        description = {
+        description: dict[str, Any] = {
             "format": FORMAT,
             "factory": self.factory,
             "nprobe": self.nprobe,
@@ -265,7 +266,7 @@ class FaissIndex:
         second = float(found[:, 1].mean()) if k > 1 else float("nan")
         return float(found[:, 0].mean()), second, len(chosen)
 
-    def _set_nprobe(self, faiss, nprobe: int | None) -> int | None:
+    def _set_nprobe(self, faiss: Any, nprobe: int | None) -> int | None:
         if "IVF" not in self.factory:
             return None
         lists = int(self.factory.split("IVF")[1].split(",")[0].split("_")[0])
@@ -275,7 +276,7 @@ class FaissIndex:
         return min(nprobe, lists)
 
 
-def _faiss():
+def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
@@ -290,7 +291,7 @@ def _checked_rows(images: Images, what: str) -> torch.Tensor:
     return rows
 
 
-def _pick_device(faiss, device: str) -> str:
+def _pick_device(faiss: Any, device: str) -> str:
     gpus = faiss.get_num_gpus()
     if device == "auto":
         return "cuda" if gpus and not os.environ.get(SETTING, "").startswith("cpu") else "cpu"
@@ -304,7 +305,7 @@ def _pick_device(faiss, device: str) -> str:
     return device.split(":")[0]
 
 
-def _to_gpus(faiss, index, float16: bool):
+def _to_gpus(faiss: Any, index: Any, float16: bool) -> Any:
     """On one GPU as it is; on several with the vectors divided among them, so that the largest sets fit."""
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
@@ -330,7 +331,7 @@ def _sample(total: int, size: int) -> np.ndarray:
     return np.arange(size) * total // size if size else np.empty(0, np.int64)
 
 
-def _training_points(faiss, index) -> int:
+def _training_points(faiss: Any, index: Any) -> int:
     """Vectors that FAISS's own training makes use of: 256 for each of the larger of its lists and codes."""
     ivf = faiss.try_extract_index_ivf(index)
     return 256 * max(256, ivf.nlist if ivf is not None else 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Code:
         )
 
     @property
-    def native(self):
+    def native(self) -> Any:
         return native_module().NearestCode(*(a.ctypes.data for a in (self.coarse, self.fine, self.sq, self.error)))
 
 
@@ -87,7 +88,7 @@ class FilteredRows:
         return LARGEST_CODE / self.scale if self.scale > 0 else np.inf
 
     @cached_property
-    def native(self):
+    def native(self) -> Any:
         arrays = {
             name: getattr(self, name).ctypes.data
             for name in ("panels", "bias", "fine", "order", "error", "centroids", "centroid_bias", "starts")
@@ -114,7 +115,7 @@ class FilteredRows:
         """Codes of training rows, as `build` makes them."""
         return _encode(rows, self.basis, self.scale, self.steps, self.levels, False)
 
-    def search(self, queries: torch.Tensor, code: Code, k: int, allowance: float = 1.0):
+    def search(self, queries: torch.Tensor, code: Code, k: int, allowance: float = 1.0) -> Any:
         """Squared distances [Q, k], indices [Q, k] and the core's account of the work; see `search_filtered` there."""
         integer = queries.dtype == torch.uint8
         squared = np.empty((len(queries), k), np.int64 if integer else np.float64)
@@ -184,7 +185,9 @@ def _block(d: int) -> int:
     return max(1, BLOCK_VALUES // d)
 
 
-def _encode(rows: torch.Tensor, basis: ByteBasis | FloatBasis, scale: float, steps: int, levels: int, queries: bool):
+def _encode(
+    rows: torch.Tensor, basis: ByteBasis | FloatBasis, scale: float, steps: int, levels: int, queries: bool
+) -> Any:
     code = Code.empty(len(rows), steps, levels)
     core, threads = native_module(), torch.get_num_threads()
     if isinstance(basis, ByteBasis):

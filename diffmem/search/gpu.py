@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,7 @@ class GpuRows:
             squared, indices = OP[self.backend].function(part, queries, min(k, len(part)))
             found = squared, indices + start
             best = found if best is None else _merge(best, found, k)
+        assert best is not None  # there is a row
         return best
 
     def _parts(self) -> Iterator[tuple[int, _Bytes | _Floats]]:
@@ -124,7 +126,9 @@ class GpuRows:
             kind = _Bytes if self.rows.dtype == torch.uint8 else _Floats
             trial = kind(self.rows[:TRIAL_ROWS], self.device)
             some = queries[:TRIAL_QUERIES]
-            runs = {name: partial(OP[name].function, trial, some, min(k, len(trial))) for name in backends}
+            runs: dict[str, Any] = {
+                name: partial(OP[name].function, trial, some, min(k, len(trial))) for name in backends
+            }
             return seconds_of(runs, self.device)
 
         return CACHE.fastest(device_name(self.device), case, backends, measure)
@@ -195,7 +199,7 @@ class _Bytes:
     def __init__(self, rows: torch.Tensor, device: torch.device) -> None:
         self.count, self.d = rows.shape
         self.values, self.norms = _centered(rows, device)
-        self._faiss_index = None
+        self._faiss_index: Any = None
 
     def __len__(self) -> int:
         return self.count
@@ -236,6 +240,7 @@ class _Bytes:
                 keys = keys.topk(min(k, stop - start), largest=False, sorted=True).values
                 found = keys // TRAINING_BLOCK, keys % TRAINING_BLOCK + start
                 best = found if best is None else _merge(best, found, k)
+            assert best is not None
             answers.append(best)
         return _stacked(answers)
 
@@ -254,10 +259,10 @@ class _Bytes:
             _replace(answer, uncertain, self._products(x[uncertain], norms[uncertain], k))
         return answer
 
-    def _build_faiss(self):
+    def _build_faiss(self) -> Any:
         import faiss
 
-        index = faiss.IndexFlatL2(self.d)
+        index: Any = faiss.IndexFlatL2(self.d)
         if self.values.device.type == "cuda":
             index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), self.values.device.index or 0, index)
         for block in self.values[: self.count].split(TRAINING_BLOCK):
@@ -317,6 +322,7 @@ class _Floats:
             near = approximate.topk(min(width, len(y)), dim=1, largest=False)
             found = near.values, near.indices + start
             best = found if best is None else _merge(best, found, width)
+        assert best is not None
         approximate, proposed = best
         bound = approximate[:, -1].double() + norms - self.margin(norms)
         return _certified(queries, self.values, proposed, bound, k, width == len(self))

@@ -89,6 +89,11 @@ class TrainingIndex:
         ([[0, 1]], [[1, 18]])
     """
 
+    method: str
+    rows: torch.Tensor
+    filtered: filtered.FilteredRows | None
+    _faiss: FaissIndex | None
+
     def __init__(
         self,
         images: Images,
@@ -105,7 +110,7 @@ class TrainingIndex:
         if components is not None and components < 1:
             raise InputError(f"components must be at least 1, got {components}")
         self._prepare(rows, method, device)
-        self.filtered: filtered.FilteredRows | None = None
+        self.filtered = None
         if self.method == "faiss":
             self._faiss = FaissIndex(rows, factory, device=device, progress=progress)
         self.fingerprint  # noqa: B018  taken now: the caller's array may be written to later
@@ -116,7 +121,7 @@ class TrainingIndex:
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
         self.device = pick_device(device)
-        self._faiss: FaissIndex | None = None
+        self._faiss = None
         # Rows whose values are not adjacent are copied: the core reads whole rows.
         self.rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
         if method == "auto":
@@ -164,6 +169,7 @@ class TrainingIndex:
         """
         if self._faiss is not None:
             answer = self._faiss.query(images, k, progress=progress)
+            assert self._faiss.stats is not None
             self.stats = self._faiss.stats
             return answer
         queries = as_rows(images, "query images")
@@ -262,7 +268,9 @@ class _Search:
         if self.index.filtered is None:
             return self._dense(queries)
         if self.index.method == "filtered":
-            return self._filtered(queries, NEVER)
+            certain = self._filtered(queries, NEVER)
+            assert certain is not None  # it never gives up
+            return certain
         if len(queries) * self.index.rows.numel() <= SMALL_PROBLEM:
             return self._dense(queries)
         if not self.trusted and len(queries) > 4 * PROBE:
@@ -273,14 +281,14 @@ class _Search:
         if not self.trusted and len(queries) > 4 * PROBE:
             return self._dense(queries)
         start = time.perf_counter()
-        answer = self._filtered(queries, ALLOWANCE)
-        self.trusted = answer is not None
-        if answer is None:
+        found = self._filtered(queries, ALLOWANCE)
+        self.trusted = found is not None
+        if found is None:
             return self._dense(queries)
         if len(queries) > 4 * PROBE:
             per_pair = (time.perf_counter() - start) / (len(queries) * len(self.index))
             self.trusted = per_pair < self._dense_seconds_per_pair(queries)
-        return answer
+        return found
 
     def stats(self, queries: int) -> QueryStats:
         used = [
@@ -313,14 +321,15 @@ class _Search:
     def _filtered(self, queries: torch.Tensor, allowance: float) -> tuple[np.ndarray, np.ndarray] | None:
         """None where the bounds prune too little."""
         index = self.index.filtered
+        assert index is not None
         near = None if queries.dtype == torch.uint8 else index.within_reach(queries)
         if near is not None and not bool(near.all()):
             # Farther out than the code reaches: no training image is near, and there are few such queries.
-            answers = self._filtered(queries[near], allowance), self._dense(queries[~near])
-            if answers[0] is None:
+            inside, outside = self._filtered(queries[near], allowance), self._dense(queries[~near])
+            if inside is None:
                 return None
-            squared, indices = (np.empty((len(queries), self.k), part.dtype) for part in answers[1])
-            for rows, (some_squared, some_indices) in zip((near.numpy(), ~near.numpy()), answers, strict=True):
+            squared, indices = (np.empty((len(queries), self.k), part.dtype) for part in outside)
+            for rows, (some_squared, some_indices) in ((near.numpy(), inside), (~near.numpy(), outside)):
                 squared[rows], indices[rows] = some_squared, some_indices
             return squared, indices
         start = time.perf_counter()

@@ -57,7 +57,7 @@ class Neighbors:
             return parts[0]
         arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "squared_distances")]
         mirrored = None if parts[0].mirrored is None else np.concatenate([part.mirrored for part in parts])
-        return cls(*arrays, parts[0].dimension, mirrored)
+        return cls(arrays[0], arrays[1], parts[0].dimension, mirrored)
 
     def copy(self) -> Neighbors:
         """The same with arrays of its own."""

@@ -54,7 +54,7 @@ def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | Non
 
 
 @contextmanager
-def new_index_folder(folder: Path, description: dict) -> Iterator[Path]:
+def new_index_folder(folder: Path, description: dict[str, Any]) -> Iterator[Path]:
     """A folder beside `folder` to write an index into; gets its description and takes the place of `folder` when whole.
 
     Raises InputError where `folder` exists and is not an index, or cannot be written.
@@ -103,8 +103,9 @@ def load(folder: Path) -> tuple[str, torch.Tensor, FilteredRows | None]:
             # Products with bytes are added up in 32 bits.
             if 128 * int(np.abs(fields["p"].astype(np.int64)).sum(axis=1).max()) >= 2**31:
                 raise ValueError("a basis whose products overflow")
-            basis = ByteBasis(norm=float.fromhex(description["basis_norm"]), **fields)
-            if rows.dtype != torch.uint8 or not (math.isfinite(basis.norm) and basis.norm >= 0):
+            norm = float.fromhex(description["basis_norm"])
+            basis: ByteBasis | FloatBasis = ByteBasis(norm=norm, **fields)
+            if rows.dtype != torch.uint8 or not (math.isfinite(norm) and norm >= 0):
                 raise ValueError("a basis for other images")
         else:
             check_array(fields["a"], "basis_a", (coordinates, dimension), np.float64)
@@ -166,7 +167,7 @@ def _check_sample(index: FilteredRows, steps: int) -> None:
             raise ValueError("its codes are not those of its images")
 
 
-def _fingerprint(arrays: dict[str, np.ndarray], description: dict) -> str:
+def _fingerprint(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:
     """SHA-256 over the description and every array's name, shape, dtype and contents."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(arrays):

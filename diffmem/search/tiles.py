@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -136,11 +138,13 @@ def _order(queries: torch.Tensor, sample: torch.Tensor, limit: torch.Tensor) -> 
         squared = torch.cdist(x, y).square_()
         shares.append((squared <= limit[:, None]).sum(dim=1))
         means.append(squared.mean(dim=1))
-    shares, means = torch.stack(shares, dim=1).double(), torch.stack(means, dim=1).double()
-    return (shares - means / (means.amax(dim=1, keepdim=True) + 1)).argsort(dim=1, stable=True)
+    share, mean = torch.stack(shares, dim=1).double(), torch.stack(means, dim=1).double()
+    return (share - mean / (mean.amax(dim=1, keepdim=True) + 1)).argsort(dim=1, stable=True)
 
 
-def _search_native(queries, block, order, start: int, near, limit: torch.Tensor, answer: torch.Tensor) -> None:
+def _search_native(
+    queries: Any, block: Any, order: Any, start: int, near: Any, limit: torch.Tensor, answer: torch.Tensor
+) -> None:
     native_module().tile_max_search(
         native_rows(block.flatten(1)),
         native_rows(queries.flatten(1)),
@@ -154,7 +158,9 @@ def _search_native(queries, block, order, start: int, near, limit: torch.Tensor,
     )
 
 
-def _search_torch(queries, block, order, start: int, near, limit: torch.Tensor, answer: torch.Tensor) -> None:
+def _search_torch(
+    queries: Any, block: Any, order: Any, start: int, near: Any, limit: torch.Tensor, answer: torch.Tensor
+) -> None:
     """The same, a query at a time: its pairs that are left after each tile."""
     tiles = queries.shape[1]
     for query in range(len(queries)):

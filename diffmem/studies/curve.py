@@ -102,7 +102,7 @@ class Posterior:
         """The probability that EMM is below `size`."""
         return float(np.interp(math.log(size), self.log_sizes, np.cumsum(self.marginal) - self.marginal / 2))
 
-    def curve(self, sizes: Sequence[float], confidence: float = 0.95) -> np.ndarray:
+    def curve(self, sizes: Sequence[float] | np.ndarray, confidence: float = 0.95) -> np.ndarray:
         """[len(sizes), 3]: lower end, median and upper end of the expected R_mem at each size."""
         rows = []
         means = _mean_links()
@@ -112,7 +112,7 @@ class Posterior:
             order = np.argsort(expected)
             heights = np.cumsum(flat[order])
             wanted = ((1 - confidence) / 2, 0.5, (1 + confidence) / 2)
-            rows.append([expected[order[min(np.searchsorted(heights, each), len(order) - 1)]] for each in wanted])
+            rows.append([expected[order[min(int(np.searchsorted(heights, each)), len(order) - 1)]] for each in wanted])
         return np.array(rows)
 
     @property

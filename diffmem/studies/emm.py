@@ -224,7 +224,7 @@ def _find_emm(
         seen: list[Observation | None] = []
         for outcome in run_trials(trials, out, executor, on_trial=on_trial):
             if outcome.result is None:
-                failures.append((outcome.trial.size, outcome.error))
+                failures.append((outcome.trial.size, outcome.error or ""))
             else:
                 results.append(outcome.result)
             seen.append(None if outcome.result is None else observation(outcome.result))

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.studies.measure import Result, run_trial
@@ -94,8 +94,10 @@ class Processes:
                     1, multiprocessing.get_context("spawn"), _begin_process, (self.threads, os.getpid())
                 )
             try:
-                self._processes[place] = self._pools[place].submit(os.getpid).result()
-                future = self._pools[place].submit(run_trial, trial, folder, self._device(place))
+                self._processes[place] = cast(ProcessPoolExecutor, self._pools[place]).submit(os.getpid).result()
+                future = cast(ProcessPoolExecutor, self._pools[place]).submit(
+                    run_trial, trial, folder, self._device(place)
+                )
             except BrokenProcessPool:
                 _log.warning("a process that ran trials has died; another takes its place")
                 self._pools[place] = None  # its process died with the trial before

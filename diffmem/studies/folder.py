@@ -88,9 +88,9 @@ def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
     for folder in sorted(trials_folder(root).glob("*")):
         if (result := read_result(folder)) is not None:
             results[result.key] = result
-    errors = {}
+    errors: dict[str, str] = {}
     if (root / FILE).exists():
-        errors = {entry.key: entry.error for entry in Ledger(root).entries().values() if entry.state == FAILED}
+        errors = {entry.key: entry.error or "" for entry in Ledger(root).entries().values() if entry.state == FAILED}
     return find_among(studies, results, errors)
 
 

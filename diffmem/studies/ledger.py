@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffmem.errors import InputError
 from diffmem.studies.trial import Trial
@@ -99,17 +100,17 @@ class Ledger:
         with self._transaction() as connection:
             known = {row["key"]: row for row in connection.execute("SELECT * FROM trials")}
             lost = [key for key in keys if key in known and self._lost(known[key])]
-            for key in lost:
-                if known[key]["losses"] >= LOSSES:
+            for gone in lost:
+                if known[gone]["losses"] >= LOSSES:
                     connection.execute(
                         "UPDATE trials SET state = 'failed', attempts = ?, holder = NULL, lease = NULL, error = ?,"
                         " changed = ? WHERE key = ?",
-                        (ATTEMPTS, f"{LOSSES + 1} processes died while they ran it", time.time(), key),
+                        (ATTEMPTS, f"{LOSSES + 1} processes died while they ran it", time.time(), gone),
                     )
-                    del known[key]
+                    del known[gone]
             waiting = [key for key in keys if key in known and self._free(known[key])]
             # A trial that failed before comes after those that never did.
-            key = min(waiting, key=lambda key: known[key]["attempts"], default=None)
+            key: str | None = min(waiting, key=lambda key: known[key]["attempts"], default=None)
             if key is not None:
                 connection.execute(
                     "UPDATE trials SET state = 'running', losses = losses + (state = 'running'), holder = ?, lease = ?,"
@@ -157,10 +158,10 @@ class Ledger:
             rows = connection.execute(f"SELECT {', '.join(names)} FROM trials")
             return {row["key"]: Entry(**row) for row in rows}
 
-    def _free(self, row: dict[str, object]) -> bool:
+    def _free(self, row: dict[str, Any]) -> bool:
         return self._lost(row) or row["state"] == WAITING or (row["state"] == FAILED and row["attempts"] < ATTEMPTS)
 
-    def _lost(self, row: dict[str, object]) -> bool:
+    def _lost(self, row: dict[str, Any]) -> bool:
         if row["state"] != RUNNING:
             return False
         lease, now = (row["holder"], row["lease"]), self._clock()
@@ -211,7 +212,7 @@ class Ledger:
                 raise
 
 
-def _row(cursor: sqlite3.Cursor, values: tuple) -> dict[str, object]:
+def _row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> dict[str, Any]:
     return {column[0]: value for column, value in zip(cursor.description, values, strict=True)}
 
 

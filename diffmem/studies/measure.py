@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -249,7 +249,7 @@ class _Audits(AuditEvery):
         self.parameters = plan.parameters
         self.since = time.perf_counter()
 
-    def on_snapshot(self, snapshot: Snapshot) -> StopDecision:
+    def on_snapshot(self, snapshot: Snapshot) -> StopDecision | None:
         now = time.perf_counter()
         self.training_seconds += now - self.since
         self.since = now
@@ -306,7 +306,9 @@ def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, at: int, 
     denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
     config = replace(settings, batch=SHOWN, compile="off")
     found = evaluate(denoiser, range(SHOWN), config, detector)
-    nearest = detector.training.images[found.nearest]
+    assert found is not None  # on one rank
+    nearest = cast(ImageSet, detector.training).images[found.nearest]
+    assert found.detection is not None
     if (mirrored := found.detection.neighbors.mirrored) is not None:
         nearest = np.where(mirrored[:, 0, None, None, None], nearest[..., ::-1], nearest)
     with atomic_file(folder / GALLERY) as partial, partial.open("wb") as stream:

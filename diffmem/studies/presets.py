@@ -70,7 +70,7 @@ def build(name: str, scale: str = "digits", source: str | None = None, other: st
     return replace(study, notes=notes + study.notes)
 
 
-def _variant(name: str, base: Setting, changes: dict[str, Any], x: float | None = None, sizes=None) -> Variant:
+def _variant(name: str, base: Setting, changes: dict[str, Any], x: float | None = None, sizes: Any = None) -> Variant:
     return Variant(name, Setting.from_json(changed(base.to_json(), changes)), x, sizes)
 
 
@@ -100,6 +100,7 @@ def _size(scale: str, base: Setting, other: str | None) -> Study:
 
 
 def _resolution(scale: str, base: Setting, other: str | None) -> Study:
+    levels: dict[int, tuple[int, ...]]
     if scale == "digits":
         levels = dict.fromkeys((8, 4), (20, 30, 50, 100))
     else:
@@ -229,9 +230,9 @@ def _weight_decay(scale: str, base: Setting, other: str | None) -> Study:
 
 def _ema(scale: str, base: Setting, other: str | None) -> Study:
     if scale == "digits":
-        levels, sizes = (0.999, 0.99, 0.9, 0.5, 0.0), (30,)
+        levels, sizes = [0.999, 0.99, 0.9, 0.5, 0.0], [30]
     else:
-        levels, sizes = (0.99929, 0.999, 0.99, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0), (1000, 2000)
+        levels, sizes = [0.99929, 0.999, 0.99, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0], [1000, 2000]
     variants = [
         _variant(f"{level:g}", base, {"training.ema": {"rule": "target", "target": level}}, level) for level in levels
     ]
@@ -255,9 +256,9 @@ def _conditioning(scale: str, base: Setting, other: str | None) -> Study:
 
 def _random_labels(scale: str, base: Setting, other: str | None) -> Study:
     if scale == "digits":
-        levels, sizes = (1, 2, 10, 50), (50,)
+        levels, sizes = [1, 2, 10, 50], [50]
     else:
-        levels, sizes = (1, 2, 5, 10, 20, 50, 100, 500, 1000), (1000, 2000, 5000)
+        levels, sizes = [1, 2, 5, 10, 20, 50, 100, 500, 1000], [1000, 2000, 5000]
     variants = [_variant(f"C = {count}", base, {"data.labels": f"random:{count}"}, count) for count in levels]
     return _study(
         "random-labels", scale, "Random labels of C classes", "classes C", variants, sizes, axis="factor",

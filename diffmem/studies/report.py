@@ -119,7 +119,7 @@ def again(source: Path, folder: Path, names: Sequence[str] = ()) -> Path:
     emm = None
     if (source / EMM_FILE).is_file():
         emm = EMM.from_dict(read_json(source / EMM_FILE), source / EMM_FILE)
-    if not (source / STUDIES).is_file():
+    if not (source / STUDIES).is_file() and emm is not None:
         return write_emm(emm, folder)
     found, galleries = _read_report(source)
     if missing := set(names) - {each.study.name for each in found}:
@@ -186,7 +186,7 @@ def made_with(results: Iterable[Result]) -> list[tuple[str, int]]:
 
     def words(result: Result) -> str:
         parts = [", ".join(f"{name} {version}" for name, version in result.versions.items())]
-        device = {"cpu": "on the CPU", "cuda": "on a GPU"}.get(result.device, result.device)
+        device = {"cpu": "on the CPU", "cuda": "on a GPU"}.get(result.device or "", result.device)
         parts += [device or "", "" if result.threads is None else counted(result.threads, "thread")]
         return ", ".join(part for part in parts if part) or "versions and device not recorded"
 
@@ -314,7 +314,7 @@ def _finish(axes: Axes) -> None:
     axes.legend(fontsize=8)
 
 
-def _plain_ticks(axes: Axes, sizes: Sequence[float], ticks: Sequence[float] | None = None) -> None:
+def _plain_ticks(axes: Axes, sizes: Any, ticks: Sequence[float] | None = None) -> None:
     """Sizes as people write them, not as powers of ten, at `ticks` or at round numbers."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 

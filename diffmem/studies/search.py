@@ -78,8 +78,8 @@ class Search:
         while len(chosen) < count and len(tried) + len(chosen) < self.runs:
             made = [candidate.size for candidate in (*tried, *chosen)]
             turn = len(made) % len(_TURNS)
-            sizes = [posterior.quantile(each) for each in (*_TURNS[turn:], *_TURNS[:turn])]
-            sizes = [min(max(self._nearest(size), self._ceiling(self.low)), self._floor(self.high)) for size in sizes]
+            found = [posterior.quantile(each) for each in (*_TURNS[turn:], *_TURNS[:turn])]
+            sizes = [min(max(self._nearest(size), self._ceiling(self.low)), self._floor(self.high)) for size in found]
             # Steps may be wider than the interval of EMM: the neighbours then tell as much.
             sizes += [size + shift for size in sizes[:1] for shift in (-self.step, self.step)]
             possible = [s for s in sizes if self.low <= s <= self.high and made.count(s) < self.repetitions]

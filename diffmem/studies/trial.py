@@ -55,7 +55,7 @@ class Setting:
         if self.data.labels is None:
             object.__setattr__(self, "data", replace(self.data, labels="none"))
         check_parts(self.length, self.training)
-        images_of(1000, **self.length)  # raises unless it is exactly one
+        images_of(1000, **dict[str, Any](self.length))  # raises unless it is exactly one
         for name in ("snapshots", "samples", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
@@ -86,7 +86,7 @@ class Setting:
 
     def config(self, images: ImageSet, repetition: int = 0) -> TrainingConfig:
         """The training run on `images`."""
-        kind, classes = parse_labels(self.data.labels)
+        kind, classes = parse_labels(self.data.labels or "none")
         if kind not in ("none", "random"):
             classes = label_dim_of(images, f"labels='{kind}'")
         return training_config(

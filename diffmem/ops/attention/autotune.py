@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -62,7 +63,7 @@ def _setting() -> str:
     return setting
 
 
-def _unmeasured(device_type: str, *case) -> bool:
+def _unmeasured(device_type: str, *case: Any) -> bool:
     """Whether a measurement is wanted, missing and possible."""
     if _setting() != "measure" or CACHE.best(*cache_key(device_type, *case)) is not None:
         return False
@@ -83,11 +84,11 @@ def cache_key(
     number = f"{str(dtype).removeprefix('torch.')} {precision_of(dtype)}"
     step = "training" if training else "inference"
     case = f"{tokens} tokens, {num_heads} heads of {head_channels}, {number}, {layout}, {step}"
-    return device_name(torch.device(device_type, device_index)), case
+    return device_name(torch.device(device_type, cast(int, device_index))), case
 
 
 def measure(
-    qkv: torch.Tensor, num_heads: int, backends: dict[str, Callable[[torch.Tensor, int], torch.Tensor]], **options
+    qkv: torch.Tensor, num_heads: int, backends: dict[str, Callable[[torch.Tensor, int], torch.Tensor]], **options: Any
 ) -> dict[str, float]:
     """Seconds that each backend takes for qkv, with its gradient where that is wanted. options: of `seconds_of`."""
     training = torch.is_grad_enabled() and qkv.requires_grad
@@ -98,5 +99,5 @@ def measure(
         if training:
             torch.autograd.grad(out, values, torch.ones_like(out))
 
-    runs = {name: (lambda backend=backend: run(backend)) for name, backend in backends.items()}
+    runs: dict[str, Any] = {name: (lambda backend=backend: run(backend)) for name, backend in backends.items()}
     return seconds_of(runs, qkv.device, **{"runs": RUNS, **options})

@@ -30,7 +30,6 @@ def group_norm_silu(
     variance = (grouped - mean).square().mean(dim=(2, 3), keepdim=True)
     y = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape)
     y = y * per_channel(weight[None]) + per_channel(bias[None])
-    if scale is not None:
-        assert shift is not None
+    if scale is not None and shift is not None:
         y = y * (1 + per_channel(scale)) + per_channel(shift)
     return y * torch.sigmoid(y) if silu else y

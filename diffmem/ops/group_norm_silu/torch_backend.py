@@ -31,7 +31,7 @@ def group_norm_silu(
         else:
             x = x - _group_means(x.detach(), num_groups)
     y = F.group_norm(x, num_groups, weight, bias, eps)
-    if scale is not None:
+    if scale is not None and shift is not None:
         y = torch.addcmul(shift.reshape(*shift.shape, *extra), y, 1 + scale.reshape(*scale.shape, *extra))
     return F.silu(y) if silu else y
 

@@ -136,7 +136,8 @@ class _Products:
 def _nearest_of_block(queries: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     products = _Products(queries)
     count = len(queries)
-    squared, indices = None, None
+    squared: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
     for offset, chunk in _training_blocks(training, queries.device):
         scores = products.scores(chunk)
         if squared is None:  # any k exact distances give a first upper bound on the k-th smallest
@@ -152,12 +153,21 @@ def _nearest_of_block(queries: torch.Tensor, training: torch.Tensor, k: int) -> 
         rows, columns = products.pairs_at_most(scores, limit)
         exact = exact_squared_distances(queries, chunk, rows, columns)
         squared, indices = _merge(squared, indices, rows, columns + offset, exact, count, k)
+    assert squared is not None and indices is not None  # noqa: PT018 (there is a block)
     return squared, indices
 
 
-def _merge(squared, indices, rows, columns, exact, count: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge(
+    squared: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    exact: torch.Tensor,
+    count: int,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The best k of each query among its answer so far and the new pairs, by (distance, index)."""
-    if squared is not None:
+    if squared is not None and indices is not None:
         kept = squared.shape[1]
         known = torch.arange(count, device=rows.device).repeat_interleave(kept)
         rows, columns = torch.cat([known, rows]), torch.cat([indices.flatten(), columns])

@@ -113,7 +113,7 @@ class Float32Products:
 
     def logits(self, rows: torch.Tensor, squared: torch.Tensor | None = None) -> Logits:
         exact = rows.dtype == torch.uint8  # the center of such rows is one of whole numbers
-        wide = None if exact else rows.double() - self.center
+        wide = rows if exact else rows.double() - self.center  # not looked at where exact
         z = rows.float() - self.center.float() if exact else wide.float()
         if squared is None:
             # Squares of whole numbers below 256 are exact in float32; their sums need more.

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -242,4 +242,4 @@ def _pairs(kept: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _joined(parts: list[Means]) -> Means:
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else cast(Means, tuple(torch.cat(column) for column in zip(*parts, strict=True)))

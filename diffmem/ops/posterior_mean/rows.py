@@ -178,7 +178,8 @@ class PosteriorRows:
             return PosteriorMean(*means[0])
         check_values(x, sigma)
         if isinstance(images, torch.Tensor):
-            chosen = ListedRows(self.rows, images if self.order is None else self.order[images])
+            listed = images if self.order is None else self.order[images]
+            chosen: torch.Tensor | ListedRows = ListedRows(self.rows, listed)
         else:
             start, stop = images
             chosen = self.slice(start, stop)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from diffmem.errors import InputError
 from diffmem.evaluation import checked_seeds, evaluate, format_seeds, sample_detector
 from diffmem.html_report import percent
 from diffmem.memorization import CopyRate
-from diffmem.models import as_denoiser, evaluating, load
+from diffmem.models import Denoiser, WrappedDenoiser, as_denoiser, evaluating, load
 from diffmem.optimum import OptimalDenoiser
 from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
@@ -196,7 +196,9 @@ class Comparison:
         others, other = self._draws("unseen") @ unseen.model_error, unseen.model_error.mean(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             curve = _curve((other - errors[0]) / (other - errors[1]), (others - drawn[0]) / (others - drawn[1]))
-        return Curve(*(np.where(self.optimal_score.low > 0, values, np.nan) for values in curve))
+        optimal = self.optimal_score
+        assert optimal is not None  # there are unseen images
+        return Curve(*(np.where(optimal.low > 0, values, np.nan) for values in curve))
 
     @cached_property
     def memorized_range(self) -> NoiseRange | None:
@@ -205,7 +207,7 @@ class Comparison:
         if self.memorization_score is None or (found := _range(self.levels, self.memorization_score.value)) is None:
             return None
         ranges = [_range(self.levels, values) for values in self._resampled_ratio("model_error")]
-        ends = []
+        ends: list[Any] = []
         for end in (0, 1):
             values = [None if one is None else one[end] for one in ranges]
             ends.append(None if None in values else tuple(map(float, interval(np.array(values)))))
@@ -384,6 +386,7 @@ def compare(
     optimum = OptimalDenoiser(trained_on, labels=labels, tolerance=tolerance, device=str(place), progress=progress)
     detector = sample_detector(trained_on, trained_on.image_shape, place, progress=progress)
     generated = evaluate(denoiser, seeds, settings, detector, progress=progress)
+    assert generated is not None  # on one rank
     names = [f"seed {one}" for one in seeds]
     sets["generated"] = ImageSet(generated.images, names, generated.labels, "generated images")
     pairs = _Pairs(denoiser, optimum, reference, sigmas, settings.batch, seed)
@@ -418,7 +421,7 @@ def compare(
 class _Pairs:
     """The denoisers to compare, and where: at `levels` [S] on `batch` images at a time, with noise from `seed`."""
 
-    model: torch.nn.Module
+    model: Any  # with the interface of `Denoiser`
     optimum: OptimalDenoiser
     reference: OptimalDenoiser | None
     levels: np.ndarray
@@ -468,11 +471,17 @@ class _Pairs:
             images.image_shape, torch.float64
         )
         y = torch.from_numpy(np.ascontiguousarray(images.images[rows])).double() / 127.5 - 1
-        labels = torch.from_numpy(np.ascontiguousarray(images.labels[rows])) if self.model.label_dim else None
+        labels = (
+            torch.from_numpy(np.ascontiguousarray(cast(np.ndarray, images.labels)[rows]))
+            if self.model.label_dim
+            else None
+        )
         return y.to(place), noise.to(place), None if labels is None else labels.to(place)
 
 
-def _network(checkpoint: str | Path | torch.nn.Module, device: str) -> tuple[torch.nn.Module, str, RunFolder | None]:
+def _network(
+    checkpoint: str | Path | torch.nn.Module, device: str
+) -> tuple[Denoiser | WrappedDenoiser, str, RunFolder | None]:
     """The denoiser, its name, and the run that it comes from, where that is known."""
     if not isinstance(checkpoint, (str, Path)):
         denoiser = as_denoiser(checkpoint)
@@ -484,18 +493,18 @@ def _network(checkpoint: str | Path | torch.nn.Module, device: str) -> tuple[tor
     return load(path, pick_device(device)), str(path), run
 
 
-def _check_training(denoiser: torch.nn.Module, training: ImageSet) -> None:
+def _check_training(denoiser: Any, training: ImageSet) -> None:
     _check_images(denoiser, training, "training")
     if len(training) < 2:
         raise InputError(f"{training.source}: at least 2 training images are needed")
-    missing = np.setdiff1d(np.arange(denoiser.label_dim), training.labels if denoiser.label_dim else [])
+    missing = np.setdiff1d(np.arange(denoiser.label_dim), cast(Any, training.labels) if denoiser.label_dim else [])
     if len(missing):
         raise InputError(
             f"{training.source}: no training image of class {missing[0]}, which the network knows: there is no optimum"
         )
 
 
-def _check_images(denoiser: torch.nn.Module, images: ImageSet, what: str) -> None:
+def _check_images(denoiser: Any, images: ImageSet, what: str) -> None:
     """Raises InputError where the network cannot have seen such images."""
     wanted = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     if images.image_shape != wanted:
@@ -524,7 +533,7 @@ def _with_mirrored(images: ImageSet) -> ImageSet:
     return replace(images, images=pixels, labels=labels, names=names)
 
 
-def _levels(denoiser: torch.nn.Module, levels: int | Sequence[float]) -> np.ndarray:
+def _levels(denoiser: Any, levels: int | Sequence[float]) -> np.ndarray:
     """Ascending, each one that the network knows, none twice."""
     low, high = denoiser.sigma_min, denoiser.sigma_max
     if isinstance(levels, int):
@@ -548,7 +557,7 @@ def _drawn(images: ImageSet, count: int, chance: np.random.Generator) -> ImageSe
     return images.select(np.sort(chance.choice(len(images), count, replace=False)))
 
 
-def _unseen(denoiser: torch.nn.Module, holdout: ImageSet, training: ImageSet, notes: list[str]) -> ImageSet:
+def _unseen(denoiser: Any, holdout: ImageSet, training: ImageSet, notes: list[str]) -> ImageSet:
     """The images of the holdout that are no training images."""
     _check_images(denoiser, holdout, "unseen")
     seen = {_digest(image) for image in training.images}
@@ -568,7 +577,7 @@ def _digest(image: np.ndarray) -> bytes:
 
 
 def _reference(
-    denoiser: torch.nn.Module,
+    denoiser: Any,
     rest: ImageSet,
     sets: dict[str, ImageSet],
     tolerance: float,
@@ -577,7 +586,9 @@ def _reference(
     progress: Progress,
 ) -> OptimalDenoiser | None:
     """The optimum of unseen images that are not asked about, where there are enough, of every class."""
-    if len(rest) < LEAST_REFERENCE or (denoiser.label_dim and len(np.unique(rest.labels)) < denoiser.label_dim):
+    if len(rest) < LEAST_REFERENCE or (
+        denoiser.label_dim and len(np.unique(cast(Any, rest.labels))) < denoiser.label_dim
+    ):
         notes.append("too few unseen images for an optimum of their own")
         return None
     labels = None if denoiser.label_dim else False
@@ -602,7 +613,7 @@ def _range(levels: np.ndarray, score: np.ndarray) -> tuple[float | None, float |
     peak = int(score.argmax())
     if score[peak] < MEMORIZED:
         return None
-    ends = []
+    ends: list[float | None] = []
     for step, last in ((-1, 0), (1, len(levels) - 1)):
         at = peak
         while at != last and score[at + step] >= MEMORIZED:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from diffmem.atomic_io import check_output_folder
 from diffmem.html_report import template, write_report
@@ -87,7 +87,13 @@ def draw_scores(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
         for index, (comparison, name) in enumerate(zip(comparisons, names, strict=True)):
             color = colors[index % len(colors)]
             _band(axes, comparison.levels, comparison.memorization_score, color, name)
-            axes.plot(comparison.levels, comparison.optimal_score.value, color=color, linestyle="--", linewidth=0.9)
+            axes.plot(
+                comparison.levels,
+                cast(Curve, comparison.optimal_score).value,
+                color=color,
+                linestyle="--",
+                linewidth=0.9,
+            )
         _score_axes(axes)
         axes.plot([], [], color="#5b6675", linestyle="--", linewidth=0.9, label="the optimum in its place")
         axes.set_xlabel("noise level σ, images in [−1, 1]")
@@ -99,7 +105,12 @@ def _draw_scores(comparison: Comparison, axes: Axes) -> None:
     _band(axes, comparison.levels, comparison.memorization_score, COLORS["training"], "memorization score, 1 − E/E′")
     label = "optimal score: the optimum in the model's place"
     axes.plot(
-        comparison.levels, comparison.optimal_score.value, color="#5b6675", linestyle="--", linewidth=1, label=label
+        comparison.levels,
+        cast(Curve, comparison.optimal_score).value,
+        color="#5b6675",
+        linestyle="--",
+        linewidth=1,
+        label=label,
     )
     found = comparison.memorized_range
     if found is not None:
@@ -125,7 +136,8 @@ def _score_axes(axes: Axes) -> None:
     axes.set_ylabel("memorization score")
 
 
-def _band(axes: Axes, sigma: Sequence[float], curve: Curve, color: str, label: str) -> None:
+def _band(axes: Axes, sigma: Any, curve: Curve | None, color: str, label: str) -> None:
+    assert curve is not None  # what is drawn is there
     axes.fill_between(sigma, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
     axes.plot(sigma, curve.value, color=color, marker="o", markersize=2.5, linewidth=1.2, label=label)
 

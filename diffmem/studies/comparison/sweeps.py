@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -180,7 +180,7 @@ def sweep(
     order = list(KINDS.values())
     chosen = sorted(set(chosen), key=lambda variant: (order.index(type(variant)), strength(variant)))
     settings = replace(settings, compile="off")
-    points = []
+    points: list[SweepPoint] = []
     with output_lock(folder):
         for variant in chosen:
             denoiser.regularization = variant
@@ -190,6 +190,7 @@ def sweep(
             found = evaluate(
                 denoiser, seeds, settings, detector, store, images=IMAGES, stage=stage, progress=progress
             )  # fmt: skip
+            assert found is not None  # on one rank
             points.append(SweepPoint(variant, found))
     about = {"seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
     return Sweep(images, tuple(points), spacing, {**settings.identity, **about})
@@ -208,7 +209,7 @@ def strength(variant: Regularization) -> float:
 
 def with_strength(kind: str, value: float) -> Regularization:
     """The variant of a kind with c, ln τ or h."""
-    return KINDS[kind](value)
+    return cast(Regularization, KINDS[kind](value))
 
 
 def _axis(point: SweepPoint) -> float:
@@ -220,8 +221,9 @@ def _axis(point: SweepPoint) -> float:
 
 def nearest_neighbors(detector: CopyDetector) -> np.ndarray:
     """Distances (units of [-1, 1]) from training images, at most `NEIGHBORS` of them, to their nearest neighbors."""
-    training = detector.training.images
+    training = cast(ImageSet, detector.training).images
     rows = np.unique(np.linspace(0, len(training) - 1, min(len(training), NEIGHBORS)).astype(int))
+    assert detector.index is not None  # of pixels there is one
     squared = detector.index.query(np.ascontiguousarray(training[rows]), 2).squared_distances[:, 1].astype(np.float64)
     return np.sqrt(squared) / (127.5 if training.dtype == np.uint8 else 1)
 
@@ -258,7 +260,7 @@ def chosen_variants(kind: str, spacing: np.ndarray, dimension: int) -> list[Regu
         raise InputError(f"sweep: half of the training images have duplicates; give the strengths, as in {kind}:0.1,1")
     bandwidths = [middle * 2.0**step for step in (-3, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 3)]
     rounded = [float(f"{value**2 if kind == 'tikhonov' else value:.2g}") for value in bandwidths]
-    return [KINDS[kind](value) for value in rounded]
+    return [with_strength(kind, value) for value in rounded]
 
 
 def parse_sweep(text: str) -> list[Regularization | str]:
