@@ -318,8 +318,8 @@ class SequentialTest:
         InputError: A share outside (0, 1] or a confidence outside (0, 1).
 
     Example:
-        >>> question = SequentialTest(at_least=0.9)
-        >>> question.answer(0, 20), question.answer(19, 20), question.answer(400, 400)
+        >>> test = SequentialTest(at_least=0.9)
+        >>> test.answer(0, 20), test.answer(19, 20), test.answer(400, 400)
         (False, None, True)
     """
 

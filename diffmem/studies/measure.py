@@ -44,7 +44,7 @@ class InterruptedTrialError(Exception):
 class SnapshotResult:
     """R_mem of one snapshot: copies among the images of seeds 0 … total − 1, and what the run had cost by then.
 
-    answer: to the trial's question, None where it has none or it stayed open. training_seconds, sampling_seconds:
+    answer: to the trial's test, None where it has none or it stayed open. training_seconds, sampling_seconds:
     wall-clock time since the start of the trial, over all its continuations.
     """
 
@@ -72,7 +72,7 @@ class Result:
         repetition: Of the run.
         count: Copies among the images of the snapshot with the highest share, R_mem.
         total: Images of that snapshot.
-        decided: The answer to the run's question; None where it has none or it stayed open.
+        decided: The answer to the run's test; None where it has none or it stayed open.
         censored: The run was ended by its answer, so that R_mem is at least what was seen.
         images: Length of the run, images seen.
         epochs: Length of the run.
@@ -83,7 +83,7 @@ class Result:
         training_set: Its fingerprint.
         snapshots: Each audited snapshot.
         versions: Of diffmem and what decides the numbers.
-        at_least: Of the run's question.
+        at_least: Of the run's test.
         looks: How many snapshots were to be audited.
         device: "cpu" or "cuda"; None where the run is older than the field.
         threads: Of the CPU; None where the run is older than the field.
@@ -154,7 +154,7 @@ def run_trial(trial: Trial, folder: str | Path, device: str = "auto") -> Result:
     """The result of `trial`, from its `folder` where it lies there; else trained, sampled and audited, continuing what
     lies there.
 
-    Snapshots are audited as training goes on (see `diffmem.evaluation.AuditEvery`); with a question a yes ends the run.
+    Snapshots are audited as training goes on (see `diffmem.evaluation.AuditEvery`); with a test a yes ends the run.
     What depends on the machine's state is set for the length of the run: `setting.threads`, and that denormal numbers
     count as zero. So on one kind of device the result is that of the run, whoever makes it.
 

@@ -56,7 +56,7 @@ def costs(
 ) -> list[Cost]:
     """What each trial costs on `device`: what it took where it is done in `root`, else an estimate: its steps times the
     time of one, from `plan_training` on a few passes, once per network and batch; and all its snapshots sampled in
-    full. Runs with a question may end earlier."""
+    full. Runs with a test may end earlier."""
     measured: dict[str, tuple[float, int]] = {}
     found = []
     for position, trial in enumerate(trials):
