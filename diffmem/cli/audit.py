@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,10 @@ import click
 
 from diffmem.cli.distributed import is_first_rank, process_group, ranks
 from diffmem.cli.options import (
+    SETS,
     CommandWithJson,
+    PerSource,
+    Share,
     Source,
     center_crop_option,
     debug_option,
@@ -39,22 +43,74 @@ if TYPE_CHECKING:
 
 
 class Threshold(click.ParamType):
-    name = "fraction"
+    name = "number"
 
     def convert(self, value, parameter, context) -> Fraction:
-        from diffmem.memorization import parse_threshold
-
         try:
-            return parse_threshold(value)
-        except InputError as error:
-            self.fail(str(error), parameter, context)
+            return Fraction(value)
+        except (ValueError, TypeError, ZeroDivisionError):
+            self.fail(f"{value!r} is not a number or a fraction such as 1/3", parameter, context)
 
 
 @click.command("audit", cls=CommandWithJson)
 @click.argument("generated", type=Source())
 @click.argument("training", type=Source())
 @holdout_option
-@click.option("--threshold", type=Threshold(), default="1/3", show_default=True, help="A copy has d1/d2 below this.")
+@click.option(
+    "--features", default="pixels", show_default=True, metavar="NAME",
+    help="What images are compared by: pixels, aligned (pixels after brightness, color, shift, mirroring and small "
+    "crops are removed), hash, sscd, dinov2, clip, timm:NAME, torchscript:PATH, onnx:PATH; precomputed: the sources "
+    "are files of vectors (.npy, .npz, .safetensors, .pt, .parquet, folders of clip-retrieval).",
+)  # fmt: skip
+@click.option(
+    "--vectors", type=PerSource(SETS), multiple=True, metavar="SET=PATH",
+    help="Vectors of the images that were computed elsewhere: generated=PATH, training=PATH, holdout=PATH, each with "
+    "an option of its own.",
+)  # fmt: skip
+@click.option(
+    "--metric", type=click.Choice(["cosine", "euclidean", "hamming"]),
+    help="How two vectors are compared.  [default: the cosine, of hashes the bits that differ]",
+)  # fmt: skip
+@click.option("--weights", type=click.Path(), help="The file of a network's weights; nothing is downloaded.")
+@click.option(
+    "--preprocessing",
+    metavar="NAME",
+    help="How images are prepared for a network, by the name of who does it so: sscd, sscd-320, dcr, dinov2, clip, "
+    "imagenet, 0-1, -1-1.",
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Images per batch: so many are put to a network at a time.")
+@click.option(
+    "--precision", type=click.Choice(["ieee", "tf32", "bf16", "fp16"]),
+    help="Of the network's products. ieee: float32; tf32: rounded on a GPU; bf16, fp16: autocast.  [default: ieee]",
+)  # fmt: skip
+@click.option(
+    "--no-feature-cache", is_flag=True, help="Do not keep a network's features beside each source for the next run."
+)
+@click.option(
+    "--rule",
+    type=click.Choice(["ratio", "similarity", "calibrated"]),
+    default="ratio",
+    show_default=True,
+    help="ratio: d1/d2 below the threshold, the paper's. similarity: a cosine above it, or a distance below it. "
+    "calibrated: scores that at most --alarms of the --holdout images have.",
+)
+@click.option(
+    "--threshold",
+    type=Threshold(),
+    help="Of the rule; on d1/d2 1/3 by default.",
+)
+@click.option(
+    "--alarms",
+    type=Share(),
+    metavar="SHARE",
+    help="Of --rule calibrated: the share of images that are no copies about which it may be wrong. [default: 0.01]",
+)
+@click.option(
+    "--no-second-look",
+    is_flag=True,
+    help="Do not align the images that are no copies by the rule with their nearest training images: none is called "
+    "near then.",
+)
 @click.option(
     "--duplicates", type=click.Choice(["collapse", "keep"]), default="collapse", show_default=True,
     help="Take the second neighbor among the images that are no duplicates of the first, or leave duplicates in (the "
@@ -88,8 +144,9 @@ class Threshold(click.ParamType):
 @gate_options
 @debug_option
 def audit_command(
-    generated, training, holdout, threshold, duplicates, duplicate_radius, flip,
-    resize, center_crop, split_grid, value_range, limit, cache, index, device, out, as_json,
+    generated, training, holdout, features, vectors, metric, weights, preprocessing, batch, precision, no_feature_cache,
+    rule, threshold, alarms, no_second_look, duplicates, duplicate_radius, flip, resize, center_crop, split_grid,
+    value_range, limit, cache, index, device, out, as_json,
     fail_above, require_below, max_copies, **options,
 ) -> int:  # fmt: skip
     """Which of the GENERATED images are copies of TRAINING images?
@@ -99,6 +156,9 @@ def audit_command(
     Pictures are turned as their EXIF orientation says, in every format; a note counts them. Pictures deeper
     than 8 bits per channel are refused, but for 16-bit gray that 8 bits hold exactly.
 
+    A verdict is "copy", "near" (no copy by the rule, but it resembles a training image once both are aligned: look at
+    it) or "not a copy". The terminal, the page and the JSON say what the rule in use cannot see.
+
     A gate ends the command with status 0 (passed), 3 (closed) or 4 (undecided, also where the audit carries
     warnings); 1 and 2 stay errors.
 
@@ -106,6 +166,9 @@ def audit_command(
     Examples:
       diffmem audit samples/ cifar10-train.zip --holdout cifar10-test.zip --out report
       diffmem audit samples.npz training.zip --json | jq .ratio
+      diffmem audit samples/ train.zip --features aligned --rule calibrated --holdout test.zip    disguised copies
+      diffmem audit samples/ train.zip --features sscd --rule similarity --threshold 0.75
+      diffmem audit gen.npy train_emb/ --features precomputed --rule similarity --threshold 0.5
       diffmem audit samples.zip training.zip --require-below 0.01    a gate for a pipeline
       diffmem audit samples.zip training.zip --index ivf             FAISS, for sets too large to search exactly
       torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
@@ -113,39 +176,56 @@ def audit_command(
     import torch
 
     from diffmem.data import load_images
-    from diffmem.memorization import audit
+    from diffmem.features import load_features
+    from diffmem.memorization import audit, parse_threshold
     from diffmem.progress import progress_bars
-    from diffmem.search import ShardedIndex
 
     if split_grid and (resize or center_crop):
         raise click.UsageError("--split-grid cuts at the training images' size: leave --resize and --center-crop out")
+    if rule == "ratio" and threshold is not None:
+        try:
+            parse_threshold(threshold)
+        except InputError as error:
+            raise click.BadParameter(str(error), param_hint="--threshold") from None
     torch.set_flush_denormal(True)
     if index != "exact" and ranks() > 1:
         raise click.UsageError("--index: FAISS searches in one process, on all GPUs it sees: leave torchrun out")
     limits = limits_of(fail_above, require_below, max_copies)
     reserve_report(out)
+    network = {"weights": weights, "preprocessing": preprocessing, "batch": batch, "precision": precision}
+    network = {name: value for name, value in network.items() if value is not None}
+    compared = compared_of(features, vectors, metric, device, network)
     with process_group() as distributed, progress_bars(is_first_rank()) as progress:
         ranges = ranges_by_set(value_range)
 
         def load(name: str, source: str, first: int | None = None):
             given = {**reading(name, **options), "value_range": ranges.get(name)}
+            if compared == "precomputed":
+                found = load_features(source, key=given["key"], metric=metric)
+                found = found if first is None else found.select(slice(first))
+                say_notes([found], is_first_rank())
+                return found
             given |= {"resize": resize, "center_crop": center_crop, "cache": cache}
             images = load_images(source, limit=first, progress=progress, **given)
             say_notes([images], is_first_rank())
             return images
 
-        generated, training = load("generated", generated, limit), load("training", training)
         result = audit(
-            generated,
-            training,
+            load("generated", generated, limit),
+            load("training", training),
+            features=compared,
+            rule=rule,
             threshold=threshold,
+            alarms=alarms,
             duplicates=duplicates,
             duplicate_radius=duplicate_radius,
             holdout=None if holdout is None else load("holdout", holdout),
             split_grid=split_grid,
             flip=flip,
             device=device,
-            index=ShardedIndex(training, device=device) if distributed else index,
+            index="sharded" if distributed else index,
+            second_look=not no_second_look,
+            feature_cache=not no_feature_cache,
             progress=progress,
         )
     if not is_first_rank():
@@ -153,6 +233,29 @@ def audit_command(
     gate = result.gate(**limits) if limits else None
     tell_audit(result, out, as_json, gate)
     return tell_gate(gate)
+
+
+def compared_of(
+    features: str, vectors: tuple[tuple[str | None, str], ...], metric: str | None, device: str, network: dict[str, Any]
+) -> Any:
+    """What --features, --vectors and the options of networks mean, as `diffmem.audit` takes it."""
+    from diffmem.features import extractor, load_features
+
+    if vectors:
+        if features not in ("pixels", "precomputed") or network:
+            raise click.UsageError("--vectors are computed already: leave --features and what is for networks out")
+        if unnamed := [path for which, path in vectors if which is None]:
+            raise click.BadParameter(
+                f"{unnamed[0]!r}: before it stands one of {', '.join(SETS)} and =", param_hint="--vectors"
+            )
+        return {which: load_features(path, metric=metric) for which, path in vectors}
+    if features == "precomputed" and not network:
+        return features
+    if features in ("pixels", "aligned") and not network and metric is None:
+        return features
+    if features == "aligned":
+        raise click.UsageError("--features aligned needs no network: leave --metric and what is for networks out")
+    return extractor(features, metric=metric, device=device, **network)
 
 
 def tell_audit(result: Audit, out: Path | None, as_json: str | None, gate: Gate | None) -> None:
@@ -182,18 +285,18 @@ def print_verdict(result: Audit) -> None:
     click.echo(f"{result.verdict()}.")
     for warning in result.warnings:
         click.echo(f"  warning: {in_own_options(warning)}")
-    left_in = f"{result.raw_count:,} ({percent(result.raw_ratio)})"
-    published = f"{result.published_count:,} ({percent(result.published_ratio)})"
-    click.echo(f"  duplicates left in: {left_in}; as the paper's code counts, where 0/0 is no copy: {published}")
+    for line in explained(result):
+        click.echo(f"  {in_own_options(line)}")
     if (search := result.settings["search"])["method"] == "faiss":
         recalls = f"{percent(search['recall_nearest'])} and {percent(search['recall_second'])}"
         sample = f"measured on {search['recall_sample']:,} images"
         click.echo(f"  FAISS ({search['index']}): recall of the nearest and second nearest {recalls}, {sample}")
     if result.holdout is not None:
-        alarms = f"{result.holdout.count:,} of {result.holdout.total:,} ({percent(result.holdout.ratio)}"
-        click.echo(
-            f"  false alarms on unseen real images: {alarms}, interval {percent_range(result.holdout.interval)})"
-        )
+        if result.calibration is None:
+            alarms = f"{result.holdout.count:,} of {result.holdout.total:,} ({percent(result.holdout.ratio)}"
+            click.echo(
+                f"  false alarms on unseen real images: {alarms}, interval {percent_range(result.holdout.interval)})"
+            )
         if left_out := result.holdout.left_out:
             first = f"{left_out[0].name} is {left_out[0].training_name}"
             click.echo(
@@ -201,7 +304,8 @@ def print_verdict(result: Audit) -> None:
             )
         for warning in result.holdout.warnings:
             click.echo(f"  warning about the holdout set: {in_own_options(warning)}")
-    click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} gray levels rms")
+    if result.rule.features == "pixels":
+        click.echo(f"  mean distance to the nearest training image: {result.mean_rms:.3f} gray levels rms")
     if result.duplicates:
         click.echo(f"  duplicates in the training set: {len(result.duplicates):,} groups")
     for which in ("generated", "training"):
@@ -211,3 +315,33 @@ def print_verdict(result: Audit) -> None:
     if result.sources:
         most = ", ".join(f"{printable(source.name)} ({source.count})" for source in result.sources[:3])
         click.echo(f"  copied most often: {most}")
+    for blind_spot in result.blind_spots:
+        click.echo(f"  not covered: {in_own_options(blind_spot)}")
+
+
+def explained(result: Audit) -> Iterator[str]:
+    """What the count means under the rule in use."""
+    from diffmem.html_report import percent, percent_range
+    from diffmem.memorization.report import FALSE_DISCOVERIES
+
+    if result.rule.published:
+        left_in = f"{result.raw_count:,} ({percent(result.raw_ratio)})"
+        published = f"{result.published_count:,} ({percent(result.published_ratio)})"
+        yield f"duplicates left in: {left_in}; as the paper's code counts, where 0/0 is no copy: {published}"
+    else:
+        yield f"a copy: {result.rule.described(result.calibration)}"
+    if result.calibration is not None:
+        false = result.rule.alarms * result.total
+        yield (
+            f"false alarms: at most {percent(result.rule.alarms)} of images that are no copies, {false:,.1f} of "
+            f"{result.total:,}; this threshold's share lies within {percent_range(result.calibration.alarm_interval)}"
+        )
+        sure = int((result.q_values <= FALSE_DISCOVERIES).sum())
+        yield f"copies with at most {percent(FALSE_DISCOVERIES)} false ones among them (Benjamini-Hochberg): {sure:,}"
+    if result.near_count:
+        pairs = [(row, int(result.look.indices[row])) for row in result.near.nonzero()[0][:3].tolist()]
+        names = ", ".join(
+            f"{printable(result.generated.name(row))} and {printable(result.training.name(index))}"
+            for row, index in pairs
+        )
+        yield f"near, to be looked at: {result.near_count:,} ({names}{', …' if result.near_count > 3 else ''})"

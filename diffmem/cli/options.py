@@ -30,7 +30,9 @@ _COMMAND = "diffmem.command"
 
 # The parameters that messages of the library name, and what the commands' own parameters for them are called.
 NAMED_PARAMETERS = {
+    "alarms": ("alarms",),
     "alpha": ("alpha",),
+    "batch": ("batch",),
     "cells": ("cells",),
     "center_crop": ("center_crop",),
     "color": ("color",),
@@ -39,6 +41,7 @@ NAMED_PARAMETERS = {
     "duplicate_radius": ("duplicate_radius",),
     "duration": ("duration",),
     "epochs": ("epochs",),
+    "features": ("features",),
     "halflife_images": ("ema_halflife",),
     "holdout": ("holdout",),
     "images": ("images",),
@@ -47,19 +50,24 @@ NAMED_PARAMETERS = {
     "layout": ("layout",),
     "limit": ("limit",),
     "measures": ("measures",),
+    "metric": ("metric",),
+    "precision": ("precision",),
+    "preprocessing": ("preprocessing",),
     "protocol": ("ema_protocol",),
     "resize": ("resize", "resolution"),
     "resolution": ("resize", "resolution"),
     "restart": ("restart",),
     "resume": ("resume",),
-    "rule": ("ema_rule",),
+    "rule": ("rule", "ema_rule"),
     "second": ("second",),
     "size": ("size",),
     "skip_bad": ("skip_bad",),
     "snapshot_images": ("snapshot_images",),
     "split_grid": ("split_grid",),
     "target": ("ema_target",),
+    "threshold": ("threshold",),
     "value_range": ("value_range",),
+    "weights": ("weights",),
 }
 _NAMED = re.compile(rf"\b({'|'.join(NAMED_PARAMETERS)})=('[^']*'|\"[^\"]*\"|…|\([^()]*\)|\{{[^{{}}]*\}}|[\w.]*)")
 

@@ -28,7 +28,7 @@ from diffmem.memorization.matching import AlignedMatching, Matches, Matching, Ro
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
 from diffmem.memorization.result import Audit, SeenImage, UnkeptImages
 from diffmem.memorization.rules import Rule
-from diffmem.memorization.second_look import NearRule, SecondLook, look_again
+from diffmem.memorization.second_look import LEAST_SIDE, NearRule, SecondLook, look_again
 from diffmem.memorization.statistics import CopyRate, ReportsRate
 from diffmem.progress import Progress, silent
 from diffmem.search import FaissIndex, FaissStats, Neighbors, SearchIndex, Views
@@ -205,7 +205,7 @@ class CopyDetector(ReportsRate):
         index: SearchIndex | str | None = None,
         device: str = "auto",
         value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
-        second_look: bool = False,
+        second_look: bool = True,
         feature_cache: bool = True,
         keep_images: bool = False,
         progress: Progress | None = None,
@@ -236,7 +236,9 @@ class CopyDetector(ReportsRate):
             check_sets(unseen, training, "holdout", sizes=self.compared.one_size)
         if flip and self.compared.given:
             raise InputError("flip mirrors images, and the features given with them cannot be mirrored: leave it out")
-        self.second_look = second_look and isinstance(training, ImageSet)
+        self.second_look = (
+            second_look and isinstance(training, ImageSet) and min(training.image_shape[1:]) >= LEAST_SIDE
+        )
         self._asked = index, device
         self._prepare(training, unseen)
         self.reset()
@@ -293,7 +295,7 @@ class CopyDetector(ReportsRate):
             ),
         }
         self.calibration: Calibration | None = None
-        self._near = NearRule()
+        self._near = NearRule.of_size(*training.image_shape[1:]) if images else NearRule(0.0, 0.0)
         self.holdout = None if unseen is None else self._judge_holdout(unseen)
 
     @property
@@ -467,14 +469,15 @@ class CopyDetector(ReportsRate):
     def _judge_holdout(self, unseen: ImageSet | FeatureSet) -> Audit:
         found = self._match(unseen, "holdout")
         originals = self._in_training(unseen, found)
-        seen = originals >= 0
+        identical = originals >= 0
+        seen = identical
         residuals = np.where(seen, 0.0, np.nan)
         look = self._look(unseen, found, ~seen)
         if look is not None and self.rule.name == "calibrated":
             # Images of the training set, moved or recolored, would set the threshold.
             twins = ~seen & self._near.twins(look)
             originals, residuals = np.where(twins, look.indices, originals), np.where(twins, look.residuals, residuals)
-            seen |= twins
+            seen = identical | twins
         kept = np.flatnonzero(~seen)
         if len(kept) == 0:
             raise InputError(
@@ -484,7 +487,7 @@ class CopyDetector(ReportsRate):
         left_out = tuple(
             SeenImage(
                 int(row), unseen.name(int(row)), int(originals[row]), self.training.name(int(originals[row])),
-                float(residuals[row]),
+                bool(identical[row]), float(residuals[row]),
             )
             for row in np.flatnonzero(seen)
         )  # fmt: skip
@@ -496,8 +499,8 @@ class CopyDetector(ReportsRate):
                     f" ({len(left_out):,} of {len(unseen):,} are training images and were left out)" if left_out else ""
                 )
                 raise InputError(f"{error}{out}") from None
-        if look is not None:
-            self._near = NearRule.of(look.scores[kept], self.rule.alarms)
+            if look is not None:
+                self._near = self._near.calibrated(look.scores[kept], self.rule.alarms)
         detection = self._decide(unseen, found, look).select(kept)
         images = unseen.select(kept) if left_out else unseen
         figures = SetFigures.of(images.images, count_identical=True) if isinstance(images, ImageSet) else None
@@ -576,7 +579,7 @@ def audit(
     index: SearchIndex | str | None = None,
     split_grid: bool = False,
     value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
-    second_look: bool = False,
+    second_look: bool = True,
     feature_cache: bool = True,
     progress: Progress | None = None,
 ) -> Audit:

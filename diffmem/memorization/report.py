@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
-from diffmem.data import ImageSet
 from diffmem.errors import MissingExtraError
 from diffmem.html_report import template, write_texts
-from diffmem.memorization.criteria import parse_threshold
-from diffmem.plotting import data_url, plot, svg
+from diffmem.memorization.gallery import Gallery, beside_threshold, most_alike_near, surest_first
+from diffmem.plotting import plot, svg
 from diffmem.text import write_table
 
 if TYPE_CHECKING:
@@ -26,7 +24,9 @@ if TYPE_CHECKING:
 GALLERY_ROWS = 120  # triples shown, surest copies first
 SUMMARY_ROWS = 4  # triples shown in a notebook
 BORDER_ROWS = 12  # triples shown on each side of the threshold
-PICTURE_BUDGET = 3_600_000  # bytes of embedded pictures, so that the page stays below 5 MB whatever the images are
+NEAR_ROWS = 60  # images shown that are near
+SOURCE_ROWS, COPIES_SHOWN = 24, 6  # training images shown with their copies, and copies of each
+FALSE_DISCOVERIES = 0.1  # the share of false copies for which the count is told
 
 
 def write_report(audit: Audit, folder: str | Path) -> Path:
@@ -43,13 +43,17 @@ def write_report(audit: Audit, folder: str | Path) -> Path:
 def columns(audit: Audit) -> list[str]:
     """The columns of `samples.csv`."""
     neighbors, training = audit.neighbors, audit.training
-    header = ["index", "name", "memorized", "raw_memorized", "published_memorized", "d1_over_d2"]
+    header = ["index", "name", "memorized", "raw_memorized", "published_memorized", "d1_over_d2", "verdict", "score"]
+    if audit.calibration is not None:
+        header += ["p_value", "q_value"]
     for which in ("nearest", "second"):
         header += [f"{which}_{column}" for column in ("index", "name", "distance", "rms", "squared_distance")]
     if neighbors.mirrored is not None:
         header += ["nearest_mirrored", "second_mirrored"]
     if training.labels is not None and training.labels.ndim == 1:
         header += ["nearest_label", "second_label"]
+    if audit.look is not None:
+        header += ["aligned_index", "aligned_name", "aligned_residual", "aligned_score"]
     return header
 
 
@@ -57,7 +61,8 @@ def rows(audit: Audit) -> Iterator[list[Any]]:
     """One row per generated image. Distances in the units of the images; rms in the same units per value."""
     neighbors, training = audit.neighbors, audit.training
     ratios, distances, rms = audit.distance_ratios, neighbors.distances, neighbors.rms
-    published = audit.published_memorized
+    published, verdicts = audit.published_memorized, audit.verdicts
+    p_values, q_values, look = audit.p_values, audit.q_values, audit.look
     for row in range(audit.total):
         fields = [
             row,
@@ -66,7 +71,11 @@ def rows(audit: Audit) -> Iterator[list[Any]]:
             int(audit.raw_memorized[row]),
             int(published[row]),
             f"{ratios[row]:.6f}",
+            verdicts[row],
+            f"{audit.scores[row]:.6f}",
         ]
+        if p_values is not None:
+            fields += [f"{p_values[row]:.6g}", f"{q_values[row]:.6g}"]
         for column in (0, 1):
             index = int(neighbors.indices[row, column])
             fields += [index, training.name(index), f"{distances[row, column]:.6f}", f"{rms[row, column]:.6f}"]
@@ -75,6 +84,10 @@ def rows(audit: Audit) -> Iterator[list[Any]]:
             fields += neighbors.mirrored[row].astype(int).tolist()
         if training.labels is not None and training.labels.ndim == 1:
             fields += training.labels[neighbors.indices[row]].tolist()
+        if look is not None:
+            index, seen = int(look.indices[row]), look.scores[row] == look.scores[row]
+            fields += [index, training.name(index)] if seen else ["", ""]
+            fields += [f"{look.residuals[row]:.6f}", f"{look.scores[row]:.6f}"] if seen else ["", ""]
         yield fields
 
 
@@ -92,7 +105,11 @@ def frame(audit: Audit) -> pandas.DataFrame:
         "raw_memorized": audit.raw_memorized,
         "published_memorized": audit.published_memorized,
         "d1_over_d2": audit.distance_ratios,
+        "verdict": audit.verdicts,
+        "score": audit.scores,
     }
+    if audit.calibration is not None:
+        table |= {"p_value": audit.p_values, "q_value": audit.q_values}
     for column, which in enumerate(("nearest", "second")):
         indices = neighbors.indices[:, column]
         table |= {f"{which}_index": indices, f"{which}_name": [training.name(int(index)) for index in indices]}
@@ -102,160 +119,101 @@ def frame(audit: Audit) -> pandas.DataFrame:
             table[f"{which}_mirrored"] = neighbors.mirrored[:, column]
         if training.labels is not None and training.labels.ndim == 1:
             table[f"{which}_label"] = training.labels[indices]
+    if audit.look is not None:
+        table |= {"aligned_index": audit.look.indices, "aligned_residual": audit.look.residuals}
+        table |= {"aligned_score": audit.look.scores}
+        table["aligned_name"] = [training.name(int(index)) for index in audit.look.indices]
     return pandas.DataFrame(table)[columns(audit)]
 
 
 def render_summary(audit: Audit) -> str:
     """The verdict and the surest copies as a fragment of a page."""
-    pictures = _Pictures(audit)
-    order = np.argsort(audit.distance_ratios, kind="stable")
-    triples = _triples(audit, [int(row) for row in order[:SUMMARY_ROWS]], pictures)
+    triples = Gallery(audit).triples([int(row) for row in surest_first(audit)[:SUMMARY_ROWS]])
     return template("diffmem.memorization", "summary.html.j2").render(audit=audit, triples=triples)
-
-
-@dataclass(frozen=True)
-class _Triple:
-    """One line of the gallery."""
-
-    row: int
-    name: str
-    memorized: bool
-    ratio: float
-    pictures: tuple[str, str, str]
-    names: tuple[str, str, str]
-    rms: tuple[float, float]
-    mirrored: tuple[bool, bool]
 
 
 def render(audit: Audit) -> str:
     """The page, as one string."""
-    pictures = _Pictures(audit)
-    order = np.argsort(audit.distance_ratios, kind="stable")
+    gallery, order = Gallery(audit), surest_first(audit)
     # The pictures of the least sections are taken first: a gallery of large images must not starve them.
-    sources = [
-        (source, pictures.training(source.index), _copies_of(audit, source.index, order))
-        for source in audit.sources[:24]
-    ]
-    sources = [
-        (source, picture, [pictures.generated(row) for row in rows[:6]]) for source, picture, rows in sources if picture
-    ]
     duplicates = [
-        (len(group), [(audit.training.name(i), pictures.training(int(i))) for i in group[:8]])
+        (len(group), [(audit.training.name(i), gallery.training(int(i))) for i in group[:8]])
         for group in audit.duplicates[:16]
     ]
-    border = _border(audit, order)
-    border_triples = _triples(audit, border, pictures)
-    gallery = _triples(audit, [int(row) for row in order[:GALLERY_ROWS]], pictures)
+    border = gallery.triples(beside_threshold(audit, BORDER_ROWS))
+    near = gallery.triples(most_alike_near(audit, NEAR_ROWS))
+    copies = _copies_by_source(audit, order)
+    sources = []
+    for source in audit.sources[:SOURCE_ROWS]:
+        picture = gallery.training(source.index)
+        shown = gallery.triples(copies[source.index][:COPIES_SHOWN]) if picture else []
+        if shown:
+            sources.append((source, picture, shown))
+    surest = gallery.triples([int(row) for row in order[:GALLERY_ROWS]])
 
     return template("diffmem.memorization", "report.html.j2").render(
         audit=audit,
-        unit="gray levels" if audit.settings["generated"]["dtype"] == "uint8" else "units of the images",
-        gallery=gallery,
-        border=border_triples,
+        unit=_unit(audit),
+        gallery=surest,
+        near=near,
+        border=border,
         sources=sources,
         duplicates=duplicates,
-        d1_histogram=_histogram(
-            audit, lambda a: a.neighbors.rms[:, 0], "distance to the nearest training image, rms", None
-        ),
-        ratio_histogram=_histogram(
-            audit, lambda a: a.distance_ratios, "d1 / d2", float(parse_threshold(audit.settings["threshold"]))
-        ),
+        false_discoveries=FALSE_DISCOVERIES,
+        d1_histogram=_histogram(audit, _distances, _distance_name(audit), None),
+        ratio_histogram=_histogram(audit, lambda a: a.scores, audit.rule.score_name, audit.score_threshold),
     )
 
 
-def _copies_of(audit: Audit, index: int, order: np.ndarray) -> list[int]:
-    return [int(row) for row in order if audit.memorized[row] and audit.neighbors.indices[row, 0] == index]
+def _unit(audit: Audit) -> str:
+    """What distances are measured in."""
+    if audit.rule.features == "pixels":
+        return "gray levels" if audit.settings["generated"]["dtype"] == "uint8" else "units of the images"
+    return {"hamming": "bits", "aligned": "residuals"}.get(audit.rule.metric, "units of the features")
 
 
-def _border(audit: Audit, order: np.ndarray) -> list[int]:
-    """The images just below and just above the threshold, where a person should look twice."""
-    below, above = order[audit.memorized[order]], order[~audit.memorized[order]]
-    return [int(row) for row in (*below[-BORDER_ROWS:], *above[:BORDER_ROWS])]
+def _distances(audit: Audit) -> np.ndarray:
+    pixels = audit.rule.features == "pixels"
+    if audit.rule.metric == "hamming":
+        return audit.neighbors.squared_distances[:, 0].astype(np.float64)
+    return audit.neighbors.rms[:, 0] if pixels else audit.neighbors.distances[:, 0]
 
 
-def _triples(audit: Audit, rows: list[int], pictures: _Pictures) -> list[_Triple]:
-    triples = []
-    for row in rows:
-        first, second = (int(index) for index in audit.neighbors.indices[row])
-        shown = (pictures.generated(row), pictures.training(first), pictures.training(second))
-        if not all(shown):
-            break  # the page is full
-        flags = (False, False) if audit.neighbors.mirrored is None else tuple(map(bool, audit.neighbors.mirrored[row]))
-        triples.append(
-            _Triple(
-                row=row,
-                name=audit.generated.name(row),
-                memorized=bool(audit.memorized[row]),
-                ratio=float(audit.distance_ratios[row]),
-                pictures=shown,
-                names=(audit.generated.name(row), audit.training.name(first), audit.training.name(second)),
-                rms=tuple(map(float, audit.neighbors.rms[row])),
-                mirrored=flags,
-            )
-        )
-    return triples
+def _distance_name(audit: Audit) -> str:
+    return {
+        "hamming": "bits that differ from the nearest training image's",
+        "aligned": "residual of the nearest training image",
+        "cosine": "distance to the nearest training image's unit vector",
+    }.get(
+        audit.rule.metric,
+        "distance to the nearest training image" + (", rms" if audit.rule.features == "pixels" else ""),
+    )
 
 
-class _Pictures:
-    """Images as data URLs, each encoded once, until the budget of the page is spent (then None)."""
-
-    def __init__(self, audit: Audit) -> None:
-        self.audit = audit
-        self.left = PICTURE_BUDGET
-        self.encoded: dict[tuple[str, int], str] = {}
-        self.scale = _float_scale(audit.training)
-
-    def generated(self, row: int) -> str | None:
-        if not isinstance(self.audit.generated, ImageSet):
-            return None  # they were not kept
-        return self._picture("generated", self.audit.generated, row)
-
-    def training(self, index: int) -> str | None:
-        return self._picture("training", self.audit.training, index)
-
-    def _picture(self, kind: str, images: ImageSet, index: int) -> str | None:
-        key = (kind, index)
-        if key not in self.encoded:
-            url = self._encode(images.images[index])
-            if len(url) > self.left:
-                return None
-            self.encoded[key] = url
-        # A picture that is shown again is embedded again: its bytes count each time.
-        if len(self.encoded[key]) > self.left:
-            return None
-        self.left -= len(self.encoded[key])
-        return self.encoded[key]
-
-    def _encode(self, image: np.ndarray) -> str:
-        if image.dtype != np.uint8:
-            low, high = self.scale
-            image = np.clip((image - low) / (high - low) * 255, 0, 255).round().astype(np.uint8)
-        return data_url(image)
+def _copies_by_source(audit: Audit, order: np.ndarray) -> dict[int, list[int]]:
+    """The copies of each training image, surest first."""
+    found: dict[int, list[int]] = {}
+    for row in order[audit.memorized[order]].tolist():
+        found.setdefault(int(audit.neighbors.indices[row, 0]), []).append(row)
+    return found
 
 
-def _float_scale(training: ImageSet) -> tuple[float, float]:
-    """The values shown as black and white, for float images: [0, 1] or [-1, 1] where they fit, else their own range."""
-    if training.images.dtype == np.uint8:
-        return 0.0, 255.0
-    low, high = float(training.images.min()), float(training.images.max())
-    for candidate in ((0.0, 1.0), (-1.0, 1.0)):
-        if candidate[0] <= low and high <= candidate[1]:
-            return candidate
-    return low, max(high, low + 1e-12)
+def _threshold_text(audit: Audit) -> str:
+    return str(audit.rule.threshold) if audit.rule.name == "ratio" else f"{audit.score_threshold:.4g}"
 
 
 def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, threshold: float | None) -> str:
     """An SVG histogram of the generated images, and of the unseen ones where there are any."""
     ours = values(audit)
     unseen = None if audit.holdout is None else values(audit.holdout)
-    highest = (
-        1.0 if threshold is not None else max(float(ours.max()), 0.0 if unseen is None else float(unseen.max())) or 1.0
-    )
+    largest = max(float(ours.max()), 0.0 if unseen is None else float(unseen.max())) or 1.0
+    # d1/d2 and the like end at 1; other scores where the images do.
+    highest = 1.0 if threshold is not None and largest <= 1 and threshold <= 1 else largest
     # With a threshold, one of the bins' edges is put on it, so that no bar straddles it.
     edges = np.linspace(0, highest, 61)
-    if threshold is not None and threshold < 1:
-        left = max(1, round(60 * threshold))
-        edges = np.concatenate([np.linspace(0, threshold, left + 1), np.linspace(threshold, 1, 61 - left)[1:]])
+    if threshold is not None and 0 < threshold < highest:
+        left = max(1, round(60 * threshold / highest))
+        edges = np.concatenate([np.linspace(0, threshold, left + 1), np.linspace(threshold, highest, 61 - left)[1:]])
     few = 0 < audit.ratio < 0.02
     with plot() as figure:
         axes = figure.add_subplot()
@@ -273,7 +231,7 @@ def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, 
             )
         if threshold is not None:
             axes.axvline(
-                threshold, color="#a11", linestyle="--", linewidth=1, label=f"threshold {audit.settings['threshold']}"
+                threshold, color="#a11", linestyle="--", linewidth=1, label=f"threshold {_threshold_text(audit)}"
             )
         if few:
             axes.set_yscale("log")

@@ -60,13 +60,15 @@ class SeenImage:
         name: Of its file there.
         training_index: In the training set.
         training_name: Of its file there.
-        residual: 0 where they are equal pixel for pixel (or mirrored), else what remains after alignment.
+        identical: Whether they are equal pixel for pixel (or mirrored), not only once they are aligned.
+        residual: What remains after alignment; 0 for identical ones.
     """
 
     index: int
     name: str
     training_index: int
     training_name: str
+    identical: bool = True
     residual: float = 0.0
 
 
@@ -221,7 +223,7 @@ class Audit(ReportsRate):
     def published_memorized(self) -> np.ndarray:
         """bool [Q], as the code published with the paper counts: not where d1 = d2 = 0. Of rules other than d1/d2 there
         is none such, and this is `raw_memorized`."""
-        if self.rule.name != "ratio" or self.rule.metric == "aligned":
+        if not self.rule.published:
             return self.raw_memorized
         return published_rule(self.raw_neighbors.squared_distances, self.rule.threshold)
 

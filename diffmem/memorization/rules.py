@@ -87,6 +87,11 @@ class Rule:
         )
 
     @property
+    def published(self) -> bool:
+        """Whether it is the paper's rule: d1/d2 of pixels."""
+        return self.name == "ratio" and self.features == "pixels"
+
+    @property
     def score_name(self) -> str:
         """What the score is, for people."""
         if self.metric == "aligned":

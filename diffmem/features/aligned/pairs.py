@@ -81,8 +81,11 @@ def align_pairs(generated: np.ndarray | torch.Tensor, training: np.ndarray | tor
 
 
 def as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
-    # Mirrored views have negative strides, which torch does not know.
-    return images.cpu() if isinstance(images, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    if isinstance(images, torch.Tensor):
+        return images.cpu()
+    # Mirrored views have negative strides, and memory maps must not be written to: torch knows neither.
+    usable = images.flags.c_contiguous and images.flags.writeable
+    return torch.from_numpy(images if usable else np.array(images, order="C"))
 
 
 def _align(generated: torch.Tensor, training: torch.Tensor, geometry: Geometry) -> tuple[np.ndarray, ...]:

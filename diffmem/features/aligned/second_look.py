@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from diffmem.features.aligned.geometry import Geometry
 from diffmem.features.aligned.pairs import as_tensor
-from diffmem.features.aligned.second_stage import align
+from diffmem.features.aligned.second_stage import against, align
+from diffmem.ops.alignment import alignment
+
+COARSE = 16  # side at which pairs are looked at first
+# Coarse score up to which a pair is looked at again: 18 % of 10,000 CIFAR-10 (JPEG) test images are, and without
+# refinement 99.8 % of those whose score is below 0.6.
+HOPELESS = 0.75
 
 
 def align_candidates(
@@ -15,20 +22,45 @@ def align_candidates(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which of its candidates each image fits best, and how much better than the others.
 
+    Images are aligned at half the working size first; those that fit no candidate there are not looked at again.
+
     Args:
         images: [n, C, H, W], uint8 or real.
         training: [N, C, h, w] of the same channels; another size is brought to the same working size.
         candidates: int64 [n, k], indices of training images.
 
     Returns:
-        scores: float64 [n], as `AlignedMatcher` gives them, over these candidates: lower = more like a copy.
+        scores: float64 [n], as `AlignedMatcher` gives them, over these candidates: lower = more like a copy; above
+            `HOPELESS` the coarse one.
         best: int64 [n], the column of the best candidate; the first of equals.
         residuals: float64 [n], what then remains, as `AlignedMatcher` gives it.
     """
     geometry = Geometry(*training.shape[2:])
     different, where = np.unique(candidates, return_inverse=True)
-    small = geometry.templates(geometry.reduce(as_tensor(training[different])))
-    templates = small[torch.from_numpy(where.reshape(candidates.shape))]
+    some = geometry.reduce(as_tensor(training[different]))
     queries = geometry.reduce(as_tensor(images))
-    scores, columns, residuals, _, _ = align(queries, templates, geometry, max(1, candidates.shape[1] - 1))
-    return scores, columns[:, 0], residuals[:, 0]
+    where = torch.from_numpy(where.reshape(candidates.shape))
+    neighbors = max(1, candidates.shape[1] - 1)
+    factor = min(geometry.working) // COARSE
+    if factor < 2:
+        scores, columns, remainders, _, _ = align(queries, geometry.templates(some)[where], geometry, neighbors)
+        return scores, columns[:, 0], remainders[:, 0]
+    scores, best, residuals = _coarse(F.avg_pool2d(queries, factor), F.avg_pool2d(some, factor), where, neighbors)
+    rows = np.flatnonzero(scores <= HOPELESS)
+    if len(rows):
+        templates = geometry.templates(some)[where[rows]]
+        scores[rows], columns, remainders, _, _ = align(queries[rows], templates, geometry, neighbors)
+        best[rows], residuals[rows] = columns[:, 0], remainders[:, 0]
+    return scores, best, residuals
+
+
+def _coarse(
+    queries: torch.Tensor, some: torch.Tensor, where: torch.Tensor, neighbors: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, best columns and residuals without refinement."""
+    geometry = Geometry(*queries.shape[2:])
+    found, _ = alignment(geometry.variants(queries), geometry.templates(some)[where])
+    correlations = found.double().numpy()
+    ordered = np.minimum(-np.sort(-correlations, axis=1), 1)
+    residuals = np.sqrt(1 - ordered[:, 0])
+    return residuals / against(ordered, neighbors), correlations.argmax(axis=1), residuals
