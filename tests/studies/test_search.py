@@ -93,7 +93,7 @@ def test_the_interval_covers_and_the_search_is_cheap_on_curves_that_are_none_of_
         curve = Curve.drawn(shape, generator)
         found = searched(curve, generator, Search(LOW, HIGH, ZETA, precision=0.15))
         answers.append(found)
-        if index < 4:
+        if index in (1, 3):  # whose grids are quick to simulate
             ratios.append(cheapest_grid(curve, generator, found.width).cost / found.cost)
     assert np.mean([found.covered for found in answers]) >= 0.87
     assert np.median([found.width for found in answers]) <= 0.15
