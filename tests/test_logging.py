@@ -2,13 +2,12 @@
 is printed, by the library or twice by the command line."""
 
 import logging
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from command_line import run
+from processes import finished, start_script
 
 import diffmem
 from diffmem.data import write_folder
@@ -102,6 +101,6 @@ def test_the_command_line_says_each_thing_once_and_the_library_nothing(damaged, 
     assert (result.stdout + result.stderr).count("cut.png") == 1
     # Warnings of libraries without a handler would be printed by Python itself.
     code = f"import diffmem; diffmem.load_images({str(damaged)!r}, skip_bad=True)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = finished(start_script(code))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert capfd.readouterr() == ("", "")

@@ -1,10 +1,8 @@
 """Switches of precision: read and set whichever of PyTorch's two families the user has set, and left as they were."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import finished, start_script
 
 from diffmem.errors import InputError
 from diffmem.precision import float32_products, measured_convolutions
@@ -66,7 +64,7 @@ for setting, expected in SETTINGS.items():
 
 def test_every_setting_of_a_user_is_read_and_left():
     script = SCRIPT.replace("NEW", repr(NEW)).replace("SETTINGS", repr(SETTINGS))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = finished(start_script(script))
     assert done.returncode == 0, done.stderr[-2000:]
 
 

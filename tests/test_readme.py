@@ -71,7 +71,7 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_the_shell_runs_what_is_more_than_a_command(tmp_path):
-    assert run("torchrun --help | head -1", tmp_path).stdout.startswith("usage: torchrun")
+    assert run("printf 'one\\ntwo\\n' | head -1", tmp_path).stdout == "one\n"
     assert run("diffmem info --nonsense", tmp_path).returncode == 2
     assert run("diffmem info --json > info.json", tmp_path).returncode == 0
     assert '"torch"' in (tmp_path / "info.json").read_text()

@@ -1,13 +1,11 @@
 """Wrong arguments end in an error that names the parameter: in the public ops, in torch.ops.diffmem, in the core."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
+from processes import finished, start_script
 
 from diffmem.ops.affine_alignment import affine_alignment
 from diffmem.ops.alignment import alignment
@@ -272,5 +270,5 @@ for number, call in enumerate(calls):
 @needs_core
 def test_the_core_refuses_what_numbers_tell():
     """In a process of its own: what is not refused would end it."""
-    result = subprocess.run([sys.executable, "-c", REFUSALS], capture_output=True, text=True)
+    result = finished(start_script(REFUSALS))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,8 +1,6 @@
 """Op `nearest`: every implementation against plain integer arithmetic, on inputs made to break it."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
+from processes import finished, start_script
 
 from diffmem.errors import InputError
 from diffmem.ops.nearest import OP, blocked, nearest, pairs_within
@@ -131,4 +130,5 @@ def test_a_forked_process_searches_too():
         "    os._exit(0 if all(map(torch.equal, found, expected)) else 1)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = finished(start_script(code))
+    assert done.returncode == 0, done.stderr

@@ -75,6 +75,10 @@ def launches_of_networks():
     small, large = (launches_of(shape, 32, torch.bfloat16, last=True) for shape in NETWORK_MAPS)
     yield from (("group_norm_silu", launch) for launch in small.values())
     yield from (("group_norm_silu", large[name]) for name in ("forward", "map_gradient"))
+    yield (
+        "group_norm_silu",
+        launches_of((8, 1344, 16, 16), 32, torch.bfloat16, last=True)["forward"],
+    )  # 8 bytes at a time
     yield "group_norm_silu", launches_of(NETWORK_MAPS[0], 32, torch.float32, last=False)["forward"]
     yield from (("attention", launch) for launch in launches_of_attention(torch.bfloat16, "ieee").values())
     yield "attention", launches_of_attention(torch.float32, "tf32")["forward"]
@@ -219,7 +223,7 @@ def test_group_norm_moves_each_element_as_often_as_its_docstring_says(compiled):
 def test_group_norm_moves_16_bytes_at_a_time(compiled):
     """Aligned channels_last maps, in every dtype and tile: loads of maps and the store of the result as wide as there
     is, whatever the groups' width; 8 bytes where groups come to multiples of 4 channels only."""
-    checked = set()
+    checked, widths = set(), set()
     for row in compiled:
         kernel = row["kernel"]
         if row["op"] != "group_norm_silu" or kernel not in ("forward", "map_gradient"):
@@ -238,7 +242,9 @@ def test_group_norm_moves_16_bytes_at_a_time(compiled):
         assert max(stores) == width, row
         assert stores[width] >= per_thread, row
         checked.add((kernel, constants["single_pass"]))
+        widths.add(width)
     assert len(checked) == 4
+    assert {8, 16} <= widths
 
 
 def roots_of(launch: Launch) -> tuple[str, ...]:
