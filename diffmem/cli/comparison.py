@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
 if TYPE_CHECKING:
     from diffmem.studies.comparison import Comparison, Sweep
+    from diffmem.studies.comparison.gaps import Curve
 
 
 def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> None:
@@ -37,10 +38,10 @@ def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> 
         line = f"{sigma:>8.3g}" + "".join(f"{result.gap(kind).value[at]:>11.3g}" for kind in result.gaps)
         if result.memorization_score is not None:
             value, low, high = (each[at] for each in result.memorization_score)
-            normalized = result.normalized_score.value[at]
+            normalized = cast("Curve", result.normalized_score).value[at]
             share = "-" if math.isnan(normalized) else percent(normalized)
             line += f"{percent(value):>10}  {percent_range((low, high)):<20}"
-            line += f"{percent(result.optimal_score.value[at]):>9}{share:>12}"
+            line += f"{percent(cast('Curve', result.optimal_score).value[at]):>9}{share:>12}"
         click.echo(line)
     click.echo(f"{result.rate.count} of {result.rate.total} generated images are copies ({percent(result.rate.ratio)})")
     click.echo(result.verdict())

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
+
+if TYPE_CHECKING:
+    from diffmem.memorization import Audit
 
 from diffmem.cli.options import CommandWithJson, debug_option, json_option
 from diffmem.cli.sampling_options import folder_option
@@ -34,11 +38,11 @@ def demo_command(out: Path, as_json: bool) -> None:
         click.echo(json.dumps(demo.to_dict()))
         return
     for model in (demo.few, demo.many):
-        interval = percent_range(model.audit.interval)
+        interval, false_alarms = percent_range(model.audit.interval), cast("Audit", model.audit.holdout).ratio
         click.echo(
             f"trained on {len(model.training):,} digits, {model.epochs:,.0f} epochs: {model.audit.count} of "
             f"{model.audit.total} generated images are copies, {percent(model.audit.ratio)} (95 % interval "
             f"{interval}); held against unseen digits {percent(model.control.ratio)}, false alarms "
-            f"{percent(model.audit.holdout.ratio)}"
+            f"{percent(cast('Audit', model.audit.holdout).ratio)}"
         )
     click.echo(f"report: {demo.page}")

@@ -131,10 +131,14 @@ def emm_command(
     if dry_run:
         _print_plan(setting, sizes, repetitions, max_runs, device)
         return
+
+    def watch(emm: EMM) -> None:
+        write_emm(emm, out, running=True)
+
     with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
         found = find_emm(
             setting, out, sizes=sizes, zeta=zeta, precision=precision, repetitions=repetitions, runs=max_runs,
-            executor=executor, on_trial=tell_outcome, watch=lambda emm: write_emm(emm, out, running=True),
+            executor=executor, on_trial=tell_outcome, watch=watch,
             progress=progress,
         )  # fmt: skip
     page = found.save(out)

@@ -47,10 +47,10 @@ def info_command(path: Path | None, as_json: bool) -> None:
         for device, why in devices.items():
             click.echo(f"  {name} on {device}: {why}")
     faiss = facts["faiss"]
-    found = ", ".join(f"{name} {version}" for name, version in faiss["packages"].items())
+    named = ", ".join(f"{name} {version}" for name, version in faiss["packages"].items())
     where = f"on {faiss['gpus']} GPU(s)" if faiss["gpus"] else "on the CPU"
     problem = f"; {faiss['problem']}" if faiss["problem"] else ""
-    click.echo(f"FAISS: {f'{found}, {where}' if found else 'none'}{problem}")
+    click.echo(f"FAISS: {f'{named}, {where}' if named else 'none'}{problem}")
     click.echo("optional packages")
     for name, found in facts["optional"].items():
         state = found["version"] or f"not installed (pip install 'diffmem[{found['extra']}]')"

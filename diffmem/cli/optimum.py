@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -109,10 +110,10 @@ _SHARED = [
 ]  # fmt: skip
 
 
-def _shared_options(command):
+def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What all three say of the optimum and its sampler."""
     for option in reversed(_SHARED):
-        command = option(command)
+        command = cast(Any, option)(command)
     return command
 
 

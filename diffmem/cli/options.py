@@ -442,4 +442,5 @@ def reading(source: str | None = None, *, color, alpha, key, layout, skip_bad, *
 def _value(given: tuple[tuple[str | None, str], ...], source: str | None) -> str | None:
     """What was given for `source`, or else for all sources; the last of several."""
     for_all = [value for name, value in given if name is None]
-    return ([value for name, value in given if name == source and name is not None] or for_all or [None])[-1]
+    own = [value for name, value in given if name == source and name is not None] or for_all
+    return own[-1] if own else None

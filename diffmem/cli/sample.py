@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -146,7 +146,7 @@ def sample_command(
     if precision is not None and half not in (None, precision):
         raise click.UsageError(f"--precision {precision} and --{half} exclude each other")
     try:
-        settings = SamplerConfig(precision=precision or half or "ieee", **settings)
+        sampler = SamplerConfig(precision=precision or half or "ieee", **settings)
     except InputError as error:
         raise click.UsageError(str(error)) from None
     torch.set_flush_denormal(True)
@@ -162,7 +162,7 @@ def sample_command(
             )
             say_notes([training, holdout])
         result = generate(
-            checkpoint, seeds, out=out, settings=settings, training=training, holdout=holdout, flip=bool(flip),
+            checkpoint, seeds, out=out, settings=sampler, training=training, holdout=holdout, flip=bool(flip),
             device=device, restart=restart, progress=progress,
         )  # fmt: skip
     return print_result(result, report, as_json, limits=limits)
@@ -208,7 +208,7 @@ def print_result(
     the others have no result. Returns the exit status, which tells what the gate of these limits decided."""
     if result is None:
         return 0
-    gate = result.audit.gate(**limits) if limits else None
+    gate = cast(Any, result.audit).gate(**limits) if limits else None
     if as_json:
         decided = {} if gate is None else {"gate": gate.to_dict()}
         click.echo(json.dumps({**as_json_asks(result, as_json), **decided}, allow_nan=False))
@@ -217,7 +217,7 @@ def print_result(
             click.echo(headline)
         print_summary(result)
     if report is not None:
-        page = result.audit.save(report)
+        page = cast(Any, result.audit).save(report)
         if not as_json:
             click.echo(f"report: {page}")
     return tell_gate(gate)

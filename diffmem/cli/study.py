@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -44,7 +44,7 @@ def _choice_options(command):
             threads_option,
         ]
     ):
-        command = option(command)
+        command = cast(Any, option)(command)
     return command
 
 
@@ -84,7 +84,7 @@ def list_command(as_json: bool) -> None:
     """List the built-in studies with their number of runs at both scales."""
     from diffmem.studies.presets import NAMES, SCALES, build
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "title": build(name).title,

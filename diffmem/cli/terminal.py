@@ -63,7 +63,7 @@ class Output(io.TextIOWrapper):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(
             stream.buffer, encoding=stream.encoding or "utf-8", errors="backslashreplace",
-            line_buffering=stream.line_buffering,
+            line_buffering=bool(stream.line_buffering),
         )  # fmt: skip
         self.stream = stream
 

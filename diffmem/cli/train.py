@@ -69,7 +69,7 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 @click.option("--resume", is_flag=True, help="Continue the run in OUT, with its own settings; needs no other option.")
 @dry_run_option
 @debug_option
-@click.pass_context
+@click.pass_context  # type: ignore[arg-type] # click fills in the rest by name
 def train_command(context: click.Context, out: Path | None, resume: bool, dry_run: bool, **options: Any) -> int:
     """Train a diffusion model.
 
@@ -211,8 +211,9 @@ def _train(
                 _print_plan(plan)
             return 0
         display = _display()
-        callbacks = [display]
+        callbacks: list[Callback] = [display]
         if of_run is None:
+            assert data_source is not None
             callbacks.append(_remember(out, {**recorded, "source": data_source.source}))
         if audit_every is not None:
             # Without a snapshot there is nothing to audit.
@@ -264,7 +265,13 @@ def _configuration(
     config = training_config(
         data, length=parts.length, network=parts.network, training=parts.training, conditional=cond, seed=seed
     )
-    if cond and is_first_rank() and data.labels.ndim == 1 and (gaps := missing_classes(data.labels)):
+    if (
+        cond
+        and is_first_rank()
+        and data.labels is not None
+        and data.labels.ndim == 1
+        and (gaps := missing_classes(data.labels))
+    ):
         click.echo(f"note: {source}: {gaps}; the model has inputs for them all the same", err=True)
     return config, items_per_epoch(data, config.xflip), describe_preset(parts.preset, resolution)
 
@@ -327,7 +334,7 @@ def _print_ending(run: Run, config: TrainingConfig) -> None:
         )
 
 
-def _display() -> Callback:
+def _display() -> Any:
     """A callback that shows the plan, and then loss, images per second and time left: a bar on terminals, else a line
     every ten seconds, on standard error."""
     from rich.console import Console

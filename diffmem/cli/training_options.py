@@ -33,7 +33,7 @@ class Numbers(click.ParamType):
 POSITIVE = click.IntRange(min=1)
 NUMBER, SHARE = click.FloatRange(min=0), click.FloatRange(0, 1)
 
-_DATA = {"type": Source(), "help": "The training images; see `diffmem audit`."}
+_DATA: dict[str, Any] = {"type": Source(), "help": "The training images; see `diffmem audit`."}
 _OPTIONS = [
     # The training set.
     resize_option(),

@@ -81,7 +81,7 @@ class Function:
         resizes: bool = False,
     ):
         self.function, self.metric, self.batch = function, metric, batch
-        self.name: str = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
         self.device, self.prepare = torch.device(device), prepare
         self.fingerprint, self.resizes = fingerprint, resizes
 

@@ -182,7 +182,7 @@ def _read_parquet(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | 
 
 
 def _equal_lists(column: Any, pyarrow: Any) -> bool:
-    import pyarrow.compute
+    import pyarrow.compute  # type: ignore[no-redef]
 
     lengths = pyarrow.compute.list_value_length(column)
     return pyarrow.compute.min(lengths) == pyarrow.compute.max(lengths)

@@ -109,6 +109,7 @@ class SetFigures:
     @property
     def sample(self) -> np.ndarray:
         """Up to `SAMPLE` of the images, in their order, thinned to `SAMPLE_PIXELS` pixels."""
+        assert self._sample is not None
         return self._sample
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -126,7 +126,8 @@ class Rule:
         """The score below which an image is a copy."""
         if self.name == "calibrated":
             return calibration.threshold
-        return 1 - self.threshold if self.name == "similarity" and self.metric == "cosine" else float(self.threshold)
+        threshold = float(cast(float, self.threshold))
+        return 1 - threshold if self.name == "similarity" and self.metric == "cosine" else threshold
 
     def described(self, calibration: Calibration | None) -> str:
         """When an image is a copy, as the end of a sentence."""

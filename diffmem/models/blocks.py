@@ -348,7 +348,7 @@ class UNetBlock(nn.Module):
             return x
         if not self.zero_channels:
             return self.skip(x)
-        return F.conv2d(x, self.skip.weight[:, : x.shape[1]], self.skip.bias)  # type: ignore[arg-type, index, union-attr]
+        return F.conv2d(x, self.skip.weight[:, : x.shape[1]], self.skip.bias)  # type: ignore[arg-type, index]
 
 
 def _stretch(image: torch.Tensor, dim: int, size: int) -> torch.Tensor:

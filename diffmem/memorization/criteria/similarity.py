@@ -40,7 +40,7 @@ def measure(comparison: Comparison) -> Measured:
         name = f"top1_similarity_above_{threshold}"
         per_image[name] = similarities > threshold
         values[name], means[name] = float(per_image[name].mean()), name
-    notes = ()
+    notes: tuple[str, ...] = ()
     try:
         sample = spread_places(len(training), BACKGROUND)
         background = searches.largest_cosine(training, training, sample)
