@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ COLUMNS = (
     "training_images", "solver", "noise_levels", "nfe", "same_verdict", "R_mem", "same_source",
     "rms_to_protocol",
 )  # fmt: skip
-SAMPLERS = [
+SAMPLERS: Any = [
     *[("heun", {"steps": steps}) for steps in (72, 36, 18, 9, 8, 7, 6, 5)],
     *[("dpm++", {"steps": steps, "rho": rho}) for steps in (14, 12, 10) for rho in (5.0, 7.0, 20.0, 1000.0)],
     *[("dpm++", {"steps": steps}) for steps in (35, 18)],

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -34,7 +35,7 @@ from diffmem.training import RunFolder
 
 RESULTS = Path(__file__).parent / "results" / "optimum"
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data"
-SWEEPS = {  # name in figures: folder, training set, seeds
+SWEEPS: dict[str, tuple[str, Any, int]] = {  # name in figures: folder, training set, seeds
     "digits": ("sweep-digits", "builtin:digits", 1000),
     "CIFAR-10 (JPEG)": ("sweep-cifar-10", CIFAR10 / "cifar10-train.zip", 256),
 }

@@ -87,7 +87,7 @@ def end_to_end(target: Target, rows: torch.Tensor) -> list[str]:
         weights = torch.cdist(x.flatten(1).float(), values).square_().mul_(-0.5 / sigma.float() ** 2)
         return (torch.softmax(weights, dim=1) @ values).view(x.shape)
 
-    direct.sigma_min, direct.sigma_max = 0.0, float("inf")
+    direct.sigma_min, direct.sigma_max = 0.0, float("inf")  # type: ignore[attr-defined]
     name = f"optimum of {len(rows)} images, {batch} images, {steps} steps of Heun"
     first, wrong = None, []
     for tolerance in TOLERANCES:

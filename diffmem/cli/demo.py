@@ -43,6 +43,6 @@ def demo_command(out: Path, as_json: bool) -> None:
             f"trained on {len(model.training):,} digits, {model.epochs:,.0f} epochs: {model.audit.count} of "
             f"{model.audit.total} generated images are copies, {percent(model.audit.ratio)} (95 % interval "
             f"{interval}); held against unseen digits {percent(model.control.ratio)}, false alarms "
-            f"{percent(cast('Audit', model.audit.holdout).ratio)}"
+            f"{percent(false_alarms)}"
         )
     click.echo(f"report: {demo.page}")
