@@ -171,7 +171,7 @@ def _energy(images: np.ndarray) -> np.ndarray:
     return np.square(images.astype(np.float64)).sum(axis=(1, 2, 3))
 
 
-def _in_words(found, at: int) -> str:
+def _in_words(found: Any, at: int) -> str:
     parts = ["mirrored"] if found.mirrored[at] else []
     if abs(found.scale[at] - 1) > 0.01:
         parts.append(
