@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from diffmem.search import TrainingIndex, tiles
 from diffmem.search.balls import count_in_balls
 from diffmem.search.bounds import LowerBounds
+from diffmem.search.cosines import largest_cosines
 from diffmem.search.rows import as_rows
-from diffmem.search.tiles import cut_tiles, nearest_by_tiles
+from diffmem.search.tiles import cut_tiles, nearest_by_tiles, squared_tile_maxima
 
 
 def images(random, count: int, shape=(2, 6, 9), dtype=np.uint8, levels: int = 256) -> np.ndarray:
@@ -104,3 +105,57 @@ def test_tiles_hold_all_values():
     cut = cut_tiles(values, 2)
     assert cut.shape == (2, 6, 4)
     assert cut[0].tolist() == [[0, 1, 5, 6], [2, 3, 7, 8], [4, 0, 9, 0], [10, 11, 0, 0], [12, 13, 0, 0], [14, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_largest_cosines(dtype, signed, own):
+    """In both directions, behind bounds that leave most pairs out: with dark images, images of zeros, opposite ones
+    and duplicates among them."""
+    random = np.random.default_rng(3)
+    smooth = random.normal(0, 1, (1400, 3)) @ random.normal(0, 30, (3, 80))
+    rows = smooth + random.normal(0, 2, (1400, 80)) + (0 if signed else 110)
+    rows[:20] *= 0.02
+    rows[20], rows[21] = 0, rows[22]
+    if signed and dtype != np.uint8:
+        rows[30:60] *= -1
+    rows = (rows if signed and dtype != np.uint8 else rows.clip(0, 255)).astype(dtype)
+    places = np.concatenate([np.arange(10, 70), random.integers(0, 1400, 40)])
+    queries = rows[places] if own else (rows[places] + random.integers(0, 3, (100, 80))).astype(dtype)
+    index = TrainingIndex(rows)
+    assert index.filtered is not None
+    table = []
+    for query in queries.astype(float):
+        lengths = np.linalg.norm(query) * np.linalg.norm(rows.astype(float), axis=1)
+        table.append(np.divide(rows.astype(float) @ query, lengths, out=np.full(1400, -2.0), where=lengths > 0))
+    table = np.array(table)
+    if own:
+        table[np.arange(100), places] = -2
+    for absolute in (False, True):
+        wanted = np.where(table < -1.5, -2, np.abs(table)) if absolute else table
+        found = largest_cosines(
+            index, *map(torch.from_numpy, (queries, rows)), own=places if own else None, absolute=absolute
+        )
+        assert found.of_queries == pytest.approx(wanted.max(axis=1), abs=1e-12)
+        assert found.of_rows == pytest.approx(wanted.max(axis=0), abs=1e-12)
+    few = TrainingIndex(rows[:200])  # without a code: all pairs
+    found = largest_cosines(few, torch.from_numpy(queries), torch.from_numpy(rows[:200]))
+    if not own:
+        assert found.of_rows == pytest.approx(table[:, :200].max(axis=0), abs=1e-12)
+
+
+def test_largest_cosines_compute_few_pairs(monkeypatch):
+    random = np.random.default_rng(4)
+    rows = (random.normal(0, 1, (4000, 8)) @ random.normal(0, 30, (8, 200)) + random.normal(128, 3, (4000, 200))).clip(
+        0, 255
+    )
+    rows = torch.from_numpy(rows.astype(np.uint8))
+    computed = []
+    monkeypatch.setattr(
+        "diffmem.search.cosines.squared_tile_maxima",
+        lambda x, y, some, others: computed.append(len(some)) or squared_tile_maxima(x, y, some, others),
+    )
+    found = largest_cosines(TrainingIndex(rows), rows[:500].clone(), rows)
+    assert found.of_queries == pytest.approx(1)
+    assert sum(computed) < 0.05 * 500 * 4000

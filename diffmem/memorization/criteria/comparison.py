@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,13 +13,10 @@ import torch
 from diffmem.errors import InputError
 from diffmem.progress import Progress, silent
 from diffmem.search import Neighbors, TrainingIndex
+from diffmem.search.cosines import largest_cosines
 from diffmem.search.rows import as_rows, check_finite
 
-IN_MEMORY = 1 << 31  # bytes of unit vectors up to which they are kept in memory
 BLOCK_VALUES = 1 << 24
-COSINE_CANDIDATES = 2
-COSINE_WIDEST = 64
-COSINE_ROUNDING = 3e-7  # of the distance of two unit vectors that were rounded to float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,23 +70,6 @@ class Points:
     def _spread(self) -> dict[int, Points]:
         return {}
 
-    def unit(self) -> np.ndarray:
-        """float32 [n', d]: the rows that are not zeros, divided by their length (in float64); on disk where large."""
-        shape = int((~self.zero).sum()), self.dimension
-        if shape[0] * shape[1] * 4 <= IN_MEMORY:
-            out = np.empty(shape, np.float32)
-        else:
-            with tempfile.TemporaryFile() as file:
-                out = np.memmap(file, np.float32, "w+", shape=shape)
-        start = 0
-        for block in self._blocks():
-            block = block[(block != 0).any(dim=1)].double()
-            # Scaled first, so that squares neither overflow nor vanish.
-            block /= block.abs().amax(dim=1, keepdim=True)
-            out[start : start + len(block)] = (block / block.norm(dim=1, keepdim=True)).numpy()
-            start += len(block)
-        return out
-
     def _blocks(self) -> Iterator[torch.Tensor]:
         return self.rows.split(max(1, BLOCK_VALUES // self.dimension))
 
@@ -109,9 +88,7 @@ class Searches:
     _indices: dict[int, TrainingIndex] = field(default_factory=dict)
     _found: dict[tuple[int, int], Neighbors] = field(default_factory=dict)
     _others: dict[int, np.ndarray] = field(default_factory=dict)
-    _unit: dict[int, np.ndarray] = field(default_factory=dict)
-    _unit_indices: dict[int, TrainingIndex] = field(default_factory=dict)
-    _cosines: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    _cosines: dict[tuple[int, int, bool], np.ndarray] = field(default_factory=dict)
     _kept: list[Points] = field(default_factory=list)
 
     def index(self, points: Points) -> TrainingIndex:
@@ -151,85 +128,43 @@ class Searches:
             known[missing] = without_self(found, missing).squared_distances[:, 0]
         return known[places]
 
-    def largest_cosine(self, points: Points, targets: Points, places: np.ndarray | None = None) -> np.ndarray:
+    def largest_cosine(
+        self, points: Points, targets: Points, *, absolute: bool = False, places: np.ndarray | None = None
+    ) -> np.ndarray:
         """float64 [n]: the cosine of each point with the target that has the largest, NaN for points of zeros; of a
         point among the same points with another one.
-
-        Candidates come from vectors rounded to float32, and their cosines are computed from the values, in float64:
-        a target is missed only where 64 others are as near to within 3e-7.
 
         Args:
             points: Of which cosines are wanted.
             targets: With which.
+            absolute: Whether the largest |cosine| is wanted: MiFID takes opposite vectors for equal ones.
             places: Only of these points.
         """
-        key = id(points), id(targets)
-        if places is None and key in self._cosines:
-            return self._cosines[key]
         if targets.zero.all():
             raise InputError(f"{targets.what}: all vectors are zeros, which have no direction")
-        units = self._units(points)
-        own = np.cumsum(~points.zero) - 1  # place -> row of `units`
-        wanted = np.arange(len(points)) if places is None else places
-        rows = wanted[~points.zero[wanted]]
-        cosines = np.full(len(wanted), np.nan)
-        cosines[~points.zero[wanted]] = self._cosines_of(points, targets, rows, units[own[rows]])
-        if places is None:
-            self._cosines[key] = cosines
-        return cosines
-
-    def largest_absolute_cosine(self, points: Points, targets: Points) -> np.ndarray:
-        """The same of |cosine|: MiFID takes opposite vectors for equal ones."""
-        cosines = self.largest_cosine(points, targets)
-        if points.nonnegative and targets.nonnegative:
-            return cosines
-        key = id(points), -id(targets)
-        if key not in self._cosines:
-            rows = np.flatnonzero(~points.zero)
-            opposite = np.full(len(points), np.nan)
-            opposite[rows] = -self._cosines_of(points, targets, rows, -self._units(points), sign=-1)
-            self._cosines[key] = opposite
-        return np.maximum(np.abs(cosines), np.abs(self._cosines[key]))
-
-    def _units(self, points: Points) -> np.ndarray:
-        if id(points) not in self._unit:
-            self._kept.append(points)
-            self._unit[id(points)] = points.unit()
-        return self._unit[id(points)]
-
-    def _unit_index(self, points: Points) -> TrainingIndex:
-        if id(points) not in self._unit_indices:
-            self._unit_indices[id(points)] = TrainingIndex(
-                self._units(points), device=self.device, progress=self.progress
-            )
-        return self._unit_indices[id(points)]
-
-    def _cosines_of(
-        self, points: Points, targets: Points, rows: np.ndarray, units: np.ndarray, sign: int = 1
-    ) -> np.ndarray:
-        """The largest sign · cosine of points[rows], whose unit vectors (times sign) are given."""
-        places = np.flatnonzero(~targets.zero)  # row of the index -> target
-        itself = points is targets
-        best = np.full(len(rows), -np.inf)
-        waiting = np.arange(len(rows))
-        index = self._unit_index(targets)
-        if len(index) - itself < 1:
+        if points is targets and (~points.zero).sum() < 2:
             raise InputError(f"{targets.what}: a single vector has no other to be compared with")
-        for k in (COSINE_CANDIDATES, COSINE_WIDEST):
-            k = min(k + itself, len(index))
-            found = index.query(units[waiting], k, progress=self.progress)
-            candidates, distances = places[found.indices], found.distances
-            if itself:
-                distances[candidates == rows[waiting, None]] = np.inf
-            # What is farther than the nearest by more than the rounding has a smaller cosine.
-            limit = distances.min(axis=1, keepdims=True) + 2 * COSINE_ROUNDING
-            some, columns = np.nonzero(distances <= limit)
-            cosines = sign * exact_cosines(points, targets, rows[waiting[some]], candidates[some, columns])
-            np.maximum.at(best, waiting[some], cosines)
-            waiting = waiting[found.distances[:, -1] <= limit[:, 0]]
-            if k == len(index) or not len(waiting):
-                break
-        return sign * best
+        absolute = absolute and not (points.nonnegative and targets.nonnegative)
+        key = id(points), id(targets), absolute
+        if places is None and key in self._cosines:
+            return self._cosines[key]
+        queries = points.rows if places is None else points.rows[torch.from_numpy(places)]
+        found = largest_cosines(
+            self.index(targets),
+            queries,
+            targets.rows,
+            own=None if points is not targets else np.arange(len(points)) if places is None else places,
+            of_rows=points is not targets,
+            absolute=absolute,
+            progress=self.progress,
+        )
+        cosines, reverse = (np.where(each < -1.5, np.nan, each) for each in (found.of_queries, found.of_rows))
+        if places is None:
+            self._kept += [points, targets]
+            self._cosines[key] = cosines
+            if points is not targets:
+                self._cosines[key[1], key[0], absolute] = reverse
+        return cosines
 
 
 def without_self(found: Neighbors, places: np.ndarray) -> Neighbors:
@@ -243,21 +178,6 @@ def without_self(found: Neighbors, places: np.ndarray) -> Neighbors:
         np.take_along_axis(found.squared_distances, kept, 1),
         found.dimension,
     )
-
-
-def exact_cosines(points: Points, targets: Points, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """float64: the cosine of points[rows[i]] and targets[columns[i]], none of them zeros, from their values."""
-    found = np.empty(len(rows))
-    step = max(1, BLOCK_VALUES // points.dimension)
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        x = points.rows[torch.from_numpy(rows[part])].double()
-        y = targets.rows[torch.from_numpy(columns[part])].double()
-        if points.rows.dtype != torch.uint8:
-            x, y = x / x.abs().amax(dim=1, keepdim=True), y / y.abs().amax(dim=1, keepdim=True)
-        products = (x * y).sum(dim=1)
-        found[part] = (products / (x.square().sum(dim=1) * y.square().sum(dim=1)).sqrt()).numpy()
-    return found
 
 
 @dataclass(frozen=True, eq=False)

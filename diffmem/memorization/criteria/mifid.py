@@ -46,8 +46,13 @@ def distance_real(comparison: Comparison) -> np.ndarray:
 
 
 def _distances(comparison: Comparison, points: Points, targets: Points) -> np.ndarray:
+    # Both directions come of one search, which is kept: the larger set is searched by the smaller one.
+    searches = comparison.searches
+    if points is comparison.training:
+        searches.largest_cosine(targets, points, absolute=True)
+    cosines = np.abs(searches.largest_cosine(points, targets, absolute=True))
     # Rounding can take the cosine of equal vectors beyond 1.
-    return np.maximum(1 - comparison.searches.largest_absolute_cosine(points, targets), 0.0)
+    return np.maximum(1 - cosines, 0.0)
 
 
 def _mean(distances: np.ndarray, what: str) -> float:

@@ -43,7 +43,7 @@ def measure(comparison: Comparison) -> Measured:
     notes: tuple[str, ...] = ()
     try:
         sample = spread_places(len(training), BACKGROUND)
-        background = searches.largest_cosine(training, training, sample)
+        background = searches.largest_cosine(training, training, places=sample)
         values["top1_similarity_background"] = float(np.nan_to_num(background, nan=0.0).mean())
     except InputError as error:  # a single training image
         values["top1_similarity_background"], notes = float("nan"), (str(error),)
