@@ -1,7 +1,7 @@
 """Lower bounds of all distances between queries and training images, by one narrow matrix product.
 
 They are those of the filtered search (csrc/nearest/nearest.h), whose code an index holds already: of its first fine
-level, 60 coordinates and the length of what they leave out, in int16.
+levels, 60 coordinates each, and the length of what they leave out, in int16.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from diffmem.precision import float32_products
 from diffmem.search.filtered import LEVEL_COORDINATES, FilteredRows
 from diffmem.search.index import TrainingIndex
 
-CODED = LEVEL_COORDINATES + 1
-
 
 class LowerBounds:
     """Which pairs of queries and training images may be within a distance of each other.
@@ -24,9 +22,10 @@ class LowerBounds:
     Args:
         index: Of the training images. One without a code (a small set, or one on a GPU) excludes no pair.
         queries: [Q, d] rows, of the training images' dtype.
+        levels: How many levels of the code are used, where it has so many.
     """
 
-    def __init__(self, index: TrainingIndex, queries: torch.Tensor) -> None:
+    def __init__(self, index: TrainingIndex, queries: torch.Tensor, levels: int = 1) -> None:
         self.coded = index.filtered
         self.shape = len(queries), len(index)
         if self.coded is None:
@@ -36,18 +35,20 @@ class LowerBounds:
         if queries.dtype != torch.uint8:
             near = filtered.within_reach(queries)
         self.outside = torch.nonzero(~near)[:, 0]  # farther out than the code reaches: nothing is said of them
-        self.queries = torch.zeros(len(queries), CODED)
+        levels = min(levels, filtered.levels)
+        self.coordinates = levels * LEVEL_COORDINATES
+        self.queries = torch.zeros(len(queries), self.coordinates + 1)
         self.errors = torch.zeros(len(queries), dtype=torch.float64)
         code = filtered.encode(queries[near])
-        self.queries[near] = torch.from_numpy(code.fine[0, :, :CODED].astype(np.float32))
-        self.errors[near] = torch.from_numpy(code.error[:, 1].astype(np.float64))
+        self.queries[near] = _values(code.fine, levels)
+        self.errors[near] = torch.from_numpy(code.error[:, levels].astype(np.float64))
         place = np.empty(len(filtered.order), np.int64)
         place[filtered.order] = np.arange(len(place))
-        self.training = torch.from_numpy(filtered.fine[0, :, :CODED].astype(np.float32)[place])
+        self.training = _values(filtered.fine, levels)[torch.from_numpy(place)]
         self.longest = float(self.training.norm(dim=1).max())
-        d, m = index.dimension, LEVEL_COORDINATES
+        d, m = index.dimension, self.coordinates
         delta = 4 * (d + m + 8) * math.sqrt(m + 1) * 2.0**-53
-        self.slack = float(filtered.error[1]) * (1 + 1e-6) + 4 * 32767 * math.sqrt(delta)
+        self.slack = float(filtered.error[levels]) * (1 + 1e-6) + 4 * 32767 * math.sqrt(delta)
         self.rounding = 1 + (d + 16) * 2.0**-52
 
     def may_be_within(
@@ -72,7 +73,7 @@ class LowerBounds:
         with float32_products("ieee"):
             # ‖x − y‖² − ‖x‖²; the norms are integers below 2³¹, rounded once.
             scores = torch.addmm(y.double().square().sum(dim=1).float(), x, y.T, alpha=-2)
-        product = 3 * (CODED + 3) * 2.0**-23 * (norms.sqrt() + self.longest) * self.longest
+        product = 3 * (self.coordinates + 4) * 2.0**-23 * (norms.sqrt() + self.longest) * self.longest
         found = torch.zeros(shape, dtype=torch.bool)
         if squared is not None:
             reach = self._reach(squared, self.errors[rows])
@@ -91,6 +92,13 @@ class LowerBounds:
         """How far apart the codes of two points within a distance can be."""
         assert self.coded is not None
         return self.coded.scale * squared.double().sqrt() * self.rounding + errors * (1 + 1e-6) + self.slack
+
+
+def _values(fine: np.ndarray, levels: int) -> torch.Tensor:
+    """float32 [n, 60·levels + 1]: the coordinates of the first levels, and the length that these leave out."""
+    parts = [fine[level, :, :LEVEL_COORDINATES] for level in range(levels)]
+    parts.append(fine[levels - 1, :, LEVEL_COORDINATES : LEVEL_COORDINATES + 1])
+    return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
 
 
 def _up(values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ y'‖, so that
 
     cos(x, y) = (‖x‖² + ‖y‖² − ‖x − y‖²) / 2‖x‖‖y‖ ≤ (‖x‖² + ‖y‖² − ‖x' − y'‖²) / 2‖x‖‖y‖,
 
-which is a sum of products of what belongs to x and what belongs to y: one matrix product of 63 columns bounds all
+which is a sum of products of what belongs to x and what belongs to y: one narrow matrix product bounds all
 pairs. What the code is off by (at most E in ‖x' − y'‖) adds E (‖x'‖ + ‖y'‖) / ‖x‖‖y‖, which is such a sum too. Pairs
 whose bound is below the best cosine so far of both ends are left out, all others computed.
 """
@@ -17,15 +17,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from diffmem.ops.registry import native_module
 from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
 from diffmem.search.bounds import LowerBounds
 from diffmem.search.index import TrainingIndex
 from diffmem.search.tiles import squared_tile_maxima
 
+LEVELS = 2  # of the code: cosines of pixels lie close together
 QUERY_BLOCK = 1024
 BLOCK = 8192
-MOST_PAIRS = 0.02  # share of a block's pairs beyond which all are computed by a product
+# Share of a block's pairs beyond which all are computed by a product: a pair costs the core what it costs a product in
+# float64, and gathering its values much more.
+MOST_PAIRS = {True: 0.5, False: 0.02}
 PAIR_VALUES = 1 << 24
 
 
@@ -39,6 +43,10 @@ class LargestCosines:
 
 def squared_lengths(rows: torch.Tensor) -> torch.Tensor:
     """float64 [n]: ‖x‖², exact for uint8 rows."""
+    if rows.dtype == torch.uint8:
+        places = torch.arange(len(rows))
+        zero = rows.new_zeros(1, 1, rows.shape[1])
+        return squared_tile_maxima(rows[:, None], zero, places, torch.zeros_like(places)).double()
     step = max(1, PAIR_VALUES // rows.shape[1])
     return torch.cat([block.double().square().sum(dim=1) for block in rows.split(step)])
 
@@ -49,6 +57,7 @@ def largest_cosines(
     rows: torch.Tensor,
     *,
     own: np.ndarray | None = None,
+    guesses: np.ndarray | None = None,
     of_rows: bool = True,
     absolute: bool = False,
     progress: Progress = silent,
@@ -60,6 +69,7 @@ def largest_cosines(
         queries: [Q, d]; those of zeros have no cosine.
         rows: [N, d], of the same dtype; likewise.
         own: int64 [Q], for queries that are rows: which. They are not compared with themselves.
+        guesses: int64 [Q, k], rows that are likely near: they decide what this costs, not what it answers.
         of_rows: Whether those of the rows are wanted too.
         absolute: Whether the largest |cosine| is wanted.
         progress: Called as `progress(stage, done, total)`.
@@ -68,6 +78,9 @@ def largest_cosines(
         The largest cosines. Those of bytes are exact up to the last division and root.
     """
     search = _Search(index, queries.contiguous(), rows.contiguous(), own, of_rows, absolute)
+    if guesses is not None:
+        some = torch.arange(len(queries)).repeat_interleave(guesses.shape[1])
+        search.pairs(some, torch.from_numpy(guesses.reshape(-1)))
     for first in range(0, len(queries), QUERY_BLOCK):
         progress("comparing directions", first, len(queries))
         for start in range(0, len(rows), BLOCK):
@@ -82,14 +95,15 @@ class _Search:
     def __init__(self, index, queries, rows, own, of_rows: bool, absolute: bool):
         self.queries, self.rows, self.of_rows, self.absolute = queries, rows, of_rows, absolute
         self.own = None if own is None else torch.from_numpy(own)
-        self.lengths, self.row_lengths = squared_lengths(queries).sqrt(), squared_lengths(rows).sqrt()
+        self.native = queries.dtype == torch.uint8 and native_module() is not None
         self.squares, self.row_squares = squared_lengths(queries), squared_lengths(rows)
+        self.lengths, self.row_lengths = self.squares.sqrt(), self.row_squares.sqrt()
         self.best = torch.full((len(queries),), -2.0, dtype=torch.float64)
         self.best_of_rows = torch.full((len(rows),), -2.0, dtype=torch.float64)
         # What has no direction is not looked for.
         self.best[self.lengths == 0], self.best_of_rows[self.row_lengths == 0] = 2.0, 2.0
         self.order = torch.arange(len(rows))
-        bounds = LowerBounds(index, queries)
+        bounds = LowerBounds(index, queries, LEVELS)
         self.factors: list[tuple[torch.Tensor, torch.Tensor]] = []
         if bounds.coded is None:
             return
@@ -120,8 +134,10 @@ class _Search:
         x = x * sign
         if sign < 0:
             x[:, -1] *= -1
-        x = torch.cat([x, x_apart[:, None], x_inverse[:, None]], dim=1)
-        y = torch.cat([y, y_inverse[:, None], y_apart[:, None]], dim=1)
+        # Scaled so that both factors are of the size of 1, and the rounding of their product is too.
+        unit = self.row_lengths[self.row_lengths > 0].mean()
+        x = torch.cat([x, x_apart[:, None] / unit, x_inverse[:, None] * unit], dim=1)
+        y = torch.cat([y, y_inverse[:, None] * unit, y_apart[:, None] / unit], dim=1)
         return x.float(), y.float()
 
     def block(self, some: torch.Tensor, others: torch.Tensor) -> None:
@@ -143,19 +159,20 @@ class _Search:
             if self.of_rows:
                 may |= bound >= _down(self.best_of_rows[others])
         rows, columns = torch.nonzero(may, as_tuple=True)
-        if len(rows) > MOST_PAIRS * may.numel():
+        if len(rows) > MOST_PAIRS[self.native] * may.numel():
             self._all(some, others)
         else:
-            self._pairs(some[rows], others[columns])
+            self.pairs(some[rows], others[columns])
 
     def _guess(self, bound: torch.Tensor, some: torch.Tensor, others: torch.Tensor) -> None:
         """Computes the pairs that the bound puts first."""
         first = bound.argmax(dim=1)
-        self._pairs(some, others[first])
+        self.pairs(some, others[first])
         if self.of_rows:
-            self._pairs(some[bound.argmax(dim=0)], others)
+            self.pairs(some[bound.argmax(dim=0)], others)
 
-    def _pairs(self, some: torch.Tensor, others: torch.Tensor) -> None:
+    def pairs(self, some: torch.Tensor, others: torch.Tensor) -> None:
+        """Computes some pairs."""
         there = (self.lengths[some] > 0) & (self.row_lengths[others] > 0)
         if self.own is not None:
             there &= self.own[some] != others

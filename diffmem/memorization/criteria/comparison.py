@@ -17,6 +17,7 @@ from diffmem.search.cosines import largest_cosines
 from diffmem.search.rows import as_rows, check_finite
 
 BLOCK_VALUES = 1 << 24
+GUESSES = 8  # nearest targets by Euclidean distance that begin the search of the largest cosine
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +150,13 @@ class Searches:
         if places is None and key in self._cosines:
             return self._cosines[key]
         queries = points.rows if places is None else points.rows[torch.from_numpy(places)]
+        near = self._found.get((id(points), id(targets))) if places is None else None
         found = largest_cosines(
             self.index(targets),
             queries,
             targets.rows,
             own=None if points is not targets else np.arange(len(points)) if places is None else places,
+            guesses=None if near is None else near.indices[:, :GUESSES],
             of_rows=points is not targets,
             absolute=absolute,
             progress=self.progress,

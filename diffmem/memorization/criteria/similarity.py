@@ -2,7 +2,7 @@
 
 Formula. s(x) = max over training images y of ⟨x, y⟩ / (‖x‖ ‖y‖); `top1_similarity` is its mean, `top1_similarity_p95`
 its 95th percentile, `top1_similarity_above_0.5` and `_above_0.75` the shares above those, strictly. The background is
-the same of training images with the others (without themselves): `top1_similarity_background`, over at most 5,000
+the same of training images with the others (without themselves): `top1_similarity_background`, over at most 2,000
 training images, evenly spaced.
 
 Source: Somepalli et al., Diffusion Art or Digital Forgery? (CVPR 2023) and its code, on SSCD vectors, with 0.5; Pizzi
@@ -22,7 +22,7 @@ from diffmem.errors import InputError
 from diffmem.memorization.criteria.comparison import Comparison, spread_places
 from diffmem.memorization.criteria.criterion import Criterion, Measured, Value
 
-BACKGROUND = 5000  # training images
+BACKGROUND = 2000  # training images
 THRESHOLDS = (0.5, 0.75)
 
 
