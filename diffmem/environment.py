@@ -29,6 +29,12 @@ OPTIONAL = {
     "onnxruntime": ("onnx", "features of networks in ONNX files"),
     "pyarrow": ("parquet", "features and names in parquet files"),
     "ray": ("ray", "studies on many machines"),
+    "torchmetrics": ("torchmetrics", "metrics of memorization"),
+    "lightning": ("lightning", "a callback that watches for copies"),
+    "diffusers": ("diffusers", "pipelines monitored, their networks sampled"),
+    "transformers": ("transformers", "a callback of its Trainer"),
+    "wandb": ("wandb", "records of monitors in Weights & Biases"),
+    "mlflow": ("mlflow", "records of monitors in MLflow"),
 }
 
 

@@ -39,6 +39,7 @@ ALLOWED = {
     "evaluation": {"training", "models", "sampling", "data", "memorization"},
     "studies": {"evaluation", "optimum", "training", "sampling", "models", "memorization", "data"},
     "demo": {"evaluation", "training", "sampling", "memorization", "data"},
+    "integrations": {"evaluation", "training", "sampling", "models", "memorization", "features", "data"},
     "environment": {"ops", "search"},
     "cli": {
         "data",
@@ -56,6 +57,7 @@ ALLOWED = {
     },
 }
 LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
+LAZY |= {"torchmetrics", "lightning", "diffusers", "accelerate", "transformers", "wandb", "mlflow"}
 
 
 def room_of(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -11,6 +10,7 @@ import click
 from diffmem.cli.comparison import print_comparison, print_sweep
 from diffmem.cli.distributed import is_first_rank, process_group, ranks
 from diffmem.cli.options import (
+    Checkpoint,
     CommandWithJson,
     Source,
     debug_option,
@@ -205,7 +205,7 @@ def sample_command(
 
 @optimum_command.command("compare", cls=CommandWithJson, short_help="How close is a network to it?")
 @_shared_options
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=Checkpoint())
 @reading_options("source", "holdout")
 @seeds_option(None, otherwise="as many as --noisy-images")
 @holdout_option

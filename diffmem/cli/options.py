@@ -27,6 +27,7 @@ SOLVER = click.Choice(["heun", "unipc", "dpm++"])
 
 _debug = False
 _COMMAND = "diffmem.command"
+_JUNIT = "diffmem.junit"
 
 # The parameters that messages of the library name, and what the commands' own parameters for them are called.
 NAMED_PARAMETERS = {
@@ -237,11 +238,16 @@ _GATE_OPTIONS = [
         "--max-copies", type=click.IntRange(min=0), metavar="N",
         help="A gate: closed (3) where more than N images are copies.",
     ),
+    click.option(
+        "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", expose_value=False,
+        callback=lambda context, parameter, path: context.meta.__setitem__(_JUNIT, path),
+        help="Write what the gate decided as JUnit XML, which CI systems show among the results of tests.",
+    ),
 ]  # fmt: skip
 
 
 def gate_options(command: Callable) -> Callable:
-    """Gives a command --fail-above, --require-below and --max-copies; see `limits_of` and `tell_gate`."""
+    """Gives a command --fail-above, --require-below, --max-copies and --junit; see `limits_of` and `tell_gate`."""
     for option in reversed(_GATE_OPTIONS):
         command = option(command)
     return command
@@ -250,7 +256,19 @@ def gate_options(command: Callable) -> Callable:
 def limits_of(fail_above: float | None, require_below: float | None, max_copies: int | None) -> dict[str, Any]:
     """The limits that were given, as `Audit.gate` takes them; empty where there is no gate."""
     given = {"fail_above": fail_above, "require_below": require_below, "max_copies": max_copies}
-    return {name: limit for name, limit in given.items() if limit is not None}
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    if (path := _junit_file()) is not None:
+        from diffmem.atomic_io import check_output_file
+
+        if not limits:
+            raise click.UsageError("--junit tells what a gate decided: give --require-below or another limit too")
+        if is_first_rank():
+            check_output_file(path)
+    return limits
+
+
+def _junit_file() -> Path | None:
+    return click.get_current_context().meta.get(_JUNIT)
 
 
 def flag_of(name: str) -> str:
@@ -259,9 +277,12 @@ def flag_of(name: str) -> str:
 
 
 def tell_gate(gate: Gate | None) -> int:
-    """Says on standard error what a gate decided unless it passed, and returns the exit status."""
+    """Says on standard error what a gate decided unless it passed, in the file of --junit in any case, and returns the
+    exit status."""
     if gate is None:
         return 0
+    if (path := _junit_file()) is not None:
+        gate.save_junit(path, f"diffmem {click.get_current_context().info_name}")
     if not gate.passed:
         click.echo(printable(in_own_options(str(gate))), err=True)
     return gate.status
@@ -293,6 +314,17 @@ class Source(click.ParamType):
         if not str(value).startswith("builtin:") and not Path(value).exists():
             self.fail(f"{value} does not exist", parameter, context)
         return value
+
+
+class Checkpoint(click.ParamType):
+    """What `diffmem.models.load` reads: a path that exists, alone or behind "diffusers:"."""
+
+    name = "path"
+
+    def convert(self, value, parameter, context) -> Path:
+        if not Path(str(value).removeprefix("diffusers:")).exists():
+            self.fail(f"{str(value)!r} does not exist", parameter, context)
+        return Path(value)
 
 
 holdout_option = click.option(

@@ -14,6 +14,7 @@ import click
 from diffmem.cli.audit import Source, as_json_asks, print_verdict
 from diffmem.cli.distributed import is_first_rank, process_group
 from diffmem.cli.options import (
+    Checkpoint,
     CommandWithJson,
     debug_option,
     flag_of,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @click.command("sample", cls=CommandWithJson)
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=Checkpoint())
 @seeds_option("0-9999")
 @images_out_option
 @solver_option()
@@ -107,8 +108,8 @@ def sample_command(
     checkpoint, seeds, out, precision, half, device, training, holdout, flip, value_range, report, restart,
     as_json, fail_above, require_below, max_copies, **settings,
 ) -> int:  # fmt: skip
-    """Sample images from CHECKPOINT: a folder with model.safetensors and config.json, an EDM snapshot (.pkl), or a run
-    of `diffmem train`, for its newest snapshot.
+    """Sample images from CHECKPOINT: a folder with model.safetensors and config.json, an EDM snapshot (.pkl), a run of
+    `diffmem train`, for its newest snapshot, or, as diffusers:FOLDER, a pipeline of diffusers with a UNet2DModel.
 
     The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
     OUT.partial until the whole is written: the same command, given again after an interrupt, resumes from there.

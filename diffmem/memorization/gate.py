@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
+from diffmem.atomic_io import atomic_file, check_output_file
 from diffmem.errors import InputError
-from diffmem.html_report import percent, percent_range
+from diffmem.html_report import level, percent, percent_range
+from diffmem.text import printable
 
 PASSED, CLOSED, UNDECIDED = 0, 3, 4  # exit statuses
+
+
+State = Literal["passed", "closed", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,14 @@ class Gate:
     Attributes:
         state: "passed", "closed" or "undecided".
         reasons: Why, a sentence for each limit that does not pass.
+        checks: What was asked: (name, state, reason) of each limit, and of the audit's warnings.
+        figures: What it was decided by: count, and the interval's ends low and high.
     """
 
-    state: Literal["passed", "closed", "undecided"]
+    state: State
     reasons: tuple[str, ...] = ()
+    checks: tuple[tuple[str, State, str], ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -39,6 +50,44 @@ class Gate:
 
     def to_dict(self) -> dict[str, Any]:
         return {"state": self.state, "reasons": list(self.reasons)}
+
+    def to_junit(self, name: str = "diffmem") -> str:
+        """The gate as JUnit XML, which CI systems show among the results of tests: a test case per limit, failed where
+        it closed the gate, an error where it is undecided.
+
+        Args:
+            name: Of the test suite.
+        """
+        states = [state for _, state, _ in self.checks]
+        counts = {"tests": len(states), "failures": states.count("closed"), "errors": states.count("undecided")}
+        described = {attribute: str(value) for attribute, value in counts.items()}
+        root = ElementTree.Element("testsuites", described)
+        suite = ElementTree.SubElement(root, "testsuite", {"name": printable(name), **described, "skipped": "0"})
+        properties = ElementTree.SubElement(suite, "properties")
+        for figure, value in self.figures.items():
+            ElementTree.SubElement(properties, "property", {"name": figure, "value": f"{value:.6g}"})
+        for check, state, reason in self.checks:
+            case = ElementTree.SubElement(suite, "testcase", {"classname": f"{printable(name)}.gate", "name": check})
+            if state != "passed":
+                kind = {"closed": "failure", "undecided": "error"}[state]
+                told = {"message": printable(reason), "type": state}
+                ElementTree.SubElement(case, kind, told).text = printable(reason)
+        ElementTree.indent(root)
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+
+    def save_junit(self, path: str | Path, name: str = "diffmem") -> None:
+        """Writes `to_junit` to a file.
+
+        Args:
+            path: The file.
+            name: Of the test suite.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        check_output_file(Path(path))
+        with atomic_file(Path(path)) as partial:
+            partial.write_text(self.to_junit(name), encoding="utf-8")
 
 
 def decide_gate(
@@ -73,17 +122,26 @@ def decide_gate(
             raise InputError(f"gate: {name} is {share!r}, but must be a share from 0 to 1")
     if max_copies is not None and not (isinstance(max_copies, Integral) and max_copies >= 0):
         raise InputError(f"gate: max_copies is {max_copies!r}, but must be a whole number from 0")
-    closed, undecided = [], []
+    checks: list[tuple[str, State, str]] = []
     ends = f"the 95 % interval, {percent_range(interval)},"
-    if fail_above is not None and low > fail_above:
-        closed.append(f"{ends} lies above {percent(fail_above)}")
-    if require_below is not None and high >= require_below:
+    if fail_above is not None:
+        above = low > fail_above
+        reason = f"{ends} lies above {percent(fail_above)}" if above else ""
+        checks.append((f"fail above {level(fail_above)}", "closed" if above else "passed", reason))
+    if require_below is not None:
+        state: State = "passed"
+        reason = ""
         if low >= require_below:
-            closed.append(f"{ends} does not lie below {percent(require_below)}")
-        else:
-            undecided.append(f"{ends} straddles {percent(require_below)}: audit more images")
-    if max_copies is not None and count > max_copies:
-        closed.append(f"{count:,} copies are more than {max_copies:,}")
-    undecided += [f"the audit carries a warning: {warning}" for warning in warnings]
-    state: Any = "closed" if closed else "undecided" if undecided else "passed"
-    return Gate(state, (*closed, *undecided))
+            state, reason = "closed", f"{ends} does not lie below {percent(require_below)}"
+        elif high >= require_below:
+            state, reason = "undecided", f"{ends} straddles {percent(require_below)}: audit more images"
+        checks.append((f"require below {level(require_below)}", state, reason))
+    if max_copies is not None:
+        more = count > max_copies
+        reason = f"{count:,} copies are more than {max_copies:,}" if more else ""
+        checks.append((f"at most {max_copies:,} copies", "closed" if more else "passed", reason))
+    for number, warning in enumerate(warnings, 1):
+        checks.append((f"warning {number}", "undecided", f"the audit carries a warning: {warning}"))
+    closed, undecided = ([reason for _, state, reason in checks if state == kind] for kind in ("closed", "undecided"))
+    decided: State = "closed" if closed else "undecided" if undecided else "passed"
+    return Gate(decided, (*closed, *undecided), tuple(checks), {"count": count, "low": low, "high": high})

@@ -20,6 +20,7 @@ from diffmem.inert.documents import read_json
 from diffmem.integrity import SEAL, check_file, sealed, unsealed
 from diffmem.models.config import DenoiserConfig, ModuleConfig
 from diffmem.models.denoiser import Denoiser
+from diffmem.models.diffusers_unet import SCHEME, load_diffusers
 from diffmem.models.edm_snapshot import read_edm_snapshot
 from diffmem.models.wrapped import Model, WrappedDenoiser, as_configured
 from diffmem.recognize import is_run, network_kind
@@ -85,7 +86,8 @@ def load(
         path: A checkpoint folder: of `save`, whose checksums are verified, or one made in another way, which has none
             (`model.safetensors`, and `config.json` with the parts network and preconditioning). Or the folder of a run
             of `diffmem train`, which stands for its newest snapshot (see `checkpoint_path`). Or an EDM
-            `network-snapshot-*.pkl` (its EMA weights) or `training-state-*.pt`, of which nothing is executed.
+            `network-snapshot-*.pkl` (its EMA weights) or `training-state-*.pt`, of which nothing is executed. Or
+            "diffusers:FOLDER", what `save_pretrained` of a pipeline with a `UNet2DModel` wrote.
         device: Where to.
         model: Where it holds a network of your own: the module, which is copied and left as it is, or a function that
             makes one. Its weights are then those of the checkpoint.
@@ -94,6 +96,10 @@ def load(
         InputError: The checkpoint is missing, damaged, not of a known architecture, or refused; the message names the
             file and the fields that differ.
     """
+    if str(path).startswith(SCHEME):
+        if model is not None:
+            raise InputError(f"{path}: its network is one of diffusers: leave model out")
+        return load_diffusers(str(path).removeprefix(SCHEME), device)
     path = checkpoint_path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
@@ -165,6 +171,8 @@ def fingerprint(denoiser: Denoiser | WrappedDenoiser) -> str:
 
 
 def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tensor]]:
+    if not (folder / _WEIGHTS).is_file() and (kind := network_kind(folder)) is not None and "diffusers" in kind:
+        raise InputError(f"{folder}: is {kind}, not one of diffmem: write {SCHEME}{folder}")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             if (kind := network_kind(folder)) is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -40,6 +41,22 @@ def test_limits(limits, state):
     doubtful = decide_gate(20, INTERVAL, **limits, warnings=["all images are black"])
     assert doubtful.state == ("closed" if state == "closed" else "undecided")
     assert "all images are black" in str(doubtful)
+
+
+def test_junit_has_a_case_per_limit(tmp_path):
+    warning = "all images <are> black \x1b[31m & \u202eso"
+    gate = decide_gate(20, INTERVAL, require_below=0.2, max_copies=3, fail_above=0.5, warnings=[warning])
+    gate.save_junit(tmp_path / "gate.xml", "release")
+    suite = ElementTree.parse(tmp_path / "gate.xml").getroot()[0]
+    assert [suite.get(name) for name in ("name", "tests", "failures", "errors")] == ["release", "4", "1", "2"]
+    told = {case.get("name"): [each.tag for each in case] for case in suite.iter("testcase")}
+    assert told == {
+        "require below 20 %": ["error"], "at most 3 copies": ["failure"], "fail above 50 %": [], "warning 1": ["error"]
+    }  # fmt: skip
+    assert suite.find(".//failure").get("message") == "20 copies are more than 3"
+    assert {each.get("name"): float(each.get("value")) for each in suite.iter("property")} == {
+        "count": 20, "low": 0.1, "high": 0.3
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

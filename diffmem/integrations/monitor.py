@@ -1,0 +1,377 @@
+"""`MemorizationMonitor`: looks at a model as it trains, in any loop; those of the frameworks are made of it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from diffmem.data import load_images
+from diffmem.errors import InputError
+from diffmem.integrations.images import gray_levels
+from diffmem.integrations.isolation import (
+    ema_weights,
+    evaluating_all,
+    gathered,
+    random_states_kept,
+    ranks,
+    seeds_of_rank,
+    shared,
+)
+from diffmem.integrations.loggers import as_logger
+from diffmem.memorization import Audit, CopyDetector, CopyRate, ReportsRate, SequentialTest
+from diffmem.models import as_denoiser, is_denoiser
+from diffmem.plotting import grid
+from diffmem.sampling import SamplerConfig, sample_batches
+
+if TYPE_CHECKING:
+    from diffmem.data import ImageSource
+
+PICTURE_ROWS = 8  # images in a picture, the surest copies first
+STOP_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class MonitorResult(ReportsRate):
+    """What a look at a model found.
+
+    Attributes:
+        step: Of training, as the loop counts.
+        epoch: Likewise, or None.
+        copies: How many of the images sampled are copies; `rate`, `ratio`, `interval`, … tell it too.
+        median: Of the images' scores: of d1/d2 by the default rule, lower = more like a copy.
+        stop: Whether training is to end.
+        sampling_seconds: What sampling took.
+        judging_seconds: What searching and deciding took.
+        audit: The audit of the images; None on ranks other than the first, and in what is left of earlier looks.
+    """
+
+    step: int
+    epoch: float | None
+    copies: CopyRate
+    median: float
+    stop: bool = False
+    sampling_seconds: float = 0.0
+    judging_seconds: float = 0.0
+    audit: Audit | None = None
+
+    @property
+    def rate(self) -> CopyRate:
+        return self.copies
+
+    def scalars(self, prefix: str = "memorization/") -> dict[str, float]:
+        """The figures that loggers are told, by name.
+
+        Args:
+            prefix: Of the names.
+        """
+        low, high = self.interval
+        values = {"R_mem": self.ratio, "R_mem_low": low, "R_mem_high": high, "median_score": self.median}
+        return {f"{prefix}{name}": float(value) for name, value in values.items()}
+
+    def picture(self) -> np.ndarray | None:
+        """The images that are most like copies, each beside its nearest and second nearest training image.
+
+        Returns:
+            uint8 [H, W, 3], or None where there are no pictures.
+        """
+        if self.audit is None or not hasattr(self.audit.training, "images"):
+            return None
+        audit = self.audit
+        order = np.argsort(audit.scores, kind="stable")[:PICTURE_ROWS]
+        size = audit.generated.image_shape
+        rows = []
+        for row in order:
+            near = [audit.training.images[int(index)] for index in audit.neighbors.indices[row][:2]]
+            rows += [audit.generated.images[row], *near]
+        if any(image.shape != size for image in rows):  # features compare images of any size
+            return np.asarray(grid(audit.generated.images[order]).convert("RGB"))
+        columns = 3 if len(rows) == 3 * len(order) else 1
+        return np.asarray(grid(np.stack(rows), columns=columns).convert("RGB"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures in plain JSON types."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            **self.rate.to_dict(),
+            "median": self.median,
+            "stop": self.stop,
+            "sampling_seconds": self.sampling_seconds,
+            "judging_seconds": self.judging_seconds,
+        }
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the verdict and the surest copies."""
+        return f"<p>{self}</p>" if self.audit is None else self.audit._repr_html_()
+
+    def __str__(self) -> str:
+        return f"step {self.step}: R_mem {self.rate}"
+
+
+class MemorizationMonitor:
+    """Samples a few images of a model every so often as it trains, and says how many are copies of training images.
+
+    The same seeds each time, so that pictures can be compared. Training is left alone: random states, the modules'
+    modes and weights are what they were. The training set's index is built once. Under a process group every rank
+    makes each call and samples its share; the first one holds the training set and judges; all learn whether to stop.
+    What goes wrong in a look is said in one warning, and training goes on.
+
+    Args:
+        sample: What makes images: a function of a list of seeds that returns that many; or a denoiser (see
+            `diffmem.models.as_denoiser`), which `sampler` samples.
+        training: The training images: anything that `diffmem.load_images` reads, or a `diffmem.CopyDetector`.
+        samples: Images per look.
+        every: Look at the end of every so many epochs; see `on_epoch_end`.
+        stop: Ends training once R_mem is shown to be at least this share (0.5, or a `SequentialTest` with a confidence
+            of its own): the probability that any look ends it wrongly is at most 5 %. Or a function of a look's
+            `CopyRate`. `should_stop` and the looks say so; the loop has to end.
+        loggers: Where figures and pictures go: one or several of what `diffmem.integrations.as_logger` takes.
+        accelerator: An `accelerate.Accelerator`: its trackers are told too, and its checkpoints hold the monitor.
+        sampler: How a denoiser is sampled.
+        ema: The EMA weights to sample with, of a denoiser: see `diffmem.integrations.isolation.ema_weights`.
+        value_range: The values of black and white of floats. None: by the values, (0, 1), (-1, 1) or (0, 255).
+        detector: Options of `diffmem.CopyDetector`, such as features, rule or holdout.
+
+    Raises:
+        InputError: On all ranks, before training begins, for all that concerns the training set.
+
+    Example:
+        >>> digits = load_images("builtin:digits", limit=100)
+        >>> def sample(seeds):  # a model that copies
+        ...     return digits.images[seeds]
+        >>> monitor = MemorizationMonitor(sample, digits, samples=16, stop=0.5)
+        >>> for epoch in range(3):
+        ...     result = monitor.on_epoch_end(epoch, step=100 * epoch)
+        ...     if monitor.should_stop:
+        ...         break
+        >>> print(result)
+        step 0: R_mem 16 of 16: 100 % (95 % interval 80.6 % to 100 %)
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[Sequence[int]], Any] | torch.nn.Module,
+        training: ImageSource | CopyDetector,
+        *,
+        samples: int = 64,
+        every: int = 1,
+        stop: float | SequentialTest | Callable[[CopyRate], bool] | None = None,
+        loggers: Any = (),
+        accelerator: Any = None,
+        sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+        ema: Any = None,
+        value_range: tuple[float, float] | None = None,
+        detector: Mapping[str, Any] | None = None,
+    ):
+        for name, value in (("samples", samples), ("every", every)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} is {value!r}, but must be a whole number from 1")
+        if ema is not None and not self._is_denoiser(sample):
+            raise InputError("ema is for denoisers: a function that samples takes the EMA weights itself")
+        self.sample, self.samples, self.every = sample, samples, every
+        self.stop = SequentialTest(stop, STOP_CONFIDENCE) if isinstance(stop, (int, float)) else stop
+        self.sampler, self.ema, self.value_range = sampler, ema, value_range
+        self.accelerator = accelerator
+        targets = list(loggers) if isinstance(loggers, (list, tuple)) else [loggers]
+        self.loggers = [as_logger(target) for target in [*targets, *([] if accelerator is None else [accelerator])]]
+        self._further: list[Any] = []
+        self.results: list[MonitorResult] = []
+        self.looks = 0
+        self.should_stop = False
+        self._said: set[str] = set()
+        self._told: tuple[Any, dict[str, Any]] | None = (training, dict(detector or {}))
+        self._detector: CopyDetector | None = None
+        self.prepare()
+        if accelerator is not None:
+            accelerator.register_for_checkpointing(self)
+
+    def prepare(self) -> None:
+        """Reads and indexes the training set on the first rank, once; a failure is every rank's."""
+        failure = None
+        if self._told is not None and ranks()[0] == 0:
+            training, options = self._told
+            try:
+                self._detector = _detector_of(training, options)
+            except Exception as error:
+                if ranks()[1] == 1:
+                    raise
+                failure = _in_one_line(error)
+        self._told = None
+        if (failure := shared(failure)) is not None:
+            raise InputError(failure)
+
+    def also_log_to(self, loggers: Sequence[Any]) -> None:
+        """Tells these loggers too, in place of those that were named here before.
+
+        Args:
+            loggers: As for `diffmem.integrations.as_logger`.
+        """
+        self._further = [as_logger(each) for each in loggers]
+
+    @property
+    def latest(self) -> MonitorResult | None:
+        """The last look."""
+        return self.results[-1] if self.results else None
+
+    def on_epoch_end(self, epoch: int, step: int | None = None) -> MonitorResult | None:
+        """Looks where `every` epochs are over.
+
+        Args:
+            epoch: From 0.
+            step: Of the optimizer, for loggers; None: `epoch`.
+
+        Returns:
+            What was found; None where no look was due, or where it failed.
+        """
+        if (epoch + 1) % self.every:
+            return None
+        return self.look(epoch if step is None else step, epoch)
+
+    def look(self, step: int, epoch: float | None = None) -> MonitorResult | None:
+        """Looks now.
+
+        Args:
+            step: Of training, as the loop counts; loggers are told.
+            epoch: Likewise.
+
+        Returns:
+            What was found, or None where the look failed, which a warning says.
+        """
+        with random_states_kept(), torch.no_grad():
+            return self._look(step, epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the run holds of the monitor: the figures of all looks."""
+        return {
+            "looks": self.looks,
+            "should_stop": self.should_stop,
+            "results": [result.to_dict() for result in self.results],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`.
+
+        Args:
+            state: What it returned.
+        """
+        self.looks, self.should_stop = int(state["looks"]), bool(state["should_stop"])
+        self.results = [
+            MonitorResult(
+                each["step"], each["epoch"], CopyRate(each["count"], each["total"]), each["median"], each["stop"],
+                each["sampling_seconds"], each["judging_seconds"],
+            )
+            for each in state["results"]
+        ]  # fmt: skip
+
+    def _look(self, step: int, epoch: float | None) -> MonitorResult | None:
+        rank, size = ranks()
+        self.looks += 1
+        began = time.perf_counter()
+        made, failure = None, None
+        try:
+            made = self._sampled(list(seeds_of_rank(self.samples, rank, size)))
+        except Exception as error:  # whatever a model, a pipeline or a device raises: training goes on
+            failure = f"sampling failed: {_in_one_line(error)}"
+        everybody = gathered((made, failure))
+        result = None
+        if everybody is not None:
+            seconds = time.perf_counter() - began
+            try:
+                if failures := [each for _, each in everybody if each is not None]:
+                    raise InputError(failures[0])
+                result = self._judged([images for images, _ in everybody], step, epoch, seconds)
+            except Exception as error:
+                self._warn(f"the look at step {step} gave nothing, and training goes on: {_in_one_line(error)}")
+            if result is not None:
+                self._log(result)
+        told = shared(None if result is None else replace(result, audit=None))
+        if told is None:
+            return None
+        if self.results:  # the pictures of one look only are kept
+            self.results[-1] = replace(self.results[-1], audit=None)
+        self.results.append(result or told)
+        self.should_stop |= told.stop
+        return self.results[-1]
+
+    @staticmethod
+    def _is_denoiser(sample: Any) -> bool:
+        return isinstance(sample, torch.nn.Module) or is_denoiser(sample)
+
+    def _sampled(self, seeds: list[int]) -> Any:
+        """The images of seeds, as an array [n, C, H, W] of gray levels or floats."""
+        if self._is_denoiser(self.sample):
+            with ema_weights(self.ema, self.sample) as module, evaluating_all([module]):
+                batches = list(sample_batches(as_denoiser(module), seeds, self.sampler))
+            return np.concatenate([batch.images.numpy() for batch in batches])
+        made = self.sample(seeds)
+        made = getattr(made, "images", made)
+        if made is None or (hasattr(made, "__len__") and not len(made)):
+            raise InputError(f"sample made no images for {len(seeds)} seeds")
+        images = load_images(made).images
+        if len(images) != len(seeds):
+            raise InputError(f"sample made {len(images)} images for {len(seeds)} seeds")
+        return images
+
+    def _judged(self, parts: list[np.ndarray], step: int, epoch: float | None, seconds: float) -> MonitorResult:
+        shapes = {part.shape[1:] for part in parts}
+        if len(shapes) > 1:
+            raise InputError(f"the ranks made images of the sizes {', '.join(map(str, sorted(shapes)))}")
+        images = gray_levels(np.concatenate(parts)[: self.samples], self.value_range, layout="NCHW")
+        began = time.perf_counter()
+        detector = self._detector
+        detector.reset()
+        try:
+            detector.update(replace(images, source="sampled"))
+            audit = detector.compute()
+        finally:
+            detector.reset()
+        judging, stop = time.perf_counter() - began, self._answer(audit.rate)
+        return MonitorResult(step, epoch, audit.rate, float(np.median(audit.scores)), stop, seconds, judging, audit)
+
+    def _answer(self, rate: CopyRate) -> bool:
+        if self.stop is None:
+            return False
+        if not isinstance(self.stop, SequentialTest):
+            return bool(self.stop(rate))
+        # The looks, of which nobody knows how many there will be, share the error: Σ 1/(k(k + 1)) = 1.
+        error = (1 - self.stop.confidence) / (self.looks * (self.looks + 1))
+        return replace(self.stop, confidence=1 - error).answer(rate.count, rate.total) is True
+
+    def _log(self, result: MonitorResult) -> None:
+        for logger in (*self.loggers, *self._further):
+            try:
+                logger.log(result)
+            except Exception as error:
+                name = getattr(logger, "name", type(logger).__name__)
+                self._warn(f"{name} could not log the look, and training goes on: {_in_one_line(error)}", key=name)
+
+    def _warn(self, message: str, key: str | None = None) -> None:
+        """A warning, once for each logger and each kind of failure."""
+        key = key or message.partition("training goes on: ")[2]
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(f"diffmem: {message}", UserWarning, stacklevel=5)
+
+
+def _detector_of(training: Any, options: dict[str, Any]) -> CopyDetector:
+    """The detector, which keeps the images of a look for its pictures."""
+    if isinstance(training, CopyDetector):
+        if options:
+            raise InputError("training is a CopyDetector, which has its own options: leave detector out")
+        training.keep_images = True
+        return training
+    training = gray_levels(training)
+    if options.get("holdout") is not None:
+        options["holdout"] = gray_levels(options["holdout"])
+    return CopyDetector(training, keep_images=True, **options)
+
+
+def _in_one_line(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return said if isinstance(error, InputError) and said else f"{type(error).__name__}: {said or 'no message'}"
