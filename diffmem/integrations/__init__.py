@@ -6,12 +6,11 @@ imports it: `diffmem.integrations.torchmetrics`, `.lightning`, `.diffusers` and 
 
 from __future__ import annotations
 
-from diffmem.integrations.loggers import FolderLogger, Logger, as_logger
+from diffmem.integrations.loggers import FolderLogger, as_logger
 from diffmem.integrations.monitor import MemorizationMonitor, MonitorResult
 
 __all__ = [
     "FolderLogger",
-    "Logger",
     "MemorizationMonitor",
     "MonitorResult",
     "as_logger",
