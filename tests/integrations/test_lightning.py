@@ -21,7 +21,7 @@ from diffmem.integrations.lightning import MemorizationCallback  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*Consider setting `persistent_workers:UserWarning"),
     pytest.mark.usefixtures("one_thread"),
