@@ -33,6 +33,7 @@ _JUNIT = "diffmem.junit"
 NAMED_PARAMETERS = {
     "alarms": ("alarms",),
     "alpha": ("alpha",),
+    "augment": ("augment",),
     "batch": ("batch",),
     "cells": ("cells",),
     "center_crop": ("center_crop",),
