@@ -184,7 +184,7 @@ class WrappedDenoiser(nn.Module):
                     "diffmem.models.as_denoiser(model, channels=…, resolution=…)"
                 )
             self._check_whole(name, value, 1)
-        self.label_dim = self.label_dim or 0
+        self.label_dim = 0 if self.label_dim is None else self.label_dim
         self._check_whole("label_dim", self.label_dim, 0)
         self.preconditioning = preconditioning
         around: Any = EDM() if preconditioning is None else preconditioning  # of EDM, all levels

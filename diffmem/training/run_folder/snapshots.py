@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
@@ -141,7 +141,7 @@ def read_records(out: Path) -> list[SnapshotRecord]:
     values = read_checked(path, _ADVICE)
     values = values.get("snapshots") if isinstance(values, dict) else values  # without checksums it was a plain list
     with parsing(path, "a list of snapshots", _ADVICE):
-        records = [SnapshotRecord(**each) for each in values or ()]
+        records = [SnapshotRecord(**each) for each in cast(Any, values)]  # a TypeError is one of what `parsing` tells
         if not all(type(record.images) is int and record.images >= 0 for record in records):
             raise ValueError("a snapshot after no number of images")
         return records
