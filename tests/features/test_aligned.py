@@ -6,7 +6,7 @@ import torch
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.features.aligned import AlignedMatcher, align_pairs
+from diffmem.features.aligned import AlignedMatcher, align_pairs, reference
 from diffmem.features.aligned.candidates import nearest_once
 
 
@@ -194,3 +194,28 @@ def test_digits_of_the_package():
     digits = diffmem.load_images("builtin:digits").images
     found = AlignedMatcher(digits[:1000]).match(moved(digits[:30], 1, 0) // 2)
     assert (found.indices[:, 0] == np.arange(30)).mean() > 0.8
+
+
+@pytest.mark.parametrize(("channels", "size", "count"), [(3, 32, 60), (1, 8, 40), (3, (13, 20), 5)])
+def test_equals_the_plain_recipe(channels, size, count):
+    height, width = size if isinstance(size, tuple) else (size, size)
+    training = blobs(count, channels, 32)[:, :, :height, :width]
+    queries = np.concatenate(
+        [blobs(4, channels, 32, seed=50)[:, :, :height, :width], moved(training[:2], 1, 0)[..., ::-1], training[2:3]]
+    )
+    matcher = AlignedMatcher(training)
+    found = matcher.match(queries)
+    stage = matcher._index
+    for number, image in enumerate(torch.from_numpy(np.ascontiguousarray(queries))):
+        arguments = torch.from_numpy(np.ascontiguousarray(training)), image, stage.mean, stage.components
+        score, indices, residuals = reference.match(*arguments)
+        assert found.scores[number] == pytest.approx(score, abs=2e-3)
+        assert sorted(found.indices[number]) == sorted(indices)
+        np.testing.assert_allclose(found.residuals[number], residuals, atol=2e-3)
+
+
+def test_a_part_of_the_training_set_stays_where_it_is_when_more_is_asked():
+    few, many = (AlignedMatcher(TRAINING, candidates=count).match(TRAINING[:4] // 2) for count in (5, 30))
+    assert few.indices.shape == (4, 5)
+    assert many.indices.shape == (4, 30)
+    assert (few.indices[:, 0] == many.indices[:, 0]).all()

@@ -31,7 +31,7 @@ class AlignedMatches:
     Attributes:
         scores: float64 [Q], lower = more like a copy: the least residual over that of the next candidates; 0 for the
             same image, about 0.9 for one that is like none.
-        indices: int64 [Q, k] of the candidates, by residual, ties to the lower index.
+        indices: int64 [Q, k] of the candidates, by residual.
         residuals: float32 [Q, k], √(1 − correlation) after alignment, the more the image had to be deformed for it: 0
             for the same image, 1 for one that has nothing to do with it.
         mirrored: bool [Q], whether the first candidate is the image's mirror image.

@@ -7,6 +7,7 @@ import torch
 
 from diffmem.features.aligned.geometry import Geometry, starts
 from diffmem.ops.affine_alignment import affine_alignment
+from diffmem.ops.affine_alignment.arguments import SCALING
 from diffmem.ops.alignment import alignment
 
 REFINED = 4  # candidates of each image for which an affine map is sought
@@ -30,32 +31,29 @@ def align(
     if wanted == 0:
         nothing = np.zeros((n, 0))
         return np.ones(n), nothing.astype(np.int64), nothing, np.zeros(n, bool), np.tile(np.eye(2, 3), (n, 1, 1))
-    correlation, position = alignment(geometry.variants(images), templates)
-    order = (-correlation).argsort(dim=1, stable=True)
-    correlation, position = correlation.gather(1, order), position.gather(1, order)
+    correlations, positions = alignment(geometry.variants(images), templates)
+    mirrored, maps = starts(positions, geometry)
+    # As the op that follows counts it: scaling costs.
+    scaling = torch.linalg.det(maps[..., :2].double()).log().abs() / 2
+    residuals = (1 - correlations.double()).sqrt() * (SCALING * scaling).exp()
+    residuals.clamp_(max=1)
+    order = residuals.argsort(dim=1, stable=True)
     # The best ones may be moved by parts of a pixel, and stretched.
-    best = min(REFINED, wanted)
-    mirrored, maps = starts(position[:, :best], geometry)
-    sides, rows = torch.stack([images, images.flip(-1)], dim=1), torch.arange(n)[:, None]
-    remainders, maps = affine_alignment(
-        sides[rows, mirrored.long()].flatten(0, 1),
-        templates[rows, order[:, :best]].flatten(0, 1),
-        maps.flatten(0, 1),
-        ITERATIONS,
+    best, rows = order[:, :REFINED], torch.arange(n)[:, None]
+    sides = torch.stack([images, images.flip(-1)], dim=1)[rows, mirrored[rows, best].long()]
+    remainders, better = affine_alignment(
+        sides.flatten(0, 1), templates[rows, best].flatten(0, 1), maps[rows, best].flatten(0, 1), ITERATIONS
     )
-    correlations = correlation.double().numpy()
-    residuals = np.sqrt(1 - correlations)
-    residuals[:, :best] = remainders.view(-1, best).double().numpy()
-    columns = order.numpy()
-    by_residual = np.lexsort((columns, residuals), axis=1)
-    first = np.lexsort((columns[:, :best], residuals[:, :best]), axis=1)[:, 0]
-    row = np.arange(n)
+    residuals[rows, best] = remainders.view(best.shape).double()
+    maps[rows, best] = better.view(*best.shape, 2, 3)
+    columns = residuals.argsort(dim=1, stable=True)
+    residuals, first, row = residuals.gather(1, columns).numpy(), columns[:, 0], torch.arange(n)
     return (
-        residuals[row, first] / against(correlations, neighbors),
-        np.take_along_axis(columns, by_residual, 1),
-        np.take_along_axis(residuals, by_residual, 1),
-        mirrored.numpy()[row, first],
-        maps.view(-1, best, 2, 3).double().numpy()[row, first],
+        residuals[:, 0] / against(-np.sort(-correlations.double().numpy(), axis=1), neighbors),
+        columns.numpy(),
+        residuals,
+        mirrored[row, first].numpy(),
+        maps[row, first].double().numpy(),
     )
 
 
