@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["test_arguments.py", "test_conv3x3.py", "test_group_norm_silu.py", "test_nearest.py", "test_posterior_mean.py"]
+TESTS = [
+    "test_affine_alignment.py", "test_alignment.py", "test_arguments.py", "test_conv3x3.py", "test_group_norm_silu.py",
+    "test_nearest.py", "test_posterior_mean.py",
+]  # fmt: skip
 # The core in place of the one that is installed. Python itself is not instrumented: libasan comes first by LD_PRELOAD.
 RUN = """
 import importlib.util, sys
