@@ -321,7 +321,7 @@ def print_verdict(result: Audit) -> None:
 
 def explained(result: Audit) -> Iterator[str]:
     """What the count means under the rule in use."""
-    from diffmem.html_report import percent, percent_range
+    from diffmem.html_report import level, percent, percent_range
     from diffmem.memorization.report import FALSE_DISCOVERIES
 
     if result.rule.published:
@@ -333,11 +333,11 @@ def explained(result: Audit) -> Iterator[str]:
     if result.calibration is not None:
         false = result.rule.alarms * result.total
         yield (
-            f"false alarms: at most {percent(result.rule.alarms)} of images that are no copies, {false:,.1f} of "
+            f"false alarms: at most {level(result.rule.alarms)} of images that are no copies, {false:,.1f} of "
             f"{result.total:,}; this threshold's share lies within {percent_range(result.calibration.alarm_interval)}"
         )
         sure = int((result.q_values <= FALSE_DISCOVERIES).sum())
-        yield f"copies with at most {percent(FALSE_DISCOVERIES)} false ones among them (Benjamini-Hochberg): {sure:,}"
+        yield f"copies with at most {level(FALSE_DISCOVERIES)} false ones among them (Benjamini-Hochberg): {sure:,}"
     if result.near_count:
         pairs = [(row, int(result.look.indices[row])) for row in result.near.nonzero()[0][:3].tolist()]
         names = ", ".join(

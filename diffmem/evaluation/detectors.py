@@ -45,8 +45,9 @@ def sample_detector(
     check_shape(training, image_shape)
     check_sets(ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled"), training, "generated")
     return CopyDetector(
-        training, flip=flip, holdout=holdout, device=str(device), keep_images=keep_images, progress=progress
-    )
+        training, flip=flip, holdout=holdout, device=str(device), keep_images=keep_images, progress=progress,
+        second_look=keep_images,  # for a report; counts in a loop do without
+    )  # fmt: skip
 
 
 def check_shape(training: ImageSet, image_shape: tuple[int, int, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffmem.html_report import percent
+from diffmem.html_report import level
 from diffmem.memorization.rules import Rule
 
 _UNSEEN = {
@@ -41,7 +41,7 @@ def blind_spots(rule: Rule, *, flip: bool, looked: bool) -> tuple[str, ...]:
         spots.append("a threshold means another share of false alarms on other images: a hold-out set says which")
     else:
         spots.append(
-            f"of unseen images {percent(rule.alarms)} are called copies too: the count holds that many false ones, and "
+            f"of unseen images {level(rule.alarms)} are called copies too: the count holds that many false ones, and "
             "the p-values say which are surest, as far as the hold-out images are like unseen generated ones"
         )
     return tuple(spots)

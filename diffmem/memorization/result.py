@@ -339,7 +339,11 @@ class Audit(ReportsRate):
             >>> assert gate.passed, gate  # doctest: +SKIP
         """
         limits = {"fail_above": fail_above, "require_below": require_below, "max_copies": max_copies}
-        return decide_gate(self.count, self.interval, **limits, warnings=self.warnings)
+        gate = decide_gate(self.count, self.interval, **limits, warnings=self.warnings)
+        share = require_below if require_below is not None else fail_above
+        if gate.passed or self.calibration is None or share is None or share > self.rule.alarms:
+            return gate
+        return Gate(gate.state, (*gate.reasons, f"honest images would fail too: ask for alarms below {share:g}"))
 
     def _repr_html_(self) -> str:
         """What notebooks show: the verdict and the surest copies."""

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from diffmem.errors import InputError
-from diffmem.html_report import percent
+from diffmem.html_report import level
 from diffmem.memorization.calibration import ALARMS, Calibration, check_alarms
 from diffmem.memorization.criteria import parse_threshold, ratio_rule
 from diffmem.memorization.matching import Matches
@@ -95,7 +95,7 @@ class Rule:
     def score_name(self) -> str:
         """What the score is, for people."""
         if self.metric == "aligned":
-            return "residual / next residuals"
+            return "aligned residual / others'"
         if self.on_ratio:
             return "d1/d2"
         return {"cosine": "1 − cosine", "hamming": "differing bits", "euclidean": "distance"}[self.metric]
@@ -133,14 +133,14 @@ class Rule:
         """When an image is a copy, as the end of a sentence."""
         if self.name == "calibrated":
             return (
-                f"its score, {self.score_name} of {self.features}, is below {calibration.threshold:.4g}, which "
-                f"{percent(self.alarms)} of unseen images are at most ({calibration.total:,} hold-out images)"
+                f"its score ({self.score_name} of {self.features}) is below {calibration.threshold:.4g}, as those of "
+                f"{level(self.alarms)} of unseen images are ({calibration.total:,} hold-out images)"
             )
         if self.name == "similarity" and self.metric == "cosine":
             return (
                 f"the cosine of its {self.features} features and those of a training image is above {self.threshold:g}"
             )
-        return f"{self.score_name} of {self.features} is below {self.threshold}"
+        return f"its score ({self.score_name} of {self.features}) is below {self.threshold}"
 
 
 def _similarity_threshold(threshold: Any, features: str, metric: str) -> float:

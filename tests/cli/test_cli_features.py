@@ -31,8 +31,8 @@ def test_calibrated_aligned_search(folder, tmp_path):
     result = run(*arguments, "--features", "aligned", "--rule", "calibrated", "--alarms", "0.02", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "images are copies of one of 600 training images" in result.stdout
-    assert "a copy: its score, residual / next residuals of aligned, is below" in result.stdout
-    assert "false alarms: at most 2.00 % of images that are no copies, 1.0 of 50" in result.stdout
+    assert "a copy: its score (aligned residual / others' of aligned) is below" in result.stdout
+    assert "false alarms: at most 2 % of images that are no copies, 1.0 of 50" in result.stdout
     assert "not covered: alignment does not see copies that were rotated" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert sum(report["memorized"][:20]) == 20

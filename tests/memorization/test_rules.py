@@ -1,5 +1,6 @@
 """Other features and rules than the paper's: similarity, calibration, aligned images, vectors from elsewhere."""
 
+import html
 import pickle
 
 import numpy as np
@@ -241,3 +242,29 @@ def test_the_calibration_is_the_hold_out_s_own():
     result = diffmem.audit(UNSEEN[300:330], TRAINING, rule="calibrated", holdout=UNSEEN[:200], second_look=False)
     direct = diffmem.audit(UNSEEN[:200], TRAINING, second_look=False).scores
     assert np.array_equal(result.calibration.scores, Calibration(direct).scores)
+
+
+def test_a_gate_that_honest_images_cannot_pass_says_so():
+    result = diffmem.audit(
+        UNSEEN[300:], TRAINING, rule="calibrated", alarms=0.05, holdout=UNSEEN[:300], second_look=False
+    )
+    assert "honest images would fail too: ask for alarms below 0.01" in str(result.gate(require_below=0.01))
+    assert "honest" not in str(result.gate(require_below=0.06))
+    assert result.gate(max_copies=result.total).passed
+
+
+@pytest.mark.parametrize("features", ["hash", "aligned", means, "precomputed"])
+def test_pages_of_other_features(features, tmp_path):
+    generated, training = np.concatenate([TRAINING[:5], UNSEEN[:25]]), TRAINING
+    options = {"rule": "calibrated", "alarms": 0.02, "holdout": UNSEEN[100:300]}
+    if features == "precomputed":
+        generated, training, options["holdout"] = unit(30), unit(90, seed=1), unit(200, seed=2)
+    result = diffmem.audit(generated, training, features=features, **options)
+    page = result.save(tmp_path / "report").read_text()
+    assert "gray levels" not in page
+    assert "Not covered: " in page
+    assert page.count("<figure") == 0 if features == "precomputed" else page.count("<figure") >= 30
+    assert "d1/d2 &lt;" not in page
+    assert (tmp_path / "report" / "samples.csv").read_text().count("\n") == 31
+    assert html.escape(result.rule.score_name, quote=False) in page.replace("&#39;", "'")
+    assert "images are copies" in result._repr_html_()
