@@ -181,7 +181,7 @@ class _Held:
     def __init__(self, detector: CopyDetector):
         self.detector = detector
 
-    def __deepcopy__(self, memo: dict) -> _Held:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
         return self
 
 

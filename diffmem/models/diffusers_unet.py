@@ -8,7 +8,7 @@ v = √ᾱ_t n − √(1 − ᾱ_t) x ("v_prediction").
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -41,7 +41,10 @@ class DiffusersUNet(nn.Module):
         InputError: For networks of other images than square ones, or other predictions.
     """
 
-    def __init__(self, unet: Any, alphas_cumprod: torch.Tensor, prediction: str = "epsilon"):
+    levels: torch.Tensor
+    prediction: torch.Tensor
+
+    def __init__(self, unet: Any, alphas_cumprod: torch.Tensor, prediction: str = "epsilon") -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
             raise InputError(f"prediction_type is {prediction!r}, but must be one of {', '.join(PREDICTIONS)}")
@@ -142,7 +145,8 @@ def load_diffusers(folder: str | Path, device: torch.device | str = "cpu") -> Wr
         model = DiffusersUNet(unet, scheduler.alphas_cumprod, settings.get("prediction_type", "epsilon"))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    return as_denoiser(model.to(device).eval(), sigma_per_image=False, class_indices=True)
+    denoiser = as_denoiser(model.to(device).eval(), sigma_per_image=False, class_indices=True)
+    return cast(WrappedDenoiser, denoiser)
 
 
 def _json(path: Path) -> dict[str, Any]:

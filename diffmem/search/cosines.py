@@ -13,6 +13,7 @@ whose bound is below the best cosine so far of both ends are left out, all other
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,15 @@ def largest_cosines(
 
 
 class _Search:
-    def __init__(self, index, queries, rows, own, of_rows: bool, absolute: bool):
+    def __init__(
+        self,
+        index: Any,
+        queries: torch.Tensor,
+        rows: torch.Tensor,
+        own: np.ndarray | None,
+        of_rows: bool,
+        absolute: bool,
+    ) -> None:
         self.queries, self.rows, self.of_rows, self.absolute = queries, rows, of_rows, absolute
         self.own = None if own is None else torch.from_numpy(own)
         self.native = queries.dtype == torch.uint8 and native_module() is not None
