@@ -17,6 +17,7 @@ EVERYBODY = {
     "devices",
     "errors",
     "html_report",
+    "logs",
     "inert",
     "integrity",
     "plotting",

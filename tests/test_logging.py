@@ -2,6 +2,7 @@
 is printed, by the library or twice by the command line."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -48,6 +49,18 @@ def test_skipped_files_and_packed_copies(damaged, caplog):
     caplog.clear()
     diffmem.load_images(damaged, skip_bad=True, cache=True)
     assert any("made again" in message for message in caplog.messages)
+
+
+def test_names_in_records_are_text_and_hide_nothing(digits, tmp_path, caplog):
+    """Whoever writes the file's name does not write to the log, nor break what encodes it."""
+    (tmp_path / "set").mkdir()
+    write_folder(diffmem.ImageSet(digits.images[:3]), tmp_path / "set")
+    (tmp_path / "set" / os.fsdecode(b"caf\xe9\nforged\x1b[31m.png")).write_bytes(b"\x89PNG")
+    diffmem.load_images(tmp_path / "set", skip_bad=True)
+    (record,) = caplog.records
+    assert r"skipped caf\xe9\nforged\x1b[31m.png" in record.getMessage()
+    record.getMessage().encode()
+    assert (record.name, record.filename) == ("diffmem.data.load", "load.py")
 
 
 def test_warnings_of_an_audit(digits, caplog):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +26,13 @@ from diffmem.data.image_set import ImageSet, SkippedFile
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import sealed, unsealed
+from diffmem.logs import logger
 from diffmem.progress import Progress
 
 # Part of the settings: raise it when the same source would decode to other pixels.
 _VERSION = 2
 _STAGE = "checking the packed copy"
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -35,10 +34,11 @@ from diffmem.data.labels import check_labels, or_note
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.value_range import as_bytes, check_value_range
 from diffmem.errors import InputError
+from diffmem.logs import logger
 from diffmem.progress import Progress, silent
 from diffmem.recognize import network_kind
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def load_images(

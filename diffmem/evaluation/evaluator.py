@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from diffmem.errors import InputError
 from diffmem.evaluation.detectors import check_shape
 from diffmem.evaluation.seed_ranges import PROTOCOL_SEEDS, checked_seeds
 from diffmem.evaluation.seed_store import SeedRecords, SeedStore
+from diffmem.logs import logger
 from diffmem.memorization import CopyDetector, CopyRate, Detection, ReportsRate, SequentialTest
 from diffmem.memorization.plausibility import Collapse
 from diffmem.models import as_denoiser, evaluating
@@ -27,7 +27,7 @@ from diffmem.sampling import SamplerConfig, is_compilable, is_compiled, sample_b
 from diffmem.sampling.batches import in_precision
 from diffmem.timing import measure
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 STAGE = "sampling"
 
 

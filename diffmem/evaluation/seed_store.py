@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,10 @@ from diffmem.atomic_io import atomic_file, atomic_write, output_lock
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import load_arrays, read_sealed, save_arrays, sealed
+from diffmem.logs import logger
 from diffmem.memorization import Detection
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 FORMAT = "diffmem-seeds-2"
 _RUN = "run.json"
 _RESTART = "begin again with restart=True"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from diffmem.evaluation.detectors import sample_detector
 from diffmem.evaluation.evaluator import Evaluation, decide_compile, evaluate, identity_of
 from diffmem.evaluation.seed_ranges import PROTOCOL_SEEDS, checked_seeds, format_seeds
 from diffmem.evaluation.seed_store import SeedStore
+from diffmem.logs import logger
 from diffmem.memorization import CopyDetector, CopyRate, ReportsRate, SequentialTest, highest_interval
 from diffmem.memorization.plausibility import single_color_share
 from diffmem.models import Denoiser, Model, WrappedDenoiser, fingerprint, load
@@ -26,7 +26,7 @@ from diffmem.progress import Progress, silent
 from diffmem.sampling import SamplerConfig
 from diffmem.training import RunFolder, SnapshotRecord, Stats
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 FOLDER = "trajectory"  # in the run's folder
 ORDERS = ("newest", "oldest", "bisect")
 COPIES = 24  # of a snapshot whose images are kept

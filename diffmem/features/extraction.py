@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from diffmem.features.builtin import PerceptualHash, Pixels
 from diffmem.features.feature_set import FeatureExtractor, FeatureSet
 from diffmem.features.named import extractor
 from diffmem.features.precomputed import read_own
+from diffmem.logs import logger
 from diffmem.progress import Progress, silent
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _NO_FILE = ("array", "tensor")  # sources of images that were made in memory
 
 

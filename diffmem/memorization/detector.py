@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
@@ -19,6 +18,7 @@ from diffmem.data.grid import split_grid as cut_sheets
 from diffmem.errors import InputError
 from diffmem.features import FeatureSet, check_comparable, extract, load_features
 from diffmem.html_report import percent
+from diffmem.logs import logger
 from diffmem.memorization.blind_spots import blind_spots
 from diffmem.memorization.calibration import Calibration
 from diffmem.memorization.compared import ALIGNED, Compared, Features
@@ -37,7 +37,7 @@ from diffmem.search.rows import as_rows, fingerprint, mirror
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 LOOKED_AT = 16  # images at the beginning that may turn out to be sheets
 LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
 

@@ -8,7 +8,6 @@ to have everything measured again.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Collection
@@ -20,8 +19,9 @@ import torch
 
 from diffmem.atomic_io import atomic_write
 from diffmem.errors import InputError
+from diffmem.logs import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 Timing = dict[str, float]  # backend: seconds
 
 

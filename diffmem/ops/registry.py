@@ -8,7 +8,6 @@ with that reason.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from diffmem.errors import InputError
+from diffmem.logs import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 NAMES = ("reference", "torch", "native", "triton", "cuda")
 
 

@@ -7,7 +7,6 @@ of the ledger, which `run_trials` keeps.
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from diffmem.errors import InputError, MissingExtraError
+from diffmem.logs import logger
 from diffmem.studies.measure import Result, run_trial
 from diffmem.studies.trial import Trial
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _WATCH_SECONDS = 5.0  # between looks of a process at whether its parent is still there
 
 

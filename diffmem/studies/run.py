@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import threading
 import time
@@ -13,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffmem.errors import InputError, OutputInUseError
+from diffmem.logs import logger
 from diffmem.progress import Progress, silent
 from diffmem.studies.executors import Executor, InProcess
 from diffmem.studies.ledger import ATTEMPTS, DONE, LEASE_SECONDS, RUNNING, Ledger
 from diffmem.studies.measure import InterruptedTrialError, Result, read_result
 from diffmem.studies.trial import Trial
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _TRIALS = "trials"
 _EARLIER = "units"  # what earlier versions called it
 _LOOK_SECONDS = 2.0  # between looks at what other processes do

@@ -6,7 +6,6 @@ What a run leaves in its folder, and who reads it, is in `diffmem.training.run_f
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -20,6 +19,7 @@ import torch
 from diffmem.atomic_io import output_lock
 from diffmem.data import DatasetSpec, ImageSource
 from diffmem.errors import InputError
+from diffmem.logs import logger
 from diffmem.models import Model
 from diffmem.precision import float32_products
 from diffmem.training.callbacks import Callback, Snapshot, StopDecision, combined
@@ -33,7 +33,7 @@ from diffmem.training.run_folder.stats import Stats, append_stats, truncate_stat
 from diffmem.training.signals import own_random_numbers, stop_requests
 from diffmem.training.trainer import Trainer
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _TICKS = 1000  # lines of statistics per run, about
 _LONGEST_TICK = 200  # steps
 _READ_STOP_EVERY = {"cpu": 1, "cuda": 16}  # steps between looks at the other processes' wish to stop
