@@ -19,6 +19,7 @@ from diffmem.cli.execution import (
 )
 from diffmem.cli.options import (
     CommandWithJson,
+    criterion_option,
     debug_option,
     json_option,
     moved_option,
@@ -77,6 +78,7 @@ class Percentage(click.ParamType):
 @click.option("--max-runs", type=POSITIVE, default=40, show_default=True, help="Runs in all at most.")
 @click.option("--snapshots", type=POSITIVE, default=10, show_default=True, help="Audited snapshots per run.")
 @click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
+@criterion_option
 @solver_option()
 @dry_run_option
 @threads_option
@@ -85,7 +87,7 @@ class Percentage(click.ParamType):
 @debug_option
 def emm_command(
     source, resize, color, alpha, key, layout, skip_bad, cond, out, zeta,
-    sizes, precision, repetitions, max_runs, snapshots, samples, solver,
+    sizes, precision, repetitions, max_runs, snapshots, samples, criterion, solver,
     dry_run, threads, workers, ray, gpus_per_run, device, as_json, **options,
 ) -> None:  # fmt: skip
     """Find the Effective Model Memorization: the largest number of training images that a model still memorizes.
@@ -127,6 +129,7 @@ def emm_command(
         samples=samples,
         sampling={"solver": solver},
         threads=threads,
+        criterion=criterion,
     )
     if dry_run:
         _print_plan(setting, sizes, repetitions, max_runs, device)

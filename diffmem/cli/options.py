@@ -39,6 +39,7 @@ NAMED_PARAMETERS = {
     "center_crop": ("center_crop",),
     "color": ("color",),
     "conditional": ("cond",),
+    "criterion": ("criterion",),
     "data": ("data", "source"),
     "duplicate_radius": ("duplicate_radius",),
     "duration": ("duration",),
@@ -245,6 +246,13 @@ _GATE_OPTIONS = [
         help="Write what the gate decided as JUnit XML, which CI systems show among the results of tests.",
     ),
 ]  # fmt: skip
+
+
+criterion_option = click.option(
+    "--criterion", metavar="NAME",
+    help="By which images are copies: ratio, calibrated_l2, tile_max, authenticity, m3 or three_phases "
+    "(diffmem measure --list).  [default: ratio]",
+)  # fmt: skip
 
 
 def gate_options(command: Callable) -> Callable:

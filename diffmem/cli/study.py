@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from diffmem.cli.execution import executor_of, executor_options, repetitions_option, tell_outcome, threads_option
-from diffmem.cli.options import CommandWithJson, Source, debug_option, json_option, moved_option
+from diffmem.cli.options import CommandWithJson, Source, criterion_option, debug_option, json_option, moved_option
 from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.cli.training_options import Numbers
 
@@ -42,13 +42,14 @@ def _choice_options(command):
             repetitions_option("per cell."),
             moved_option("--seeds", "runs per cell are --repetitions, since --seeds are those of images"),
             threads_option,
+            criterion_option,
         ]
     ):
         command = cast(Any, option)(command)
     return command
 
 
-def _chosen(studies, scale, source, other, sizes, repetitions, threads) -> list[Study]:
+def _chosen(studies, scale, source, other, sizes, repetitions, threads, criterion) -> list[Study]:
     """Studies by name or file."""
     from diffmem.studies import load_study
     from diffmem.studies.presets import NAMES, build
@@ -58,7 +59,7 @@ def _chosen(studies, scale, source, other, sizes, repetitions, threads) -> list[
     for name in NAMES if studies == ("all",) else studies:
         own = name.endswith((".json", ".py"))
         study = load_study(name) if own else build(name, scale, source, other)
-        found.append(at_sizes(study, sizes, repetitions, threads))
+        found.append(at_sizes(study, sizes, repetitions, threads, criterion))
     return found
 
 

@@ -12,6 +12,7 @@ from diffmem.cli.audit import Source
 from diffmem.cli.options import (
     CommandWithJson,
     confidence_option,
+    criterion_option,
     debug_option,
     gate_options,
     json_option,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     help="Ask whether R_mem is at least SHARE, and sample no more of a snapshot than that takes.",
 )  # fmt: skip
 @confidence_option("of --at-least, over all snapshots")
+@criterion_option
 @click.option("--data", type=Source(), help="The training images; needed where the run does not know where they are.")
 @size_option("; with --data")
 @resize_option(more=" With --data.")
@@ -54,8 +56,8 @@ if TYPE_CHECKING:
 @gate_options
 @debug_option
 def trajectory_command(
-    run, seeds, every, order, at_least, confidence, data, size, resize, color, alpha, key, layout, skip_bad, solver,
-    batch, device, out, as_json, fail_above, require_below, max_copies,
+    run, seeds, every, order, at_least, confidence, criterion, data, size, resize, color, alpha, key, layout,
+    skip_bad, solver, batch, device, out, as_json, fail_above, require_below, max_copies,
 ) -> int:  # fmt: skip
     """How the share of copies grew: R_mem of the snapshots of RUN, a folder of diffmem train.
 
@@ -95,6 +97,7 @@ def trajectory_command(
             order=order,
             stop=None if at_least is None else SequentialTest(at_least, confidence),
             settings=SamplerConfig(solver=solver, batch=batch),
+            criterion=criterion,
             device=device,
             progress=progress,
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.memorization import CopyDetector, check_sets
+from diffmem.memorization import CopyDetector, CriterionDetector, check_criterion, check_sets
 from diffmem.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def sample_detector(
     holdout: ImageSource | None = None,
     flip: bool = False,
     keep_images: bool = False,
+    criterion: str | None = None,
     progress: Progress = silent,
 ) -> CopyDetector:
     """A detector for uint8 images that are yet to be sampled, by the rule of `diffmem.audit`'s defaults.
@@ -35,6 +36,7 @@ def sample_detector(
         holdout: Real images that the model has not seen, as for `diffmem.audit`.
         flip: Whether mirrored images are compared too.
         keep_images: See `CopyDetector`.
+        criterion: By which images are copies, in place of the rule; see `diffmem.memorization.CriterionDetector`.
         progress: A callback.
 
     Raises:
@@ -44,10 +46,13 @@ def sample_detector(
     holdout = None if holdout is None else load_images(holdout, progress=progress)
     check_shape(training, image_shape)
     check_sets(ImageSet(np.zeros((1, *image_shape), np.uint8), source="to be sampled"), training, "generated")
-    return CopyDetector(
-        training, flip=flip, holdout=holdout, device=str(device), keep_images=keep_images, progress=progress,
-        second_look=keep_images,  # for a report; counts in a loop do without
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "flip": flip, "holdout": holdout, "device": str(device), "keep_images": keep_images, "progress": progress,
+        "second_look": keep_images,  # for a report; counts in a loop do without
+    }  # fmt: skip
+    if check_criterion(criterion) == "ratio":
+        return CopyDetector(training, **options)
+    return CriterionDetector(training, check_criterion(criterion), **options)
 
 
 def check_shape(training: ImageSet, image_shape: tuple[int, int, int]) -> None:

@@ -31,6 +31,7 @@ class AuditEvery(Callback):
             known at the end only). Its confidence covers all audits of the run together.
         flip: Compare mirrored images too, for a run with xflip.
         settings: Of the sampler.
+        criterion: By which images are copies; see `diffmem.evaluation.trajectory`.
         device: Of the sampler.
         on_audit: Called with each finished audit.
     """
@@ -45,6 +46,7 @@ class AuditEvery(Callback):
         stop: SequentialTest | None = None,
         flip: bool = False,
         settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+        criterion: str | None = None,
         device: str = "auto",
         on_audit: Callable[[Point], None] = lambda point: None,
     ):
@@ -55,7 +57,9 @@ class AuditEvery(Callback):
         self.stop, self.settings, self.on_audit = stop, settings, on_audit
         self.device = pick_device(device)
         self.training, _ = read_data(data)
-        self.detector = sample_detector(self.training, self.training.image_shape, self.device, flip=flip)
+        self.detector = sample_detector(
+            self.training, self.training.image_shape, self.device, flip=flip, criterion=criterion
+        )
         self.points: list[Point] = []
 
     def on_start(self, plan: Plan) -> None:

@@ -19,7 +19,7 @@ from diffmem.evaluation.evaluator import Evaluation, decide_compile, evaluate, i
 from diffmem.evaluation.seed_ranges import PROTOCOL_SEEDS, checked_seeds, format_seeds
 from diffmem.evaluation.seed_store import SeedStore
 from diffmem.logs import logger
-from diffmem.memorization import CopyDetector, CopyRate, ReportsRate, SequentialTest, highest_interval
+from diffmem.memorization import CopyDetector, CopyRate, ReportsRate, SequentialTest, check_criterion, highest_interval
 from diffmem.memorization.plausibility import single_color_share
 from diffmem.models import Denoiser, Model, WrappedDenoiser, fingerprint, load
 from diffmem.progress import Progress, silent
@@ -195,6 +195,7 @@ def trajectory(
     order: str = "newest",
     stop: SequentialTest | None = None,
     settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+    criterion: str | None = None,
     device: str = "auto",
     model: Model | None = None,
     progress: Progress = silent,
@@ -215,6 +216,8 @@ def trajectory(
         stop: End sampling at each snapshot as soon as this test is answered there; its confidence is shared among the
             snapshots.
         settings: Of the sampler.
+        criterion: By which images are copies, in place of the ratio rule, so that a result can be shown not to hang on
+            it: "calibrated_l2", "tile_max", "authenticity", … (`diffmem.memorization.CriterionDetector`).
         device: "cpu", "cuda" or "auto".
         model: As for `diffmem.training.train`, where the run trained a network of your own.
         progress: Called as `progress(stage, done, total)`.
@@ -224,6 +227,7 @@ def trajectory(
     """
     if order not in ORDERS:
         raise InputError(f"order is {order!r}, but must be one of {', '.join(ORDERS)}")
+    check_criterion(criterion)
     seeds = checked_seeds(seeds)
     folder = RunFolder.open(run)
     there = folder.snapshots()
@@ -237,7 +241,7 @@ def trajectory(
     denoiser = load(folder.checkpoint(records[-1]), place, model=model)
     flip = folder.config.xflip
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
-    detector = sample_detector(training, image_shape, place, flip=flip, progress=progress)
+    detector = sample_detector(training, image_shape, place, flip=flip, criterion=criterion, progress=progress)
     settings.plan(denoiser)  # raises where the settings do not fit
     if stop is None:  # else few batches may do
         settings = decide_compile(denoiser, settings, len(seeds) * len(records))
@@ -262,7 +266,8 @@ def trajectory(
         tuple(folder.stats()),
         training,
         {**settings.identity, "training": training.fingerprint, "flip": flip, "device": place.type,
-         "seeds": format_seeds(seeds), "order": order, "every": every, "ema": folder.averaging()},
+         "seeds": format_seeds(seeds), "order": order, "every": every, "ema": folder.averaging(),
+         **({} if criterion in (None, "ratio") else {"criterion": criterion})},
         stop,
         len(records) if order == "bisect" else None,
     )  # fmt: skip

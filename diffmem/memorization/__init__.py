@@ -1,6 +1,7 @@
 """Which generated images are copies: criteria, statistics, the audit and its report."""
 
 from diffmem.memorization.criteria import parse_threshold, published_rule, ratio_rule
+from diffmem.memorization.criterion_detector import CriterionDetector, check_criterion, deciding_criteria
 from diffmem.memorization.detector import CopyDetector, Detection, audit
 from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.inputs import check_sets
@@ -21,6 +22,7 @@ __all__ = [
     "CopiedImage",
     "CopyDetector",
     "CopyRate",
+    "CriterionDetector",
     "Detection",
     "Gate",
     "Measures",
@@ -30,8 +32,10 @@ __all__ = [
     "UnkeptImages",
     "anytime_interval",
     "audit",
+    "check_criterion",
     "check_sets",
     "decide_gate",
+    "deciding_criteria",
     "exact_interval",
     "highest_interval",
     "measure",

@@ -11,6 +11,7 @@ import numpy as np
 from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.errors import MissingExtraError
 from diffmem.html_report import percent, template, write_texts
+from diffmem.memorization.criteria import CRITERIA
 from diffmem.plotting import data_url, plot, svg
 from diffmem.text import write_table
 
@@ -20,16 +21,6 @@ if TYPE_CHECKING:
     from diffmem.memorization.measures import Measures
 
 GALLERY = 24
-# What calls an image a copy, by the name of its array, and whether True is a copy.
-VERDICTS = {
-    "memorized": ("ratio", True),
-    "calibrated_l2_below_1": ("calibrated_l2", True),
-    "tile_max_below_10": ("tile_max", True),
-    "top1_similarity_above_0.75": ("top1_similarity > 0.75", True),
-    "authentic": ("not authentic", False),
-    "m3": ("m3", True),
-    "three_phases_memorized": ("three_phases", True),
-}
 # The scores that are drawn, with what is written below them.
 SCORES = {
     "distance_ratio": "d1 / d2",
@@ -131,7 +122,10 @@ def render_table(found: Measures) -> str:
 def _verdicts(found: Measures) -> dict[str, np.ndarray]:
     """bool [M] by the name of who decides: which images are copies by it."""
     return {
-        name: found.per_image[array] == copy for array, (name, copy) in VERDICTS.items() if array in found.per_image
+        "not authentic" if name == "authenticity" else name: found.per_image[criterion.decides[0]]
+        == criterion.decides[1]
+        for name, criterion in CRITERIA.items()
+        if criterion.decides is not None and criterion.decides[0] in found.per_image
     }
 
 

@@ -231,6 +231,7 @@ class _Audits(AuditEvery):
             stop=None if trial.at_least is None else SequentialTest(trial.at_least),
             flip=bool(setting.training.get("xflip")),
             settings=setting.sample_settings(),
+            criterion=setting.criterion,
             device=device,
             on_audit=self._add,
         )

@@ -174,14 +174,21 @@ def load_study(path: str | Path) -> Study:
         return found if isinstance(found, Study) else Study.from_json(found)
 
 
-def at_sizes(study: Study, sizes: Sequence[int] | None, repetitions: int | None, threads: int | None = None) -> Study:
-    """The study with other sizes, for all of its variants, another number of repetitions, or of threads per run; None
-    leaves them."""
+def at_sizes(
+    study: Study,
+    sizes: Sequence[int] | None,
+    repetitions: int | None,
+    threads: int | None = None,
+    criterion: str | None = None,
+) -> Study:
+    """The study with other sizes, for all of its variants, another number of repetitions, or of threads per run, or by
+    another criterion; None leaves them."""
     if sizes is not None:
         variants = tuple(replace(variant, sizes=None) for variant in study.variants)
         study = replace(study, sizes=tuple(sizes), variants=variants)
-    if threads is not None:
-        settings = [replace(variant.setting, threads=threads) for variant in study.variants]
+    chosen = {"threads": threads, "criterion": criterion}
+    if chosen := {name: value for name, value in chosen.items() if value is not None}:
+        settings = [replace(variant.setting, **chosen) for variant in study.variants]
         variants = tuple(replace(v, setting=each) for v, each in zip(study.variants, settings, strict=True))
         study = replace(study, variants=variants)
     return study if repetitions is None else replace(study, repetitions=repetitions)

@@ -15,6 +15,7 @@ from diffmem.data import DatasetSpec, ImageSet
 from diffmem.data.classes import label_dim as label_dim_of
 from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
 from diffmem.errors import InputError
+from diffmem.memorization import check_criterion
 from diffmem.sampling import SamplerConfig
 from diffmem.training import TrainingConfig, images_of, training_config
 from diffmem.training.configure import check_parts
@@ -37,6 +38,7 @@ class Setting:
         sampling: Fields of `SamplerConfig`, all but precision and class_index.
         threads: On the CPU, of every run, wherever it is made, for sums are rounded in an order that depends on their
             number; None: one.
+        criterion: By which images are copies, in place of the ratio rule, as for `diffmem.evaluation.trajectory`.
     """
 
     data: DatasetSpec
@@ -47,6 +49,7 @@ class Setting:
     samples: int = 10_000
     sampling: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
+    criterion: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "seed", "label_seed"):
@@ -59,6 +62,8 @@ class Setting:
         for name in ("snapshots", "samples", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if check_criterion(self.criterion) == "ratio":  # the default, under which results were stored without its name
+            object.__setattr__(self, "criterion", None)
         self.sample_settings()
 
     def dataset(self, size: int, repetition: int = 0) -> DatasetSpec:

@@ -124,6 +124,8 @@ def test_list_and_show(run, own_study):
     assert status == 0, stderr
     assert "10 different runs" in stdout
     assert "3 devices" in stdout
+    status, stdout, _ = run("study", "show", "width", "--criterion", "m3", "--json")
+    assert {each["setting"]["criterion"] for each in json.loads(stdout)["variants"]} == {"m3"}
     status, stdout, _ = run("study", "show", "width", "--scale", "cifar10", "--json")
     assert json.loads(stdout)["variants"][3]["setting"]["network"]["model_channels"] == 320
 
@@ -136,6 +138,7 @@ def test_list_and_show(run, own_study):
         (["emm", *TINY_RUN, "--size-range", "20-50", "--out", "o"], 2, "not a range of sizes"),
         (["emm", *TINY_RUN, "--size-range", "20:5000", "--out", "o"], 1, "1,740 images in equal numbers"),
         (["emm", *TINY_RUN, "--half-width", "x", "--out", "o"], 2, "not a share"),
+        (["emm", *TINY_RUN, "--criterion", "c_t", "--out", "o"], 1, "--criterion c_t decides about no single image"),
         (["emm", "--data", "builtin:digits", "--out", "o"], 1, "exactly one of --images N, --epochs N and --dur"),
     ],
 )

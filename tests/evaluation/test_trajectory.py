@@ -110,6 +110,23 @@ def test_ratios_memory_and_files(tmp_path, digits, made):
     assert (run / "trajectory" / "trajectory.svg").read_text().startswith("<svg")
 
 
+def test_by_another_criterion(tmp_path, digits, made):
+    """The same images of the same seeds, counted by another criterion; each is remembered by itself."""
+    run = a_run(tmp_path / "run", digits)
+    by_rule = trajectory(run, data=digits, seeds=range(100), device="cpu")
+    by_tiles = trajectory(run, data=digits, seeds=range(100), device="cpu", criterion="tile_max")
+    assert len(made) == 2 * 5 * 100
+    assert [point.ratio for point in by_tiles.points] == [point.ratio for point in by_rule.points]  # exact copies
+    assert (by_tiles.settings["criterion"], "criterion" in by_rule.settings) == ("tile_max", False)
+    made.clear()
+    m3 = trajectory(run, data=digits, seeds=range(100), device="cpu", criterion="m3", every=STEPS * BATCH)
+    assert made == [*range(100)] * len(m3.points)
+    trajectory(run, data=digits, seeds=range(100), device="cpu", criterion="tile_max")
+    assert made == [*range(100)] * len(m3.points)
+    with pytest.raises(InputError, match="criterion='c_t' decides about no single image"):
+        trajectory(run, data=digits, criterion="c_t")
+
+
 def test_an_interrupt_loses_one_batch(tmp_path, digits, made, monkeypatch):
     run = a_run(tmp_path / "run", digits)
     sampler = evaluator.sample_batches

@@ -75,6 +75,19 @@ def test_an_interrupted_trial_waits_and_continues_to_the_same_result(tmp_path):
     assert numbers(outcome.result) == numbers(whole)
 
 
+def test_another_criterion_counts_the_images_of_the_same_run(tmp_path):
+    rule, authenticity = (replace(TINY, criterion=name) for name in (None, "authenticity"))
+    assert Trial(replace(TINY, criterion="ratio"), 20).key == Trial(TINY, 20).key != Trial(authenticity, 20).key
+    by_rule, by_authenticity = (
+        run_trial(Trial(each, 20), tmp_path / str(each.criterion)) for each in (rule, authenticity)
+    )
+    assert by_rule.images == by_authenticity.images
+    assert by_authenticity.total == 20
+    assert Setting.from_json(authenticity.to_json()) == authenticity
+    with pytest.raises(InputError, match="criterion='c_t'"):
+        replace(TINY, criterion="c_t")
+
+
 def test_a_question_ends_the_run_once_it_is_answered(tmp_path):
     # Two images are soon known by heart: half of the samples are copies after 1600 images seen.
     two = replace(

@@ -93,6 +93,7 @@ AUTHENTICITY = Criterion(
     source="Alaa et al. 2022, arXiv 2102.08921; per generated image as in dgm-eval (Stein et al. 2023)",
     values={"authenticity": Value("share of authentic images", "higher", True)},
     measure=measure,
+    decides=("authentic", False),
     blind="near copies in dense regions, and of images that the training set holds twice",
     variants={
         "dgm-eval": Variant(Value("the same times 100", "higher"), measure_dgm_eval, "dgm-eval (Stein et al. 2023)"),

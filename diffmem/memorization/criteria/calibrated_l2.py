@@ -53,6 +53,7 @@ CALIBRATED_L2 = Criterion(
         "calibrated_l2_mean": Value("mean", "higher"),
     },
     measure=measure,
+    decides=("calibrated_l2_below_1", True),
     blind="copies of images that the training set holds in 50 nearly equal versions",
     neighbors=NEAREST,
 )

@@ -99,6 +99,16 @@ class Searches:
             self._indices[id(points)] = TrainingIndex(points.values, device=self.device, progress=self.progress)
         return self._indices[id(points)]
 
+    def give_index(self, points: Points, index: TrainingIndex) -> None:
+        """Takes an index that was made before."""
+        self._kept.append(points)
+        self._indices[id(points)] = index
+
+    def beside(self, points: Points) -> Searches:
+        """Searches that share what is known of these points alone, and keep what they find to themselves."""
+        self.index(points)
+        return Searches(self.device, self.progress, {id(points): self._indices[id(points)]}, _others=self._others)
+
     def nearest(self, points: Points, targets: Points, k: int) -> Neighbors:
         """The k nearest targets of each point. Of a point among the same points: of the others."""
         k = min(k, len(targets) - (points is targets))

@@ -80,6 +80,8 @@ class Criterion:
         needs: "holdout": real images that the model has not seen; "images": sets of images, not of vectors; "second":
             the images of a second model from the same latents.
         neighbors: How many nearest training images of each generated image it asks for.
+        decides: Of one that says of a single image whether it is a copy, whatever images come with it: the array of
+            `per_image` that says so, and which value of it means a copy.
         variants: By name, without the criterion's own and the colon.
         honest: What its values are for honest images, where that does not come from playing the hold-out set against
             the training set.
@@ -93,5 +95,6 @@ class Criterion:
     blind: str
     needs: tuple[Need, ...] = ()
     neighbors: int = 1
+    decides: tuple[str, bool] | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
     honest: Callable[[Comparison], Mapping[str, float]] | None = None

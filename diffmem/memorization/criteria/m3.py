@@ -42,5 +42,6 @@ M3 = Criterion(
         "m3_median": Value("the median real–real distance", "neither"),
     },
     measure=measure,
+    decides=("m3", True),
     blind="near copies of detailed images; half of honest images count as memorized",
 )

@@ -93,6 +93,7 @@ RATIO = Criterion(
         "ratio_raw": Value("the same with duplicates left in: the paper's R_mem", "lower", True),
     },
     measure=measure,
+    decides=("memorized", True),
     blind="copies that are shifted, mirrored or recolored; its strictness grows with the training set",
     neighbors=2,
     variants={

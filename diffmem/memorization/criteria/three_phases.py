@@ -68,5 +68,6 @@ THREE_PHASES = Criterion(
         "three_phases_generalized": Value("share of the rest", "higher", True),
     },
     measure=measure,
+    decides=("three_phases_memorized", True),
     blind="repetitions that few generated images happen to show; copies beyond a fixed distance",
 )

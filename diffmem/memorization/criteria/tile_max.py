@@ -141,6 +141,7 @@ TILE_MAX = Criterion(
         "tile_max_below_10": Value("share at most 10 gray levels (rms over a tile)", "lower", True),
     },
     measure=measure,
+    decides=("tile_max_below_10", True),
     blind="copies that are shifted, mirrored, or changed in one tile",
     needs=("images",),
     neighbors=GUESSES,
