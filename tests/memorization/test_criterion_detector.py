@@ -44,7 +44,8 @@ def test_mirrored_copies(digits):
 
 
 def test_what_is_remembered_tells_criteria_apart(digits):
-    detectors = [CopyDetector(digits), CriterionDetector(digits, "m3"), CriterionDetector(digits, "tile_max")]
+    by = [CriterionDetector(digits, name, second_look=False) for name in ("m3", "tile_max")]
+    detectors = [CopyDetector(digits, second_look=False), *by]
     identities = [repr(sorted(each.identity.items())) for each in detectors]
     assert len(set(identities)) == 3
     assert type(sample_detector(digits, (1, 8, 8), "cpu", criterion="ratio")) is CopyDetector
