@@ -63,6 +63,7 @@ NAMED_PARAMETERS = {
     "resume": ("resume",),
     "rule": ("rule", "ema_rule"),
     "second": ("second",),
+    "second_look": ("no_second_look",),
     "size": ("size",),
     "skip_bad": ("skip_bad",),
     "snapshot_images": ("snapshot_images",),

@@ -81,7 +81,7 @@ def torchscript(path: str | Path, preprocessing: str | None, options: dict[str, 
 
 def onnx(path: str | Path, preprocessing: str | None, options: dict[str, Any]) -> FeatureExtractor:
     """The network in an ONNX file: one input of images, uint8 or float, [B, 3, H, W] or [B, H, W, 3]; its first output
-    is taken. A network of bytes needs no preprocessing but the size it wants."""
+    is taken. A network of bytes needs no preprocessing; of one that is named it gets the size."""
     path = _file(path, "an ONNX file")
     if options["precision"] != "ieee":
         raise InputError(f"{path}: an ONNX file says itself in which precision it computes: leave precision out")
@@ -99,25 +99,28 @@ def onnx(path: str | Path, preprocessing: str | None, options: dict[str, Any]) -
         session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
     network = _OnnxNetwork(session, path)
     if network.dtype == np.uint8:
-        if preprocessing is not None:
-            raise InputError(f"{path}: the network takes bytes and prepares them itself: leave preprocessing out")
+        # Such a network normalizes by itself; of a preset it gets the size.
         prepare = Preprocessing("bytes", network.side, square=True)
+        if preprocessing is not None:
+            prepare = _of_side(preprocessing_preset(preprocessing), network.side, path)
         chosen: Callable[[torch.Tensor], torch.Tensor] = prepare.resized
         named = prepare.name
     else:
         if preprocessing is None and "sscd" in path.name.lower():
             preprocessing = "sscd"
-        preset = _wanted(preprocessing, path)
-        if network.side is not None and network.side != (preset.crop or (preset.side if preset.square else None)):
-            if preset.side is None:
-                raise InputError(
-                    f"{path}: the network wants images of {network.side}x{network.side}: choose a preprocessing that "
-                    "resizes"
-                )
-            preset = preset.of_side(network.side)
-            preset = preset if preset.crop is not None else replace(preset, square=True)
+        preset = _of_side(_wanted(preprocessing, path), network.side, path)
         chosen, named = preset, preset.name
     return _network(network, f"onnx:{path.name}", path, chosen, torch.device("cpu"), options, named)
+
+
+def _of_side(preset: Preprocessing, side: int | None, path: Path) -> Preprocessing:
+    """The preset for a network whose input is a square of that side, or of any size (None)."""
+    if side is None or side == (preset.crop or (preset.side if preset.square else None)):
+        return preset
+    if preset.side is None:
+        raise InputError(f"{path}: the network wants images of {side}x{side}: choose a preprocessing that resizes")
+    preset = preset.of_side(side)
+    return preset if preset.crop is not None else replace(preset, square=True)
 
 
 class _OnnxNetwork:
@@ -316,7 +319,7 @@ def _network(
         device=device,
         prepare=prepare,
         fingerprint=f"{path.name} {file_sha256(path)[:16]}, preprocessing {prepared}, {precision}",
-        resizes=getattr(prepare, "side", None) is not None or prepared == "bytes",
+        resizes=prepared not in ("0-1", "-1-1"),
     )
 
 

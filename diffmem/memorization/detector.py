@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _log = logger(__name__)
 LOOKED_AT = 16  # images at the beginning that may turn out to be sheets
+MOST_TWINS = 0.1  # share of a hold-out set that may be training images in disguise before that is remarkable
 LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
 
 
@@ -505,7 +506,8 @@ class CopyDetector(ReportsRate):
         images = unseen.select(kept) if left_out else unseen
         figures = SetFigures.of(images.images, count_identical=True) if isinstance(images, ImageSet) else None
         images = UnkeptImages.of(images) if isinstance(images, FeatureSet) else images
-        return self._audit(images, detection, figures, "holdout", left_out=left_out)
+        doubts = _doubtful_twins(int((seen & ~identical).sum()), len(unseen))
+        return self._audit(images, detection, figures, "holdout", warnings=doubts, left_out=left_out)
 
     def _in_training(self, images: ImageSet | FeatureSet, found: Matches) -> np.ndarray:
         """int64 [n], the training image that an image is, pixel for pixel (or mirrored, with `flip`); −1: none."""
@@ -703,6 +705,17 @@ def _describe_search(
         "recall_second": share("recall_second"),
         "recall_sample": min(map(sum, samples)),
     }
+
+
+def _doubtful_twins(twins: int, total: int) -> tuple[str, ...]:
+    """The warning where so many hold-out images were taken for training images that some may be none."""
+    if twins <= MOST_TWINS * total:
+        return ()
+    return (
+        f"{twins:,} of {total:,} hold-out images resemble a training image once they are aligned, and do not "
+        "calibrate: where they are no copies, the rule raises more alarms than were asked for; look at them, or "
+        "calibrate with second_look=False",
+    )
 
 
 def _missed(search: dict[str, Any]) -> tuple[str, ...]:

@@ -151,8 +151,10 @@ def test_onnx_of_bytes(tmp_path):
     matrix = save_onnx(tmp_path / "net.onnx", "bytes", ["B", "H", "W", 3])
     made = extract(images(), f"onnx:{tmp_path / 'net.onnx'}")
     np.testing.assert_allclose(made.vectors, images().mean((2, 3)) @ matrix, rtol=1e-4)
-    with pytest.raises(InputError, match="prepares them itself"):
-        extractor(f"onnx:{tmp_path / 'net.onnx'}", preprocessing="imagenet")
+    resized = extract(images(), f"onnx:{tmp_path / 'net.onnx'}", preprocessing="sscd-320")
+    expected = PRESETS["sscd-320"].resized(torch.from_numpy(images())).numpy().mean((2, 3)) @ matrix
+    np.testing.assert_allclose(resized.vectors, expected, rtol=1e-4)
+    assert resized.fingerprint != made.fingerprint
 
 
 @pytest.mark.parametrize("batch", ["B", 2])

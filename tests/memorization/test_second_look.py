@@ -130,3 +130,11 @@ def test_read_only_sets_are_only_read():
     generated = UNSEEN[:5].copy()
     generated.flags.writeable = False
     assert diffmem.audit(generated, training).look is not None
+
+
+def test_many_twins_are_doubted():
+    twins = DISGUISES["brighter"].astype(np.uint8)
+    result = diffmem.audit(TRAINING[:2], TRAINING, rule="calibrated", holdout=np.concatenate([twins, UNSEEN[:100]]))
+    assert any("of 120 hold-out images resemble a training image" in warning for warning in result.holdout.warnings)
+    few = diffmem.audit(TRAINING[:2], TRAINING, rule="calibrated", holdout=np.concatenate([twins[:5], UNSEEN[:100]]))
+    assert not few.holdout.warnings
