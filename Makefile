@@ -7,7 +7,7 @@ TORCH ?= torch
 # Not gpu: its FAISS is another package with the same module as the extra faiss brings, and 135 MB.
 EXTRAS ?= demo,faiss,triton,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench gpu docs lint format setup clean
 setup: $(VENV)/.installed

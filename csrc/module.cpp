@@ -190,7 +190,7 @@ void bind_group_norm_silu(py::module_& m) {
     require_sizes(shape, "group_norm_silu: shape must hold sizes of at least 1");
     const std::int64_t channels = shape[2], groups = shape[3];
     require(
-        channels % groups == 0 && channels % 8 == 0 && std::lcm(channels / groups, std::int64_t{8}) <= op::avx2::widest,
+        channels % groups == 0 && channels % 8 == 0 && std::lcm(channels / groups, std::int64_t{8}) <= op::kMaxChannels,
         "group_norm_silu: channels must be a multiple of the groups and of 8, in blocks of at most 1024");
     require((from[2] == 0) == (from[3] == 0), "group_norm_silu: scale and shift go together");
     require(op::available(), "group_norm_silu: this processor or build has no AVX2");

@@ -48,11 +48,13 @@ struct Variant {
   std::int32_t first;  // position of its first window
 };
 
-// Raises best and position (lanes each) to what the windows of a variant give.
-using Search = void (*)(const Shape& shape, const Variant& variant, const Panel& panel, float* best,
-                        std::int32_t* position);
+struct Kernels {
+  // Raises best and position (lanes each) to what the windows of a variant give.
+  void (*search)(const Shape& shape, const Variant& variant, const Panel& panel, float* best, std::int32_t* position);
+};
 
-Search avx2_search();    // alignment_avx2.cpp; null where it is not compiled
-Search avx512_search();  // alignment_avx512.cpp
+// Null where this build lacks the instructions.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
 
 }  // namespace diffmem::alignment

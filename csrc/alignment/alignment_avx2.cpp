@@ -38,13 +38,13 @@ constexpr int kWindows = 4;
 #include "alignment/alignment_simd.h"
 
 namespace diffmem::alignment {
-Search avx2_search() { return &search_variant; }
+const Kernels* avx2_kernels() { return &kTable; }
 }  // namespace diffmem::alignment
 
 #else
 
 namespace diffmem::alignment {
-Search avx2_search() { return nullptr; }
+const Kernels* avx2_kernels() { return nullptr; }
 }  // namespace diffmem::alignment
 
 #endif

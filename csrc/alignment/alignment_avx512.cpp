@@ -49,13 +49,13 @@ constexpr int kWindows = 9;
 #include "alignment/alignment_simd.h"
 
 namespace diffmem::alignment {
-Search avx512_search() { return &search_variant; }
+const Kernels* avx512_kernels() { return &kTable; }
 }  // namespace diffmem::alignment
 
 #else
 
 namespace diffmem::alignment {
-Search avx512_search() { return nullptr; }
+const Kernels* avx512_kernels() { return nullptr; }
 }  // namespace diffmem::alignment
 
 #endif

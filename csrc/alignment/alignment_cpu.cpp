@@ -13,11 +13,7 @@ namespace diffmem::alignment {
 
 namespace {
 
-Search search() {
-  const Search wide = cpu::level() >= cpu::Level::avx512 ? avx512_search() : nullptr;
-  if (wide != nullptr) return wide;
-  return cpu::level() >= cpu::Level::avx2 ? avx2_search() : nullptr;
-}
+const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), avx512_kernels()); }
 
 double mean_of(const float* values, std::int64_t count) {
   double sum = 0;
@@ -118,11 +114,11 @@ void prepare(const Shape& shape, const float* variant, Scratch& scratch, float* 
 
 }  // namespace
 
-bool available() { return search() != nullptr; }
+bool available() { return kernels() != nullptr; }
 
 void align(const Shape& shape, const float* searched, const float* templates, float* correlations,
            std::int64_t* positions, int threads) {
-  const Search find = search();
+  const Kernels& kernel = *kernels();
   const std::int64_t size = shape.channels * shape.area(), windows = shape.down() * shape.across();
   cpu::share(shape.queries, threads, [&] {
     const auto scratch = std::make_shared<Scratch>(shape);
@@ -141,10 +137,10 @@ void align(const Shape& shape, const float* searched, const float* templates, fl
         std::fill_n(best, kPanel, -2.0f);
         std::fill_n(position, kPanel, 0);
         for (std::int64_t v = 0; v < shape.variants; ++v)
-          find(shape,
-               {scratch->values.data() + v * size, scratch->inverse_lengths.data() + v * windows,
-                static_cast<std::int32_t>(v * windows)},
-               {panel, lanes}, best, position);
+          kernel.search(shape,
+                        {scratch->values.data() + v * size, scratch->inverse_lengths.data() + v * windows,
+                         static_cast<std::int32_t>(v * windows)},
+                        {panel, lanes}, best, position);
         for (std::int64_t i = 0; i < count; ++i) {
           correlations[query * shape.count + first + i] = std::clamp(best[i], -1.0f, 1.0f);
           positions[query * shape.count + first + i] = position[i];

@@ -83,6 +83,8 @@ void search_variant(const Shape& shape, const Variant& variant, const Panel& pan
   }
 }
 
+const Kernels kTable = {search_variant};
+
 }  // namespace
 
 }  // namespace diffmem::alignment

@@ -9,7 +9,7 @@
 //   y    (batch, height, width, outputs)
 //   packed (36, outputs/16, channels, 16)          transformed weights, made by `pack`
 //   weights with element strides (outputs, channels, 3, 3); negative strides flip the kernel
-// Needs AVX2 (`available`); channels a multiple of 8, outputs a multiple of 16.
+// Needs an instruction set that has kernels here (`available`); channels a multiple of 8, outputs a multiple of 16.
 #pragma once
 
 #include <cstdint>
@@ -38,25 +38,29 @@ void forward(const Shape& shape, const float* x, const float* packed, const floa
 void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t splits, float* sums,
                  int threads);
 
-namespace avx2 {  // conv3x3_avx2.cpp
-bool compiled();
-// The transformed weights of output panels [first, last), 16 outputs each.
-void pack_panels(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
-                 std::int64_t first, std::int64_t last, float* packed);
-// Tiles [first, last) in row-major order of (image, tile row, tile column), at most `block_tiles`; `scratch` holds
-// scratch_size(shape) floats, aligned to 64 bytes.
-inline constexpr std::int64_t block_tiles = 48;
-std::int64_t scratch_size(const Shape& shape);
-void tiles(const Shape& shape, const float* x, const float* packed, const float* bias, std::int64_t first,
-           std::int64_t last, float* y, float* scratch);
+// ------------------------------------------------------------------------------------------------ instruction sets
 
-// weight_sums for tiles [first, last), channels [c_first, c_last) and outputs [o_first, o_last), at most
-// slice_channels and slice_outputs of them; `scratch` holds slice_scratch floats.
-inline constexpr std::int64_t slice_channels = 64, slice_outputs = 128;
-inline constexpr std::int64_t slice_scratch = 36 * block_tiles * (slice_channels + slice_outputs);
-void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t first, std::int64_t last,
-                 std::int64_t c_first, std::int64_t c_last, std::int64_t o_first, std::int64_t o_last, float* sums,
-                 float* scratch);
-}  // namespace avx2
+inline constexpr std::int64_t kBlockTiles = 48;
+inline constexpr std::int64_t kSliceChannels = 64, kSliceOutputs = 128;
+
+struct Kernels {
+  // The transformed weights of output panel `panel`, 16 outputs.
+  void (*pack_panel)(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
+                     std::int64_t panel, float* packed);
+
+  // Tiles [first, last) in row-major order of (image, tile row, tile column), at most kBlockTiles; `scratch` holds 36 *
+  // kBlockTiles * (channels + outputs) floats, aligned to 64 bytes.
+  void (*tiles)(const Shape& shape, const float* x, const float* packed, const float* bias, std::int64_t first,
+                std::int64_t last, float* y, float* scratch);
+
+  // weight_sums for tiles [first, last), channels [c_first, c_last) and outputs [o_first, o_last), at most
+  // kSliceChannels and kSliceOutputs of them; `scratch` holds 36 * kBlockTiles * (kSliceChannels + kSliceOutputs)
+  // floats.
+  void (*weight_sums)(const Shape& shape, const float* x, const float* y_gradient, std::int64_t first,
+                      std::int64_t last, std::int64_t c_first, std::int64_t c_last, std::int64_t o_first,
+                      std::int64_t o_last, float* sums, float* scratch);
+};
+
+const Kernels* avx2_kernels();  // null where this build lacks the instructions
 
 }  // namespace diffmem::conv3x3

@@ -13,15 +13,15 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
+#include "cpu/simd.h"
 
-namespace diffmem::conv3x3::avx2 {
+namespace diffmem::conv3x3 {
 
 namespace {
 
 constexpr float a = 0.75f, b = 1.5f;
 constexpr float a2 = a * a, b2 = b * b;
-constexpr int row_block = 6;  // tiles of one micro-kernel; with 16 outputs that makes 12 accumulators
+constexpr int kRowBlock = 6;  // tiles of one micro-kernel; with 16 outputs that makes 12 accumulators
 
 inline __m256 constant(float value) { return _mm256_set1_ps(value); }
 
@@ -60,18 +60,18 @@ inline void transform_weights(const double w[3], double u[6]) {
 // products[r][0..15] = Σ_k inputs[r][k]·panel[k][0..15] for six rows.
 inline void multiply(std::int64_t channels, const float* inputs, std::int64_t input_stride, const float* panel,
                      float* products, std::int64_t product_stride) {
-  __m256 sum[row_block][2];
+  __m256 sum[kRowBlock][2];
   for (auto& row : sum) row[0] = row[1] = _mm256_setzero_ps();
   for (std::int64_t k = 0; k < channels; ++k) {
     const __m256 low = _mm256_loadu_ps(panel + 16 * k), high = _mm256_loadu_ps(panel + 16 * k + 8);
 #pragma GCC unroll 6
-    for (int r = 0; r < row_block; ++r) {
+    for (int r = 0; r < kRowBlock; ++r) {
       const __m256 value = _mm256_broadcast_ss(inputs + r * input_stride + k);
       sum[r][0] = _mm256_fmadd_ps(value, low, sum[r][0]);
       sum[r][1] = _mm256_fmadd_ps(value, high, sum[r][1]);
     }
   }
-  for (int r = 0; r < row_block; ++r) {
+  for (int r = 0; r < kRowBlock; ++r) {
     _mm256_storeu_ps(products + r * product_stride, sum[r][0]);
     _mm256_storeu_ps(products + r * product_stride + 8, sum[r][1]);
   }
@@ -152,34 +152,26 @@ inline void accumulate(std::int64_t count, const float* inputs, std::int64_t inp
   }
 }
 
-}  // namespace
-
-bool compiled() { return true; }
-
-std::int64_t scratch_size(const Shape& shape) { return 36 * block_tiles * (shape.channels + shape.outputs); }
-
-void pack_panels(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
-                 std::int64_t first, std::int64_t last, float* packed) {
-  for (std::int64_t panel = first; panel < last; ++panel) {
-    for (std::int64_t c = 0; c < channels; ++c) {
-      alignas(64) float u[36][16];
-      for (int o = 0; o < 16; ++o) {
-        const float* w = weight + (16 * panel + o) * strides[0] + c * strides[1];
-        double half[3][6], row[6], column[3];
-        for (int j = 0; j < 3; ++j) {
-          for (int i = 0; i < 3; ++i) column[i] = w[i * strides[2] + j * strides[3]];
-          transform_weights(column, half[j]);
-        }
-        for (int i = 0; i < 6; ++i) {
-          for (int j = 0; j < 3; ++j) column[j] = half[j][i];
-          transform_weights(column, row);
-          for (int j = 0; j < 6; ++j) u[6 * i + j][o] = static_cast<float>(row[j]);
-        }
+void pack_panel(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
+                std::int64_t panel, float* packed) {
+  for (std::int64_t c = 0; c < channels; ++c) {
+    alignas(64) float u[36][16];
+    for (int o = 0; o < 16; ++o) {
+      const float* w = weight + (16 * panel + o) * strides[0] + c * strides[1];
+      double half[3][6], row[6], column[3];
+      for (int j = 0; j < 3; ++j) {
+        for (int i = 0; i < 3; ++i) column[i] = w[i * strides[2] + j * strides[3]];
+        transform_weights(column, half[j]);
       }
-      for (int point = 0; point < 36; ++point) {
-        float* target = packed + ((point * (outputs / 16) + panel) * channels + c) * 16;
-        std::copy(u[point], u[point] + 16, target);
+      for (int i = 0; i < 6; ++i) {
+        for (int j = 0; j < 3; ++j) column[j] = half[j][i];
+        transform_weights(column, row);
+        for (int j = 0; j < 6; ++j) u[6 * i + j][o] = static_cast<float>(row[j]);
       }
+    }
+    for (int point = 0; point < 36; ++point) {
+      float* target = packed + ((point * (outputs / 16) + panel) * channels + c) * 16;
+      simd::copy(u[point], 16, target);
     }
   }
 }
@@ -187,20 +179,20 @@ void pack_panels(const float* weight, const std::int64_t strides[4], std::int64_
 void tiles(const Shape& shape, const float* x, const float* packed, const float* bias, std::int64_t first,
            std::int64_t last, float* y, float* scratch) {
   const std::int64_t channels = shape.channels, outputs = shape.outputs, count = last - first;
-  const std::int64_t rows = (count + row_block - 1) / row_block * row_block;
+  const std::int64_t rows = (count + kRowBlock - 1) / kRowBlock * kRowBlock;
   float* const inputs = scratch;                                  // (36, rows, channels)
-  float* const products = scratch + 36 * block_tiles * channels;  // (36, rows, outputs)
+  float* const products = scratch + 36 * kBlockTiles * channels;  // (36, rows, outputs)
 
   transform_images(shape, x, first, last, 0, channels, rows, inputs);
   for (int point = 0; point < 36; ++point) {
     float* row = inputs + (point * rows + count) * channels;
-    std::fill(row, row + (rows - count) * channels, 0.0f);
+    simd::fill(row, (rows - count) * channels, 0.0f);
   }
 
   for (int point = 0; point < 36; ++point) {
     for (std::int64_t o = 0; o < outputs; o += 16) {
       const float* panel = packed + (point * outputs + o) * channels;
-      for (std::int64_t t = 0; t < rows; t += row_block) {
+      for (std::int64_t t = 0; t < rows; t += kRowBlock) {
         multiply(channels, inputs + (point * rows + t) * channels, channels, panel,
                  products + (point * rows + t) * outputs + o, outputs);
       }
@@ -209,8 +201,8 @@ void tiles(const Shape& shape, const float* x, const float* packed, const float*
 
   for (std::int64_t t = 0; t < count; ++t) {
     const Tile tile = tile_at(shape, first + t);
-    const int height = static_cast<int>(std::min<std::int64_t>(4, shape.height - tile.row));
-    const int width = static_cast<int>(std::min<std::int64_t>(4, shape.width - tile.column));
+    const int height = static_cast<int>(simd::min<std::int64_t>(4, shape.height - tile.row));
+    const int width = static_cast<int>(simd::min<std::int64_t>(4, shape.width - tile.column));
     for (std::int64_t o = 0; o < outputs; o += 8) {
       __m256 half[4][6], line[6], out[4];
       for (int j = 0; j < 6; ++j) {
@@ -233,9 +225,9 @@ void weight_sums(const Shape& shape, const float* x, const float* y_gradient, st
                  float* scratch) {
   const std::int64_t channels = c_last - c_first, outputs = o_last - o_first;
   float* const inputs = scratch;                                         // (36, count, channels)
-  float* const gradients = scratch + 36 * block_tiles * slice_channels;  // (36, count, outputs)
-  for (std::int64_t start = first; start < last; start += block_tiles) {
-    const std::int64_t count = std::min(block_tiles, last - start);
+  float* const gradients = scratch + 36 * kBlockTiles * kSliceChannels;  // (36, count, outputs)
+  for (std::int64_t start = first; start < last; start += kBlockTiles) {
+    const std::int64_t count = simd::min(kBlockTiles, last - start);
     transform_images(shape, x, start, start + count, c_first, c_last, count, inputs);
     for (std::int64_t t = 0; t < count; ++t) {
       const Tile tile = tile_at(shape, start + t);
@@ -272,17 +264,18 @@ void weight_sums(const Shape& shape, const float* x, const float* y_gradient, st
   }
 }
 
-}  // namespace diffmem::conv3x3::avx2
+const Kernels kTable = {pack_panel, tiles, weight_sums};
+
+}  // namespace
+
+const Kernels* avx2_kernels() { return &kTable; }
+
+}  // namespace diffmem::conv3x3
 
 #else
 
-namespace diffmem::conv3x3::avx2 {
-bool compiled() { return false; }
-std::int64_t scratch_size(const Shape&) { return 0; }
-void pack_panels(const float*, const std::int64_t[4], std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*) {}
-void tiles(const Shape&, const float*, const float*, const float*, std::int64_t, std::int64_t, float*, float*) {}
-void weight_sums(const Shape&, const float*, const float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                 std::int64_t, std::int64_t, float*, float*) {}
-}  // namespace diffmem::conv3x3::avx2
+namespace diffmem::conv3x3 {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace diffmem::conv3x3
 
 #endif

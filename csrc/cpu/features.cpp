@@ -14,7 +14,7 @@ namespace diffmem::cpu {
 
 Level supported() {
   static const Level found = [] {
-    if (!(DIFFMEM_HAS("avx2") && DIFFMEM_HAS("fma"))) return Level::portable;
+    if (!(DIFFMEM_HAS("avx2") && DIFFMEM_HAS("fma") && DIFFMEM_HAS("bmi2"))) return Level::portable;
     const bool wide = DIFFMEM_HAS("avx512f") && DIFFMEM_HAS("avx512bw") && DIFFMEM_HAS("avx512vl") &&
                       DIFFMEM_HAS("avx512dq") && DIFFMEM_HAS("avx512vnni");
     return wide ? Level::avx512 : Level::avx2;
@@ -51,6 +51,7 @@ std::vector<std::string> features() {
   DIFFMEM_NOTE("sse4.2");
   DIFFMEM_NOTE("avx2");
   DIFFMEM_NOTE("fma");
+  DIFFMEM_NOTE("bmi2");
   DIFFMEM_NOTE("avx512f");
   DIFFMEM_NOTE("avx512bw");
   DIFFMEM_NOTE("avx512vl");

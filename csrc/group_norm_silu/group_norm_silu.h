@@ -14,7 +14,7 @@
 //   mean           (batch, groups) double: one float is not enough where it is far from zero
 //   rstd           (batch, groups)
 //   sums           (3, batch, channels): per image and channel, with g = dy·silu'(v), Σ g, Σ g·x̂ and Σ dx
-// Needs AVX2 (`available`) and channels in multiples of 8.
+// Needs an instruction set that has kernels here (`available`), and channels in multiples of 8.
 #pragma once
 
 #include <cstdint>
@@ -40,15 +40,19 @@ void forward(const Shape& shape, const Parameters& parameters, const float* x, f
 void backward(const Shape& shape, const Parameters& parameters, const float* dy, const float* x, const double* mean,
               const float* rstd, float* dx, float* sums, int threads);
 
-namespace avx2 {  // group_norm_silu_avx2.cpp
-bool compiled();
-inline constexpr std::int64_t widest = 1024;  // channels of a block
+// ------------------------------------------------------------------------------------------------ instruction sets
+
+inline constexpr std::int64_t kMaxChannels = 1024;  // of a block
+
 // Channels [first, last), whole groups, multiples of 8, of one image.
-void forward(const Shape& shape, const Parameters& parameters, std::int64_t image, std::int64_t first,
-             std::int64_t last, const float* x, float* y, double* mean, float* rstd);
-void backward(const Shape& shape, const Parameters& parameters, std::int64_t image, std::int64_t first,
-              std::int64_t last, const float* dy, const float* x, const double* mean, const float* rstd, float* dx,
-              float* sums);
-}  // namespace avx2
+struct Kernels {
+  void (*forward)(const Shape& shape, const Parameters& parameters, std::int64_t image, std::int64_t first,
+                  std::int64_t last, const float* x, float* y, double* mean, float* rstd);
+  void (*backward)(const Shape& shape, const Parameters& parameters, std::int64_t image, std::int64_t first,
+                   std::int64_t last, const float* dy, const float* x, const double* mean, const float* rstd, float* dx,
+                   float* sums);
+};
+
+const Kernels* avx2_kernels();  // null where this build lacks the instructions
 
 }  // namespace diffmem::group_norm_silu

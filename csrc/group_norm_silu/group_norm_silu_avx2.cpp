@@ -6,15 +6,16 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
-namespace diffmem::group_norm_silu::avx2 {
+#include "cpu/simd.h"
+
+namespace diffmem::group_norm_silu {
 
 namespace {
 
-constexpr std::int64_t run = 64;  // pixels that are summed in float
+constexpr std::int64_t kRun = 64;  // pixels that are summed in float
 
 // 1/(1 + 2^t), t = −v·log2(e) = n + f with a whole n and |f| ≤ ½: a polynomial for 2^f (Cephes' exp2f, relative error
 // 2·10^-7), and n put into the exponent. Adding 1.5·2^23 + 127 to t leaves n + 127 in the lowest bits. v is held
@@ -46,7 +47,7 @@ inline void add_to(double* totals, __m256 values) {
 // Per channel of a block. The deviation of x from the group's mean, z − mean = (x − high) − low, is a float and what
 // the float could not hold; `low` is folded into whatever is added to x − high afterwards.
 struct Center {
-  alignas(32) float high[widest], low[widest];
+  alignas(32) float high[kMaxChannels], low[kMaxChannels];
 
   void set(std::int64_t i, double value) {
     high[i] = static_cast<float>(value);
@@ -55,7 +56,7 @@ struct Center {
 };
 
 struct Affine {
-  alignas(32) float gain[widest], offset[widest];
+  alignas(32) float gain[kMaxChannels], offset[kMaxChannels];
 
   Affine(const Parameters& p, std::int64_t image, std::int64_t first, std::int64_t last) {
     for (std::int64_t c = first; c < last; ++c) {
@@ -80,10 +81,6 @@ inline double added_to(const Parameters& p, std::int64_t image, std::int64_t cha
   return p.added == nullptr ? 0.0 : p.added[image * p.added_stride + channel];
 }
 
-}  // namespace
-
-bool compiled() { return true; }
-
 void forward(const Shape& shape, const Parameters& parameters, std::int64_t image, std::int64_t first,
              std::int64_t last, const float* x, float* y, double* mean, float* rstd) {
   const std::int64_t width = last - first, row = shape.channels, pixels = shape.pixels;
@@ -92,14 +89,14 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
   const float* const in = x + image * pixels * row + first;
   float* const out = y + image * pixels * row + first;
 
-  alignas(32) double totals[widest], squares[widest];
-  std::fill_n(totals, width, 0.0);
-  std::fill_n(squares, width, 0.0);
+  alignas(32) double totals[kMaxChannels], squares[kMaxChannels];
+  simd::fill(totals, width, 0.0);
+  simd::fill(squares, width, 0.0);
   Center center;
   for_vectors(width, [&](auto vectors, std::int64_t i) {
     constexpr int W = vectors;
-    for (std::int64_t start = 0; start < pixels; start += run) {
-      const std::int64_t stop = std::min(pixels, start + run);
+    for (std::int64_t start = 0; start < pixels; start += kRun) {
+      const std::int64_t stop = simd::min(pixels, start + kRun);
       __m256 sum[W];
       for (auto& each : sum) each = _mm256_setzero_ps();
       for (std::int64_t p = start; p < stop; ++p) {
@@ -121,8 +118,8 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
   }
   for_vectors(width, [&](auto vectors, std::int64_t i) {
     constexpr int W = vectors;
-    for (std::int64_t start = 0; start < pixels; start += run) {
-      const std::int64_t stop = std::min(pixels, start + run);
+    for (std::int64_t start = 0; start < pixels; start += kRun) {
+      const std::int64_t stop = simd::min(pixels, start + kRun);
       __m256 sum[W], square[W];
       for (int w = 0; w < W; ++w) sum[w] = square[w] = _mm256_setzero_ps();
       for (std::int64_t p = start; p < stop; ++p) {
@@ -150,8 +147,8 @@ void forward(const Shape& shape, const Parameters& parameters, std::int64_t imag
     const double rest = sum / n;
     const std::int64_t group = image * shape.groups + (first + i) / per_group;
     mean[group] += rest;
-    const double variance = std::max(0.0, square / n - rest * rest);
-    rstd[group] = static_cast<float>(1.0 / std::sqrt(variance + parameters.eps));
+    const double variance = simd::max(0.0, square / n - rest * rest);
+    rstd[group] = static_cast<float>(1.0 / sqrt(variance + parameters.eps));
     for (std::int64_t k = i; k < i + per_group; ++k) {
       center.set(k, mean[group] - added_to(parameters, image, first + k));
       affine.gain[k] *= rstd[group];
@@ -184,22 +181,23 @@ void backward(const Shape& shape, const Parameters& parameters, std::int64_t ima
 
   Center center;
   const Affine affine(parameters, image, first, last);
-  alignas(32) float inverse[widest], rest[widest], scale[widest], slope[widest], constant[widest];
+  alignas(32) float inverse[kMaxChannels], rest[kMaxChannels], scale[kMaxChannels], slope[kMaxChannels],
+      constant[kMaxChannels];
   for (std::int64_t k = 0; k < width; ++k) {
     const std::int64_t group = image * shape.groups + (first + k) / per_group;
     center.set(k, mean[group] - added_to(parameters, image, first + k));
     inverse[k] = rstd[group];
     rest[k] = center.low[k] * inverse[k];
   }
-  alignas(32) double totals[widest], products[widest];
-  std::fill_n(totals, width, 0.0);
-  std::fill_n(products, width, 0.0);
+  alignas(32) double totals[kMaxChannels], products[kMaxChannels];
+  simd::fill(totals, width, 0.0);
+  simd::fill(products, width, 0.0);
   const __m256 one = _mm256_set1_ps(1.0f);
   // g goes to dx until the sums over the group are known.
   for_vectors(width, [&](auto vectors, std::int64_t i) {
     constexpr int W = vectors;
-    for (std::int64_t start = 0; start < pixels; start += run) {
-      const std::int64_t stop = std::min(pixels, start + run);
+    for (std::int64_t start = 0; start < pixels; start += kRun) {
+      const std::int64_t stop = simd::min(pixels, start + kRun);
       __m256 total[W], product[W];
       for (int w = 0; w < W; ++w) total[w] = product[w] = _mm256_setzero_ps();
       for (std::int64_t p = start; p < stop; ++p) {
@@ -243,8 +241,8 @@ void backward(const Shape& shape, const Parameters& parameters, std::int64_t ima
   }
   for_vectors(width, [&](auto vectors, std::int64_t i) {
     constexpr int W = vectors;
-    for (std::int64_t start = 0; start < pixels; start += run) {
-      const std::int64_t stop = std::min(pixels, start + run);
+    for (std::int64_t start = 0; start < pixels; start += kRun) {
+      const std::int64_t stop = simd::min(pixels, start + kRun);
       __m256 total[W];
       for (auto& each : total) each = _mm256_setzero_ps();
       for (std::int64_t p = start; p < stop; ++p) {
@@ -265,18 +263,18 @@ void backward(const Shape& shape, const Parameters& parameters, std::int64_t ima
   for (std::int64_t k = 0; k < width; ++k) sums[2 * plane + image * row + first + k] = static_cast<float>(totals[k]);
 }
 
-}  // namespace diffmem::group_norm_silu::avx2
+const Kernels kTable = {forward, backward};
+
+}  // namespace
+
+const Kernels* avx2_kernels() { return &kTable; }
+
+}  // namespace diffmem::group_norm_silu
 
 #else
 
-namespace diffmem::group_norm_silu::avx2 {
-
-bool compiled() { return false; }
-void forward(const Shape&, const Parameters&, std::int64_t, std::int64_t, std::int64_t, const float*, float*, double*,
-             float*) {}
-void backward(const Shape&, const Parameters&, std::int64_t, std::int64_t, std::int64_t, const float*, const float*,
-              const double*, const float*, float*, float*) {}
-
-}  // namespace diffmem::group_norm_silu::avx2
+namespace diffmem::group_norm_silu {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace diffmem::group_norm_silu
 
 #endif

@@ -1,5 +1,5 @@
-// Cutting maps into blocks of channels that stay in cache, and sharing the blocks among threads;
-// group_norm_silu_avx2.cpp does the arithmetic.
+// Cutting maps into blocks of channels that stay in cache, and sharing the blocks among threads; the
+// kernels of an instruction set do the arithmetic.
 #include <algorithm>
 #include <numeric>
 
@@ -11,14 +11,16 @@ namespace diffmem::group_norm_silu {
 
 namespace {
 
-constexpr std::int64_t cached = 128 * 1024;  // bytes of a block: a part of the second-level cache
+const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), nullptr); }
+
+constexpr std::int64_t kCached = 128 * 1024;  // bytes of a block: a part of the second-level cache
 
 // Channels of a block: whole groups, a multiple of a cache line's 16 floats where that divides the channels.
 std::int64_t block_channels(const Shape& shape) {
   const std::int64_t unit = std::lcm<std::int64_t>(shape.channels / shape.groups, 8);
-  const std::int64_t fitting = cached / (shape.pixels * static_cast<std::int64_t>(sizeof(float)));
-  std::int64_t block = std::clamp(fitting / unit * unit, unit, std::max(unit, avx2::widest / unit * unit));
-  if (block % 16 != 0 && block + unit <= avx2::widest) block += unit;
+  const std::int64_t fitting = kCached / (shape.pixels * static_cast<std::int64_t>(sizeof(float)));
+  std::int64_t block = std::clamp(fitting / unit * unit, unit, std::max(unit, kMaxChannels / unit * unit));
+  if (block % 16 != 0 && block + unit <= kMaxChannels) block += unit;
   return std::min(block, shape.channels);
 }
 
@@ -36,19 +38,21 @@ void share_blocks(const Shape& shape, int threads, const Work& work) {
 
 }  // namespace
 
-bool available() { return avx2::compiled() && cpu::level() >= cpu::Level::avx2; }
+bool available() { return kernels() != nullptr; }
 
 void forward(const Shape& shape, const Parameters& parameters, const float* x, float* y, double* mean, float* rstd,
              int threads) {
+  const Kernels& kernel = *kernels();
   share_blocks(shape, threads, [&](std::int64_t image, std::int64_t first, std::int64_t last) {
-    avx2::forward(shape, parameters, image, first, last, x, y, mean, rstd);
+    kernel.forward(shape, parameters, image, first, last, x, y, mean, rstd);
   });
 }
 
 void backward(const Shape& shape, const Parameters& parameters, const float* dy, const float* x, const double* mean,
               const float* rstd, float* dx, float* sums, int threads) {
+  const Kernels& kernel = *kernels();
   share_blocks(shape, threads, [&](std::int64_t image, std::int64_t first, std::int64_t last) {
-    avx2::backward(shape, parameters, image, first, last, dy, x, mean, rstd, dx, sums);
+    kernel.backward(shape, parameters, image, first, last, dy, x, mean, rstd, dx, sums);
   });
 }
 

@@ -1,6 +1,6 @@
 // AVX2 instance of the search's inner loops (nearest_simd.h). Compiled with -mavx2 -mfma; compiles to nothing
 // elsewhere.
-#include "nearest/kernels.h"
+#include "nearest/nearest.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>

@@ -2,7 +2,7 @@
 //
 // VPDPWSSD does the multiply-add and the accumulation in one instruction over 16 points: four times AVX2's rate per
 // instruction. A panel is then one vector, so 12 accumulators (the instruction takes 5 cycles, two start per cycle).
-#include "nearest/kernels.h"
+#include "nearest/nearest.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #include <immintrin.h>

@@ -1,16 +1,16 @@
-// The inner loops of the nearest-neighbor search, written once over a vector type `V` (see kernels.h for what they
+// The inner loops of the nearest-neighbor search, written once over a vector type `V` (see nearest.h for what they
 // do).
 //
-// Included once by each of nearest_cpu.cpp, nearest_avx2.cpp and nearest_avx512.cpp after they define `V`. Everything
-// is in an anonymous namespace, so that no inline function compiled for a newer processor can be linked into an older
-// path.
+// Included once by each of nearest_portable.cpp, nearest_avx2.cpp and nearest_avx512.cpp after they define `V`.
+// Everything is in an anonymous namespace, so that no inline function compiled for a newer processor can be linked into
+// an older path.
 //
 // `V` provides: `Int` (`kLanes` int32), `kStripRows`; zero, load, store, broadcast (one int32), add,
 // madd(acc, a, b) (acc + the products of int16 pairs, summed in each int32 lane), greater (bit mask), sum; transpose
 // for packing; square_difference(acc, x, y) over kBytes bytes; and the float64 sums of distance_f32 and distance_f64.
 #include <cstring>
 
-#include "nearest/kernels.h"
+#include "nearest/nearest.h"
 
 namespace diffmem::nearest {
 namespace {

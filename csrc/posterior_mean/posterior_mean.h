@@ -87,4 +87,87 @@ void round_weights(const float* scores, std::int64_t n, std::int64_t columns, co
 void weighted_sums(const std::uint8_t* rows, std::int64_t stride, std::int64_t k, std::int64_t n,
                    const std::uint8_t* weights, std::int64_t count, std::int32_t* out, int threads);
 
+// ------------------------------------------------------------------------------------------------ instruction sets
+//
+// Each kernel does one item of work, on one thread, in memory that it is given. posterior_mean_simd.h has the loops
+// that are the same for every instruction set, over the vectors that posterior_mean_avx2.cpp and
+// posterior_mean_avx512.cpp define; both also have products of their own.
+
+inline constexpr std::int64_t kRowBlock = 48;     // rows that stay in the cache while the columns pass by
+inline constexpr std::int64_t kImageChunk = 512;  // images packed at a time in weighted_sums
+inline constexpr std::int64_t kPixelBlock = 256;  // pixels packed at a time
+
+struct ScoreRows {
+  std::int64_t columns;
+  const float* half_norms;
+  const float* weight;
+  float* out;
+};
+
+struct Pair {
+  std::int32_t column, image;
+};
+
+struct Rounding {  // the arguments of round_weights
+  const float* scores;
+  std::int64_t n, columns;
+  const float* limit;
+  const std::int32_t* chosen;
+  std::uint8_t *high, *low;
+};
+
+struct WeightedSums {  // the arguments of weighted_sums
+  const std::uint8_t* rows;
+  std::int64_t stride, k, n;
+  const std::uint8_t* weights;
+  std::int32_t* out;
+};
+
+struct Kernels {
+  // Bytes of a number as it is multiplied: 1, or 2 where bytes are widened first.
+  std::int64_t number_bytes;
+
+  // A term's panel in 16 bits, 4 * ceil(k / 4) * columns numbers; null where number_bytes is 1.
+  void (*widen_panel)(const Term& term, std::int64_t columns, std::int16_t* to);
+  // Rows [row, end), at most kRowBlock, of a term; `first`: −weight·half_norm is put before it, else it is added to
+  // what is there. panel: what widen_panel made; scratch: kRowBlock * 4 * ceil(k / 4) numbers; both null where it is
+  // null.
+  void (*scores)(const Term& term, const std::int16_t* panel, bool first, std::int64_t row, std::int64_t end,
+                 const ScoreRows& to, std::int16_t* scratch);
+
+  // Of rows [begin, end): top and where [columns], where the largest score is; sum [columns].
+  void (*column_top)(const float* scores, std::int64_t begin, std::int64_t end, std::int64_t columns, float* top,
+                     std::int32_t* where);
+  void (*column_mass)(const float* scores, std::int64_t begin, std::int64_t end, std::int64_t columns, const float* top,
+                      float* sum);
+
+  // Of rows [begin, end): adds up in `count` how many pairs are selected, and lists them in `out`, unless that is null,
+  // by row and column. Returns the row that it has come to: it stops where fewer than `columns` of the `room` places
+  // are left; `listed`: how many it has taken.
+  std::int64_t (*select)(const float* scores, std::int64_t begin, std::int64_t end, std::int64_t columns,
+                         const float* threshold, const float* reach, const float* slack, Pair* out, std::int64_t room,
+                         std::int64_t* listed, std::int64_t* count);
+
+  // out[p] for pairs p of [begin, end), all of the column that has the query u and the weight.
+  void (*pair_logits)(const ByteRows& rows, const double* u, const double* half_norms, double weight,
+                      const std::int32_t* images, std::int64_t begin, std::int64_t end, double* out);
+  // sum [d] over pairs [begin, end).
+  void (*pair_sums)(const ByteRows& rows, const double* weights, const std::int32_t* images, std::int64_t begin,
+                    std::int64_t end, double* sum);
+
+  // Images [begin, end), begin a multiple of 64, for chosen columns [first, last), which share a vector; sum and
+  // high_sum [last − first].
+  void (*round_weights)(const Rounding& of, std::int64_t begin, std::int64_t end, std::int64_t first, std::int64_t last,
+                        std::int64_t* sum, std::int64_t* high_sum);
+
+  // Pixels [pixel, pixel + kPixelBlock) or up to k, for weights [begin, end). panel: kPixelBlock * kImageChunk numbers;
+  // sums [end − begin][kPixelBlock]; scratch: (end − begin) * kImageChunk numbers, null where number_bytes is 1.
+  void (*weighted_sums)(const WeightedSums& of, std::int64_t pixel, std::int64_t begin, std::int64_t end, void* panel,
+                        std::int32_t* sums, void* scratch);
+};
+
+// Null where this build lacks the instructions.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
 }  // namespace diffmem::posterior_mean

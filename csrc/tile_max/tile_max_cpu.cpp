@@ -1,4 +1,4 @@
-// The CPU search over the distance loops of nearest/kernels.h.
+// The CPU search over the distance loops of nearest.h's table.
 //
 // What it costs: a pair that is looked at ends in its first tile nearly always (CIFAR-10, 16 tiles of 192 bytes: 6 % go
 // on to the second): three vectors of AVX-512, a call, and three cache lines of a row that is not in the cache. So
@@ -10,7 +10,7 @@
 
 #include "cpu/features.h"
 #include "cpu/share.h"
-#include "nearest/kernels.h"
+#include "nearest/nearest.h"
 #include "tile_max/tile_max.h"
 
 namespace diffmem::tile_max {
@@ -22,10 +22,7 @@ constexpr std::int64_t kRows = 256;    // per block
 constexpr std::int64_t kPairs = 1024;  // per item of work
 
 const nearest::Kernels& kernels() {
-  const nearest::Kernels* found = nullptr;
-  if (cpu::level() == cpu::Level::avx512) found = nearest::avx512_kernels();
-  if (found == nullptr && cpu::level() >= cpu::Level::avx2) found = nearest::avx2_kernels();
-  return found != nullptr ? *found : nearest::portable_kernels();
+  return *cpu::best(nearest::portable_kernels(), nearest::avx2_kernels(), nearest::avx512_kernels());
 }
 
 template <class Value, class Distance>

@@ -19,7 +19,7 @@ from diffmem.ops.registry import native_module
 from diffmem.progress import Progress, silent
 from diffmem.search.basis import ByteBasis, FloatBasis, byte_basis, float_basis
 
-PANEL = 16  # points side by side, kPanel of csrc/nearest/kernels.h
+PANEL = 16  # points side by side, kPanel of csrc/nearest/nearest.h
 ROW = 64  # int16 values of a fine row, kRow
 LEVEL_COORDINATES = 60  # coordinates a fine row holds, kLevelCoordinates
 LARGEST_CODE = 32766

@@ -107,6 +107,21 @@ def run(core: Path, libraries: str, log: Path, *arguments: str) -> tuple[int, st
     return done.returncode, done.stdout[-3000:] + done.stderr[-2000:] + reports[:6000]
 
 
+def test_files_of_an_instruction_set_share_no_code(core):
+    """A function that several files define is one for the whole program: with AVX-512 in it, perhaps, for all."""
+    objects = [each for each in core.parent.rglob("*.o") if each.name.split(".")[0].endswith(("_avx2", "_avx512"))]
+    assert {op_of(each) for each in objects} >= {"alignment", "conv3x3", "group_norm_silu", "nearest", "posterior_mean"}
+    for each in objects:
+        listed = subprocess.run(["nm", "-C", "--defined-only", each], capture_output=True, text=True, check=True).stdout
+        shared = [line for line in listed.splitlines() if line[17:18] in "TWu"]
+        level = "avx512" if "_avx512" in each.name else "avx2"
+        assert [line.split()[-1] for line in shared] == [f"diffmem::{op_of(each)}::{level}_kernels()"], shared
+
+
+def op_of(compiled: Path) -> str:
+    return compiled.name.split("_avx")[0]
+
+
 def test_ops_under_sanitizers(core, libraries, tmp_path):
     (tmp_path / "test_refusals.py").write_text(REFUSALS)
     status, said = run(

@@ -1,5 +1,22 @@
-// The loops' numbers and both tiles in AVX2: bytes are widened to 16 bits, of which VPMADDWD multiplies 16 pairs (one
-// of bytes would saturate). Sums are the same whole numbers as those of avx512.inc.
+// The posterior mean's kernels with AVX2: bytes are widened to 16 bits, of which VPMADDWD multiplies 16 pairs (one of
+// bytes would saturate). Sums are the same whole numbers as with AVX-512.
+#include "posterior_mean/posterior_mean.h"
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace diffmem::posterior_mean {
+namespace {
+
+std::int32_t four_bytes(const void* p) {
+  std::int32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
 
 struct Floats {
   __m256 low, high;
@@ -13,7 +30,6 @@ struct Mask {
 using Packed = std::int16_t;
 
 constexpr std::int64_t kSumPixels = 64;
-constexpr bool kWideWeights = true;
 
 Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 Ints all_ints(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
@@ -117,17 +133,15 @@ void multiply_pairs(const std::int16_t* rows, std::int64_t stride, const std::in
 }
 
 // A term's columns as [columns / 16][pairs][16][2] 16-bit numbers.
-std::vector<std::int16_t> widened(const Term& term, std::int64_t columns) {
-  const std::int64_t steps = divide_up(term.k, 4);
-  std::vector<std::int16_t> wide(static_cast<std::size_t>(4 * steps * columns));
+void widen_panel(const Term& term, std::int64_t columns, std::int16_t* wide) {
+  const std::int64_t steps = simd::divide_up<std::int64_t>(term.k, 4);
   for (std::int64_t c = 0; c < columns; ++c) {
-    const std::int64_t group = c / 64 * 64, width = std::min<std::int64_t>(64, columns - group);
+    const std::int64_t group = c / 64 * 64, width = simd::min<std::int64_t>(64, columns - group);
     const std::int8_t* from = term.panel + 4 * (steps * group + (c - group));
-    std::int16_t* to = wide.data() + c / kLanes * kLanes * 4 * steps + c % kLanes * 2;
+    std::int16_t* to = wide + c / kLanes * kLanes * 4 * steps + c % kLanes * 2;
     for (std::int64_t s = 0; s < steps; ++s)
       for (std::int64_t t = 0; t < 4; ++t) to[64 * s + t / 2 * 32 + t % 2] = from[4 * width * s + t];
   }
-  return wide;
 }
 
 void widen(const std::uint8_t* from, std::int64_t count, std::int16_t* to) {
@@ -139,7 +153,7 @@ void widen(const std::uint8_t* from, std::int64_t count, std::int16_t* to) {
 
 template <int R>
 void score_tile(const Term& term, const std::int16_t* columns, const std::int16_t* rows, std::int64_t stride,
-                bool first, std::int64_t row, std::int64_t column, const ScoreRow& to) {
+                bool first, std::int64_t row, std::int64_t column, const ScoreRows& to) {
   __m256i acc[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
@@ -154,38 +168,20 @@ void score_tile(const Term& term, const std::int16_t* columns, const std::int16_
   }
 }
 
-void scores(const std::vector<Term>& terms, std::int64_t n, std::int64_t columns, const float* half_norms,
-            const float* weight, bool add, float* out, int threads) {
-  const ScoreRow to{columns, half_norms, weight, out};
-  std::vector<std::vector<std::int16_t>> panels;
-  std::int64_t longest = 0;
-  for (const Term& term : terms) {
-    panels.push_back(widened(term, columns));
-    longest = std::max(longest, 4 * divide_up(term.k, 4));
+void scores(const Term& term, const std::int16_t* panel, bool first, std::int64_t row, std::int64_t end,
+            const ScoreRows& to, std::int16_t* scratch) {
+  const std::int64_t stride = 4 * simd::divide_up<std::int64_t>(term.k, 4);
+  for (std::int64_t r = row; r < end; ++r) {
+    std::int16_t* line = scratch + (r - row) * stride;
+    widen(term.rows + r * term.stride, term.k, line);
+    simd::fill(line + term.k, stride - term.k, std::int16_t{0});
   }
-  share(divide_up(n, kRowBlock), threads, [&] {
-    const auto wide = aligned<std::int16_t>(kRowBlock * longest);
-    return [&, wide](std::int64_t block) {
-      const std::int64_t row = block * kRowBlock, end = std::min(n, row + kRowBlock);
-      for (std::size_t t = 0; t < terms.size(); ++t) {
-        const Term& term = terms[t];
-        const bool first = !add && t == 0;
-        const std::int64_t stride = 4 * divide_up(term.k, 4);
-        for (std::int64_t r = row; r < end; ++r) {
-          std::int16_t* line = wide->data() + (r - row) * stride;
-          widen(term.rows + r * term.stride, term.k, line);
-          std::fill(line + term.k, line + stride, std::int16_t{0});
-        }
-        for (std::int64_t c = 0; c < columns; c += kLanes) {
-          const std::int16_t* panel = panels[t].data() + c * stride;
-          std::int64_t r = row;
-          for (; r + 6 <= end; r += 6)
-            score_tile<6>(term, panel, wide->data() + (r - row) * stride, stride, first, r, c, to);
-          for (; r < end; ++r) score_tile<1>(term, panel, wide->data() + (r - row) * stride, stride, first, r, c, to);
-        }
-      }
-    };
-  });
+  for (std::int64_t c = 0; c < to.columns; c += kLanes) {
+    const std::int16_t* columns = panel + c * stride;
+    std::int64_t r = row;
+    for (; r + 6 <= end; r += 6) score_tile<6>(term, columns, scratch + (r - row) * stride, stride, first, r, c, to);
+    for (; r < end; ++r) score_tile<1>(term, columns, scratch + (r - row) * stride, stride, first, r, c, to);
+  }
 }
 
 struct WeightRows {
@@ -246,3 +242,25 @@ void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel
     }
   }
 }
+
+}  // namespace
+}  // namespace diffmem::posterior_mean
+
+#include "posterior_mean/posterior_mean_simd.h"
+
+namespace diffmem::posterior_mean {
+namespace {
+const Kernels kTable = {sizeof(Packed), widen_panel, scores,    column_top,    column_mass,
+                        select,         pair_logits, pair_sums, round_weights, weighted_sums};
+}  // namespace
+
+const Kernels* avx2_kernels() { return &kTable; }
+}  // namespace diffmem::posterior_mean
+
+#else
+
+namespace diffmem::posterior_mean {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace diffmem::posterior_mean
+
+#endif

@@ -1,4 +1,21 @@
-// The loops' numbers and both tiles in AVX-512 with VNNI: VPDPBUSD multiplies 64 pairs of bytes.
+// The posterior mean's kernels with AVX-512 and VNNI: VPDPBUSD multiplies 64 pairs of bytes.
+#include "posterior_mean/posterior_mean.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace diffmem::posterior_mean {
+namespace {
+
+std::int32_t four_bytes(const void* p) {
+  std::int32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -6,7 +23,6 @@ using Mask = __mmask16;
 using Packed = std::int8_t;
 
 constexpr std::int64_t kSumPixels = 128;
-constexpr bool kWideWeights = false;
 
 Floats all(float x) { return _mm512_set1_ps(x); }
 Ints all_ints(std::int32_t x) { return _mm512_set1_epi32(x); }
@@ -55,7 +71,7 @@ double dot(const double* u, const std::uint8_t* y, const std::uint8_t* center, s
 }
 
 template <int R, int V>
-void score_tile(const Term& term, bool first, std::int64_t row, std::int64_t column, const ScoreRow& to) {
+void score_tile(const Term& term, bool first, std::int64_t row, std::int64_t column, const ScoreRows& to) {
   const std::int64_t whole = term.k / 4, rest = term.k - 4 * whole;
   // The bytes beyond the last whole step, with zeros after them: memory may end where the last row does.
   std::uint8_t ends[4 * R] = {};
@@ -101,31 +117,22 @@ void score_tile(const Term& term, bool first, std::int64_t row, std::int64_t col
 
 template <int V>
 void score_rows(const Term& term, bool first, std::int64_t row, std::int64_t end, std::int64_t column,
-                const ScoreRow& to) {
+                const ScoreRows& to) {
   constexpr int R = V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 12 : 16;
   for (; row + R <= end; row += R) score_tile<R, V>(term, first, row, column, to);
   for (; row < end; ++row) score_tile<1, V>(term, first, row, column, to);
 }
 
-void scores(const std::vector<Term>& terms, std::int64_t n, std::int64_t columns, const float* half_norms,
-            const float* weight, bool add, float* out, int threads) {
-  const ScoreRow to{columns, half_norms, weight, out};
-  share(divide_up(n, kRowBlock), threads, [&] {
-    return [&](std::int64_t block) {
-      const std::int64_t row = block * kRowBlock, end = std::min(n, row + kRowBlock);
-      for (const Term& term : terms) {
-        const bool first = !add && &term == &terms.front();
-        std::int64_t c = 0;
-        for (; c + 64 <= columns; c += 64) score_rows<4>(term, first, row, end, c, to);
-        switch ((columns - c) / kLanes) {
-          case 3: score_rows<3>(term, first, row, end, c, to); break;
-          case 2: score_rows<2>(term, first, row, end, c, to); break;
-          case 1: score_rows<1>(term, first, row, end, c, to); break;
-          default: break;
-        }
-      }
-    };
-  });
+void scores(const Term& term, const std::int16_t*, bool first, std::int64_t row, std::int64_t end, const ScoreRows& to,
+            std::int16_t*) {
+  std::int64_t c = 0;
+  for (; c + 64 <= to.columns; c += 64) score_rows<4>(term, first, row, end, c, to);
+  switch ((to.columns - c) / kLanes) {
+    case 3: score_rows<3>(term, first, row, end, c, to); break;
+    case 2: score_rows<2>(term, first, row, end, c, to); break;
+    case 1: score_rows<1>(term, first, row, end, c, to); break;
+    default: break;
+  }
 }
 
 struct WeightRows {
@@ -179,3 +186,25 @@ void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) _mm512_store_si512(sums + r * kPixelBlock + kLanes * v, acc[r][v]);
 }
+
+}  // namespace
+}  // namespace diffmem::posterior_mean
+
+#include "posterior_mean/posterior_mean_simd.h"
+
+namespace diffmem::posterior_mean {
+namespace {
+const Kernels kTable = {sizeof(Packed), nullptr,     scores,    column_top,    column_mass,
+                        select,         pair_logits, pair_sums, round_weights, weighted_sums};
+}  // namespace
+
+const Kernels* avx512_kernels() { return &kTable; }
+}  // namespace diffmem::posterior_mean
+
+#else
+
+namespace diffmem::posterior_mean {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace diffmem::posterior_mean
+
+#endif

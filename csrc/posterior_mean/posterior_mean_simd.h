@@ -1,0 +1,216 @@
+// The loops of the posterior mean's table that are the same for every instruction set (see posterior_mean.h for what
+// they do). Included once by each of posterior_mean_avx2.cpp and posterior_mean_avx512.cpp after they define, in an
+// anonymous namespace, the numbers that it computes with: Floats and Ints (16 lanes), Mask, and what is called on them
+// here, and the products: Packed, WeightRows, weight_rows, interleave, weight_tile, place_in_strip.
+#include <cstring>
+
+#include "cpu/simd.h"
+#include "posterior_mean/posterior_mean.h"
+
+namespace diffmem::posterior_mean {
+namespace {
+
+// e^x within 2e-7 of itself, 0 for x < −87.
+Floats exponential(Floats x) {
+  const Floats whole = nearest_whole(multiply(x, all(1.44269504f)));
+  // x − whole·ln 2 in two parts, so that large x lose nothing.
+  const Floats f = multiply_add(whole, all(2.12194440e-4f), multiply_add(whole, all(-0.693359375f), x));
+  Floats p = all(1.0f / 720);
+  constexpr float kCoefficients[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (const float c : kCoefficients) p = multiply_add(p, f, all(c));
+  return choose(at_least(x, all(-87.0f)), times_power_of_two(p, whole), all(0));
+}
+
+void column_top(const float* scores, std::int64_t begin, std::int64_t end, std::int64_t columns, float* top,
+                std::int32_t* where) {
+  for (std::int64_t c = 0; c < columns; c += kLanes) {
+    Floats highest = all(-__builtin_inff());
+    Ints at = all_ints(0);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const Floats s = load(scores + i * columns + c);
+      const Mask higher = above(s, highest);
+      highest = choose(higher, s, highest);
+      at = choose(higher, all_ints(static_cast<std::int32_t>(i)), at);
+    }
+    store(top + c, highest);
+    store(where + c, at);
+  }
+}
+
+void column_mass(const float* scores, std::int64_t begin, std::int64_t end, std::int64_t columns, const float* top,
+                 float* sum) {
+  for (std::int64_t c = 0; c < columns; c += kLanes) {
+    const Floats highest = load(top + c);
+    Floats total = all(0);
+    for (std::int64_t i = begin; i < end; ++i)
+      total = add(total, exponential(subtract(load(scores + i * columns + c), highest)));
+    store(sum + c, total);
+  }
+}
+
+std::int64_t select(const float* scores, std::int64_t begin, std::int64_t end, std::int64_t columns,
+                    const float* threshold, const float* reach, const float* slack, Pair* out, std::int64_t room,
+                    std::int64_t* listed, std::int64_t* count) {
+  std::int64_t taken = 0, kept_pairs = 0, i = begin;
+  for (; i < end && taken + columns <= room; ++i) {
+    const Floats loose = all(slack[i]);
+    for (std::int64_t c = 0; c < columns; c += kLanes) {
+      const Floats highest = multiply_add(load(reach + c), loose, load(scores + i * columns + c));
+      std::uint32_t kept = bits(at_least(highest, load(threshold + c)));
+      kept_pairs += __builtin_popcount(kept);
+      if (out == nullptr) continue;
+      for (; kept; kept &= kept - 1)
+        out[taken++] = {static_cast<std::int32_t>(c + __builtin_ctz(kept)), static_cast<std::int32_t>(i)};
+    }
+  }
+  *listed = taken;
+  *count += kept_pairs;
+  return i;
+}
+
+void pair_logits(const ByteRows& rows, const double* u, const double* half_norms, double weight,
+                 const std::int32_t* images, std::int64_t begin, std::int64_t end, double* out) {
+  for (std::int64_t p = begin; p < end; ++p) {
+    const std::uint8_t* y = rows.data + images[p] * rows.stride;
+    if (p + 1 < end) {
+      const std::uint8_t* following = rows.data + images[p + 1] * rows.stride;
+      for (std::int64_t j = 0; j < rows.d; j += 64) _mm_prefetch(following + j, _MM_HINT_T0);
+    }
+    const double product = dot(u, y, rows.center, rows.d);
+    out[p] = (product - half_norms[images[p]]) * weight;
+  }
+}
+
+void pair_sums(const ByteRows& rows, const double* weights, const std::int32_t* images, std::int64_t begin,
+               std::int64_t last, double* sum) {
+  constexpr std::int64_t kPixels = kSumPixels, kPart = 128;  // float32 sums of so many rows are added up in float64
+  const std::int64_t pixel_blocks = simd::divide_up(rows.d, kPixels);
+  simd::fill(sum, rows.d, 0.0);
+  for (std::int64_t part = begin; part < last; part += kPart) {
+    const std::int64_t end = simd::min(last, part + kPart);
+    for (std::int64_t block = 0; block < pixel_blocks; ++block) {
+      const std::int64_t j = block * kPixels, width = simd::min(kPixels, rows.d - j);
+      if (width == kPixels) {
+        Floats acc[kPixels / kLanes], center[kPixels / kLanes];
+#pragma GCC unroll 8
+        for (int v = 0; v < kPixels / kLanes; ++v) {
+          acc[v] = all(0);
+          center[v] = load_bytes(rows.center + j + kLanes * v);
+        }
+        for (std::int64_t p = part; p < end; ++p) {
+          const Floats w = all(static_cast<float>(weights[p]));
+          const std::uint8_t* y = rows.data + images[p] * rows.stride + j;
+#pragma GCC unroll 8
+          for (int v = 0; v < kPixels / kLanes; ++v)
+            acc[v] = multiply_add(w, subtract(load_bytes(y + kLanes * v), center[v]), acc[v]);
+        }
+        alignas(64) float found[kPixels];
+        for (int v = 0; v < kPixels / kLanes; ++v) store(found + kLanes * v, acc[v]);
+        for (std::int64_t v = 0; v < kPixels; ++v) sum[j + v] += found[v];
+      } else {
+        for (std::int64_t p = part; p < end; ++p)
+          for (std::int64_t k = j; k < j + width; ++k)
+            sum[k] += weights[p] *
+                      (static_cast<int>(rows.data[images[p] * rows.stride + k]) - static_cast<int>(rows.center[k]));
+      }
+    }
+  }
+}
+
+// A point of the unit interval for each image, evenly spread over any run of them (multiples of the golden ratio).
+float dither(std::int64_t i) {
+  const auto spread = static_cast<std::uint32_t>(static_cast<std::uint64_t>(i) * 2654435769u);
+  return static_cast<float>(spread >> 8) * (1.0f / (1 << 24));
+}
+
+void round_weights(const Rounding& of, std::int64_t begin, std::int64_t end, std::int64_t first, std::int64_t last,
+                   std::int64_t* sum, std::int64_t* high_sum) {
+  constexpr std::int64_t kImages = 64;
+  const std::int64_t stride = 4 * simd::divide_up<std::int64_t>(of.n, 4);
+  alignas(64) std::int32_t highs[16][kLanes], lows[16][kLanes];
+  const std::int64_t column = of.chosen[first] / kLanes * kLanes;
+  const Floats top = load(of.limit + column);
+  Ints total = all_ints(0), high_total = total;  // at most 512·65,280
+  for (std::int64_t i0 = begin; i0 < end; i0 += kImages) {
+    for (std::int64_t four = 0; four < 16; ++four) {
+      Ints h = all_ints(0), l = h;
+      for (std::int64_t part = 0; part < 4; ++part) {
+        const std::int64_t i = i0 + 4 * four + part;
+        if (i >= of.n) break;
+        const Floats s = subtract(load(of.scores + i * of.columns + column), top);
+        // Rounded up or down by the dither: 0 where the image is above the limit.
+        const Floats w = multiply_add(exponential(s), all(of.low ? 65280.0f : 255.0f), all(dither(i)));
+        const Ints rounded = choose(at_least(all(0), s), smaller(truncated(w), of.low ? 65280 : 255), all_ints(0));
+        total = add(total, rounded);
+        const int place = 8 * static_cast<int>(part);
+        if (of.low) {
+          const Ints upper = right(add(rounded, all_ints(128)), 8);
+          const Ints lower = add(subtract(rounded, left(upper, 8)), all_ints(128));
+          high_total = add(high_total, upper);
+          h = either(h, left(upper, place));
+          l = either(l, left(lower, place));
+        } else {
+          high_total = add(high_total, rounded);
+          h = either(h, left(rounded, place));
+        }
+      }
+      store(highs[four], h);
+      store(lows[four], l);
+    }
+    const auto bytes = static_cast<std::size_t>(simd::min(kImages, stride - i0));
+    for (std::int64_t r = first; r < last; ++r) {
+      alignas(64) std::int32_t line[16];
+      const std::int64_t lane = of.chosen[r] - column;
+      for (int four = 0; four < 16; ++four) line[four] = highs[four][lane];
+      std::memcpy(of.high + r * stride + i0, line, bytes);
+      if (!of.low) continue;
+      for (int four = 0; four < 16; ++four) line[four] = lows[four][lane];
+      std::memcpy(of.low + r * stride + i0, line, bytes);
+    }
+  }
+  alignas(64) std::int32_t totals[kLanes], high_totals[kLanes];
+  store(totals, total);
+  store(high_totals, high_total);
+  for (std::int64_t r = first; r < last; ++r) {
+    sum[r - first] = totals[of.chosen[r] - column];
+    high_sum[r - first] = high_totals[of.chosen[r] - column];
+  }
+}
+
+void weighted_sums(const WeightedSums& of, std::int64_t pixel, std::int64_t begin, std::int64_t end, void* memory,
+                   std::int32_t* sums, void* scratch) {
+  auto* const panel = static_cast<Packed*>(memory);
+  const std::int64_t weight_stride = 4 * simd::divide_up<std::int64_t>(of.n, 4);
+  const std::int64_t width = simd::min(kPixelBlock, of.k - pixel);
+  const std::int64_t strips = simd::divide_up<std::int64_t>(width, 64);
+  std::memset(sums, 0, static_cast<std::size_t>((end - begin) * kPixelBlock) * sizeof(std::int32_t));
+  for (std::int64_t i0 = 0; i0 < of.n; i0 += kImageChunk) {
+    std::int64_t fours = simd::divide_up<std::int64_t>(simd::min(kImageChunk, of.n - i0), 4);
+    asm("" : "+r"(fours));  // where GCC 12 knows that it is not 0, it keeps the sums of weight_tile in memory
+    for (std::int64_t four = 0; four < fours; ++four) {
+      const std::uint8_t* four_rows[4];
+      // Beyond the last row its weights are 0: any row will do.
+      for (int i = 0; i < 4; ++i) four_rows[i] = of.rows + simd::min(i0 + 4 * four + i, of.n - 1) * of.stride + pixel;
+      for (std::int64_t strip = 0; strip < strips; ++strip) {
+        const std::uint8_t* at[4] = {four_rows[0] + 64 * strip, four_rows[1] + 64 * strip, four_rows[2] + 64 * strip,
+                                     four_rows[3] + 64 * strip};
+        interleave(at, simd::min<std::int64_t>(64, width - 64 * strip), panel + strip * 64 * kImageChunk, four);
+      }
+    }
+    const WeightRows from = weight_rows(of.weights + begin * weight_stride + i0, weight_stride, end - begin, 4 * fours,
+                                        static_cast<Packed*>(scratch));
+    for (std::int64_t strip = 0; strip < strips; ++strip) {
+      const Packed* packed = panel + strip * 64 * kImageChunk;
+      std::int32_t* to = sums + 64 * strip;
+      std::int64_t c = 0;
+      for (; c + 6 <= end - begin; c += 6) weight_tile<6>(from, c, packed, fours, to + c * kPixelBlock);
+      for (; c < end - begin; ++c) weight_tile<1>(from, c, packed, fours, to + c * kPixelBlock);
+    }
+  }
+  for (std::int64_t c = begin; c < end; ++c)
+    for (std::int64_t j = 0; j < width; ++j)
+      of.out[c * of.k + pixel + j] = sums[(c - begin) * kPixelBlock + j / 64 * 64 + place_in_strip(j % 64)];
+}
+
+}  // namespace
+}  // namespace diffmem::posterior_mean
