@@ -196,7 +196,8 @@ def test_interrupt_leaves_nothing_half_written(tmp_path, number, status):
     np.save(tmp_path / "noise.npy", random.integers(0, 256, (40_000, 3, 32, 32), dtype=np.uint8))
     out = tmp_path / "report"
     with start_command("audit", tmp_path / "noise.npy", tmp_path / "noise.npy", "--out", out) as process:
-        while not out.exists() and process.poll() is None:
+        lock = tmp_path / ".report.lock"
+        while process.poll() is None and not (lock.exists() and f"process {process.pid}" in lock.read_text()):
             time.sleep(0.05)
         second = run("audit", "builtin:digits", "builtin:digits", "--limit", 5, "--out", out)
         assert second.returncode == 1
