@@ -203,7 +203,7 @@ def _ema_in(pipeline: Any, ema: Any, name: str | None) -> Iterator[None]:
     if name is None:
         name = next((each for each in _NETWORKS if isinstance(parts.get(each), nn.Module)), None)
     network = parts.get(name)
-    if not isinstance(network, nn.Module):
+    if name is None or not isinstance(network, nn.Module):
         raise InputError(f"ema_part: the pipeline has no network {name or ' or '.join(_NETWORKS)}")
     with ema_weights(ema, network) as averaged:
         if averaged is not network:

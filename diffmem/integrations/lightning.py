@@ -144,6 +144,8 @@ class MemorizationCallback(pl.Callback):
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         monitor = self._monitor
+        if monitor is None:
+            return
         monitor.also_log_to(trainer.loggers if trainer.is_global_zero else [])
         self._module, self._averages = pl_module, self._found_ema(trainer, pl_module)
         try:

@@ -95,7 +95,7 @@ def as_logger(target: Any) -> Logger:
         a look
     """
     if isinstance(target, (str, os.PathLike)):
-        return FolderLogger(target)
+        return FolderLogger(Path(target))
     for fits, wrapper in _KINDS:
         if fits(target):
             return wrapper(target)
@@ -139,23 +139,23 @@ class _Function(_Wrapped):
 class _TensorBoard(_Wrapped):
     kind = "TensorBoard"
 
-    def figures(self, values: Any, step: int) -> None:
+    def figures(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self.target.add_scalar(name, value, step)
         self.target.flush()
 
-    def picture(self, picture: Any, step: int) -> None:
+    def picture(self, picture: np.ndarray, step: int) -> None:
         self.target.add_image(PICTURE, picture, step, dataformats="HWC")
 
 
 class _Wandb(_Wrapped):
     kind = "Weights & Biases"
 
-    def figures(self, values: Any, step: int) -> None:
+    def figures(self, values: dict[str, float], step: int) -> None:
         # Not as W&B's own step, which only grows, with every line that anybody logs.
         self.target.log({**values, "memorization/step": step})
 
-    def picture(self, picture: Any, step: int) -> None:
+    def picture(self, picture: np.ndarray, step: int) -> None:
         import wandb
 
         self.target.log({PICTURE: wandb.Image(picture), "memorization/step": step})
@@ -164,10 +164,10 @@ class _Wandb(_Wrapped):
 class _MLflow(_Wrapped):
     kind = "MLflow"
 
-    def figures(self, values: Any, step: int) -> None:
+    def figures(self, values: dict[str, float], step: int) -> None:
         self.target.log_metrics(values, step=step)
 
-    def picture(self, picture: Any, step: int) -> None:
+    def picture(self, picture: np.ndarray, step: int) -> None:
         self.target.log_image(picture, artifact_file=f"memorization/step-{step:09d}.png")
 
 
@@ -180,15 +180,15 @@ class _MLflowClient(_Wrapped):
         super().__init__(client)
         self.run = run
 
-    def picture(self, picture: Any, step: int) -> None:
+    def picture(self, picture: np.ndarray, step: int) -> None:
         self.target.log_image(self.run, picture, artifact_file=f"memorization/step-{step:09d}.png")
 
 
 class _Lightning(_Wrapped):
-    def figures(self, values: Any, step: int) -> None:
+    def figures(self, values: dict[str, float], step: int) -> None:
         self.target.log_metrics(values, step=step)
 
-    def picture(self, picture: Any, step: int) -> None:
+    def picture(self, picture: np.ndarray, step: int) -> None:
         experiment = getattr(self.target, "experiment", None)
         if _is_tensorboard(experiment):
             _TensorBoard(experiment).picture(picture, step)
@@ -203,10 +203,10 @@ class _Lightning(_Wrapped):
 class _Accelerate(_Wrapped):
     kind = "accelerate"
 
-    def figures(self, values: Any, step: int) -> None:
+    def figures(self, values: dict[str, float], step: int) -> None:
         self.target.log(values, step=step)
 
-    def picture(self, picture: Any, step: int) -> None:
+    def picture(self, picture: np.ndarray, step: int) -> None:
         for tracker in self.target.trackers:
             inner = getattr(tracker, "tracker", None)
             if _is_tensorboard(inner):
@@ -220,7 +220,7 @@ class _Trainer(_Wrapped):
 
     kind = "transformers.Trainer"
 
-    def figures(self, values: Any, step: int) -> None:
+    def figures(self, values: dict[str, float], step: int) -> None:
         self.target.log(dict(values))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffmem.data import load_images
+from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.integrations.images import gray_levels
 from diffmem.integrations.isolation import (
@@ -25,7 +25,7 @@ from diffmem.integrations.isolation import (
 )
 from diffmem.integrations.loggers import as_logger
 from diffmem.memorization import Audit, CopyDetector, CopyRate, ReportsRate, SequentialTest
-from diffmem.models import as_denoiser, is_denoiser
+from diffmem.models import as_denoiser
 from diffmem.plotting import grid
 from diffmem.sampling import SamplerConfig, sample_batches
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PICTURE_ROWS = 8  # images in a picture, the surest copies first
 STOP_CONFIDENCE = 0.95
+RED, GRAY, WHITE = (208, 32, 32), (160, 160, 160), (255, 255, 255)  # frames: copies, other images, training images
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,24 +76,26 @@ class MonitorResult(ReportsRate):
         return {f"{prefix}{name}": float(value) for name, value in values.items()}
 
     def picture(self) -> np.ndarray | None:
-        """The images that are most like copies, each beside its nearest and second nearest training image.
+        """The images most like copies, each beside its nearest and second nearest training image; copies have a
+        red frame.
 
         Returns:
             uint8 [H, W, 3], or None where there are no pictures.
         """
-        if self.audit is None or not hasattr(self.audit.training, "images"):
-            return None
         audit = self.audit
+        if audit is None:
+            return None
+        training, generated = audit.training, audit.generated
+        if not (isinstance(training, ImageSet) and isinstance(generated, ImageSet)):
+            return None
         order = np.argsort(audit.scores, kind="stable")[:PICTURE_ROWS]
-        size = audit.generated.image_shape
         rows = []
         for row in order:
-            near = [audit.training.images[int(index)] for index in audit.neighbors.indices[row][:2]]
-            rows += [audit.generated.images[row], *near]
-        if any(image.shape != size for image in rows):  # features compare images of any size
-            return np.asarray(grid(audit.generated.images[order]).convert("RGB"))
-        columns = 3 if len(rows) == 3 * len(order) else 1
-        return np.asarray(grid(np.stack(rows), columns=columns).convert("RGB"))
+            near = [_framed(training.images[int(index)], WHITE) for index in audit.neighbors.indices[row][:2]]
+            rows.append([_framed(generated.images[row], RED if audit.memorized[row] else GRAY), *near])
+        same = len({image.shape for row in rows for image in row}) == 1  # features compare images of any size
+        shown = [image for row in rows for image in (row if same else row[:1])]
+        return np.asarray(grid(np.stack(shown), columns=len(shown) // len(rows)).convert("RGB"))
 
     def to_dict(self) -> dict[str, Any]:
         """The figures in plain JSON types."""
@@ -172,7 +175,7 @@ class MemorizationMonitor:
         for name, value in (("samples", samples), ("every", every)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}, but must be a whole number from 1")
-        if ema is not None and not self._is_denoiser(sample):
+        if ema is not None and not isinstance(sample, torch.nn.Module):
             raise InputError("ema is for denoisers: a function that samples takes the EMA weights itself")
         self.sample, self.samples, self.every = sample, samples, every
         self.stop = SequentialTest(stop, STOP_CONFIDENCE) if isinstance(stop, (int, float)) else stop
@@ -299,13 +302,9 @@ class MemorizationMonitor:
         self.should_stop |= told.stop
         return self.results[-1]
 
-    @staticmethod
-    def _is_denoiser(sample: Any) -> bool:
-        return isinstance(sample, torch.nn.Module) or is_denoiser(sample)
-
     def _sampled(self, seeds: list[int]) -> Any:
         """The images of seeds, as an array [n, C, H, W] of gray levels or floats."""
-        if self._is_denoiser(self.sample):
+        if isinstance(self.sample, torch.nn.Module):
             with ema_weights(self.ema, self.sample) as module, evaluating_all([module]):
                 batches = list(sample_batches(as_denoiser(module), seeds, self.sampler))
             return np.concatenate([batch.images.numpy() for batch in batches])
@@ -325,6 +324,7 @@ class MemorizationMonitor:
         images = gray_levels(np.concatenate(parts)[: self.samples], self.value_range, layout="NCHW")
         began = time.perf_counter()
         detector = self._detector
+        assert detector is not None  # the first rank's
         detector.reset()
         try:
             detector.update(replace(images, source="sampled"))
@@ -357,6 +357,18 @@ class MemorizationMonitor:
         if key not in self._said:
             self._said.add(key)
             warnings.warn(f"diffmem: {message}", UserWarning, stacklevel=5)
+
+
+def _framed(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """An image (C, H, W) in color, with a frame around it, and white around that."""
+    colors = image[:3] if len(image) >= 3 else image[:1].repeat(3, axis=0)
+    for shade in (color, WHITE):
+        width = max(1, max(image.shape[1:]) // 32)
+        framed = np.empty((3, colors.shape[1] + 2 * width, colors.shape[2] + 2 * width), np.uint8)
+        framed[:] = np.array(shade, np.uint8)[:, None, None]
+        framed[:, width:-width, width:-width] = colors
+        colors = framed
+    return colors
 
 
 def _detector_of(training: Any, options: dict[str, Any]) -> CopyDetector:

@@ -106,9 +106,11 @@ class MemorizationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Looks where one is due."""
-        self._model = model
+        monitor, self._model = self.monitor, model
+        if monitor is None:  # added while the trainer ran
+            return
         try:
-            result = self.monitor.on_epoch_end(round(state.epoch) - 1, state.global_step)
+            result = monitor.on_epoch_end(round(state.epoch) - 1, state.global_step)
         finally:
             self._model = None
         if result is not None and result.stop:

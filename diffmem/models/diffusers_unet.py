@@ -44,7 +44,7 @@ class DiffusersUNet(nn.Module):
     levels: torch.Tensor
     prediction: torch.Tensor
 
-    def __init__(self, unet: Any, alphas_cumprod: torch.Tensor, prediction: str = "epsilon") -> None:
+    def __init__(self, unet: Any, alphas_cumprod: torch.Tensor, prediction: str = "epsilon"):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise InputError(f"prediction_type is {prediction!r}, but must be one of {', '.join(PREDICTIONS)}")
@@ -57,6 +57,7 @@ class DiffusersUNet(nn.Module):
             raise InputError(f"the network turns {config.in_channels} channels into {config.out_channels}: {_INSTEAD}")
         if config.class_embed_type is not None:
             raise InputError(f"class_embed_type is {config.class_embed_type!r}, which is not known: {_INSTEAD}")
+        self.kind = prediction
         self.channels, self.resolution, self.label_dim = config.in_channels, height, config.num_class_embeds or 0
         known = alphas_cumprod[alphas_cumprod > 0].to(torch.float64)  # at ᾱ = 0 nothing is left of the image
         self.register_buffer("levels", ((1 - known) / known).sqrt().to(torch.float32))
@@ -82,10 +83,9 @@ class DiffusersUNet(nn.Module):
         scaled = (x * scale).to(x.dtype)
         given = {} if class_labels is None else {"class_labels": class_labels}
         output = self.unet(scaled, times, **given).sample[:, : self.channels].to(torch.float32)
-        kind = PREDICTIONS[int(self.prediction)]
-        if kind == "sample":
+        if self.kind == "sample":
             return output
-        return x - sigma * output if kind == "epsilon" else scale**2 * x - sigma * scale * output
+        return x - sigma * output if self.kind == "epsilon" else scale**2 * x - sigma * scale * output
 
     def _times(self, sigma: torch.Tensor) -> torch.Tensor:
         """t of the nearest noise levels, by their logarithm."""
@@ -145,8 +145,8 @@ def load_diffusers(folder: str | Path, device: torch.device | str = "cpu") -> Wr
         model = DiffusersUNet(unet, scheduler.alphas_cumprod, settings.get("prediction_type", "epsilon"))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    denoiser = as_denoiser(model.to(device).eval(), sigma_per_image=False, class_indices=True)
-    return cast(WrappedDenoiser, denoiser)
+    made = as_denoiser(model.to(device).eval(), sigma_per_image=False, class_indices=True)
+    return cast("WrappedDenoiser", made)
 
 
 def _json(path: Path) -> dict[str, Any]:

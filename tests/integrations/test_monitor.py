@@ -43,11 +43,15 @@ def test_a_look_is_an_audit_of_the_images():
     assert (result.count, result.step, result.epoch) == (8, 30, 1)
     assert result.scalars()["memorization/R_mem_low"] == audit.interval[0]
     picture = result.picture()
-    # Eight rows of image, nearest and second nearest, the surest copies first.
-    scale = picture.shape[0] // 64
-    assert picture.shape == (64 * scale, 24 * scale, 3)
-    pixels = picture[::scale, ::scale, 0].reshape(8, 8, 3, 8)
-    assert np.array_equal(pixels[:, :, 0], pixels[:, :, 1])
+    # Eight rows of image, nearest and second nearest, the surest copies first, each in two frames.
+    scale = picture.shape[0] // (8 * 12)
+    assert picture.shape == (8 * 12 * scale, 3 * 12 * scale, 3)
+    cells = picture[::scale, ::scale].reshape(8, 12, 3, 12, 3).swapaxes(1, 2)
+    inner = cells[:, :, 2:-2, 2:-2]
+    assert np.array_equal(inner[:, 0], inner[:, 1])
+    assert np.array_equal(inner[:, 1, :, :, 0], DIGITS.images[audit.neighbors.indices[::2, 0], 0])
+    assert cells[:, 0, 1, 1].tolist() == [[208, 32, 32]] * 8
+    assert cells[:, 1:, 1, 1].min() == 255
     assert monitor.look(40).audit is not None
     assert monitor.results[0].audit is None  # the pictures of one look only are kept
 
