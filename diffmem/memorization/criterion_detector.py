@@ -75,6 +75,7 @@ class CriterionDetector(CopyDetector):
     def __init__(self, training: ImageSource, criterion: str, *, flip: bool = False, **options: Any) -> None:
         self.criterion = CRITERIA[check_criterion(criterion)]
         self._searches: Searches | None = None
+        self._points: Points | None = None
         super().__init__(training, flip=flip, **options)
 
     @property
@@ -83,7 +84,7 @@ class CriterionDetector(CopyDetector):
         return {**super().identity, "criterion": self.criterion.name}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_searches": None}
+        return {**super().__getstate__(), "_searches": None, "_points": None}
 
     def _decide(self, images: ImageSet | FeatureSet, found: Matches, look: SecondLook | None = None) -> Detection:
         detection = super()._decide(images, found, look)
@@ -99,16 +100,18 @@ class CriterionDetector(CopyDetector):
         if not len(images):
             return np.zeros(0, bool)
         assert isinstance(self.training, ImageSet)
-        if self._searches is None or self._points.values is not self.training.images:
-            self._points = Points(self.training.images, "training")
-            self._searches = Searches(str(self._matching.device), self.progress)
+        points, searches = self._points, self._searches
+        if searches is None or points is None or points.values is not self.training.images:
+            points, searches = (
+                Points(self.training.images, "training"),
+                Searches(str(self._matching.device), self.progress),
+            )
             if isinstance(self.index, TrainingIndex):
-                self._searches.give_index(self._points, self.index)
+                searches.give_index(points, self.index)
+            self._points, self._searches = points, searches
         comparison = Comparison(
-            Points(images, "generated"),
-            self._points,
-            searches=self._searches.beside(self._points),
-            neighbors=self.criterion.neighbors,
+            Points(images, "generated"), points, searches=searches.beside(points), neighbors=self.criterion.neighbors
         )
+        assert self.criterion.decides is not None  # `check_criterion` sees to it
         name, copy = self.criterion.decides
         return self.criterion.measure(comparison).per_image[name] == copy

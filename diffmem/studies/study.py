@@ -186,8 +186,8 @@ def at_sizes(
     if sizes is not None:
         variants = tuple(replace(variant, sizes=None) for variant in study.variants)
         study = replace(study, sizes=tuple(sizes), variants=variants)
-    chosen = {"threads": threads, "criterion": criterion}
-    if chosen := {name: value for name, value in chosen.items() if value is not None}:
+    given: dict[str, Any] = {"threads": threads, "criterion": criterion}
+    if chosen := {name: value for name, value in given.items() if value is not None}:
         settings = [replace(variant.setting, **chosen) for variant in study.variants]
         variants = tuple(replace(v, setting=each) for v, each in zip(study.variants, settings, strict=True))
         study = replace(study, variants=variants)
