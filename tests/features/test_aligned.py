@@ -135,6 +135,20 @@ def test_copies_of_what_the_training_set_holds_several_times(times):
         assert set(indices[: times + 1]) == set(versions)
 
 
+def test_views_and_files_that_cannot_be_written_to(tmp_path, matcher):
+    np.save(tmp_path / "images.npy", TRAINING[:9])
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    for images in (
+        mapped,
+        mapped[:1][::-1],
+        mapped[..., ::-1],
+        mapped.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2),
+    ):
+        assert matcher.match(images).indices[0, 0] == 0
+        assert AlignedMatcher(images).match(images[:1]).scores[0] < 0.01
+    assert align_pairs(mapped, mapped).residuals.max() < 0.01
+
+
 def test_bad_arguments(matcher):
     with pytest.raises(InputError, match="16x16 with 3 channels, the training images 32x32 with 3 channels"):
         matcher.match(blobs(2, size=16))
@@ -184,6 +198,7 @@ def test_pairs_that_cannot_be_compared():
     with pytest.raises(InputError, match="of one shape"):
         align_pairs(TRAINING[:3], TRAINING[:2])
     assert len(align_pairs(TRAINING[:0], TRAINING[:0])) == 0
+    assert align_pairs(TRAINING[:1][::-1], TRAINING[:1]).residuals[0] < 0.01
     gray = np.full((2, 3, 32, 32), 90, np.uint8)
     flat = align_pairs(gray, TRAINING[:2])
     assert (flat.residuals == 1).all()

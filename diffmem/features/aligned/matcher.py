@@ -12,6 +12,7 @@ from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
 from diffmem.features.aligned.candidates import CandidateIndex
 from diffmem.features.aligned.geometry import Geometry
+from diffmem.features.aligned.pairs import as_tensor
 from diffmem.features.aligned.second_stage import align
 from diffmem.progress import Progress, silent
 from diffmem.search.rows import check_finite
@@ -159,7 +160,7 @@ class AlignedMatcher:
         """The images at the working size, uint8 where they are uint8 of that size, else float32."""
         parts = []
         for start in range(0, len(images), READ):
-            rows = torch.from_numpy(np.ascontiguousarray(images.images[start : start + READ]))
+            rows = as_tensor(images.images[start : start + READ])
             check_finite(rows.flatten(1), f"{what} ({images.source})")
             parts.append(rows if rows.dtype == torch.uint8 and self._at_working_size else self.geometry.reduce(rows))
         return torch.cat(parts) if parts else torch.zeros(0, *images.image_shape)

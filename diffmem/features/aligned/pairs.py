@@ -84,7 +84,8 @@ def as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(images, torch.Tensor):
         return images.cpu()
     # Mirrored views have negative strides, and memory maps must not be written to: torch knows neither.
-    usable = images.flags.c_contiguous and images.flags.writeable
+    # An axis of length 1 may have one in an array that counts as contiguous.
+    usable = images.flags.c_contiguous and images.flags.writeable and min(images.strides) >= 0
     return torch.from_numpy(images if usable else np.array(images, order="C"))
 
 
