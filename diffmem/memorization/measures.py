@@ -245,6 +245,9 @@ def measure(
             "cells": "k-means" if cells is None else "labels" if isinstance(cells, str) else "given",
             "settings": {name: dict(chosen) for name, chosen in (settings or {}).items()},
             "seed": seed,
+            "honest_images": 0
+            if comparison.holdout is None
+            else min(len(comparison.holdout), len(comparison.generated)),
             "dimension": comparison.training.dimension,
             "dtype": str(comparison.training.values.dtype),
             **{name: _source(points[name], images[name]) for name in SET_NAMES if points[name] is not None},
