@@ -118,11 +118,12 @@ def write(rows: list[Row], bench: Bench) -> None:
     if path.exists():
         with path.open(newline="") as stream:
             before = [row for row in csv.DictReader(stream) if row["detector"] not in now]
+    order = [detector.name for detector in detectors()]
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
-        writer.writerows([*rows, *before])
+        writer.writerows(sorted([*rows, *before], key=lambda row: order.index(row["detector"])))
     partial.replace(path)
 
 
