@@ -337,7 +337,7 @@ def explained(result: Audit) -> Iterator[str]:
             f"{result.total:,}; this threshold's share lies within {percent_range(result.calibration.alarm_interval)}"
         )
         sure = int((result.q_values <= FALSE_DISCOVERIES).sum())
-        yield f"copies with at most {level(FALSE_DISCOVERIES)} false ones among them (Benjamini-Hochberg): {sure:,}"
+        yield f"copies at a false discovery rate of {level(FALSE_DISCOVERIES)} (Benjamini-Hochberg): {sure:,}"
     if result.near_count:
         pairs = [(row, int(result.look.indices[row])) for row in result.near.nonzero()[0][:3].tolist()]
         names = ", ".join(

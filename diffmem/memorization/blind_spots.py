@@ -7,8 +7,8 @@ from diffmem.memorization.rules import Rule
 
 _UNSEEN = {
     "pixels": "distances of pixels do not see copies that were shifted, cropped, {mirrored}recolored or made brighter",
-    "aligned": "alignment does not see copies that were rotated, cropped by more than a fifth, stretched, or put "
-    "beside other things",
+    "aligned": "alignment does not see copies that were turned by more than a little, cropped by more than a fifth, or "
+    "put beside other things",
     "hash": "perceptual hashes do not see copies that were cropped, {mirrored}rotated or put beside other things",
 }
 _NETWORK = (

@@ -81,6 +81,7 @@ class UnkeptImages:
         names: Of each, or None where they have none.
         source: Where they came from.
         skipped: Files that could not be read.
+        labels: None: those of images that are not kept are not needed.
     """
 
     total: int

@@ -33,7 +33,7 @@ def test_calibrated_aligned_search(folder, tmp_path):
     assert "images are copies of one of 600 training images" in result.stdout
     assert "a copy: its score (aligned residual / others' of aligned) is below" in result.stdout
     assert "false alarms: at most 2 % of images that are no copies, 1.0 of 50" in result.stdout
-    assert "not covered: alignment does not see copies that were rotated" in result.stdout
+    assert "not covered: alignment does not see copies that were turned" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert sum(report["memorized"][:20]) == 20
     assert report["calibration"]["images"] == 400
