@@ -7,8 +7,9 @@ farther one from its nearest training image of the cell, ties one half; with m g
 
 over the cells that hold more than a share of 20/M of all M generated images (strictly), π_c the cell's share of the
 held-out images. Far below 0: copying; above 0: underfitting. `c_t` takes the cells that are given (`cells`), and else
-those of k-means (k = 3, n_init = 10) of the training set, in the space that is compared; `c_t_global` is one Z without
-cells. A cell without held-out or training images is an error; one without generated images counts as Z = 0.
+those of k-means (k = 3, n_init = 10) of the training set, in the space that is compared; where the training set holds
+more than 8 million values, of evenly spaced images that hold so many. `c_t_global` is one Z without cells. A cell
+without held-out or training images is an error; one without generated images counts as Z = 0.
 
 Source: Meehan et al., A Non-Parametric Test to Detect Data-Copying in Generative Models (AISTATS 2020) and its code.
 The variance has no correction for ties, and the mean is shifted by 1/2, as there. Variants: `c_t:dgm-eval` and
@@ -39,6 +40,8 @@ CELLS = 3
 STARTS = 10
 LEAST = 20  # generated images of a cell that counts: more than a share of LEAST / M
 COMPONENTS = 64
+FITTED_VALUES = 1 << 23  # of the training images that k-means is fitted to
+LEAST_FITTED = 1000
 
 Cells = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -123,15 +126,21 @@ def _within_cells(
     return squared
 
 
-def make_cells(sets: tuple[Points, Points, Points], count: int, random: int | np.random.RandomState) -> Cells:
-    """The cells of generated, training and holdout images by k-means of the training images."""
+def make_cells(
+    sets: tuple[Points, Points, Points], count: int, random: int | np.random.RandomState, values: int | None = None
+) -> Cells:
+    """The cells of generated, training and holdout images by k-means of the training images: of evenly spaced ones that
+    hold so many values together, or of all."""
     if len(sets[1]) < count:
         raise InputError(f"training: {count} cells of k-means need as many training images")
     means = _sklearn("cluster").KMeans(count, n_init=STARTS, random_state=random)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", _sklearn("exceptions").ConvergenceWarning)  # fewer distinct images than cells
-        means.fit(_floats(sets[1]))
-    return tuple(means.predict(_floats(points)).astype(np.int64) for points in sets)
+        fitted = sets[1] if values is None else sets[1].spread(max(values // sets[1].dimension, LEAST_FITTED))
+        means.fit(_floats(fitted))
+    return tuple(
+        np.concatenate([means.predict(_floats(block)).astype(np.int64) for block in points.blocks()]) for points in sets
+    )
 
 
 def measure(comparison: Comparison) -> Measured:
@@ -139,7 +148,7 @@ def measure(comparison: Comparison) -> Measured:
     sets = comparison.generated, comparison.training, comparison.holdout
     cells = tuple(points.cells for points in sets)
     if any(each is None for each in cells):
-        cells = make_cells(sets, comparison.setting("c_t", "cells", CELLS), comparison.seed)
+        cells = make_cells(sets, comparison.setting("c_t", "cells", CELLS), comparison.seed, FITTED_VALUES)
     value, error, scores = c_t(sets, cells, comparison.searches, comparison.neighbors)
     by_cell = ", ".join(f"{score:.2f}" for score in scores)
     return Measured(

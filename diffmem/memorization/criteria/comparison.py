@@ -71,6 +71,12 @@ class Points:
     def _spread(self) -> dict[int, Points]:
         return {}
 
+    def blocks(self) -> Iterator[Points]:
+        """The points in blocks."""
+        step = max(1, BLOCK_VALUES // self.dimension)
+        for start in range(0, len(self), step):
+            yield Points(self.values[start : start + step], self.what)
+
     def _blocks(self) -> Iterator[torch.Tensor]:
         return self.rows.split(max(1, BLOCK_VALUES // self.dimension))
 
