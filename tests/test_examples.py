@@ -4,14 +4,13 @@ import ast
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from processes import finished, start_script
 from test_docs import options_of
 
-from diffmem.cli import cli
+from diffmem.cli import cli, main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -54,7 +53,7 @@ def ci(name: str) -> dict:
     return yaml.safe_load((EXAMPLES / "ci" / name).read_text())
 
 
-def test_the_action_passes_on_what_the_gate_decided(tmp_path):
+def test_the_action_passes_on_what_the_gate_decided(tmp_path, monkeypatch):
     action = ci("action.yml")
     step = next(step for step in action["runs"]["steps"] if step.get("id") == "audit")
     assert set(step["env"].values()) == {
@@ -62,10 +61,11 @@ def test_the_action_passes_on_what_the_gate_decided(tmp_path):
     }  # fmt: skip
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "diffmem"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m diffmem "$@"\n')
+    # What the step calls is run in this process, which has imported everything; the step gets what it said.
+    command.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > called\necho "60 of 60 images are copies"\nexit 3\n')
     command.chmod(0o755)
     environment = {
-        **os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        **os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}",
         "GENERATED": "builtin:digits", "TRAINING": "builtin:digits", "HOLDOUT": "", "REQUIRE_BELOW": "0.05",
         "OPTIONS": "--limit 60 --device cpu", "GITHUB_OUTPUT": str(tmp_path / "out"),
         "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
@@ -75,6 +75,10 @@ def test_the_action_passes_on_what_the_gate_decided(tmp_path):
     assert result.returncode == 3, result.stdout + result.stderr
     assert (tmp_path / "out").read_text() == "state=closed\n"
     assert "60 of 60 images are copies" in (tmp_path / "summary").read_text()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main((tmp_path / "called").read_text().splitlines())
+    assert end.value.code == 3
     assert 'failures="1"' in (tmp_path / "diffmem-gate.xml").read_text()
     assert (tmp_path / "diffmem-report" / "report.html").exists()
 

@@ -45,7 +45,8 @@ class MemorizationMonitor(_MemorizationMonitor):
         batch: Images at a time.
         ema: The EMA weights to sample with, such as `diffusers.training_utils.EMAModel`.
         ema_part: The pipeline's network that these are of; None: "unet" or "transformer".
-        call: Further arguments of the pipeline's call, such as num_inference_steps or guidance_scale.
+        call: Further arguments of the pipeline's call, such as num_inference_steps or guidance_scale. A list of
+            class_labels goes around as prompts do.
         samples: As for `diffmem.integrations.MemorizationMonitor`, and so are all others.
         every: Likewise.
         stop: Likewise.
@@ -113,7 +114,7 @@ def pipeline_images(
         seeds: Whole numbers.
         prompts: For pipelines that take one: image number i gets prompt i, around and around.
         batch: Images at a time.
-        **call: Further arguments of the pipeline's call.
+        **call: Further arguments of the pipeline's call. A list of class_labels goes around as prompts do.
 
     Returns:
         uint8 or float32 [n, C, H, W].
@@ -147,6 +148,8 @@ def pipeline_images(
                 arguments["prompt"] = [prompts[seed % len(prompts)] for seed in chosen]
             elif "batch_size" in known:
                 arguments["batch_size"] = len(chosen)
+            if isinstance(classes := call.get("class_labels"), (list, tuple, range)):
+                arguments["class_labels"] = [classes[seed % len(classes)] for seed in chosen]
             with torch.no_grad():
                 made = pipeline(**arguments)
             parts.append(_as_array(made, len(chosen), type(pipeline).__name__))

@@ -124,6 +124,7 @@ class MemorizationCallback(pl.Callback):
             self._monitor = MemorizationMonitor(self._sample, self.training, **self._options)
         if self._restored:
             self._monitor.load_state_dict(self._restored)
+        self._restored = None  # a second fit goes on from the first
         if not callable(self.sampler):
             named_part(pl_module, self.denoiser, "denoiser")
         self._last_step = trainer.global_step

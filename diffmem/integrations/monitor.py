@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +125,8 @@ class MemorizationMonitor:
     The same seeds each time, so that pictures can be compared. Training is left alone: random states, the modules'
     modes and weights are what they were. The training set's index is built once. Under a process group every rank
     makes each call and samples its share; the first one holds the training set and judges; all learn whether to stop.
-    What goes wrong in a look is said in one warning, and training goes on.
+    What goes wrong in a look is said in one warning, and training goes on; so is what speaks against its verdict, such
+    as images that are all black.
 
     Args:
         sample: What makes images: a function of a list of seeds that returns that many; or a denoiser (see
@@ -292,6 +295,9 @@ class MemorizationMonitor:
             except Exception as error:
                 self._warn(f"the look at step {step} gave nothing, and training goes on: {_in_one_line(error)}")
             if result is not None:
+                for warning in result.audit.warnings if result.audit is not None else ():
+                    kind = "".join(each for each in warning if not each.isdigit())
+                    self._warn(f"of the look at step {step}: {warning}", key=kind[:40])
                 self._log(result)
         told = shared(None if result is None else replace(result, audit=None))
         if told is None:
@@ -327,21 +333,25 @@ class MemorizationMonitor:
         assert detector is not None  # the first rank's
         detector.reset()
         try:
-            detector.update(replace(images, source="sampled"))
-            audit = detector.compute()
+            with _detector_silent():
+                detector.update(replace(images, source="sampled"))
+                audit = detector.compute()
         finally:
             detector.reset()
-        judging, stop = time.perf_counter() - began, self._answer(audit.rate)
+        judging, stop = time.perf_counter() - began, self._answer(audit, images.images)
         return MonitorResult(step, epoch, audit.rate, float(np.median(audit.scores)), stop, seconds, judging, audit)
 
-    def _answer(self, rate: CopyRate) -> bool:
+    def _answer(self, audit: Audit, images: np.ndarray) -> bool:
         if self.stop is None:
             return False
         if not isinstance(self.stop, SequentialTest):
-            return bool(self.stop(rate))
-        # The looks, of which nobody knows how many there will be, share the error: Σ 1/(k(k + 1)) = 1.
+            return bool(self.stop(audit.rate))
+        # Images that are the same are one sample. The looks, of which nobody knows how many there will be, share the
+        # error: Σ 1/(k(k + 1)) = 1.
+        distinct = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)[1]
         error = (1 - self.stop.confidence) / (self.looks * (self.looks + 1))
-        return replace(self.stop, confidence=1 - error).answer(rate.count, rate.total) is True
+        test = replace(self.stop, confidence=1 - error)
+        return test.answer(int(audit.memorized[distinct].sum()), len(distinct)) is True
 
     def _log(self, result: MonitorResult) -> None:
         for logger in (*self.loggers, *self._further):
@@ -357,6 +367,21 @@ class MemorizationMonitor:
         if key not in self._said:
             self._said.add(key)
             warnings.warn(f"diffmem: {message}", UserWarning, stacklevel=5)
+
+
+@contextmanager
+def _detector_silent() -> Iterator[None]:
+    """What the detector logs of each set is said by the monitor, once."""
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    logger = logging.getLogger("diffmem.memorization.detector")
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
 
 
 def _framed(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:

@@ -77,7 +77,7 @@ class CopyDetection(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.int64), "sum")
         # What decides a verdict, as a state: a MetricCollection shares the states of metrics whose states are equal,
         # and those of ranks or files are added up; only metrics that agree about every image may.
-        self.add_state("judged_by", _digest(self._held.detector), _the_same)
+        self.add_state("judged_by", _digest(self._held.detector, value_range), _the_same)
 
     @property
     def detector(self) -> CopyDetector:
@@ -197,9 +197,9 @@ def _detector(training: Any, options: dict[str, Any]) -> CopyDetector:
     return CopyDetector(training, **options)
 
 
-def _digest(detector: CopyDetector) -> torch.Tensor:
+def _digest(detector: CopyDetector, value_range: tuple[float, float]) -> torch.Tensor:
     """SHA-256 of what decides the verdict of an image, int64 [32]: numbers so small that nothing rounds them."""
-    identity = json.dumps(detector.identity, sort_keys=True, default=str).encode()
+    identity = json.dumps([detector.identity, *map(float, value_range)], sort_keys=True, default=str).encode()
     return torch.tensor(list(hashlib.sha256(identity).digest()), dtype=torch.int64)
 
 

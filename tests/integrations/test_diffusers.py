@@ -36,9 +36,30 @@ def tiny_pipeline(**scheduler):
     return diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(num_train_timesteps=50, **scheduler))
 
 
+class Tracker(accelerate.tracking.GeneralTracker):
+    """What accelerate logs, in a list; a tracker of one's own as accelerate has them."""
+
+    name, requires_logging_directory = "list", False
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **_):
+        self.logged.append((step, values))
+
+
 def train(look=None, epochs=2):
     """The loop of diffusers' train_unconditional, on digits."""
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator = accelerate.Accelerator(cpu=True, log_with=Tracker())
+    accelerator.init_trackers("tests")
     unet, scheduler = tiny_unet(), diffusers.DDPMScheduler(num_train_timesteps=50)
     ema = EMAModel(unet.parameters(), decay=0.5)
     optimizer = torch.optim.Adam(unet.parameters(), 1e-3)
@@ -87,6 +108,12 @@ def test_a_monitored_training_is_the_same_and_its_images_are_those_of_the_ema_we
     expected = diffmem.load_images(one_by_one).images.astype(int)
     assert np.abs(monitor.latest.audit.generated.images - expected).max() <= 1
     assert len(list(tmp_path.glob("step-*.png"))) == 2
+    assert monitor.accelerator.trackers[0].logged == [(each.step, each.scalars()) for each in monitor.results]
+    monitor.accelerator.save_state(tmp_path / "checkpoint")
+    first, monitor.results, monitor.looks = monitor.results, [], 0
+    monitor.accelerator.load_state(tmp_path / "checkpoint")
+    assert [each.to_dict() for each in monitor.results] == [each.to_dict() for each in first]
+    assert monitor.looks == 2
 
 
 class Prompted(diffusers.DiffusionPipeline):
@@ -99,15 +126,29 @@ class Prompted(diffusers.DiffusionPipeline):
         return diffusers.ImagePipelineOutput(images=images)
 
 
+class Classes(diffusers.DiffusionPipeline):
+    """A pipeline of classes, without generators, whose images are those of its classes."""
+
+    def __call__(self, class_labels, output_type="pil"):
+        torch.rand(1)
+        return (self.numpy_to_pil(DIGITS.images[class_labels].transpose(0, 2, 3, 1) / np.float32(255)),)
+
+
+def test_classes_go_around():
+    images = pipeline_images(Classes(), range(5), batch=2, class_labels=[7, 8, 9])
+    assert np.array_equal(images, DIGITS.images[[7, 8, 9, 7, 8]])
+
+
 @pytest.mark.parametrize("output_type", ["np", "pil"])
 def test_prompts_go_around_and_a_stop_is_told(output_type):
     call = {"output_type": output_type, "guidance_scale": 2.0}
+    prompts = [str(number) for number in range(3, 35)]
     monitor = MemorizationMonitor(
-        Prompted(), DIGITS, prompts=["3", "1", "4"], samples=32, batch=5, stop=0.5, call=call
+        Prompted(), DIGITS, prompts=prompts, samples=33, batch=5, stop=0.5, call=call
     )  # fmt: skip
-    assert monitor.on_epoch_end(0).count == 32
+    assert monitor.on_epoch_end(0).count == 33
     assert monitor.should_stop
-    assert monitor.latest.audit.neighbors.indices[:4, 0].tolist() == [3, 1, 4, 3]
+    assert monitor.latest.audit.neighbors.indices[[0, 1, 31, 32], 0].tolist() == [3, 4, 34, 3]
     state = MemorizationMonitor(Prompted(), DIGITS, prompts=["3"])
     state.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
     assert (state.looks, state.should_stop, state.latest.rate) == (1, True, monitor.latest.rate)

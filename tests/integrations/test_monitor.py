@@ -157,6 +157,19 @@ def test_what_goes_wrong_is_said_once(tmp_path):
         MemorizationMonitor(copies, tmp_path / "nowhere")
 
 
+def test_what_speaks_against_a_verdict_is_said_once(caplog):
+    monitor = MemorizationMonitor(lambda seeds: np.zeros((len(seeds), 1, 8, 8), np.uint8), DIGITS, samples=16)
+    with pytest.warns(UserWarning, match="of the look at step 0: ") as caught:
+        assert [monitor.look(step).count for step in range(3)] == [0, 0, 0]
+    assert len(caught) == len(monitor.latest.audit.warnings)
+    assert not caplog.records
+    # Copies that are all one image show that it is copied, not how often: no stop.
+    one = MemorizationMonitor(lambda seeds: DIGITS.images[[5] * len(seeds)], DIGITS, samples=64, stop=0.5)
+    with pytest.warns(UserWarning, match="they are one sample"):
+        assert one.look(0).count == 64
+    assert not one.should_stop
+
+
 def monitored(*loggers):
     monitor = MemorizationMonitor(copies, DIGITS, samples=8, loggers=list(loggers))
     with warnings.catch_warnings():
