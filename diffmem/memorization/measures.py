@@ -220,7 +220,7 @@ def measure(
     for name in settings or {}:
         if name not in CRITERIA:
             raise InputError(f"settings: {name!r} is none of {', '.join(CRITERIA)}")
-    wanted = [criterion for criterion, _, _ in asked] if asked else list(CRITERIA.values())
+    wanted = [each.criterion for each in asked]
     comparison = Comparison(
         *(points[name] for name in SET_NAMES),
         searches=Searches(device, progress),
@@ -240,7 +240,7 @@ def measure(
         notes=tuple(dict.fromkeys(note for each in found for note in each.notes)),
         warnings=_warnings(comparison, images),
         settings={
-            "measures": "all" if asked is None else [name for _, _, name in asked],
+            "measures": "all" if not any(each.named for each in asked) else [each.name for each in asked],
             "features": source,
             "cells": "k-means" if cells is None else "labels" if isinstance(cells, str) else "given",
             "settings": {name: dict(chosen) for name, chosen in (settings or {}).items()},
@@ -264,22 +264,35 @@ def describe(name: str) -> tuple[Criterion, Any, str]:
     return criterion, variant.value, variant.source
 
 
-def _asked(measures: str | Iterable[str]) -> list[tuple[Criterion, Variant | None, str]] | None:
-    """What is asked for by name, each once; None for all."""
+@dataclass(frozen=True)
+class _Asked:
+    """A criterion, or a variant of it, that is to be measured; named: not just a part of "all"."""
+
+    name: str
+    criterion: Criterion
+    variant: Variant | None
+    named: bool
+
+    @property
+    def described(self) -> Criterion | Variant:
+        return self.variant or self.criterion
+
+
+def _asked(measures: str | Iterable[str]) -> list[_Asked]:
+    """What is asked for, each once."""
     words = measures.split(",") if isinstance(measures, str) else list(measures)
     words = [word.strip() for word in words if str(word).strip()]
-    if words == ["all"]:
-        return None
     if not words:
         raise InputError('measures="": none is named; give "all" or names')
-    asked: dict[str, tuple[Criterion, Variant | None, str]] = {}
+    asked: dict[str, _Asked] = {}
+    if "all" in words:
+        asked |= {name: _Asked(name, criterion, None, False) for name, criterion in CRITERIA.items()}
     for word in words:
         if word == "all":
-            asked |= {name: (criterion, None, name) for name, criterion in CRITERIA.items()}
             continue
         criterion, variant = find(word)
         name = criterion.name if variant is None else f"{criterion.name}:{word.partition(':')[2]}"
-        asked[name] = criterion, variant, name
+        asked[name] = _Asked(name, criterion, variant, True)
     return list(asked.values())
 
 
@@ -404,31 +417,31 @@ def _with_cells(
 
 
 def _run(
-    comparison: Comparison, asked: list[tuple[Criterion, Variant | None, str]] | None, cells: Any
+    comparison: Comparison, asked: list[_Asked], cells: Any
 ) -> tuple[list[Measured], list[Measured], dict[str, str]]:
     """What was found of the generated images and of honest ones, and what was left out."""
     honest_comparison = comparison.honest()
     found, honest, skipped = [], [], {}
-    for criterion, variant, name in asked or [(each, None, name) for name, each in CRITERIA.items()]:
-        described = variant or criterion
+    for each in asked:
+        name, described = each.name, each.described
         lacking = _lacking(comparison, described.needs)
-        if asked is None and lacking is None and name == "mifid" and comparison.training.dimension > LARGEST:
+        if not each.named and lacking is None and name == "mifid" and comparison.training.dimension > LARGEST:
             lacking = f"FID of {comparison.training.dimension:,} values takes long and is not usual: name it for that"
         if lacking is not None:
-            if asked is not None:
+            if each.named:
                 raise InputError(f"measures={name!r} needs {lacking}")
             skipped[name] = lacking
             continue
         try:
             measured = described.measure(comparison)
         except InputError as error:
-            if asked is not None or (cells is not None and str(error).startswith("cells:")):
+            if each.named or (cells is not None and str(error).startswith("cells:")):
                 raise
             skipped[name] = str(error)
             continue
         found.append(measured)
-        if variant is None and criterion.honest is not None:
-            honest.append(Measured(criterion.honest(comparison)))
+        if each.variant is None and each.criterion.honest is not None:
+            honest.append(Measured(each.criterion.honest(comparison)))
         elif honest_comparison is not None and not {"holdout", "second"} & set(described.needs):
             try:
                 honest.append(described.measure(honest_comparison))

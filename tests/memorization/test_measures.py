@@ -83,6 +83,11 @@ def test_what_is_named_and_lacks_something_is_an_error(digits):
     vectors = digits.reshape(len(digits), -1)
     with pytest.raises(InputError, match="tile_max' needs images: these are vectors"):
         diffmem.measure(vectors[:10], vectors[:20], measures="tile_max")
+    found = diffmem.measure(digits[:30], digits[:40], measures="authenticity:fld,all")  # all, and that one for sure
+    assert {"authenticity:fld", "authenticity", "tile_max"} <= set(found.values)
+    assert "c_t" in found.skipped
+    with pytest.raises(InputError, match="measures='c_t' needs"):
+        diffmem.measure(digits[:30], digits[:40], measures="all,c_t")
     found = diffmem.measure(vectors[:10], vectors[:20])
     assert {"tile_max", "c_t", "c_t_global", "dcr_protection", "disjoint_halves"} <= set(found.skipped)
     assert not found.honest
