@@ -321,7 +321,8 @@ class Source(click.ParamType):
     name = "source"
 
     def convert(self, value, parameter, context) -> str:
-        if not str(value).startswith("builtin:") and not Path(value).exists():
+        named = str(value).startswith("builtin:") or "{" in str(value)  # a range of shards, which the reader looks for
+        if not named and not Path(value).exists():
             self.fail(f"{value} does not exist", parameter, context)
         return value
 

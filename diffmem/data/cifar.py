@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from diffmem.progress import Progress
 _BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _PIXELS = 3 * 32 * 32
 _MAX_MEMBER_BYTES = 2**27
+
+
+def is_cifar(path: Path) -> bool:
+    """Whether the tar archive `path` begins as CIFAR-10's does."""
+    try:
+        with parsing(path, "a complete tar archive"), open(path, "rb") as file:
+            members = itertools.islice(TarReader(file, path), 8)
+            return any(member.name.rpartition("/")[2] in (*_BATCHES["train"], *_BATCHES["test"]) for member in members)
+    except InputError:
+        return False
 
 
 def read_cifar(path: Path, split: str, progress: Progress) -> Arrays:

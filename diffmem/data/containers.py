@@ -51,7 +51,7 @@ UNREAD_PICTURES = frozenset(
     {
         *(".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".eps", ".ai", ".pdf", ".dcm", ".nii"),
         *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw"),
-        *(".mp4", ".mov", ".avi", ".webm", ".mkv"),
+        *(".mp4", ".mov", ".avi", ".webm", ".mkv", ".tar"),
     }
 )
 
@@ -125,6 +125,16 @@ def _unread_note(path: Path, others: Sequence[str]) -> tuple[str, ...]:
     if not unread:
         return ()
     return (f"{path}: {len(unread):,} files of kinds that are not read were skipped ({_endings(unread)})",)
+
+
+def files_without_images(folder: Path) -> list[str]:
+    """The names of the files in `folder` and its subfolders in natural order; none where any is an image."""
+    names = []
+    for name in _walk(folder, "", set()):
+        if is_image_name(name):
+            return []
+        names.append(name)
+    return sorted(names, key=lambda name: natural_key(with_slashes(name)))
 
 
 def _check_json_size(size: int, images: int) -> None:

@@ -23,8 +23,8 @@ from diffmem.data.arrays import (
     to_numpy,
 )
 from diffmem.data.cache import load_cached
-from diffmem.data.cifar import read_cifar
-from diffmem.data.containers import Folder, HuggingFaceDataset, ZipArchive
+from diffmem.data.cifar import is_cifar, read_cifar
+from diffmem.data.containers import Folder, HuggingFaceDataset, ZipArchive, files_without_images
 from diffmem.data.decode import PixelOptions, image_suffixes
 from diffmem.data.decode_pool import EncodedImages, decode_all
 from diffmem.data.grid import rows_and_columns, sheets_of_files
@@ -32,6 +32,7 @@ from diffmem.data.image_set import ImageRecipe, ImageSet
 from diffmem.data.image_source import ImageSource
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.streams import is_map_dataset, read_stream
+from diffmem.data.tar_shards import TarShards, expand_braces
 from diffmem.data.value_range import as_bytes, check_value_range
 from diffmem.errors import InputError
 from diffmem.logs import logger
@@ -65,7 +66,8 @@ def load_images(
 
     Args:
         source: A folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a
-            single image file, `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`,
+            single image file, tar archives of webdataset and img2dataset (one, a folder of them, or
+            "train-{000..127}.tar"), `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`,
             `.safetensors`, `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits",
             "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a torch dataset, an iterable of images or
             batches (alone or with labels), an `ImageSet`, or a `DatasetSpec`.
@@ -81,8 +83,9 @@ def load_images(
         skip_bad: Skip files that cannot be used; they are listed in `ImageSet.skipped`.
         cache: Keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
             contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
-        key: Which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, or
-            "train" (default), "test" or "all" of CIFAR-10's archive.
+        key: Which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, the
+            ending of the images in tar archives whose samples hold several ("jpg"), or "train" (default), "test" or
+            "all" of CIFAR-10's archive.
         layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
         value_range: The values of black and white where the source holds floats, such as (-1, 1), (0, 1) or (0, 255):
             they are rounded to gray levels. Values a little beyond are clipped. Sources of uint8 are not changed.
@@ -195,13 +198,25 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return HuggingFaceDataset(path, key)
-        return Folder(path)
+        return _packed(path, key) or Folder(path)
     if not path.is_file():
+        if (shards := expand_braces(str(path))) is not None:
+            return TarShards(shards, str(path), key)
         raise InputError(f"{path}: no such file or folder")
     suffix = path.suffix.lower()
     if suffix == ".zip":
         return ZipArchive(path)
+    if suffix == ".tar" and not is_cifar(path):
+        return TarShards([path], str(path), key)
     return Folder(path) if suffix in image_suffixes() else None
+
+
+def _packed(folder: Path, key: str | None) -> EncodedImages | None:
+    """The shards in a folder without image files, or None where there are none."""
+    names = files_without_images(folder)
+    if shards := [folder / name for name in names if name.lower().endswith(".tar")]:
+        return TarShards(shards, str(folder), key)
+    return None
 
 
 def _array_file(path: Path, key: str | None, layout: str | None, progress: Progress) -> Arrays:
@@ -213,8 +228,8 @@ def _array_file(path: Path, key: str | None, layout: str | None, progress: Progr
     readers = {".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".safetensors": read_safetensors}
     if path.suffix.lower() not in readers:
         raise InputError(
-            f"{path}: not a kind of file that is read: give a folder, an image, .zip, .npz, .npy, .pt, .safetensors or"
-            " cifar-10-python.tar.gz"
+            f"{path}: not a kind of file that is read: give a folder, an image, .zip, .tar, .npz, .npy, .pt,"
+            " .safetensors or cifar-10-python.tar.gz"
         )
     return readers[path.suffix.lower()](path, key, layout)
 
