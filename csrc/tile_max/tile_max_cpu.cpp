@@ -2,7 +2,7 @@
 //
 // What it costs: a pair that is looked at ends in its first tile nearly always (CIFAR-10, 16 tiles of 192 bytes: 6 % go
 // on to the second): three vectors of AVX-512, a call, and three cache lines of a row that is not in the cache. So
-// callers leave out the pairs that a cheaper bound excludes (96 % there), and put queries with the same first tile side
+// callers leave out the pairs that a cheaper bound excludes (85 % there), and put queries with the same first tile side
 // by side.
 #include <algorithm>
 #include <cstddef>
