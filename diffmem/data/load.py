@@ -31,6 +31,7 @@ from diffmem.data.grid import rows_and_columns, sheets_of_files
 from diffmem.data.image_set import ImageRecipe, ImageSet
 from diffmem.data.image_source import ImageSource
 from diffmem.data.labels import check_labels, or_note
+from diffmem.data.parquet import ParquetImages, parquet_files
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.tar_shards import TarShards, expand_braces
 from diffmem.data.value_range import as_bytes, check_value_range
@@ -67,10 +68,10 @@ def load_images(
     Args:
         source: A folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a
             single image file, tar archives of webdataset and img2dataset (one, a folder of them, or
-            "train-{000..127}.tar"), `.npz` (`images` NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`,
-            `.safetensors`, `cifar-10-python.tar.gz`, a saved Hugging Face dataset, "builtin:digits",
-            "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a torch dataset, an iterable of images or
-            batches (alone or with labels), an `ImageSet`, or a `DatasetSpec`.
+            "train-{000..127}.tar"), parquet (a file, or a folder as the hub of Hugging Face holds), `.npz` (`images`
+            NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`, `cifar-10-python.tar.gz`, a saved
+            Hugging Face dataset, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a torch
+            dataset, an iterable of images or batches (alone or with labels), an `ImageSet`, or a `DatasetSpec`.
         resize: N for N×N, or (height, width), in pixels: Lanczos resampling with antialiasing, not keeping the aspect
             ratio.
         center_crop: Cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
@@ -84,7 +85,8 @@ def load_images(
         cache: Keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
             contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
         key: Which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, the
-            ending of the images in tar archives whose samples hold several ("jpg"), or "train" (default), "test" or
+            ending of the images in tar archives whose samples hold several ("jpg"), the column of a parquet file (of a
+            folder of them: the split, or split and column, "train:image"), or "train" (default), "test" or
             "all" of CIFAR-10's archive.
         layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
         value_range: The values of black and white where the source holds floats, such as (-1, 1), (0, 1) or (0, 255):
@@ -208,6 +210,8 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
         return ZipArchive(path)
     if suffix == ".tar" and not is_cifar(path):
         return TarShards([path], str(path), key)
+    if suffix == ".parquet":
+        return ParquetImages([path], str(path), key)
     return Folder(path) if suffix in image_suffixes() else None
 
 
@@ -216,6 +220,9 @@ def _packed(folder: Path, key: str | None) -> EncodedImages | None:
     names = files_without_images(folder)
     if shards := [folder / name for name in names if name.lower().endswith(".tar")]:
         return TarShards(shards, str(folder), key)
+    if tables := [folder / name for name in names if name.lower().endswith(".parquet")]:
+        files, column = parquet_files(tables, folder, key)
+        return ParquetImages(files, str(folder), column)
     return None
 
 
@@ -228,7 +235,7 @@ def _array_file(path: Path, key: str | None, layout: str | None, progress: Progr
     readers = {".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".safetensors": read_safetensors}
     if path.suffix.lower() not in readers:
         raise InputError(
-            f"{path}: not a kind of file that is read: give a folder, an image, .zip, .tar, .npz, .npy, .pt,"
+            f"{path}: not a kind of file that is read: give a folder, an image, .zip, .tar, .parquet, .npz, .npy, .pt,"
             " .safetensors or cifar-10-python.tar.gz"
         )
     return readers[path.suffix.lower()](path, key, layout)
