@@ -102,8 +102,7 @@ def ema_weights(ema: Any, module: nn.Module) -> Iterator[nn.Module]:
         with scope():
             yield module
     elif all(hasattr(ema, name) for name in ("store", "copy_to", "restore")):
-        parameters = list(module.parameters())
-        with _stored(ema, parameters):
+        with _stored(ema, _averaged_parameters(ema, module)):
             yield module
     elif isinstance(ema, nn.Module):
         yield ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema
@@ -117,14 +116,24 @@ def ema_weights(ema: Any, module: nn.Module) -> Iterator[nn.Module]:
         )
 
 
+def _averaged_parameters(ema: Any, module: nn.Module) -> list[nn.Parameter]:
+    """Those of the module, or of the first part of it that has as many, of the same shapes, as `ema` averages."""
+    shadows = getattr(ema, "shadow_params", None)
+    if shadows is None:
+        return list(module.parameters())
+    shapes = [each.shape for each in shadows]
+    for part in module.modules():
+        parameters = list(part.parameters())
+        if [each.shape for each in parameters] == shapes:
+            return parameters
+    raise InputError(
+        f"ema holds averages of {len(shadows)} parameters, which are those of no part of {type(module).__name__}: give "
+        "the EMA of the network that is sampled"
+    )
+
+
 @contextlib.contextmanager
 def _stored(ema: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
-    shadows = getattr(ema, "shadow_params", None)
-    if shadows is not None and [each.shape for each in shadows] != [each.shape for each in parameters]:
-        raise InputError(
-            f"ema holds averages of {len(shadows)} parameters of other shapes than the {len(parameters)} of the "
-            "network: give the EMA of the network that is sampled"
-        )
     ema.store(parameters)
     try:
         ema.copy_to(parameters)
@@ -134,7 +143,10 @@ def _stored(ema: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def find_ema(module: Any) -> Any:
-    """What a training module keeps its averaged weights in, under one of the usual names; None where there is none."""
+    """What a training module keeps its averaged weights in, under one of the usual names, or the module itself, where
+    it puts them in place with `ema_scope`; None where there is neither."""
+    if callable(getattr(module, "ema_scope", None)):
+        return module
     for name in EMA_NAMES:
         found = getattr(module, name, None)
         if found is not None and not isinstance(found, (bool, int, float, str)):

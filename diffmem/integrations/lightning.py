@@ -48,9 +48,10 @@ class MemorizationCallback(pl.Callback):
         denoiser: What of the module denoises, where that is not the module itself: the name of an attribute
             ("network", "model.net"), or a function of the module; `diffmem.models.as_denoiser` says what it has to be
             like.
-        ema: The averaged weights: "auto" takes those of Lightning's `WeightAveraging` callbacks, or what the module
-            has under a usual name ("ema", "ema_model", …); or the name of an attribute; None: the weights as trained.
-            What stores and restores weights averages those of `denoiser`, where one is named.
+        ema: The averaged weights: "auto" takes those of Lightning's `WeightAveraging` callbacks, the module's
+            `ema_scope()`, or what it has under a usual name ("ema", "ema_model", …); or the name of an attribute; None:
+            the weights as trained. What stores and restores weights averages those of `denoiser`, where one is named,
+            or of the part of the module that has the same parameters.
         stop: Ends the run once R_mem is shown to be at least this share; see `MemorizationMonitor`.
         loggers: Others than the trainer's; see `diffmem.integrations.as_logger`.
         value_range: The values of black and white of a function's floats; None: by the values.
@@ -181,7 +182,8 @@ class MemorizationCallback(pl.Callback):
         ema, module = self._averages, self._module
         part = None if self.denoiser is None else named_part(module, self.denoiser, "denoiser")
         function = callable(self.sampler)
-        if isinstance(ema, torch.nn.Module) and not hasattr(ema, "copy_to") and not hasattr(ema, "average_parameters"):
+        swaps = any(hasattr(ema, name) for name in ("copy_to", "average_parameters", "ema_scope"))
+        if isinstance(ema, torch.nn.Module) and not swaps:
             inner = ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema
             whole = isinstance(inner, type(module))
             if function and not whole:

@@ -81,6 +81,9 @@ def test_gate(folder, tmp_path):
     assert "audit more images" in undecided.stderr
     passed = run("audit", *sets, "--fail-above", "0.8", "--require-below", "0.999", "--max-copies", 40)
     assert (passed.returncode, passed.stderr) == (0, "")
+    told = run("audit", *sets, "--max-copies", 3, "--junit", tmp_path / "gate.xml")
+    assert told.returncode == 3
+    assert '<testcase classname="diffmem audit.gate" name="at most 3 copies">' in (tmp_path / "gate.xml").read_text()
 
 
 def test_floats_are_told_what_to_do_and_a_black_set_does_not_pass(folder, tmp_path):
@@ -138,6 +141,7 @@ def test_options_reach_the_audit(folder):
         (["audit", "builtin:digits", "builtin:patches"], 1, "--color"),
         (["audit", "builtin:digits", "builtin:digits", "--device", "abacus"], 1, "device 'abacus' is unknown"),
         (["audit", "builtin:digits", "builtin:digits", "--device", "cuda:99"], 1, "device 'cuda:99' is not available"),
+        (["audit", "builtin:digits", "builtin:digits", "--junit", "x.xml"], 2, "give --require-below or another limit"),
         (["nonsense"], 2, "No such command"),
     ],
 )

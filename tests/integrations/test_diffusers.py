@@ -126,6 +126,49 @@ class Prompted(diffusers.DiffusionPipeline):
         return diffusers.ImagePipelineOutput(images=images)
 
 
+def test_a_pipeline_with_text_encoder_and_vae(tmp_path):
+    """Stable Diffusion with random weights of a few kilobytes."""
+    transformers = pytest.importorskip("transformers", reason="the extra transformers is not installed")
+    torch.manual_seed(0)
+    words = ["<|startoftext|>", "a", "<|endoftext|>", "a</w>", "d", "o", "g", "do", "dog</w>", "g</w>"]
+    files = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    files[0].write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    files[1].write_text("#version: 0.2\nd o\ndo g</w>\n")
+    settings = transformers.CLIPTextConfig(
+        bos_token_id=0, eos_token_id=2, hidden_size=8, intermediate_size=16, num_attention_heads=2,
+        num_hidden_layers=1, vocab_size=10,
+    )  # fmt: skip
+    pipeline = diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel(
+            block_out_channels=(4, 8), layers_per_block=1, sample_size=8, norm_num_groups=2, cross_attention_dim=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=[4, 8], latent_channels=4, norm_num_groups=2,
+            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        ),
+        text_encoder=transformers.CLIPTextModel(settings),
+        tokenizer=transformers.CLIPTokenizer(*map(str, files), model_max_length=77),
+        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None, image_encoder=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    scheduler, call = pipeline.scheduler, {"num_inference_steps": 2, "height": 16, "width": 16}
+    pipeline.unet.train()
+    together, single = (pipeline_images(pipeline, range(3), prompts=["a dog", "a"], batch=n, **call) for n in (3, 1))
+    assert together.shape == (3, 3, 16, 16)
+    assert np.abs(together - single).max() < 1e-4
+    assert pipeline.unet.training
+    assert (pipeline.scheduler, scheduler.num_inference_steps) == (scheduler, None)
+    training = (together.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+    monitor = MemorizationMonitor(pipeline, training, prompts=["a dog", "a"], samples=3, call=call, stop=0.9)
+    assert monitor.look(0).count == 3
+    assert not monitor.should_stop  # three images show little
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(InputError, match="StableDiffusionPipeline with a text_encoder: sample it with"):
+        load(f"diffusers:{tmp_path / 'pipeline'}")
+
+
 class Classes(diffusers.DiffusionPipeline):
     """A pipeline of classes, without generators, whose images are those of its classes."""
 

@@ -4,6 +4,7 @@ import csv
 import logging
 import time
 import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiny_training import DIGITS, QUICK, TinyDenoiser, floats, loss_of
 import diffmem
 from diffmem.errors import InputError
 from diffmem.integrations import MemorizationMonitor, as_logger
+from diffmem.integrations.isolation import ema_weights, find_ema
 from diffmem.memorization import SequentialTest, anytime_interval
 from diffmem.sampling import sample
 
@@ -105,6 +107,56 @@ def test_random_states_modes_and_weights_are_left_alone():
     assert (network.training, network.layers[0].training, network.layers[2].training) == (True, True, False)
     assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
     assert np.array_equal(result.audit.generated.images, sample(averages.module, range(4), QUICK).images)
+
+
+class Shadows:
+    """EMA weights as diffusers' EMAModel has them."""
+
+    def __init__(self, parameters):
+        self.shadow_params = [torch.zeros_like(each) for each in parameters]
+
+    def store(self, parameters):
+        self.stored = [each.detach().clone() for each in parameters]
+
+    def copy_to(self, parameters):
+        for each, shadow in zip(parameters, self.shadow_params, strict=True):
+            each.data.copy_(shadow)
+
+    def restore(self, parameters):
+        for each, stored in zip(parameters, self.stored, strict=True):
+            each.data.copy_(stored)
+
+
+class Scoped(torch.nn.Module):
+    """A module that puts its averages in place itself, as latent diffusion's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = TinyDenoiser()
+
+    @contextmanager
+    def ema_scope(self):
+        shadows = Shadows(self.net.parameters())
+        shadows.store(self.net.parameters())
+        shadows.copy_to(self.net.parameters())
+        yield
+        shadows.restore(self.net.parameters())
+
+
+def test_averaged_weights_of_a_part_are_in_place_and_taken_out_again():
+    module = Scoped()
+    before = {name: each.clone() for name, each in module.state_dict().items()}
+    assert find_ema(module) is module
+    for ema in (Shadows(module.net.parameters()), module):
+        with ema_weights(ema, module) as given:
+            assert given is module
+            assert not any(each.any() for each in module.net.parameters())
+        assert all(torch.equal(each, before[name]) for name, each in module.state_dict().items())
+    with pytest.raises(RuntimeError, match="within"), ema_weights(Shadows(module.net.parameters()), module):
+        raise RuntimeError("within")
+    assert all(torch.equal(each, before[name]) for name, each in module.state_dict().items())
+    with pytest.raises(InputError, match="no part of Scoped"), ema_weights(Shadows([torch.zeros(3)]), module):
+        pass
 
 
 def test_the_index_is_built_once_and_a_look_costs_little_beyond_sampling(monkeypatch):
