@@ -321,7 +321,8 @@ class Source(click.ParamType):
     name = "source"
 
     def convert(self, value, parameter, context) -> str:
-        named = str(value).startswith("builtin:") or "{" in str(value)  # a range of shards, which the reader looks for
+        # What the reader looks for itself: a built-in set, a dataset of Hugging Face's library, a range of shards.
+        named = str(value).startswith(("builtin:", "hf:")) or "{" in str(value)
         if not named and not Path(value).exists():
             self.fail(f"{value} does not exist", parameter, context)
         return value

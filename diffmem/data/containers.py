@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import struct
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -314,39 +315,75 @@ def _unsafe(name: str) -> str | None:
     return None
 
 
-class HuggingFaceDataset:
-    """A dataset that `datasets.Dataset.save_to_disk` wrote: its image column, and its label column if there is one."""
+HF = "hf:"  # how the name of a dataset of Hugging Face's library begins, of which only what is on this disk is read
 
-    def __init__(self, path: Path, key: str | None) -> None:
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `datasets` saved a dataset, or a dictionary of them, in the folder `path`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def is_hugging_face(source: Any) -> bool:
+    """Whether `source` is a dataset of Hugging Face's library that is read by index, or a dictionary of such; does not
+    import it."""
+    datasets = sys.modules.get("datasets")
+    kinds = tuple(getattr(datasets, name, ()) for name in ("Dataset", "DatasetDict"))
+    return datasets is not None and isinstance(source, kinds)
+
+
+class HuggingFaceDataset:
+    """A dataset of Hugging Face's library, in memory or as `save_to_disk` wrote it: a column of images and the labels.
+
+    Args:
+        source: The folder, or the dataset.
+        key: The split, where there are several; of a dataset in memory that has none, the column of images.
+        column: Of the images; None takes `image`, or the first one.
+        label: Column of the labels; None takes `label`, `labels`, or the first of class labels.
+    """
+
+    def __init__(self, source: Any, key: str | None, column: str | None = None, label: str | None = None) -> None:
+        path = source if isinstance(source, Path) else type(source).__name__
         try:
             import datasets
         except ImportError:
             raise MissingExtraError("datasets", "datasets", f"reading {path}, a saved Hugging Face dataset,") from None
         self.description = str(path)
-        try:
-            dataset = datasets.load_from_disk(str(path))
-        except Exception as error:  # pyarrow and datasets raise many kinds
-            raise InputError(f"{path}: not a complete Hugging Face dataset: {' '.join(str(error).split())}") from None
+        self._in_memory = not isinstance(source, Path)
+        dataset = source
+        if not self._in_memory:
+            try:
+                dataset = datasets.load_from_disk(str(path))
+            except Exception as error:  # pyarrow and datasets raise many kinds
+                words = " ".join(str(error).split())
+                raise InputError(f"{path}: not a complete Hugging Face dataset: {words}") from None
         if isinstance(dataset, datasets.DatasetDict):
-            dataset = self._pick("split", dataset, list(dataset), key)
+            key, _, rest = (key or "").partition(":")
+            dataset, column = self._pick("split", dataset, list(dataset), key or None), rest or column
+        elif self._in_memory:
+            column = column or key
         features = dataset.features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if not images:
             raise InputError(f"{path}: no column of images among {', '.join(features)}")
-        column = "image" if "image" in images else images[0]
+        if column is not None and column not in images:
+            raise InputError(f"{path}: no column {column!r} of images; such are {', '.join(images)}")
+        if label is not None and label not in features:
+            raise InputError(f"{path}: no column {label!r} of labels among {', '.join(features)}")
+        picked = column is not None
+        column = column or ("image" if "image" in images else images[0])
         # The mode to which `datasets` converts what it decodes, where the feature names one that images can have here.
         self.mode: str | None = features[column].mode if features[column].mode in ("L", "RGB") else None
         self._rows = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
         self._column = column
         self.names: Sequence[str] = [f"{column}-{index:08d}" for index in range(len(dataset))]
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        labels = next((name for name in ("label", "labels", *classes) if name in features), None)
+        labels = label or next((name for name in ("label", "labels", *classes) if name in features), None)
         self.labels: np.ndarray | None = None
         self.notes: tuple[str, ...] = ()
         if labels is not None:
             read = lambda: as_labels(dataset[labels][:], self.names, f"{path}: column {labels}")  # noqa: E731
             self.labels, self.notes = or_note(read)
-        if len(images) > 1 and column != "image":
+        if len(images) > 1 and column != "image" and not picked:
             self.notes += (f"{path}: of its columns of images, {', '.join(images)}, the first was read",)
 
     def _pick(self, what: str, mapping: Any, names: Sequence[str], key: str | None) -> Any:
@@ -359,6 +396,9 @@ class HuggingFaceDataset:
     def read(self, index: int) -> bytes:
         """The bytes of image `index`; raises `BadImage`."""
         item = self._rows[index][self._column]
+        if self._in_memory and item is not None and item["bytes"] is None and os.path.isfile(item["path"] or ""):
+            with open(item["path"], "rb") as file:  # the caller's own, which Hugging Face's library would open too
+                return file.read(MAX_FILE_BYTES)
         if item is None or item["bytes"] is None:  # a path on somebody's disk, perhaps not even this machine's
             raise BadImage("is not stored in the dataset itself: save it again with its images embedded")
         return item["bytes"]

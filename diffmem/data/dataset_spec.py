@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffmem.data.classes import class_indices
+from diffmem.data.containers import HF
 from diffmem.data.image_set import ImageRecipe, ImageSet
 from diffmem.data.image_source import ImageSource
 from diffmem.data.load import load_images
@@ -227,6 +228,9 @@ def read_data(data: ImageSource, progress: Progress = silent) -> tuple[ImageSet,
 def _absolute(source: Any) -> Any:
     if not isinstance(source, (str, os.PathLike)) or os.fspath(source).startswith("builtin:"):
         return source
+    if os.fspath(source).startswith(HF):
+        path, mark, query = os.fspath(source).removeprefix(HF).partition("?")
+        return f"{HF}{Path(path).expanduser().absolute()}{mark}{query}"
     return str(Path(source).expanduser().absolute())
 
 

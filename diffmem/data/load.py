@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import numpy as np
 
@@ -24,7 +25,15 @@ from diffmem.data.arrays import (
 )
 from diffmem.data.cache import load_cached
 from diffmem.data.cifar import is_cifar, read_cifar
-from diffmem.data.containers import Folder, HuggingFaceDataset, ZipArchive, files_without_images
+from diffmem.data.containers import (
+    HF,
+    Folder,
+    HuggingFaceDataset,
+    ZipArchive,
+    files_without_images,
+    is_hugging_face,
+    is_saved_dataset,
+)
 from diffmem.data.decode import PixelOptions, image_suffixes
 from diffmem.data.decode_pool import EncodedImages, decode_all
 from diffmem.data.grid import rows_and_columns, sheets_of_files
@@ -70,8 +79,10 @@ def load_images(
             single image file, tar archives of webdataset and img2dataset (one, a folder of them, or
             "train-{000..127}.tar"), parquet (a file, or a folder as the hub of Hugging Face holds), `.npz` (`images`
             NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`, `cifar-10-python.tar.gz`, a saved
-            Hugging Face dataset, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a torch
-            dataset, an iterable of images or batches (alone or with labels), an `ImageSet`, or a `DatasetSpec`.
+            Hugging Face dataset, "hf:PATH?split=…&column=…&label=…" (the same or parquet, on this disk), a dataset of
+            Hugging Face's library, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a
+            torch dataset or another one read by index, an iterable of images or batches (alone or with labels), which
+            is read once, an `ImageSet`, or a `DatasetSpec`.
         resize: N for N×N, or (height, width), in pixels: Lanczos resampling with antialiasing, not keeping the aspect
             ratio.
         center_crop: Cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
@@ -84,10 +95,10 @@ def load_images(
         skip_bad: Skip files that cannot be used; they are listed in `ImageSet.skipped`.
         cache: Keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
             contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
-        key: Which array of an `.npz`, `.pt` or `.safetensors` file, which split of a saved Hugging Face dataset, the
-            ending of the images in tar archives whose samples hold several ("jpg"), the column of a parquet file (of a
-            folder of them: the split, or split and column, "train:image"), or "train" (default), "test" or
-            "all" of CIFAR-10's archive.
+        key: Which array of an `.npz`, `.pt` or `.safetensors` file; which split of a saved Hugging Face dataset; the
+            ending of the images in tar archives whose samples hold several ("jpg"); the column of a parquet file (of a
+            folder of them: the split, or split and column, "train:image"); the field of mappings from Python; or
+            "train" (default), "test" or "all" of CIFAR-10's archive.
         layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
         value_range: The values of black and white where the source holds floats, such as (-1, 1), (0, 1) or (0, 255):
             they are rounded to gray levels. Values a little beyond are clipped. Sources of uint8 are not changed.
@@ -131,13 +142,14 @@ def load_images(
     if isinstance(source, str) and source.startswith(builtin.PREFIX):
         return finish(_image_set(builtin.read_builtin(source, limit), source))
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
+        text = os.fspath(source)
+        path = Path(text.removeprefix(HF).partition("?")[0] if text.startswith(HF) else text).expanduser()
         if (kind := network_kind(path)) is not None:
             raise InputError(
                 f"{path}: is {kind}, not a set of images: sample it, and give the images (`diffmem sample` samples"
                 " networks of diffmem and snapshots of EDM)"
             )
-        encoded = _encoded(path, key)
+        encoded = _hugging_face(text, path, key) if text.startswith(HF) else _encoded(path, key)
         if encoded is not None:
 
             def decode() -> ImageSet:
@@ -149,14 +161,17 @@ def load_images(
             if center_crop:
                 settings["center_crop"] = True
             settings |= {} if alpha is None else {"alpha": alpha}
+            settings |= {"source": text.partition("?")[2]} if text.startswith(HF) else {}
             return _logged(load_cached(path, encoded, settings, decode, report))
         return finish(_image_set(_array_file(path, key, layout, report), str(path)))
     if isinstance(source, np.ndarray) or is_tensor(source):
         where = "array" if isinstance(source, np.ndarray) else "tensor"
         return finish(_image_set(Arrays(as_nchw(to_numpy(source), layout, where, assume="NCHW")), where))
+    if is_hugging_face(source):
+        return _logged(_decoded(HuggingFaceDataset(source, key), options, limit, skip_bad, report))
     if is_map_dataset(source) or (isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes))):
         where = type(source).__name__
-        arrays = read_stream(source, options, layout, limit, where, report)
+        arrays = read_stream(source, options, layout, limit, where, report, key)
         return finish(_image_set(arrays, where))
     raise InputError(
         f"cannot read images from an object of type {type(source).__name__}: give a path, an array, a tensor or an "
@@ -198,7 +213,7 @@ def _turned_note(source: str, turned: int, count: int) -> str:
 def _encoded(path: Path, key: str | None) -> EncodedImages | None:
     """The container of image files that `path` is, or None where it is an array file."""
     if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if is_saved_dataset(path):
             return HuggingFaceDataset(path, key)
         return _packed(path, key) or Folder(path)
     if not path.is_file():
@@ -213,6 +228,39 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
     if suffix == ".parquet":
         return ParquetImages([path], str(path), key)
     return Folder(path) if suffix in image_suffixes() else None
+
+
+def _hugging_face(source: str, path: Path, key: str | None) -> EncodedImages:
+    """The images that `hf:PATH?split=…&column=…&label=…` names: a saved dataset, parquet, or a folder of it."""
+    query = source.partition("?")[2]
+    try:
+        options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    except ValueError:
+        options = {"?": query}
+    if unknown := options.keys() - {"split", "column", "label"}:
+        raise InputError(f"{source}: no option {min(unknown)}: there are split, column and label")
+    if not path.exists():
+        raise InputError(
+            f"{source}: there is no folder {path}, and nothing is downloaded: download the dataset first, and give its"
+            " folder (`hf download NAME --repo-type dataset --local-dir FOLDER`)"
+        )
+    split, column, label = options.get("split", key), options.get("column"), options.get("label")
+    if is_saved_dataset(path):
+        return HuggingFaceDataset(path, split, column, label)
+    if path.is_file():
+        files = [path] if path.suffix.lower() == ".parquet" else []
+    else:
+        files = [path / name for name in files_without_images(path) if name.lower().endswith(".parquet")]
+    if not files:
+        raise InputError(f"{source}: neither a dataset that `save_to_disk` wrote nor parquet files are there")
+    if path.is_dir() and split is not None:
+        files, rest = parquet_files(files, path, split)
+        if rest is not None and rest == split:
+            raise InputError(f"{source}: there is no split {split!r}")
+        column = rest or column
+    elif path.is_dir():
+        files, _ = parquet_files(files, path, None)
+    return ParquetImages(files, str(path), column, label)
 
 
 def _packed(folder: Path, key: str | None) -> EncodedImages | None:
