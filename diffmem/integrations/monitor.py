@@ -401,8 +401,11 @@ def _detector_of(training: Any, options: dict[str, Any]) -> CopyDetector:
     if isinstance(training, CopyDetector):
         if options:
             raise InputError("training is a CopyDetector, which has its own options: leave detector out")
-        training.keep_images = True
-        return training
+        own = object.__new__(type(training))  # with the same index, and images of its own
+        own.__dict__.update(training.__dict__)
+        own.keep_images = True
+        own.reset()
+        return own
     training = gray_levels(training)
     if options.get("holdout") is not None:
         options["holdout"] = gray_levels(options["holdout"])

@@ -93,7 +93,8 @@ class CopyDetection(Metric):
         """Adds images.
 
         Args:
-            images: uint8 or float [B, C, H, W], on any device, in any precision.
+            images: uint8 or float [B, C, H, W], on any device, in any precision; vectors [B, d], where the features are
+                precomputed.
 
         Raises:
             InputError: They do not fit the training images.
@@ -108,8 +109,10 @@ class CopyDetection(Metric):
         Args:
             images: As for `update`.
         """
-        if isinstance(images, torch.Tensor) and images.ndim == 4 and not len(images):
+        if isinstance(images, torch.Tensor) and not len(images):
             raise InputError("update: there are no images in this batch")
+        if self.detector.compared.vectors_only:
+            return self.detector.judge(images)
         shape = getattr(self.detector.training, "image_shape", None)
         layout = "NCHW" if tuple(getattr(images, "shape", ()))[1:] == shape else None
         return self.detector.judge(gray_levels(images, self._value_range, layout=layout))

@@ -77,8 +77,11 @@ def test_training_sets_of_floats_and_detectors_that_are_shared():
     for training in (floats(), (floats() + 1) / 2, torch.utils.data.TensorDataset(floats())):
         assert MemorizationMonitor(copies, training, samples=4).look(0).count == 4
     detector = diffmem.CopyDetector(DIGITS, threshold="1/4")
+    detector.update(DIGITS.images[:3])
     first, second = (MemorizationMonitor(copies, detector, samples=4) for _ in range(2))
     assert first.look(0).rate == second.look(0).rate
+    assert first.latest.audit.settings["threshold"] == "1/4"
+    assert (detector.total, detector.compute().total) == (3, 3)  # the caller's images are left to it
     with pytest.raises(InputError, match="leave detector out"):
         MemorizationMonitor(copies, detector, detector={"flip": True})
 

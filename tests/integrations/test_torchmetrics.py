@@ -59,6 +59,16 @@ def test_in_a_collection_each_metric_keeps_its_own_counts():
     assert cloned["loose"].detector is loose.detector  # the training set is not copied
 
 
+def test_other_features_and_rules():
+    vectors = torch.nn.functional.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)))
+    metric = CopyDetection(vectors, detector={"features": "precomputed", "rule": "similarity", "threshold": 0.99})
+    metric.update(torch.cat([vectors[:3] + 1e-4, -vectors[:5]]))
+    assert (metric.rate.count, metric.rate.total) == (3, 8)
+    named = CopyDetection(TRAINING, detector={"features": "hash", "rule": "similarity", "threshold": 10})
+    named.update(torch.from_numpy(IMAGES) / 255)
+    assert named.rate == diffmem.audit(IMAGES, TRAINING, features="hash", rule="similarity", threshold=10).rate
+
+
 def test_merged_pickled_and_drawn(tmp_path):
     parts = [MemorizationRatio(TRAINING) for _ in range(2)]
     for metric, images in zip(parts, (IMAGES[:13], IMAGES[13:]), strict=True):
