@@ -121,7 +121,7 @@ def load_diffusers(folder: str | Path, device: torch.device | str = "cpu") -> Wr
     if not (unet_folder / _WEIGHTS).is_file():
         raise InputError(
             f"{unet_folder}: no {_WEIGHTS} in it; weights of other formats may run code when they are loaded, and are "
-            "not: save the pipeline again with safe_serialization=True"
+            "not: save the pipeline again with `save_pretrained`, which writes safetensors"
         )
     if not (scheduler_folder / _SCHEDULER).is_file():
         raise InputError(

@@ -149,6 +149,13 @@ class WrappedDenoiser(nn.Module):
     """A model with the interface of `Denoiser`; made by `as_denoiser`.
 
     `channels`, `resolution`, `label_dim`, `sigma_min`, `sigma_max`: of the model. `autocast_dtype`: as of `Denoiser`.
+
+    Args:
+        model: The module or function that denoises.
+        given: What it does not say of itself, by name; None: its own attribute is taken.
+        device: Of a function; a module is where its parameters are.
+        fingerprint: What stands for the model, for runs that resume; None: the SHA-256 of its weights.
+        preconditioning: That turns its raw output into a denoised image; None: it denoises by itself.
     """
 
     channels: int

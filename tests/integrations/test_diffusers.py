@@ -297,7 +297,7 @@ def test_folders_that_are_no_such_pipeline_are_refused(tmp_path):
             "with a vae: sample it with its own",
         ),
         (changed("class", "unet/config.json", {"_class_name": "UNet2DConditionModel"}), "only UNet2DModel is read"),
-        (changed("pickled", weights, None), "not: save the pipeline again with safe_serialization=True"),
+        (changed("pickled", weights, None), "save the pipeline again with `save_pretrained`, which writes safetensors"),
         (changed("cut", weights, b"\x08\0\0\0\0\0\0\0{}"), "not a complete safetensors file"),
         (changed("flow", "scheduler/scheduler_config.json", {"prediction_type": "flow"}), "prediction_type is 'flow'"),
         (changed("alone", "scheduler/scheduler_config.json", None), "no scheduler/scheduler_config.json"),
