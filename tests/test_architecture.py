@@ -57,7 +57,22 @@ ALLOWED = {
         "environment",
     },
 }
-LAZY = {"faiss", "matplotlib", "triton", "ray", "sklearn", "datasets", "jinja2", "rich", "tensorboard"}
+LAZY = {
+    "faiss",
+    "h5py",
+    "lmdb",
+    "nibabel",
+    "pydicom",
+    "pyarrow",
+    "matplotlib",
+    "triton",
+    "ray",
+    "sklearn",
+    "datasets",
+    "jinja2",
+    "rich",
+    "tensorboard",
+}
 LAZY |= {"torchmetrics", "lightning", "diffusers", "accelerate", "transformers", "wandb", "mlflow"}
 
 

@@ -151,8 +151,9 @@ def audit_command(
 ) -> int:  # fmt: skip
     """Which of the GENERATED images are copies of TRAINING images?
 
-    GENERATED and TRAINING are folders, zips, tar shards, parquet, .npz, .npy, .pt or .safetensors files, CIFAR-10's
-    cifar-10-python.tar.gz, data sets saved by Hugging Face datasets, or builtin:digits and builtin:patches.
+    GENERATED and TRAINING are folders, zips, tar shards of webdataset, parquet, .npz, .npy, .pt, .safetensors or
+    HDF5 files, TIFF stacks, CIFAR-10's cifar-10-python.tar.gz, data sets saved by Hugging Face datasets (also as
+    hf:PATH?split=…&column=…), or builtin:digits and builtin:patches.
     Pictures are turned as their EXIF orientation says, in every format; a note counts them. Pictures deeper
     than 8 bits per channel are refused, but for 16-bit gray that 8 bits hold exactly.
 

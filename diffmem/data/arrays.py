@@ -26,7 +26,7 @@ from diffmem.inert.boundary import parsing, short
 
 _CHANNELS = (1, 3, 4)
 # Images are not packed more closely than this, unless there is next to nothing on them; deflate's limit is 1,032.
-_MOST_DEFLATED, _LARGE = 500, 2**30
+MOST_DEFLATED, LARGE = 500, 2**30
 _LONGEST_HEADER = 10_000  # bytes of an .npy file's header, as numpy allows
 _BESIDE_IMAGES = ("labels", "names", "seeds")
 
@@ -187,10 +187,14 @@ def _dtype_name(dtype: np.dtype) -> str:
 
 
 def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
-    """The images in an `.npz` file: `images` (NCHW) with `labels` and `names`, or ADM's `arr_0` (NHWC) with `arr_1`."""
+    """The images in an `.npz` file: `images` (NCHW) with `labels` and `names`, ADM's `arr_0` (NHWC) with `arr_1`, or a
+    split of MedMNIST's (`train_images` with `train_labels`, …): "train" unless `key` says "val", "test" or "all"."""
     with parsing(path, "a complete .npz file"):
         with open_zip(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            split = (key or "train").removesuffix("_images")
+            if "train_images" in names and (f"{split}_images" in names or key not in names):
+                return _read_medmnist(archive, names, split, path)
             chosen = _pick(names, key, path)
 
             def member(name: str) -> np.ndarray | None:
@@ -211,6 +215,44 @@ def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
         return Arrays(images, labels, None if written_names is None else written_names.tolist(), notes)
 
 
+def _read_medmnist(archive: zipfile.ZipFile, names: Sequence[str], key: str, path: Path) -> Arrays:
+    there = [split for split in ("train", "val", "test") if f"{split}_images" in names]
+    if key not in (*there, "all"):
+        raise InputError(f"{path}: there is no split {key!r}: pick one with key=…: {', '.join(there)}, all")
+    found: list[Arrays] = []
+    for split in there if key == "all" else [key]:
+        images = npz_member(archive, f"{split}_images", path)
+        if images.ndim == 5 or (images.ndim == 4 and images.shape[3] not in _CHANNELS):
+            raise InputError(f"{path}: {split}_images holds volumes {images.shape}: cut slices [N, H, W] of them first")
+        images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2) if images.ndim == 4 else images
+        images = as_nchw(images, "NCHW", f"{path}: {split}_images")
+
+        def read_labels(split: str = split, images: np.ndarray = images) -> np.ndarray | None:
+            if f"{split}_labels" not in names:
+                return None
+            return _labels_of(as_column(npz_member(archive, f"{split}_labels", path)), images, path)
+
+        labels, notes = or_note(read_labels)
+        found.append(Arrays(images, labels, [f"{split}-{index:06d}" for index in range(len(images))], notes))
+    if len(found) == 1:
+        return found[0]
+    if len({each.images.shape[1:] for each in found}) > 1:
+        raise InputError(f"{path}: its splits hold images of different shapes: take one of them with key=…")
+    kept = [each.labels for each in found if each.labels is not None]
+    alike = len(kept) == len(found) and len({(each.dtype, each.shape[1:]) for each in kept}) == 1
+    return Arrays(
+        np.concatenate([each.images for each in found]),
+        np.concatenate(kept) if alike else None,
+        [name for each in found for name in each.names or ()],
+        tuple(note for each in found for note in each.notes),
+    )
+
+
+def as_column(labels: np.ndarray) -> np.ndarray:
+    """Labels [N, 1, …, 1], as some data sets hold them, as [N]."""
+    return labels.reshape(len(labels)) if labels.ndim > 1 and labels.size == len(labels) else labels
+
+
 def _labels_of(labels: np.ndarray | None, images: np.ndarray, path: Path) -> np.ndarray | None:
     return None if labels is None else check_labels(labels, len(images), str(path))
 
@@ -226,7 +268,7 @@ def npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 raise ValueError(
                     f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, {there:,} are there"
                 )
-            if size > _LARGE and size > _MOST_DEFLATED * entry.compress_size:
+            if size > LARGE and size > MOST_DEFLATED * entry.compress_size:
                 raise ValueError(
                     f"its {size / 1e9:.1f} GB are packed into {entry.compress_size / 1e6:.1f} MB, as in a zip bomb"
                 )

@@ -37,12 +37,14 @@ from diffmem.data.containers import (
 from diffmem.data.decode import PixelOptions, image_suffixes
 from diffmem.data.decode_pool import EncodedImages, decode_all
 from diffmem.data.grid import rows_and_columns, sheets_of_files
+from diffmem.data.hdf5 import HDF5_SUFFIXES, read_hdf5
 from diffmem.data.image_set import ImageRecipe, ImageSet
 from diffmem.data.image_source import ImageSource
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.parquet import ParquetImages, parquet_files
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.tar_shards import TarShards, expand_braces
+from diffmem.data.tiff_stacks import TiffStack, pages
 from diffmem.data.value_range import as_bytes, check_value_range
 from diffmem.errors import InputError
 from diffmem.logs import logger
@@ -78,7 +80,8 @@ def load_images(
         source: A folder (searched recursively, files in natural order), a zip archive (EDM's layout or any other), a
             single image file, tar archives of webdataset and img2dataset (one, a folder of them, or
             "train-{000..127}.tar"), parquet (a file, or a folder as the hub of Hugging Face holds), `.npz` (`images`
-            NCHW and `labels`, or ADM's `arr_0` NHWC), `.npy`, `.pt`, `.safetensors`, `cifar-10-python.tar.gz`, a saved
+            NCHW and `labels`, ADM's `arr_0` NHWC, or MedMNIST's `train_images`), `.npy`, `.pt`, `.safetensors`, HDF5
+            (`.h5`), a TIFF stack (each page an image), `cifar-10-python.tar.gz`, a saved
             Hugging Face dataset, "hf:PATH?split=…&column=…&label=…" (the same or parquet, on this disk), a dataset of
             Hugging Face's library, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a
             torch dataset or another one read by index, an iterable of images or batches (alone or with labels), which
@@ -95,10 +98,10 @@ def load_images(
         skip_bad: Skip files that cannot be used; they are listed in `ImageSet.skipped`.
         cache: Keep a packed, memory-mapped copy beside a folder, zip or dataset of files and use it while the source's
             contents are the same (see `diffmem.data.cache`). Array files have nothing to cache.
-        key: Which array of an `.npz`, `.pt` or `.safetensors` file; which split of a saved Hugging Face dataset; the
-            ending of the images in tar archives whose samples hold several ("jpg"); the column of a parquet file (of a
-            folder of them: the split, or split and column, "train:image"); the field of mappings from Python; or
-            "train" (default), "test" or "all" of CIFAR-10's archive.
+        key: Which array of an `.npz`, `.pt`, `.safetensors` or HDF5 file; which split of a saved Hugging Face dataset;
+            the ending of the images in tar archives whose samples hold several ("jpg"); the column of a parquet file
+            (of a folder of them: the split, or split and column, "train:image"); the field of mappings from Python; or
+            "train" (default), "test" or "all" of CIFAR-10's archive, and also "val" of MedMNIST's.
         layout: "NCHW" or "NHWC" for arrays whose shape leaves that open.
         value_range: The values of black and white where the source holds floats, such as (-1, 1), (0, 1) or (0, 255):
             they are rounded to gray levels. Values a little beyond are clipped. Sources of uint8 are not changed.
@@ -227,6 +230,8 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
         return TarShards([path], str(path), key)
     if suffix == ".parquet":
         return ParquetImages([path], str(path), key)
+    if suffix in (".tif", ".tiff") and (count := pages(path)) > 1:
+        return TiffStack(path, count)
     return Folder(path) if suffix in image_suffixes() else None
 
 
@@ -280,11 +285,13 @@ def _array_file(path: Path, key: str | None, layout: str | None, progress: Progr
         return read_cifar(path, key or "train", progress)
     if name.endswith(".npy"):
         return read_npy(path, layout)
+    if name.endswith(HDF5_SUFFIXES):
+        return read_hdf5(path, key, layout, progress)
     readers = {".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".safetensors": read_safetensors}
     if path.suffix.lower() not in readers:
         raise InputError(
             f"{path}: not a kind of file that is read: give a folder, an image, .zip, .tar, .parquet, .npz, .npy, .pt,"
-            " .safetensors or cifar-10-python.tar.gz"
+            " .safetensors, .h5 or cifar-10-python.tar.gz"
         )
     return readers[path.suffix.lower()](path, key, layout)
 

@@ -417,7 +417,32 @@ def test_tensors_of_other_kinds(tmp_path, refused):
 def test_an_array_packed_as_in_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((600, 3, 64, 64), np.uint8))
     assert len(load_images(tmp_path / "bomb.npz")) == 600  # small enough to be nobody's attack
-    monkeypatch.setattr(arrays, "_LARGE", 2**20)
+    monkeypatch.setattr(arrays, "LARGE", 2**20)
     monkeypatch.setattr(arrays, "allocate", lambda *_: pytest.fail("space was made for it"))
     with pytest.raises(InputError, match=r"images.*packed into 0\.0 MB, as in a zip bomb"):
         load_images(tmp_path / "bomb.npz")
+
+
+def test_medmnist(tmp_path, refused):
+    gray = NHWC[..., 0]
+    splits = {
+        "train_images": gray, "train_labels": LABELS[:, None].astype(np.uint8),
+        "val_images": gray[:2], "val_labels": LABELS[:2, None].astype(np.uint8),
+        "test_images": gray[3:], "test_labels": LABELS[3:, None].astype(np.uint8),
+    }  # fmt: skip
+    path = tmp_path / "pathmnist.npz"
+    np.savez(path, **splits)
+    loaded = load_images(path)
+    np.testing.assert_array_equal(loaded.images[:, 0], gray)
+    np.testing.assert_array_equal(loaded.labels, LABELS)
+    assert load_images(path, key="val").names == ["val-000000", "val-000001"]
+    np.testing.assert_array_equal(load_images(path, key="all").labels, np.concatenate([LABELS, LABELS[:2], LABELS[3:]]))
+    np.testing.assert_array_equal(load_images(path, key="test_images").images[:, 0], gray[3:])
+    refused(path, "train, val, test, all", key="x")
+    np.savez(path, **{**splits, "train_images": NHWC, "train_labels": np.eye(3)[LABELS % 3] + 1})
+    color = load_images(path)
+    np.testing.assert_array_equal(color.images, NCHW)
+    assert color.labels.shape == (6, 3)
+    refused(path, "different shapes", key="all")
+    np.savez(path, train_images=np.zeros((2, 8, 8, 8), np.uint8))
+    refused(path, "volumes")
