@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from diffmem.atomic_io import check_output_folder
 from diffmem.html_report import template, write_report
 from diffmem.plotting import data_url, plot, svg
-from diffmem.studies.comparison.gaps import MEMORIZED
+from diffmem.studies.comparison.gaps import MEMORIZED, Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from diffmem.studies.comparison.gaps import Comparison, Curve
+    from diffmem.studies.comparison.gaps import Comparison
 
 COLORS = {"training": "#a3261c", "unseen": "#3866a8", "generated": "#8a5a00"}
 
