@@ -4,7 +4,7 @@ What is measured are shares, not time. Two sets: test images of CIFAR-10 (JPEG) 
 training image shows (`benchmarks/detection/sets.py` says where they are looked for), and planted copies: training
 images disguised as people meet them, at rising strength, of CIFAR-10 (JPEG), else of patches of photographs, and of
 256×256 photographs. Every detector gives scores; its threshold is the one that raises alarms on 0.1, 0.5 or 1 % of
-images that are no copies, beside those that its users take. Writes results/detection.csv and results/detection.svg;
+images that are not copies, beside those that its users take. Writes results/detection.csv and results/detection.svg;
 `--only NAME` measures one detector and leaves the rows of the others.
 """
 

@@ -42,7 +42,7 @@ def against_audit(bench: Bench, workload: str, generated: np.ndarray, training: 
     images = [np.ascontiguousarray(each).reshape(len(each), 3, side, side) for each in (generated, training)]
     contenders = [
         Contender("diffmem.audit", lambda: diffmem.audit(*images)),
-        Contender("diffmem.measure", lambda: diffmem.measure(*images), "all that need no hold-out set"),
+        Contender("diffmem.measure", lambda: diffmem.measure(*images), "all that need no holdout set"),
     ]
     bench.compare(workload, contenders, repeats=3)
 

@@ -73,7 +73,7 @@ def sweeps(runs: Path, progress: Progress) -> None:
             continue
         swept[name] = sweep(
             str(source), ["tikhonov", "bayes", "smooth"], runs / folder, seeds=range(seeds), labels=False,
-            settings=SamplerConfig(batch=64), progress=progress,
+            sampler=SamplerConfig(batch=64), progress=progress,
         )  # fmt: skip
         swept[name].save(runs / folder)
         shutil.copy(runs / folder / "sweep.csv", RESULTS / f"{folder}.csv")

@@ -1,4 +1,5 @@
-"""Triton kernels compiled for GPUs that are not here: which launches an op makes, and what each compiled kernel uses.
+"""Triton kernels compiled for GPUs that are not available: which launches an op makes, and what each compiled kernel
+uses.
 
 Launches are recorded from the op's own host code on "meta" tensors, so that what is compiled is what would run.
 """

@@ -176,7 +176,7 @@ def check_output_file(path: str | os.PathLike[str]) -> Path:
 def check_new_folder(path: Path) -> None:
     """Raises `InputError` where `path` exists already and is not an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path}: exists already: choose another name, or empty it first")
+        raise InputError(f"{path}: exists already: choose another name, or empty the folder first")
 
 
 def _keep_mode(partial: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     """The device that `device` names: "cpu", "cuda", "cuda:1", or "auto": what DIFFMEM_DEVICE in the environment names,
     else a GPU where there is one.
 
-    Raises InputError for names that torch does not know and for devices that are not here.
+    Raises InputError for names that torch does not know and for devices that are not available.
     """
     if device == "auto":
         device = os.environ.get(SETTING) or ("cuda" if torch.cuda.is_available() else "cpu")

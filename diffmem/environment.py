@@ -21,7 +21,7 @@ FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 # Package: the extra that brings it, and what it is for.
 OPTIONAL = {
     "faiss-cpu": ("faiss", "approximate search"),
-    "faiss-gpu": ("gpu", "approximate search on GPUs too, in the place of faiss-cpu"),
+    "faiss-gpu": ("gpu", "approximate search, also on GPUs; replaces faiss-cpu"),
     "triton": ("triton", "fused GPU kernels"),
     "datasets": ("datasets", "Hugging Face data sets on disk"),
     "pandas": ("pandas", "audits as data frames"),
@@ -78,8 +78,7 @@ def describe_faiss() -> dict[str, Any]:
     if len(packages) > 1:
         names = " ".join(packages)
         problem = (
-            f"{' and '.join(packages)} provide the same module, and an environment holds one of them: "
-            f"pip uninstall {names}, then install the one you want"
+            f"{' and '.join(packages)} provide the same module: pip uninstall {names}, then install the one you want"
         )
     try:
         gpus = importlib.import_module("faiss").get_num_gpus()

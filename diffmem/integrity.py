@@ -43,13 +43,13 @@ def unsealed(values: Any, where: object, advice: str) -> dict[str, Any]:
 
     Raises:
         NoChecksumError: It has no checksum.
-        InputError: It is no document, or not the one that was sealed.
+        InputError: It is not a document, or not the one that was sealed.
     """
     if not isinstance(values, dict):
-        raise InputError(f"{where}: damaged (it holds no JSON object): {advice}")
+        raise InputError(f"{where}: damaged (it is not a JSON object): {advice}")
     if SEAL not in values:
         raise NoChecksumError(
-            f"{where}: without a checksum (an older version of diffmem wrote it, or a person): {advice}"
+            f"{where}: has no checksum (written by an older version of diffmem, or by hand): {advice}"
         )
     rest = {name: value for name, value in values.items() if name != SEAL}
     with parsing(where, "a JSON document", advice):
@@ -85,7 +85,7 @@ def file_sha256(path: Path) -> str:
 
 def check_file(path: Path, expected: Any, advice: str) -> None:
     """Raises InputError where the bytes of `path` are not those with the SHA-256 `expected`."""
-    with parsing(path, "a file that can be read", advice):
+    with parsing(path, "a readable file", advice):
         found = file_sha256(path)
     if expected != found:
         raise InputError(f"{path}: damaged (its checksum differs): {advice}")
@@ -125,7 +125,7 @@ def load_arrays(path: Path, advice: str) -> dict[str, np.ndarray]:
             arrays = {name: stored[name] for name in stored.files}
         expected = arrays.pop(SEAL, None)
         if expected is None:
-            raise NoChecksumError(f"{path}: without a checksum (an older version of diffmem wrote it): {advice}")
+            raise NoChecksumError(f"{path}: has no checksum (written by an older version of diffmem): {advice}")
         if str(expected) != arrays_sha256(arrays):
             raise InputError(f"{path}: damaged (its checksum differs): {advice}")
         return arrays

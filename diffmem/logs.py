@@ -1,4 +1,4 @@
-"""Loggers under the name "diffmem", whose records hold no bytes that are no text, and nothing that a terminal obeys:
+"""Loggers under the name "diffmem", whose records hold no bytes that are not text, and nothing that a terminal obeys:
 file names come from elsewhere."""
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def progress_bars(enabled: bool = True) -> Iterator[Progress]:
-    """A callback that draws one bar per stage, with speed and time left, on standard error; where that is no terminal
-    (a log file), stages that take long print a line now and then."""
+    """A callback that draws one bar per stage, with speed and time left, on standard error; where that is not a
+    terminal (a log file), stages that take long print a line now and then."""
     if not enabled:
         yield silent
         return

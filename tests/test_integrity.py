@@ -37,7 +37,7 @@ def test_documents(tmp_path):
                 refusals.append(str(error))
     assert len(refusals) > 2 * len(text)
     assert all(message.startswith(f"{path}: ") and message.endswith(": delete it") for message in refusals)
-    with pytest.raises(NoChecksumError, match="without a checksum"):
+    with pytest.raises(NoChecksumError, match="has no checksum"):
         unsealed(values, path, "delete it")
 
 

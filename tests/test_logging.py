@@ -44,11 +44,11 @@ def test_skipped_files_and_packed_copies(damaged, caplog):
     diffmem.load_images(images)  # known already
     assert caplog.messages == []
     diffmem.load_images(damaged, skip_bad=True, cache=True)
-    assert any("read from its packed copy" in message for message in caplog.messages)
+    assert any("read from its cached copy" in message for message in caplog.messages)
     (damaged / "cut.png").unlink()
     caplog.clear()
     diffmem.load_images(damaged, skip_bad=True, cache=True)
-    assert any("made again" in message for message in caplog.messages)
+    assert any("it is rebuilt" in message for message in caplog.messages)
 
 
 def test_names_in_records_are_text_and_hide_nothing(digits, tmp_path, caplog):
@@ -79,7 +79,7 @@ def test_what_is_resumed_and_what_is_remembered(tmp_path, caplog, monkeypatch):
         resolution=4, channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=()
     )
     denoiser = Denoiser(DenoiserConfig(network, EDM())).eval()
-    settings = SamplerConfig(steps=2, batch=2, compile="off")
+    sampler = SamplerConfig(steps=2, batch=2, compile="off")
     from diffmem.evaluation.seed_store import SeedStore
 
     write = SeedStore.write
@@ -90,10 +90,10 @@ def test_what_is_resumed_and_what_is_remembered(tmp_path, caplog, monkeypatch):
 
     monkeypatch.setattr(SeedStore, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        generate(denoiser, range(6), out=tmp_path / "out.npz", settings=settings)
+        generate(denoiser, range(6), out=tmp_path / "out.npz", sampler=sampler)
     monkeypatch.setattr(SeedStore, "write", write)
     assert caplog.messages == []
-    generate(denoiser, range(6), out=tmp_path / "out.npz", settings=settings)
+    generate(denoiser, range(6), out=tmp_path / "out.npz", sampler=sampler)
     (message,) = caplog.messages
     assert message.endswith("out.npz.partial: resumes with 2 of 6 images")
     caplog.clear()

@@ -665,7 +665,7 @@ class Dense {
             if (!best.offer(query_norm[q] + norms[j] - 2 * static_cast<std::int64_t>(dots[j]), base + j)) continue;
             lists.put(range, first + q, best);
             if (!best.full()) continue;
-            // floor((|x|^2 - t) / 2) - 1; the shift rounds towards minus infinity.
+            // floor((|x|^2 - t) / 2) - 1; the shift rounds toward minus infinity.
             threshold[q] = static_cast<std::int32_t>(std::max<std::int64_t>(((query_norm[q] - best.worst()) >> 1) - 1,
                                                                             std::numeric_limits<std::int32_t>::min()));
           }

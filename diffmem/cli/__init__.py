@@ -32,7 +32,7 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
 class _Commands(click.Group):
-    """Says errors of the library in the words of the command line."""
+    """Translates the library's errors into the command line's terms."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -112,7 +112,9 @@ def _run(args: list[str] | None, ending: Ending) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", FAILURE)
     except MemoryError:
-        return _fail("not enough memory: use a smaller --limit or images stored as .npy, which stay on disk", FAILURE)
+        return _fail(
+            "not enough memory: lower --limit, or store the images as .npy, which is read from disk as needed", FAILURE
+        )
     except Exception as error:  # a mistake of ours; still one line, and the way to say more
         if ending.number is not None:  # or what an import made of the interrupt
             return _interrupted()
@@ -120,7 +122,7 @@ def _run(args: list[str] | None, ending: Ending) -> int:
 
 
 def _interrupted() -> int:
-    return _fail("interrupted; nothing half-written is left", INTERRUPTED)
+    return _fail("interrupted; no partial output was left behind", INTERRUPTED)
 
 
 def _flush() -> None:

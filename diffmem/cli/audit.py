@@ -69,58 +69,57 @@ class Threshold(click.ParamType):
 )  # fmt: skip
 @click.option(
     "--metric", type=click.Choice(["cosine", "euclidean", "hamming"]),
-    help="How two vectors are compared.  [default: the cosine, of hashes the bits that differ]",
+    help="How two vectors are compared.  [default: cosine; hamming for hashes]",
 )  # fmt: skip
-@click.option("--weights", type=click.Path(), help="The file of a network's weights; nothing is downloaded.")
+@click.option("--weights", type=click.Path(), help="Path of the network's weights; nothing is downloaded.")
 @click.option(
     "--preprocessing",
     metavar="NAME",
-    help="How images are prepared for a network, by the name of who does it so: sscd, sscd-320, dcr, dinov2, clip, "
-    "imagenet, 0-1, -1-1.",
+    help="Preprocessing of the images for a network: sscd, sscd-320, dcr, dinov2, clip, imagenet, 0-1, -1-1.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Images per batch: so many are put to a network at a time.")
+@click.option("--batch", type=click.IntRange(min=1), help="Images per batch: those of a network's forward pass.")
 @click.option(
     "--precision", type=click.Choice(["ieee", "tf32", "bf16", "fp16"]),
-    help="Of the network's products. ieee: float32; tf32: rounded on a GPU; bf16, fp16: autocast.  [default: ieee]",
+    help="Precision of matrix products and convolutions in the network. ieee: float32; tf32: TF32 on a GPU; bf16, "
+    "fp16: autocast.  [default: ieee]",
 )  # fmt: skip
-@click.option(
-    "--no-feature-cache", is_flag=True, help="Do not keep a network's features beside each source for the next run."
-)
+@click.option("--no-feature-cache", is_flag=True, help="Do not cache a network's features beside each source.")
 @click.option(
     "--rule",
     type=click.Choice(["ratio", "similarity", "calibrated"]),
     default="ratio",
     show_default=True,
     help="ratio: d1/d2 below the threshold, the paper's. similarity: a cosine above it, or a distance below it. "
-    "calibrated: scores that at most --alarms of the --holdout images have.",
+    "calibrated: a threshold learned from the --holdout images, at the false-alarm rate --alarms.",
 )
 @click.option(
     "--threshold",
     type=Threshold(),
-    help="Of the rule; on d1/d2 1/3 by default.",
+    help="Threshold of the rule.  [default: 1/3 for --rule ratio]",
 )
 @click.option(
     "--alarms",
     type=Share(),
     metavar="SHARE",
-    help="Of --rule calibrated: the share of images that are no copies about which it may be wrong. [default: 0.01]",
+    help="With --rule calibrated: the highest acceptable share of false alarms among images that are not copies.  "
+    "[default: 0.01]",
 )
 @click.option(
     "--no-second-look",
     is_flag=True,
-    help="Do not align the images that are no copies by the rule with their nearest training images: none is called "
-    "near then.",
+    help="Skip the second look, which aligns images that are not copies by the rule with their nearest training "
+    "images; no image is then reported as near.",
 )
 @click.option(
     "--duplicates", type=click.Choice(["collapse", "keep"]), default="collapse", show_default=True,
-    help="Take the second neighbor among the images that are no duplicates of the first, or leave duplicates in (the "
-    "paper's rule).",
+    help="collapse: take the second neighbor among the images that are not duplicates of the first. keep: count "
+    "duplicates as neighbors (the paper's rule).",
 )  # fmt: skip
 @click.option(
     "--duplicate-radius", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="Training images within this distance (rms, gray levels) of the nearest one are duplicates of it.",
+    help="Training images within this distance (rms, in gray levels) of the nearest one count as its duplicates.",
 )  # fmt: skip
-@click.option("--flip", is_flag=True, help="Look for mirrored copies too (models trained with horizontal flips).")
+@click.option("--flip", is_flag=True, help="Also look for mirrored copies (for models trained with horizontal flips).")
 @resize_option()
 @center_crop_option
 @click.option(
@@ -131,16 +130,16 @@ class Threshold(click.ParamType):
 @reading_options("generated", "training", "holdout")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images: of GENERATED.")
 @click.option(
-    "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
+    "--cache", is_flag=True, help="Cache the decoded images beside each source, so that the next run starts at once."
 )
 @click.option(
     "--index", default="exact", show_default=True, metavar="NAME",
-    help="How neighbors are searched: exact, or by FAISS, on GPUs where it has them: flat, ivf, ivf1024, hnsw, or one "
-    "of its factory strings. What FAISS misses is measured on a sample and reported.",
+    help="How neighbors are searched: exact, or with FAISS (on GPUs where available): flat, ivf, ivf1024, hnsw, or a "
+    "FAISS factory string. The recall of FAISS is measured on a sample and reported.",
 )  # fmt: skip
 @device_option
 @folder_option("a folder for report.html, samples.csv and report.json.")
-@json_option("a summary", full="with what is said of each image")
+@json_option("a summary", full="with the result for each image")
 @gate_options
 @debug_option
 def audit_command(
@@ -154,14 +153,14 @@ def audit_command(
     GENERATED and TRAINING are folders, zips, tar shards of webdataset, parquet, .npz, .npy, .pt, .safetensors or
     HDF5 files, TIFF stacks, CIFAR-10's cifar-10-python.tar.gz, data sets saved by Hugging Face datasets (also as
     hf:PATH?split=…&column=…), or builtin:digits and builtin:patches.
-    Pictures are turned as their EXIF orientation says, in every format; a note counts them. Pictures deeper
-    than 8 bits per channel are refused, but for 16-bit gray that 8 bits hold exactly.
+    The EXIF orientation is applied in every format; a note says to how many images. Images with more than 8 bits per
+    channel are refused, except 16-bit gray that fits 8 bits exactly.
 
-    A verdict is "copy", "near" (no copy by the rule, but it resembles a training image once both are aligned: look at
-    it) or "not a copy". The terminal, the page and the JSON say what the rule in use cannot see.
+    A verdict is "copy", "near" (not a copy by the rule, but similar to a training image once the two are aligned: worth
+    a look) or "not a copy". The terminal output, the report and the JSON say what the rule in use cannot detect.
 
-    A gate ends the command with status 0 (passed), 3 (closed) or 4 (undecided, also where the audit carries
-    warnings); 1 and 2 stay errors.
+    A gate sets the exit status: 0 (passed), 3 (closed) or 4 (undecided, also if the audit has warnings); 1 and 2 are
+    errors.
 
     \b
     Examples:
@@ -182,7 +181,9 @@ def audit_command(
     from diffmem.progress import progress_bars
 
     if split_grid and (resize or center_crop):
-        raise click.UsageError("--split-grid cuts at the training images' size: leave --resize and --center-crop out")
+        raise click.UsageError(
+            "--split-grid cuts images of the training images' size: remove --resize and --center-crop"
+        )
     if rule == "ratio" and threshold is not None:
         try:
             parse_threshold(threshold)
@@ -190,7 +191,7 @@ def audit_command(
             raise click.BadParameter(str(error), param_hint="--threshold") from None
     torch.set_flush_denormal(True)
     if index != "exact" and ranks() > 1:
-        raise click.UsageError("--index: FAISS searches in one process, on all GPUs it sees: leave torchrun out")
+        raise click.UsageError("--index: FAISS searches in one process, on all visible GPUs: run without torchrun")
     limits = limits_of(fail_above, require_below, max_copies)
     reserve_report(out)
     network = {"weights": weights, "preprocessing": preprocessing, "batch": batch, "precision": precision}
@@ -244,10 +245,12 @@ def compared_of(
 
     if vectors:
         if features not in ("pixels", "precomputed") or network:
-            raise click.UsageError("--vectors are computed already: leave --features and what is for networks out")
+            raise click.UsageError(
+                "--vectors gives precomputed features: remove --features and the options of networks"
+            )
         if unnamed := [path for which, path in vectors if which is None]:
             raise click.BadParameter(
-                f"{unnamed[0]!r}: before it stands one of {', '.join(SETS)} and =", param_hint="--vectors"
+                f"{unnamed[0]!r}: must be SET=PATH, where SET is one of {', '.join(SETS)}", param_hint="--vectors"
             )
         return {which: load_features(path, metric=metric) for which, path in vectors}
     if features == "precomputed" and not network:
@@ -255,12 +258,13 @@ def compared_of(
     if features in ("pixels", "aligned") and not network and metric is None:
         return features
     if features == "aligned":
-        raise click.UsageError("--features aligned needs no network: leave --metric and what is for networks out")
+        raise click.UsageError("--features aligned uses no network: remove --metric and the options of networks")
     return extractor(features, metric=metric, device=device, **network)
 
 
 def tell_audit(result: Audit, out: Path | None, as_json: str | None, gate: Gate | None) -> None:
-    """Prints the verdict, or JSON, and saves the report where one is wanted: after that, lest a full disk hide both."""
+    """Prints the verdict, or JSON, then saves the report if one is wanted: last, so that a full disk cannot hide the
+    verdict."""
     if as_json:
         decided = {} if gate is None else {"gate": gate.to_dict()}
         click.echo(json.dumps({**as_json_asks(result, as_json), **decided}))
@@ -275,7 +279,7 @@ def tell_audit(result: Audit, out: Path | None, as_json: str | None, gate: Gate 
 
 
 def as_json_asks(result: Audit | Generated, kind: str) -> dict[str, Any]:
-    """All that is known, or a summary."""
+    """The full result, or a summary."""
     return result.to_dict() if kind == "full" else result.summary()
 
 
@@ -301,7 +305,8 @@ def print_verdict(result: Audit) -> None:
         if left_out := result.holdout.left_out:
             first = f"{left_out[0].name} is {left_out[0].training_name}"
             click.echo(
-                f"  left out of the holdout set, since they are training images: {len(left_out):,} ({printable(first)})"
+                f"  excluded from the holdout set because they are training images: {len(left_out):,} "
+                f"({printable(first)})"
             )
         for warning in result.holdout.warnings:
             click.echo(f"  warning about the holdout set: {in_own_options(warning)}")
@@ -328,13 +333,13 @@ def explained(result: Audit) -> Iterator[str]:
     if result.rule.published:
         left_in = f"{result.raw_count:,} ({percent(result.raw_ratio)})"
         published = f"{result.published_count:,} ({percent(result.published_ratio)})"
-        yield f"duplicates left in: {left_in}; as the paper's code counts, where 0/0 is no copy: {published}"
+        yield f"with duplicates as neighbors: {left_in}; by the paper's code, which does not count 0/0: {published}"
     else:
         yield f"a copy: {result.rule.described(result.calibration)}"
     if result.calibration is not None:
         false = result.rule.alarms * result.total
         yield (
-            f"false alarms: at most {level(result.rule.alarms)} of images that are no copies, {false:,.1f} of "
+            f"false alarms: at most {level(result.rule.alarms)} of images that are not copies, {false:,.1f} of "
             f"{result.total:,}; this threshold's share lies within {percent_range(result.calibration.alarm_interval)}"
         )
         sure = int((result.q_values <= FALSE_DISCOVERIES).sum())
@@ -345,4 +350,4 @@ def explained(result: Audit) -> Iterator[str]:
             f"{printable(result.generated.name(row))} and {printable(result.training.name(index))}"
             for row, index in pairs
         )
-        yield f"near, to be looked at: {result.near_count:,} ({names}{', …' if result.near_count > 3 else ''})"
+        yield f"near, worth a look: {result.near_count:,} ({names}{', …' if result.near_count > 3 else ''})"

@@ -27,7 +27,7 @@ def print_comparison(result: Comparison, report: Path | None, as_json: bool) -> 
     click.echo(f"{result.checkpoint}: {result.model}")
     sizes = ", ".join(f"{len(gaps.gap):,} {kind}" for kind, gaps in result.gaps.items())
     click.echo(
-        f"mean squared gap to the optimum of {len(result.training):,} training images, per pixel, on {sizes} noisy "
+        f"mean squared gap per pixel to the optimum of {len(result.training):,} training images, on {sizes} noisy "
         "images"
     )
     heading = f"{'sigma':>8}" + "".join(f"{kind:>11}" for kind in result.gaps)

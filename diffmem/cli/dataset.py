@@ -46,23 +46,24 @@ class Labels(click.ParamType):
 @click.option("--classes", type=click.IntRange(min=1), help="Only the first C classes.")
 @click.option(
     "--labels", type=Labels(), metavar="true|consecutive|none|random:C|unique",
-    help="Those of SOURCE, the same with classes numbered from 0, none, one of C classes drawn for each image, or a "
-    "class of its own for each image.  [default: true where SOURCE has labels, else none]",
+    help="true: the labels of SOURCE; consecutive: the same, classes renumbered from 0; none; random:C: one of C "
+    "classes drawn for each image; unique: a class of its own for each image.  [default: true if SOURCE has labels, "
+    "else none]",
 )  # fmt: skip
 @click.option(
     "--label-seed", type=click.IntRange(min=0),
-    help="Seed of random:C; without it the sequence is that of the paper's public code.",
+    help="Seed of random:C.  [default: the sequence of the paper's public code]",
 )  # fmt: skip
 @resize_option("--resolution", "resolution")
 @center_crop_option
-@value_range_option("those of SOURCE, which become gray levels")
+@value_range_option("those of SOURCE, which is converted to uint8")
 @reading_options()
 @click.option("--mix", type=Source(), metavar="OTHER", help="Replace images of one class by the same class of OTHER.")
-@click.option("--share", type=click.FloatRange(0, 1), help="With --mix: the share of the class to replace.")
-@click.option("--class", "class_index", type=int, metavar="K", help="The class K: its images are replaced by --mix.")
+@click.option("--share", type=click.FloatRange(0, 1), help="With --mix: the fraction of the class to replace.")
+@click.option("--class", "class_index", type=int, metavar="K", help="The class K: the one whose images --mix replaces.")
 @click.option(
     "--seed", type=click.IntRange(min=0),
-    help="Seed of the random choices: of the images of --size and --mix, which are the first ones without it.",
+    help="Seed of the random choices: which images --size and --mix take.  [default: the first images]",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images: of SOURCE.")
 @json_option("the manifest")
@@ -74,7 +75,7 @@ def dataset_command(
     """Make the training set OUT from SOURCE.
 
     SOURCE is whatever `diffmem audit` reads. OUT is a .zip (EDM's layout), an .npz or, without a suffix, a new folder
-    of PNG. It holds a manifest.json that says how it was made. The same SOURCE and options give the same bytes.
+    of PNG. It includes a manifest.json that records how it was made. The same SOURCE and options give the same bytes.
 
     \b
     Examples:
@@ -89,7 +90,7 @@ def dataset_command(
         raise click.UsageError("--label-seed is for --labels random:C")
     for read in (source, mix):
         if read is not None and os.path.exists(read) and out.exists() and os.path.samefile(read, out):
-            raise click.UsageError(f"{out} is also what is read: choose another name for the new set")
+            raise click.UsageError(f"{out} is also an input: choose another name for the new set")
 
     from diffmem.data import DatasetSpec, Mix
     from diffmem.data.write import check_writable
@@ -122,7 +123,7 @@ def dataset_command(
 
 
 def print_summary(out: Path, manifest: dict[str, Any]) -> None:
-    """What was made of what, on standard output."""
+    """Prints what was made from what."""
     result = manifest["result"]
     count, *shape = result["shape"]
     classes = "no labels" if result["classes"] is None else f"{result['classes']:,} classes"

@@ -23,7 +23,7 @@ def demo_command(out: Path, as_json: bool) -> None:
     """Train one small model that memorizes real digits and one that does not, and show the difference.
 
     The same network is trained on 20 and on 1,000 digits; both are sampled, and audited against their training sets and
-    against digits they never saw. Two to four minutes on two cores; begun again, it goes on where it was.
+    against digits they never saw. Two to four minutes on two cores; if interrupted, run it again and it resumes.
     """
     import torch
 
@@ -42,7 +42,7 @@ def demo_command(out: Path, as_json: bool) -> None:
         click.echo(
             f"trained on {len(model.training):,} digits, {model.epochs:,.0f} epochs: {model.audit.count} of "
             f"{model.audit.total} generated images are copies, {percent(model.audit.ratio)} (95 % interval "
-            f"{interval}); held against unseen digits {percent(model.control.ratio)}, false alarms "
+            f"{interval}); compared with unseen digits {percent(model.control.ratio)}, false alarms "
             f"{percent(false_alarms)}"
         )
     click.echo(f"report: {demo.page}")

@@ -1,4 +1,4 @@
-"""Commands under `torchrun`: one process group for the length of a command; only the first rank speaks."""
+"""Commands under `torchrun`: one process group per command; only the first rank prints."""
 
 from __future__ import annotations
 

@@ -68,16 +68,16 @@ class Percentage(click.ParamType):
 @folder_option("the folder of the search, with its runs and results.", required=True)
 @click.option("--zeta", type=SHARE, default=0.1, show_default=True, help="R_mem at EMM is 1 - zeta.")
 @click.option("--size-range", "sizes", type=SizeRange(),
-              help="Smallest and largest training set. [default: all that are possible]")  # fmt: skip
+              help="Smallest and largest training set.  [default: all possible sizes]")  # fmt: skip
 @click.option("--half-width", "precision", type=Percentage(), default="10%", show_default=True,
-              help="Stop when half of the 95 % interval is this share of EMM.")  # fmt: skip
-@repetitions_option("per size at most, each with a subset and a seed of its own.", default=5)
+              help="Stop when half the width of the 95 % interval is at most this fraction of EMM.")  # fmt: skip
+@repetitions_option("maximum per size, each with its own subset and seed.", default=5)
 @moved_option("--sizes", "a range of sizes is --size-range MIN:MAX, since --sizes is a list of them")
 @moved_option("--precision", "the precision of EMM is --half-width, since --precision is that of a network's products")
 @moved_option("--seeds", "runs per size are --repetitions, since --seeds are those of images")
-@click.option("--max-runs", type=POSITIVE, default=40, show_default=True, help="Runs in all at most.")
-@click.option("--snapshots", type=POSITIVE, default=10, show_default=True, help="Audited snapshots per run.")
-@click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Images per audit at most.")
+@click.option("--max-runs", type=POSITIVE, default=40, show_default=True, help="Maximum number of runs.")
+@click.option("--snapshots", type=POSITIVE, default=10, show_default=True, help="Number of snapshots audited per run.")
+@click.option("--samples", type=POSITIVE, default=10_000, show_default=True, help="Maximum number of images per audit.")
 @criterion_option
 @solver_option()
 @dry_run_option
@@ -92,10 +92,10 @@ def emm_command(
 ) -> None:  # fmt: skip
     """Find the Effective Model Memorization: the largest number of training images that a model still memorizes.
 
-    Trains on subsets of sizes that it chooses by what it knows so far, ends each run as soon as its verdict is clear,
-    and repeats only where that narrows the answer. OUT receives emm.json, runs.csv, emm.svg, report.html and the runs;
-    the same command again goes on where it stopped. Every option of `diffmem train` that decides what is trained is
-    an option here.
+    Trains on subsets whose sizes it chooses from the results so far, ends each run as soon as its verdict is clear, and
+    repeats a size only if that narrows the answer. OUT receives emm.json, runs.csv, emm.svg, report.html and the runs;
+    the same command resumes an interrupted search. Every option of `diffmem train` that decides what is trained is an
+    option here.
 
     \b
     Examples:
@@ -152,7 +152,8 @@ def emm_command(
 
 
 def _print_plan(setting: Setting, sizes: tuple[int, int] | None, repetitions: int, runs: int, device: str) -> None:
-    """Sizes, number of runs, and what one costs at the ends of the sizes, measured on a few passes here."""
+    """Prints the sizes, the number of runs, and the cost of a run at the smallest and largest size, measured on a few
+    passes here."""
     from diffmem.studies import Trial
     from diffmem.studies.schedule import costs
     from diffmem.studies.search import Search
@@ -163,8 +164,8 @@ def _print_plan(setting: Setting, sizes: tuple[int, int] | None, repetitions: in
     low, high = Search(low, min(high, largest), repetitions=repetitions, runs=runs, step=classes).ends
     each = [cost.left for cost in costs([Trial(setting, size) for size in (low, high)], None, device)]
     click.echo(f"sizes from {low:,} to {high:,}, up to {repetitions} runs per size and {runs} in all")
-    click.echo(f"one run in full: about {duration(each[0])} at N = {low:,}, {duration(each[1])} at N = {high:,}")
-    click.echo(f"all runs: {duration(runs * max(each))} of one device at most; runs that are decided end earlier")
+    click.echo(f"one full run: about {duration(each[0])} at N = {low:,}, {duration(each[1])} at N = {high:,}")
+    click.echo(f"all runs: at most {duration(runs * max(each))} on one device; runs that are decided end earlier")
 
 
 def _print(found: EMM, page: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the runs of a search or study are made, and what is told of them: shared by `emm` and `study`."""
+"""Where the runs of a search or study are executed, and what is printed about them: shared by `emm` and `study`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _OPTIONS = [
         "--workers",
         type=click.IntRange(min=1),
         metavar="W",
-        help="Runs at the same time, each in a process of its own. [default: one, in this process]",
+        help="Number of concurrent runs, each in its own process.  [default: one, in this process]",
     ),
     click.option(
         "--ray",
         metavar="ADDRESS",
-        help='Run on a Ray cluster: its address, "auto", or "local" to start one here. All must see OUT.',
+        help='Run on a Ray cluster: its address, "auto", or "local" to start one here. All nodes must see OUT.',
     ),
     click.option(
         "--gpus-per-run",
         type=click.FloatRange(min=0),
         default=0.0,
         show_default=True,
-        help="With --ray; 0.25: four runs share a GPU.",
+        help="With --ray: GPUs per run; 0.25: four runs share a GPU.",
     ),
     device_option,
 ]
@@ -40,8 +40,8 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(min=1),
     metavar="T",
-    help="CPU threads of each run. Results depend on it by rounding: runs with another number are other runs. "
-    "[default: 1]",
+    help="CPU threads of each run. Results depend on it by rounding, so runs with another number count as different "
+    "runs.  [default: 1]",
 )
 
 

@@ -70,7 +70,7 @@ def _about(path: Path) -> dict[str, str]:
     config, snapshots = run.config, run.snapshots()
     own = config.denoiser.network
     if isinstance(own, ModuleConfig):
-        network = f"{own.name}, one of your own, {own.parameters:,} parameters"
+        network = f"{own.name}, your own network, {own.parameters:,} parameters"
     else:
         network = load(checkpoint_path(path)).summary() if snapshots else "no snapshot yet"
     seen = max((line.images for line in run.stats()), default=0)

@@ -39,7 +39,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: bool) -> No
         for name, value_of in criterion.values.items():
             click.echo(f"    {name}: {value_of.what}")
         for name, variant in criterion.variants.items():
-            click.echo(f"    {criterion.name}:{name}: {variant.value.what} ({variant.source}); by its full name alone")
+            click.echo(f"    {criterion.name}:{name}: {variant.value.what} ({variant.source}); only by its full name")
     context.exit()
 
 
@@ -47,11 +47,13 @@ def _list(context: click.Context, parameter: click.Parameter, value: bool) -> No
 @click.argument("generated", type=Source())
 @click.argument("training", type=Source())
 @click.option(
-    "--holdout", type=Source(), help="Real images the model has not seen: what each value is for honest images."
+    "--holdout",
+    type=Source(),
+    help="Real images that the model has not seen; they give each measure's value when nothing is copied.",
 )
 @click.option(
     "--measures", default="all", show_default=True, metavar="all|NAME,…",
-    help="Which ones (--list); somebody's variant by its full name: authenticity:fld.",
+    help="Which measures to compute (see --list); variants by their full names, such as authenticity:fld.",
 )  # fmt: skip
 @click.option(
     "--features", default="pixels", show_default=True, metavar="NAME",
@@ -60,10 +62,12 @@ def _list(context: click.Context, parameter: click.Parameter, value: bool) -> No
 )  # fmt: skip
 @click.option(
     "--cells", type=click.Choice(["k-means", "labels"]), default="k-means", show_default=True,
-    help="The cells of C_T: of k-means of the training images, or the class labels of all sets.",
+    help="Cells of C_T: k-means clusters of the training images, or the class labels of all sets.",
 )  # fmt: skip
-@click.option("--second", type=Source(), help="What a second model generated from the same latents: disjoint_halves.")
-@click.option("--second-training", type=Source(), help="What that was trained on.  [default: TRAINING]")
+@click.option(
+    "--second", type=Source(), help="For disjoint_halves: images that a second model generated from the same latents."
+)
+@click.option("--second-training", type=Source(), help="Training set of the second model.  [default: TRAINING]")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the random choices: of k-means and the bootstrap."
 )
@@ -73,13 +77,13 @@ def _list(context: click.Context, parameter: click.Parameter, value: bool) -> No
 @reading_options("generated", "training", "holdout")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images: of GENERATED.")
 @click.option(
-    "--cache", is_flag=True, help="Keep a packed copy beside each source, so that the next run starts at once."
+    "--cache", is_flag=True, help="Cache the decoded images beside each source, so that the next run starts at once."
 )
 @device_option
 @folder_option("a folder for measures.html, measures.csv, images.csv and measures.json.")
 @click.option(
     "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list,
-    help="Name the measures with their formulas and sources, and exit.",
+    help="List the measures with their formulas and sources, and exit.",
 )  # fmt: skip
 @json_option("what measures.json holds")
 @debug_option
@@ -87,11 +91,11 @@ def measure_command(
     generated, training, holdout, measures, features, cells, second, second_training, seed, resize, center_crop,
     value_range, limit, cache, device, out, as_json, **options,
 ) -> None:  # fmt: skip
-    """What every measure of copying says of the GENERATED images.
+    """Compute every measure of copying for the GENERATED images.
 
-    GENERATED and TRAINING are what `diffmem audit` reads. One table, with what each value is for honest images where
-    --holdout is given: hold-out images in the generated images' place. "all" leaves out what cannot be computed from
-    what is given; a measure that is named and lacks something is an error.
+    GENERATED and TRAINING are what `diffmem audit` reads. Prints one table. With --holdout it also gives each measure's
+    value for unseen real images: the holdout images in place of the generated ones. "all" skips the measures whose
+    inputs are missing; a measure named explicitly whose inputs are missing is an error.
 
     \b
     Examples:
@@ -157,7 +161,7 @@ def print_measures(found: Measures) -> None:
         ("measure", "name"),
         ("value", "shown"),
         ("95 % interval", "interval"),
-        ("honest images", "honest_shown"),
+        ("unseen images", "honest_shown"),
     ]
     if not found.honest:
         columns.pop()
@@ -179,6 +183,6 @@ def print_measures(found: Measures) -> None:
     for note in found.notes:
         click.echo(f"  {note}")
     for name, reason in found.skipped.items():
-        click.echo(f"  left out: {name}: {printable(in_own_options(reason))}")
+        click.echo(f"  not computed: {name}: {printable(in_own_options(reason))}")
     if not found.honest:
-        click.echo("  no hold-out set: what honest images give is not known (--holdout)")
+        click.echo("  no holdout set: the values for real unseen images are unknown (give --holdout)")

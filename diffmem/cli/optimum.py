@@ -77,7 +77,7 @@ class Variants(click.ParamType):
 
 
 class _Subcommands(click.Group):
-    """Says where the options of the one command that this was are now."""
+    """Points from the options of the former single command to the subcommands."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         words = [word for word in args if not word.startswith("-")]
@@ -103,7 +103,7 @@ _SHARED = [
     steps_option,
     click.option(
         "--tolerance", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-5, show_default=True,
-        help="Relative error of the optimal denoiser.",
+        help="Relative error allowed for the optimal denoiser.",
     ),
     batch_option(256),
     device_option,
@@ -111,7 +111,7 @@ _SHARED = [
 
 
 def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What all three say of the optimum and its sampler."""
+    """Options of the optimum and its sampler, shared by all three."""
     for option in reversed(_SHARED):
         command = cast(Any, option)(command)
     return command
@@ -120,21 +120,21 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _cond_option = click.option(
     "--cond", is_flag=True, help="Class-conditional, on the labels of the data: the optimum of each class of SOURCE."
 )
-_class_option = class_option("all images are of it. With --cond.")
+_class_option = class_option("all images are of this class. With --cond.")
 
 
 @click.group("optimum", cls=_Subcommands)
 @debug_option
 def optimum_command() -> None:
-    """The theoretical optimum of a training set: the denoiser that training tends to, in closed form.
+    """The theoretical optimum of a training set: the closed-form denoiser that minimizes the training loss.
 
-    What it makes are copies, unless it is regularized.
+    Unless it is regularized, it can only generate copies.
 
     \b
     Examples:
       diffmem optimum sample builtin:digits --seeds 0-255                     all copies
-      diffmem optimum sweep builtin:digits tikhonov smooth --out sweep        how the copies vanish
-      diffmem optimum compare builtin:digits run --holdout builtin:digits     how close a network has come
+      diffmem optimum sweep builtin:digits tikhonov smooth --out sweep        when copying stops
+      diffmem optimum compare builtin:digits run --holdout builtin:digits     how close a network is
     """
 
 
@@ -146,13 +146,13 @@ def optimum_command() -> None:
 @seeds_option("0-999")
 @click.option(
     "--regularize", "regularization", type=Variant(),
-    help="tikhonov:C, bayes:TAU or smooth:H, for images in [-1, 1]. TAU may be written exp(-1500): on the way to a "
-    "copy of d values, the sum it bounds is about exp(-d/2).",
+    help="tikhonov:C, bayes:TAU or smooth:H, for images in [-1, 1]. TAU may be written exp(-1500): the sum it bounds "
+    "from below is about exp(-d/2) for images of d values.",
 )  # fmt: skip
 @click.option("--subset", type=POSITIVE, metavar="M", help="Another random subset of M images at each noise level.")
 @images_out_option
-@click.option("--no-audit", is_flag=True, help="Only write the images: do not audit them against SOURCE.")
-@moved_option("--audit", "the images are audited against SOURCE anyway; leave it out", flag=True)
+@click.option("--no-audit", is_flag=True, help="Only write the images; do not audit them against SOURCE.")
+@moved_option("--audit", "the images are always audited against SOURCE; remove it", flag=True)
 @holdout_option
 @report_option()
 @restart_option
@@ -165,7 +165,7 @@ def sample_command(
 ) -> int:  # fmt: skip
     """Sample from the optimum of the training set SOURCE, and audit the images against SOURCE as they come.
 
-    Runs are kept and resumed as those of `diffmem sample`; the same seeds mean the same latents.
+    Runs resume as those of `diffmem sample` do; the same seeds give the same latents.
 
     \b
     Examples:
@@ -183,11 +183,11 @@ def sample_command(
         if no_audit and value is not None:
             raise click.UsageError(f"{flag_of(name)} does not go with --no-audit")
     if no_audit and out is None:
-        raise click.UsageError("nothing to do: give --out, or leave --no-audit out")
+        raise click.UsageError("nothing to do: give --out, or remove --no-audit")
     if restart and out is None:
         raise click.UsageError("--restart goes with --out")
     _check_class(class_index, cond)
-    settings = _sampler(solver, steps, batch, class_index)
+    sampler = _sampler(solver, steps, batch, class_index)
     reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
         training, unseen = _sets(source, holdout, size, resize, given, progress)
@@ -197,7 +197,7 @@ def sample_command(
             training, tolerance=tolerance, labels=cond, device=device, regularization=regularization, subset=subset
         )  # fmt: skip
         result = generate(
-            denoiser, seeds, out=out, settings=settings, training=None if no_audit else training, holdout=unseen,
+            denoiser, seeds, out=out, sampler=sampler, training=None if no_audit else training, holdout=unseen,
             restart=restart, progress=progress,
         )  # fmt: skip
     return print_result(result, report, as_json, headline=denoiser.summary(), limits=limits)
@@ -209,13 +209,15 @@ def sample_command(
 @reading_options("source", "holdout")
 @seeds_option(None, otherwise="as many as --noisy-images")
 @holdout_option
-@moved_option("--report", "the folder of a comparison is --out")
-@moved_option("--images", "it is --noisy-images, since --images is a length of training")
+@moved_option("--report", "the output folder of a comparison is --out")
+@moved_option("--images", "use --noisy-images; --images is the length of training")
 @click.option(
     "--noisy-images", "images", type=click.IntRange(min=2), default=256, show_default=True, metavar="N",
-    help="Noisy versions of training images, and of unseen ones, at most.",
+    help="Maximum number of training images, and of unseen images, that noise is added to.",
 )  # fmt: skip
-@click.option("--levels", type=click.IntRange(min=2), default=24, show_default=True, help="Noise levels to compare at.")
+@click.option(
+    "--levels", type=click.IntRange(min=2), default=24, show_default=True, help="Number of noise levels to compare at."
+)
 @folder_option("a folder for compare.html, .json, .csv and .svg.")
 @json_option("the comparison")
 @debug_option
@@ -225,9 +227,9 @@ def compare_command(
 ) -> None:  # fmt: skip
     """How close is the network CHECKPOINT to the optimum of its training set SOURCE?
 
-    CHECKPOINT is what `diffmem sample` reads. Measured is the squared gap between network and optimum, by noise level,
-    on training, generated and (with --holdout) unseen images; and at which noise levels the network has memorized its
-    training set: where its rms error on training images is at most a third of that on unseen ones.
+    CHECKPOINT is what `diffmem sample` reads. Measures the squared gap between network and optimum by noise level, on
+    training, generated and (with --holdout) unseen images, and finds the noise levels at which the network has
+    memorized its training set: those where its rms error on training images is at most a third of that on unseen ones.
 
     \b
     Examples:
@@ -238,36 +240,36 @@ def compare_command(
     from diffmem.studies.comparison import compare
 
     _one_process("compare")
-    settings = _sampler(solver, steps, batch)
+    sampler = _sampler(solver, steps, batch)
     reserve_report(out)
     with progress_bars() as progress:
         training, unseen = _sets(source, holdout, size, resize, given, progress)
         result = compare(
-            checkpoint, training, holdout=unseen, images=images, seeds=seeds, levels=levels, settings=settings,
+            checkpoint, training, holdout=unseen, images=images, seeds=seeds, levels=levels, sampler=sampler,
             tolerance=tolerance, device=device, progress=progress,
         )  # fmt: skip
     print_comparison(result, out, as_json)
 
 
-@optimum_command.command("sweep", cls=CommandWithJson, short_help="R_mem as it is regularized.")
+@optimum_command.command("sweep", cls=CommandWithJson, short_help="R_mem against the strength of regularization.")
 @_shared_options
 @click.argument("variants", type=Variants(), nargs=-1, required=True, metavar="KIND[:VALUES]…")
 @reading_options()
 @_cond_option
 @_class_option
 @seeds_option("0-999")
-@folder_option("a folder for sweep.html and its tables, which keeps what is finished.", required=True)
-@moved_option("--report", "the folder of a sweep is --out")
+@folder_option("a folder for sweep.html and its tables; finished points are kept there.", required=True)
+@moved_option("--report", "the output folder of a sweep is --out")
 @json_option("the points of the sweep")
 @debug_option
 def sweep_command(
     source, variants, size, resize, solver, steps, tolerance, batch, device, cond, class_index, seeds, out, as_json,
     **given,
 ) -> None:  # fmt: skip
-    """How do the copies vanish as the optimum of SOURCE is regularized: R_mem against the strength.
+    """Measure R_mem against the strength of regularization of the optimum of SOURCE.
 
-    KIND is tikhonov, bayes or smooth, at strengths chosen from the data, or at yours: smooth:0.03,0.1,0.3. The same
-    command resumes from what is finished in OUT, and more seeds or strengths cost only those.
+    KIND is tikhonov, bayes or smooth, at strengths chosen from the data, or given by you: smooth:0.03,0.1,0.3. The same
+    command resumes an interrupted sweep in OUT, and further seeds or strengths cost only themselves.
 
     \b
     Examples:
@@ -279,7 +281,7 @@ def sweep_command(
 
     _one_process("sweep")
     _check_class(class_index, cond)
-    settings = _sampler(solver, steps, batch, class_index)
+    sampler = _sampler(solver, steps, batch, class_index)
     reserve_report(out)
     with progress_bars() as progress:
         training, _ = _sets(source, None, size, resize, given, progress)
@@ -287,7 +289,7 @@ def sweep_command(
             _check_classes(training, class_index)
         result = sweep(
             training, [variant for group in variants for variant in group], out, seeds=seeds, labels=cond,
-            tolerance=tolerance, settings=settings, device=device, progress=progress,
+            tolerance=tolerance, sampler=sampler, device=device, progress=progress,
         )  # fmt: skip
     print_sweep(result, out, as_json)
 
@@ -332,9 +334,9 @@ def _check_classes(training: ImageSet, class_index: int | None) -> None:
 
     labels = class_indices(training, "--cond")
     if class_index is not None and class_index not in labels:
-        raise InputError(f"{training.source}: no image has class {class_index}, the --class that is to be sampled")
+        raise InputError(f"{training.source}: no image has class {class_index}, which --class asks for")
     if class_index is None and (gaps := missing_classes(labels)):
         raise InputError(
-            f"{training.source}: {gaps}, and the optimum of a class without images is not defined: number the classes"
+            f"{training.source}: {gaps}, and the optimum of a class without images is undefined: number the classes"
             " from 0 with labels='consecutive', or choose one with --class"
         )

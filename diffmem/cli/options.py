@@ -151,7 +151,12 @@ def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) 
 
 
 debug_option = click.option(
-    "--debug", is_flag=True, expose_value=False, callback=_set_debug, is_eager=True, help="Show tracebacks of errors."
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    is_eager=True,
+    help="Show the tracebacks of errors.",
 )
 
 
@@ -183,12 +188,12 @@ def json_option(of: str, full: str = "") -> Callable[[Callable], Callable]:
     """
     return click.option(
         "--json", "as_json", type=click.Choice(JSON_KINDS), metavar="[full]" if full else "",
-        help=f"Print JSON on standard output and nothing else there: {of}" + (f"; full: {full}." if full else "."),
+        help=f"Print only JSON on standard output: {of}" + (f"; full: {full}." if full else "."),
     )  # fmt: skip
 
 
 def moved_option(name: str, line: str, flag: bool = False) -> Callable[[Callable], Callable]:
-    """An option that a command once had under another name or meaning: given, it ends in this line."""
+    """An option that was renamed or removed: giving it is an error with this line."""
 
     def refuse(context: click.Context, parameter: click.Parameter, value: Any) -> None:
         if value:
@@ -222,29 +227,29 @@ class Share(click.FloatRange):
     def convert(self, value, parameter, context) -> float:
         share = super().convert(value, parameter, context)
         if share != share:
-            self.fail(f"{value} is no share", parameter, context)
+            self.fail(f"{value} is not a share", parameter, context)
         return share
 
 
 _GATE_OPTIONS = [
     click.option(
         "--fail-above", type=Share(), metavar="SHARE",
-        help="A gate: closed (status 3) where the interval's lower end lies above SHARE, else passed (0), also where "
-        "too few images show anything.",
+        help="Gate: closed (status 3) if the lower end of the 95 % interval is above SHARE, otherwise passed (0), even "
+        "if there are too few images to tell.",
     ),
     click.option(
         "--require-below", type=Share(), metavar="SHARE",
-        help="A gate: passed where the interval's upper end lies below SHARE, closed (3) where the lower end does not, "
-        "undecided (4) between.",
+        help="Gate: passed (status 0) if the upper end of the 95 % interval is below SHARE, closed (3) if the lower "
+        "end is not, undecided (4) in between.",
     ),
     click.option(
         "--max-copies", type=click.IntRange(min=0), metavar="N",
-        help="A gate: closed (3) where more than N images are copies.",
+        help="Gate: closed (status 3) if more than N images are copies.",
     ),
     click.option(
         "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", expose_value=False,
         callback=lambda context, parameter, path: context.meta.__setitem__(_JUNIT, path),
-        help="Write what the gate decided as JUnit XML, which CI systems show among the results of tests.",
+        help="Write the gate's decision as JUnit XML, which CI systems show among test results.",
     ),
 ]  # fmt: skip
 
@@ -271,7 +276,7 @@ def limits_of(fail_above: float | None, require_below: float | None, max_copies:
         from diffmem.atomic_io import check_output_file
 
         if not limits:
-            raise click.UsageError("--junit tells what a gate decided: give --require-below or another limit too")
+            raise click.UsageError("--junit writes a gate's decision: also give --require-below or another limit")
         if is_first_rank():
             check_output_file(path)
     return limits
@@ -287,8 +292,8 @@ def flag_of(name: str) -> str:
 
 
 def tell_gate(gate: Gate | None) -> int:
-    """Says on standard error what a gate decided unless it passed, in the file of --junit in any case, and returns the
-    exit status."""
+    """Prints a gate's decision on standard error unless it passed, writes the file of --junit in any case, and returns
+    the exit status."""
     if gate is None:
         return 0
     if (path := _junit_file()) is not None:
@@ -307,7 +312,7 @@ def reserve_output(path: Path) -> None:
 
 
 def reserve_report(folder: Path | None) -> None:
-    """Locks the folder of a report, if there is to be one, and sees that it can be written to before long work."""
+    """Locks the folder of a report, if there is to be one, and checks before long work that it can be written to."""
     from diffmem.atomic_io import check_output_folder
 
     if folder is not None and is_first_rank():
@@ -340,19 +345,19 @@ class Checkpoint(click.ParamType):
 
 
 holdout_option = click.option(
-    "--holdout", type=Source(), help="Real images the model has not seen: they give the rule's false-alarm rate."
+    "--holdout", type=Source(), help="Real images that the model has not seen; they give the rule's false-alarm rate."
 )
 
 
 def size_option(more: str = "") -> Callable[[Callable], Callable]:
     """--size. more: for the help."""
-    help = f"A subset of N images, as many of each class{more}."
+    help = f"A class-balanced subset of N images{more}."
     return click.option("--size", type=click.IntRange(min=1), metavar="N", help=help)
 
 
 def resize_option(*names: str, more: str = "") -> Callable[[Callable], Callable]:
     """--resize, also under other names. more: for the help."""
-    help = "Bring all images to R x R, antialiased." + more
+    help = "Resize all images to R x R, with antialiasing." + more
     return click.option("--resize", *names, type=click.IntRange(min=1), metavar="R", help=help)
 
 
@@ -365,7 +370,7 @@ def confidence_option(more: str) -> Callable[[Callable], Callable]:
 
 
 center_crop_option = click.option(
-    "--center-crop", is_flag=True, help="Cut out the central square first, as ADM and EDM prepare images.",
+    "--center-crop", is_flag=True, help="Crop the central square first, as ADM and EDM do.",
 )  # fmt: skip
 
 
@@ -384,7 +389,7 @@ class ValueRange(click.ParamType):
             return value
         which, equals, pair = value.rpartition("=")
         if equals and (self.one_set or which not in SETS):
-            self.fail(f"{value!r}: before = stands one of {', '.join(SETS)}", parameter, context)
+            self.fail(f"{value!r}: must be SET=LOW,HIGH, where SET is one of {', '.join(SETS)}", parameter, context)
         try:
             low_high = check_value_range(pair.split(","))
         except InputError:
@@ -397,7 +402,7 @@ def value_range_option(more: str, **settings: Any) -> Callable[[Callable], Calla
     several = settings.get("multiple", False)
     return click.option(
         "--value-range", type=ValueRange(one_set=not several), metavar="LOW,HIGH", **settings,
-        help=f"The values of black and white where images are floats, such as -1,1 or 0,1: {more}.",
+        help=f"The values of black and white in float images, such as -1,1 or 0,1: {more}.",
     )  # fmt: skip
 
 
@@ -449,18 +454,18 @@ def reading_options(*sources: str, color: bool = True) -> Callable[[Callable], C
         click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
         click.option(
             "--alpha", type=click.Choice(["drop", "white", "black"]),
-            help="Transparent images: drop the alpha channel, or put them on white or black.",
+            help="Transparent images: drop the alpha channel, or composite onto white or black.",
         ),
         click.option(
             "--key", type=PerSource(sources), multiple=True, metavar="NAME",
-            help="Which array of an .npz, .pt or .safetensors file holds the images, which split of a saved data set, "
-            "or train, test or all of CIFAR-10's archive." + each,
+            help="The array with the images in an .npz, .pt or .safetensors file, the split of a saved data set, or "
+            "train, test or all of CIFAR-10's archive." + each,
         ),
         click.option(
             "--layout", type=PerSource(sources, ("nchw", "nhwc")), multiple=True, metavar="nchw|nhwc",
-            help="The order of an array's axes, where its shape leaves that open." + each,
+            help="Axis order of an array, if its shape is ambiguous." + each,
         ),
-        click.option("--skip-bad", is_flag=True, help="Skip files that cannot be read; they are counted and named."),
+        click.option("--skip-bad", is_flag=True, help="Skip files that cannot be read; they are counted and listed."),
     ]  # fmt: skip
 
     def decorate(command: Callable) -> Callable:

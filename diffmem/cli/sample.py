@@ -63,41 +63,43 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--rho", type=click.FloatRange(min=0, min_open=True),
-    help="Exponent of the noise levels: the higher, the more of them are low (not for unipc).  [default: 7]",
+    help="Exponent of the noise schedule: the higher, the more of its levels are low (not for unipc).  [default: 7]",
 )  # fmt: skip
 @click.option(
     "--churn", "--S_churn", "S_churn", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="Noise added on the way (heun only), spread over the steps; 0: deterministic.",
+    help="Total noise added during sampling, spread over the steps (heun only); 0: deterministic.",
 )  # fmt: skip
 @click.option(
     "--churn-min", "--S_min", "S_min", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="Churn at noise levels from here",
+    help="Lowest noise level with churn",
 )  # fmt: skip
 @click.option(
     "--churn-max", "--S_max", "S_max", type=click.FloatRange(min=0), default=float("inf"), show_default=True,
-    help="… to here.",
+    help="Highest noise level with churn.",
 )  # fmt: skip
 @click.option(
     "--churn-noise", "--S_noise", "S_noise", type=click.FloatRange(min=0), default=1.0, show_default=True,
-    help="Factor on the deviation of the churn's noise.",
+    help="Factor on the standard deviation of the churn's noise.",
 )  # fmt: skip
-@class_option("all images are of it, each with the noise that its seed gives.  [default: drawn per seed]")
+@class_option("all images are of this class.  [default: drawn per seed]")
 @batch_option(64)
-@compile_option("compile", "where the run is long enough to pay for it")
+@compile_option("compile", "if the run is long enough for it to pay off")
 @click.option(
     "--precision", type=click.Choice(["ieee", "tf32", "bf16", "fp16"]),
-    help="Of the network's products. ieee: float32, the protocol's; tf32: rounded on a GPU; bf16, fp16: autocast.  "
-    "[default: ieee]",
+    help="Precision of matrix products and convolutions in the network. ieee: float32, the protocol's; tf32: TF32 on a "
+    "GPU; bf16, fp16: autocast.  [default: ieee]",
 )  # fmt: skip
 @click.option("--fp16", "half", flag_value="fp16", help="--precision fp16.")
 @click.option("--bf16", "half", flag_value="bf16", help="--precision bf16.")
 @device_option
-@click.option("--audit", "training", type=Source(), metavar="TRAINING", help="Audit against these images as it goes.")
+@click.option(
+    "--audit", "training", type=Source(), metavar="TRAINING", help="Training images to audit the samples against."
+)
 @holdout_option
 @value_range_option("those of --audit and --holdout")
 @click.option(
     "--flip/--no-flip", default=None,
-    help="Look for mirrored copies too.  [default: where CHECKPOINT is of a run with --xflip]",
+    help="Also look for mirrored copies.  [default: on if CHECKPOINT is of a run with --xflip]",
 )  # fmt: skip
 @report_option("With --audit.")
 @restart_option
@@ -111,13 +113,13 @@ def sample_command(
     """Sample images from CHECKPOINT: a folder with model.safetensors and config.json, an EDM snapshot (.pkl), a run of
     `diffmem train`, for its newest snapshot, or, as diffusers:FOLDER, a pipeline of diffusers with a UNet2DModel.
 
-    The same seeds give the same images for any --batch and any number of ranks. Batches that are finished are kept in
-    OUT.partial until the whole is written: the same command, given again after an interrupt, resumes from there.
+    The same seeds give the same images for any --batch and any number of ranks. Finished batches are kept in
+    OUT.partial until OUT is written: after an interrupt, the same command resumes from there.
 
-    To save time, --solver unipc: its 14 evaluations of the network lead to the same verdict of the memorization rule
-    as the protocol's 35 on all but a few seeds (measured: 0.4 % differ where the model memorizes all, 2.6 % where it
-    memorizes 95 %; 143 evaluations of heun differ from 35 on as many). For figures to be compared with published
-    ones, keep the default.
+    To save time, use --solver unipc: with NFE 14 it gives the same verdicts of the memorization rule as the protocol's
+    NFE 35 on all but a few seeds (measured: 0.4 % differ for a model with R_mem 99.9 %, 2.6 % for one with R_mem 95.4
+    %; heun with NFE 143 differs from NFE 35 on as many). For numbers to be compared with published ones, keep the
+    default.
 
     \b
     Examples:
@@ -145,7 +147,7 @@ def sample_command(
     if restart and out is None:
         raise click.UsageError("--restart goes with --out")
     if precision is not None and half not in (None, precision):
-        raise click.UsageError(f"--precision {precision} and --{half} exclude each other")
+        raise click.UsageError(f"--precision {precision} and --{half} are mutually exclusive")
     try:
         sampler = SamplerConfig(precision=precision or half or "ieee", **settings)
     except InputError as error:
@@ -163,15 +165,15 @@ def sample_command(
             )
             say_notes([training, holdout])
         result = generate(
-            checkpoint, seeds, out=out, settings=sampler, training=training, holdout=holdout, flip=bool(flip),
+            checkpoint, seeds, out=out, sampler=sampler, training=training, holdout=holdout, flip=bool(flip),
             device=device, restart=restart, progress=progress,
         )  # fmt: skip
     return print_result(result, report, as_json, limits=limits)
 
 
 def checkpoint_of(path: Path) -> tuple[Path, RunFolder | None]:
-    """The checkpoint that `path` stands for, the newest of a run being said on standard error, and the run that it
-    belongs to, where there is one."""
+    """The checkpoint that `path` stands for and the run that it belongs to, if any; the newest snapshot of a run is
+    named on standard error."""
     from diffmem.training import RunFolder
 
     if not path.is_dir():
@@ -181,13 +183,13 @@ def checkpoint_of(path: Path) -> tuple[Path, RunFolder | None]:
     run = RunFolder.open(path)
     newest = run.newest()
     if is_first_rank():
-        click.echo(f"{path}: a run; its newest snapshot is {newest}", err=True)
+        click.echo(f"{path}: a training run; sampling its newest snapshot, {newest}", err=True)
     return newest, run
 
 
 @contextmanager
 def says_what_is_kept(out: Path | None) -> Iterator[None]:
-    """Says, on an interrupt, where the finished images are and how to go on."""
+    """Prints, on an interrupt, where the finished images are and how to resume."""
     from diffmem.evaluation import work_folder
 
     try:
@@ -229,7 +231,7 @@ def print_summary(result: Generated) -> None:
     images = len(result.samples.seeds)
     line = f"{images:,} images, NFE {result.nfe} each"
     if result.new < images:
-        line += f", {images - result.new:,} of them kept from before"
+        line += f", {images - result.new:,} of them from an earlier run"
     if result.new:
         line += f", {result.images_per_second:.3g} images/s"
     click.echo(line + (f": {result.out}" if result.out is not None else ""))
@@ -244,7 +246,8 @@ def print_summary(result: Generated) -> None:
 def import_edm_command(snapshot: Path, out: Path) -> None:
     """Turn SNAPSHOT, an EDM network-snapshot-*.pkl or training-state-*.pt, into a checkpoint folder OUT.
 
-    Nothing in SNAPSHOT is executed: its tensors and its description of the network are read, all else is refused.
+    Nothing in SNAPSHOT is executed: only its tensors and its description of the network are read; anything else is
+    refused.
     """
     from diffmem.models import import_edm, load
 

@@ -27,7 +27,7 @@ class Seeds(click.ParamType):
 
 def seeds_option(default: str | None, otherwise: str = "") -> Callable[[Callable], Callable]:
     """--seeds. otherwise: what it is where there is no default, for the help."""
-    help = "Which images, by their seeds: 0-9999 or 0,3,5-7." + (f"  [default: {otherwise}]" if otherwise else "")
+    help = "Seeds of the images: 0-9999 or 0,3,5-7." + (f"  [default: {otherwise}]" if otherwise else "")
     return click.option("--seeds", type=Seeds(), default=default, show_default=default is not None, help=help)
 
 
@@ -40,14 +40,16 @@ def solver_option(name: str = "--solver") -> Callable[[Callable], Callable]:
     )  # fmt: skip
 
 
-steps_option = click.option("--steps", type=click.IntRange(min=2), help="Noise levels.  [default: heun 18, others 14]")
+steps_option = click.option(
+    "--steps", type=click.IntRange(min=2), help="Number of steps.  [default: heun 18, others 14]"
+)
 
 
 def batch_option(default: int) -> Callable[[Callable], Callable]:
     """--batch of a sampler, by which images change by rounding at most."""
     return click.option(
         "--batch", type=click.IntRange(min=1), default=default, show_default=True,
-        help="Images per batch: so many are sampled at a time.",
+        help="Images per batch: those sampled at a time.",
     )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def compile_option(variable: str, when: str) -> Callable[[Callable], Callable]:
     """--compile. when: what "auto" goes by, for the help."""
     return click.option(
         "--compile", variable, type=AutoOnOff(), default="auto", show_default=True,
-        help=f"Run the network through torch.compile; auto: {when}.",
+        help=f"Compile the network with torch.compile; auto: {when}.",
     )  # fmt: skip
 
 
@@ -75,7 +77,9 @@ def folder_option(what: str, **settings) -> Callable[[Callable], Callable]:
 images_out_option = folder_option(
     "an .npz (images, seeds, labels), a .zip (EDM's layout), or a new folder (PNG, one sub-folder per 1000 seeds)."
 )
-restart_option = click.option("--restart", is_flag=True, help="Forget what an interrupted run has kept in OUT.partial.")
+restart_option = click.option(
+    "--restart", is_flag=True, help="Discard what an interrupted run has kept in OUT.partial."
+)
 
 
 def report_option(of: str = "") -> Callable[[Callable], Callable]:

@@ -29,13 +29,13 @@ def _choice_options(command):
                 type=click.Choice(["digits", "cifar10"]),
                 default="digits",
                 show_default=True,
-                help="digits: networks and lengths for a laptop; cifar10: the paper's.",
+                help="digits: networks and training lengths for a laptop; cifar10: the paper's.",
             ),
             click.option(
                 "--data",
                 "source",
                 type=Source(),
-                help="The training images; in place of the scale's own.",
+                help="The training images: they replace the scale's own.",
             ),
             click.option("--other", type=Source(), help="The images that the study of intra-class diversity mixes in."),
             click.option("--sizes", type=Numbers(), help="Training-set sizes instead of the study's."),
@@ -103,15 +103,19 @@ def list_command(as_json: bool) -> None:
 
 @study_command.command("show", cls=CommandWithJson)
 @_choice_options
-@click.option("--runs", type=click.Path(path_type=Path), help="Folder of runs: what is done there costs nothing.")
-@moved_option("--out", "the folder of runs is --runs here, since nothing is written")
-@click.option("--plan", "workers", type=Numbers(), metavar="W,W,…",
-              help="Measure what the runs cost here, and simulate a schedule on so many devices.")  # fmt: skip
+@click.option(
+    "--runs", type=click.Path(path_type=Path), help="Folder of runs; finished runs in it are not counted in the cost."
+)
+@moved_option("--out", "the folder of runs is --runs here; nothing is written")
+@click.option(
+    "--plan", "workers", type=Numbers(), metavar="W,W,…",
+    help="Measure the cost of the runs on this machine, and simulate a schedule on these numbers of devices.",
+)  # fmt: skip
 @device_option
 @json_option("the studies, which `run` reads as studies of your own")
 @debug_option
 def show_command(runs, workers, device, as_json, **choice) -> None:
-    """Show what studies consist of, and what they would cost."""
+    """Show the runs of studies, and what they would cost."""
     import torch
 
     from diffmem.progress import progress_bars
@@ -133,7 +137,7 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
         for line in (*(f"the paper: {claim.text}" for claim in study.claims), *study.notes):
             click.echo(f"  {line}")
     trials = all_trials(chosen)
-    click.echo(f"{len(trials)} different runs")
+    click.echo(f"{len(trials)} distinct runs")
     if workers:
         with progress_bars() as progress:
             estimates = costs(trials, runs, device, progress)
@@ -149,15 +153,15 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
 
 @study_command.command("run")
 @_choice_options
-@folder_option("the folder of runs, ledger and reports.", required=True)
-@click.option("--retry", is_flag=True, help="Try again what failed for good.")
+@folder_option("a folder for the runs, the ledger and the reports.", required=True)
+@click.option("--retry", is_flag=True, help="Retry runs that have failed for good.")
 @executor_options
 @debug_option
 def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int:
     """Run studies: names from `diffmem study list`, "all", or files of your own (.json; .py, which is executed).
 
-    What is done in OUT is not run again, what was interrupted continues, and a run that fails does not keep the others
-    from running. Several of these commands may work in one OUT on one machine. Ends with a report.
+    Runs finished in OUT are not repeated, interrupted runs resume, and a failed run does not stop the others. Several
+    of these commands may share one OUT on one machine. Writes a report at the end.
     """
     from contextlib import closing
 
@@ -182,14 +186,14 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
 @click.argument("studies", nargs=-1)
 @click.option("--runs", type=click.Path(path_type=Path, exists=True), help="Folder of runs; or a report.")
 @folder_option("the folder of the report.  [default: RUNS/report, or the report itself]")
-@moved_option("--to", "the folder of the report is --out, that of the runs --runs")
+@moved_option("--to", "the folder of the report is --out; that of the runs is --runs")
 @json_option("what studies.json holds")
 @debug_option
 def report_command(studies, runs, out, as_json) -> None:
-    """Write report.html, runs.csv and studies.json from the runs in RUNS, also while others still run.
+    """Write report.html, runs.csv and studies.json from the runs in RUNS, also while some are still running.
 
-    RUNS may be a report, or what diffmem emm wrote: its pages are then made again from its own tables, with what is
-    computed and shown today.
+    RUNS may also be a report, or the output of diffmem emm: its pages are then rebuilt from its own tables by this
+    version of diffmem.
     """
     from diffmem.studies.folder import report_studies
 

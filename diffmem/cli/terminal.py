@@ -22,7 +22,7 @@ _COLOR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 class TerminatedError(KeyboardInterrupt):
-    """A signal asks the process to end. What is saved at an interrupt from the keyboard is saved at this one too."""
+    """A signal asks the process to end. What an interrupt from the keyboard saves, this saves too."""
 
 
 class Ending:

@@ -40,32 +40,40 @@ _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 @click.command("train")
-@folder_option("the folder of the run. Needed, but for --dry-run.")
+@folder_option("the folder of the run. Required except with --dry-run.")
 @size_option()
 @resumable_training_options
 @reading_options(color=False)
-@click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass of a process. [default: all of its share]")
+@click.option(
+    "--batch-gpu",
+    type=POSITIVE,
+    help="Microbatch: images per forward pass of a process.  [default: its whole share of the batch]",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Seed of the random choices: of weights, order and noise.")  # fmt: skip
+              help="Seed of the random choices: of weights, data order and noise.")  # fmt: skip
 # The run.
 @click.option("--snapshot-images", type=POSITIVE, metavar="N", help="A snapshot every N images. [default: at the end]")
-@click.option("--keep", type=POSITIVE, metavar="K", help="Keep the last K snapshots and the best. [default: all]")
+@click.option("--keep", type=POSITIVE, metavar="K", help="Keep only the last K snapshots and the best.  [default: all]")
 @click.option(
-    "--grid", type=click.IntRange(min=0), default=16, show_default=True, help="Images to sample at snapshots."
+    "--grid", type=click.IntRange(min=0), default=16, show_default=True, help="Sample N images at each snapshot."
 )
 @click.option("--audit-every", type=POSITIVE, metavar="N", help="Audit a snapshot every N images, and the last.")
-@click.option("--audit-samples", type=POSITIVE, default=256, show_default=True, help="Images per audit, at most.")
+@click.option(
+    "--audit-samples", type=POSITIVE, default=256, show_default=True, help="Maximum number of images per audit."
+)
 @solver_option("--audit-solver")
 @click.option("--stop-at", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
               help="End the run once an audit shows that R_mem is at least SHARE.")  # fmt: skip
 @confidence_option("of --stop-at, over all audits of the run")
 @device_option
-@compile_option("compile_", "where it is large and the run is hours long")
-@click.option("--precision", type=click.Choice(["ieee", "tf32", "bf16"]),
-              help="Of the network's products. ieee: float32, the protocol's; tf32: rounded on a GPU; bf16: autocast, "
-              "weights stay float32. [default: ieee]")  # fmt: skip
+@compile_option("compile_", "if the network is large and the run takes hours")
+@click.option(
+    "--precision", type=click.Choice(["ieee", "tf32", "bf16"]),
+    help="Precision of matrix products and convolutions in the network. ieee: float32, the protocol's; tf32: TF32 on a "
+    "GPU; bf16: autocast, weights stay float32.  [default: ieee]",
+)  # fmt: skip
 @click.option("--cuda-graph", type=AutoOnOff(), default="auto", show_default=True,
-              help="On a GPU, launch a pass's kernels at once; auto: where that is faster.")  # fmt: skip
+              help="On a GPU, capture each pass in a CUDA graph; auto: if that is faster.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in OUT, with its own settings; needs no other option.")
 @dry_run_option
 @debug_option
@@ -74,11 +82,10 @@ def train_command(context: click.Context, out: Path | None, resume: bool, dry_ru
     """Train a diffusion model.
 
     The defaults are the reference protocol of Gu et al. (arXiv 2310.02664) for CIFAR-10; images of at most 24x24 get a
-    network that a CPU trains (--preset protocol: the paper's). OUT receives config.json,
-    stats.jsonl, snapshots/ (checkpoints of the EMA weights), grids/ and state/, from which --resume continues
-    exactly: `diffmem train --resume --out OUT` knows the rest from the run. Options that are given then must be the
-    run's, but for its length and for what does not decide the weights (snapshots, audits, device). Ctrl-C finishes the
-    step and saves.
+    network that a CPU can train (--preset protocol: the paper's). OUT receives config.json, stats.jsonl, snapshots/
+    (checkpoints of the EMA weights), grids/ and state/, from which --resume continues exactly: `diffmem train --resume
+    --out OUT` takes all other options from the run. Options given with it must match the run's, except its length and
+    those that do not affect the weights (snapshots, audits, device). Ctrl-C finishes the step and saves.
 
     \b
     Examples:
@@ -112,17 +119,17 @@ def resumed(out: Path, options: dict[str, Any], given: set[str]) -> tuple[dict[s
 
     if not holds_run(out):
         if options["source"] is None:
-            raise InputError(f"{out}: there is no run to continue ({CONFIG} is missing): give --data to begin one")
+            raise InputError(f"{out}: there is no run to resume ({CONFIG} is missing): give --data to start one")
         return options, None
     path = out / COMMAND
-    recorded = read_sealed(path, "remove it, and give the run's options again") if path.is_file() else {}
+    recorded = read_sealed(path, "delete it, and give the run's options again") if path.is_file() else {}
     if given & _LENGTH:
         recorded = {name: value for name, value in recorded.items() if name not in _LENGTH}
     kept = {name: value for name, value in recorded.items() if name in options and name not in given}
     merged = {**options, **{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}}
     direct = not given - _LENGTH - _DATA - _WATCHING
     if not direct and merged["source"] is None:
-        raise InputError(f"{out}: says nothing of the command that began the run: give --data, or no other option")
+        raise InputError(f"{out}: does not record the command that started the run: give --data, or no other option")
     if direct and not given & _LENGTH:
         merged |= {name: options[name] for name in _LENGTH}
     if direct and not given & _DATA:
@@ -141,7 +148,7 @@ def _data_of_run(run: RunFolder, source: str | None, changes: dict[str, Any]) ->
         changes["source"] = source
     if changes:
         if data_source is None and source is None:
-            raise InputError(f"{run.path}: does not know where its training set lies: say it (--data)")
+            raise InputError(f"{run.path}: does not record where its training set is: give --data")
         data_source = DatasetSpec(**changes) if data_source is None else replace(data_source, **changes)
     data_source = None if data_source is None else data_source.absolute()
     with progress_bars(is_first_rank()) as progress:
@@ -227,7 +234,7 @@ def _train(
                         samples=audit_samples,
                         stop=None if stop_at is None else SequentialTest(stop_at, confidence),
                         flip=xflip,
-                        settings=SamplerConfig(solver=audit_solver),
+                        sampler=SamplerConfig(solver=audit_solver),
                         device=device,
                         on_audit=display.audited,
                     )
@@ -272,7 +279,7 @@ def _configuration(
         and data.labels.ndim == 1
         and (gaps := missing_classes(data.labels))
     ):
-        click.echo(f"note: {source}: {gaps}; the model has inputs for them all the same", err=True)
+        click.echo(f"note: {source}: {gaps}; the model still has inputs for them", err=True)
     return config, items_per_epoch(data, config.xflip), describe_preset(parts.preset, resolution)
 
 
@@ -313,11 +320,11 @@ def _print_plan(plan: Plan) -> None:
     how += ", in one CUDA graph" if plan.graphed else ""
     how += f", in {plan.precision}" if plan.precision != "ieee" else ""
     click.echo(
-        f"about {duration_range(*plan.seconds_range)}: {plan.seconds_per_step:.3g} s per step ({how}), sampling not "
-        "counted"
+        f"about {duration_range(*plan.seconds_range)}: {plan.seconds_per_step:.3g} s per step ({how}), not counting "
+        "sampling"
     )
     if plan.seconds > _LONG and plan.device == "cpu":
-        click.echo("that is long for a CPU: smaller images (--resize 16) get a network of a fiftieth of the cost")
+        click.echo("that is long for a CPU: smaller images (--resize 16) use a network at a fiftieth of the cost")
 
 
 def _print_ending(run: Run, config: TrainingConfig) -> None:
@@ -328,8 +335,8 @@ def _print_ending(run: Run, config: TrainingConfig) -> None:
         click.echo(f"stopped after {run.images:,} images: {run.reason}; {made}")
     else:
         click.echo(
-            f"diffmem: interrupted after {run.images:,} of {config.images:,} images; saved. Go on with: "
-            f"diffmem train --resume --out {run.out}",
+            f"diffmem: interrupted after {run.images:,} of {config.images:,} images; saved. Resume with: diffmem train "
+            f"--resume --out {run.out}",
             err=True,
         )
 

@@ -39,18 +39,18 @@ _OPTIONS = [
     resize_option(),
     click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
     click.option("--cond", is_flag=True, help="Class-conditional, on the labels of the data."),
-    click.option("--xflip", is_flag=True, help="Mirrored images count as images too."),
+    click.option("--xflip", is_flag=True, help="Double the training set with horizontally mirrored images."),
     click.option(
         "--window",
         type=SHARE,
-        help="Share of the set over which the order keeps mixing; 0: the same order every epoch. [default: 0]",
+        help="Size of the shuffle window as a fraction of the set; 0: the same order every epoch.  [default: 0]",
     ),
-    click.option("--augment", type=SHARE, help="Probability of EDM's non-leaking augmentations. [default: 0]"),
+    click.option("--augment", type=SHARE, help="Probability of EDM's non-leaking augmentations.  [default: 0]"),
     # The network.
     click.option(
         "--preset",
-        help="A network and its training by name: protocol, small_16, small_8, or one of diffmem.models.PRESETS; other "
-        "options change parts of it. [default: by the images' size; protocol above 24x24, and with --arch]",
+        help="A network with its training settings: protocol, small_16, small_8, or one of diffmem.models.PRESETS; "
+        "other options override parts of it.  [default: by image size; protocol above 24x24, and with --arch]",
     ),
     click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), help="Architecture. [default: ddpmpp]"),
     click.option(
@@ -58,21 +58,23 @@ _OPTIONS = [
         type=click.Choice(["vp", "ve", "edm"]),
         help="Preconditioning. [default: vp, ve, edm of the architectures; edm of the small presets]",
     ),
-    click.option("--num-channels", "--cbase", "model_channels", type=POSITIVE, help="Width: channels at multiplier 1."),
+    click.option(
+        "--num-channels", "--cbase", "model_channels", type=POSITIVE, help="Width: number of channels at multiplier 1."
+    ),
     click.option("--channel-mult", "--cres", type=Numbers(), help="Width multipliers per resolution."),
-    click.option("--num-blocks", type=POSITIVE, help="Depth: residual blocks per resolution."),
-    click.option("--embedding", type=click.Choice(["positional", "fourier"]), help="Of the noise level."),
+    click.option("--num-blocks", type=POSITIVE, help="Depth: number of residual blocks per resolution."),
+    click.option("--embedding", type=click.Choice(["positional", "fourier"]), help="Embedding of the noise level."),
     click.option("--attn-resolutions", type=Numbers(), help="Resolutions with self-attention."),
     click.option(
         "--skips",
         metavar="LIST",
         help='Enabled skip connections: resolutions or single ones, as in "32,16.0", or "none".',
     ),
-    click.option("--dropout", type=SHARE, help="Share of activations dropped in training."),
+    click.option("--dropout", type=SHARE, help="Dropout probability."),
     # Training.
-    click.option("--images", type=POSITIVE, help="Length of training in images seen."),
-    click.option("--epochs", type=NUMBER, help="Length of training in epochs."),
-    click.option("--duration", type=NUMBER, help="Length of training in the paper's unit, 20 epochs."),
+    click.option("--images", type=POSITIVE, help="Training length in images seen."),
+    click.option("--epochs", type=NUMBER, help="Training length in epochs."),
+    click.option("--duration", type=NUMBER, help="Training length in the paper's unit of 20 epochs."),
     click.option(
         "--batch",
         type=POSITIVE,
@@ -80,27 +82,31 @@ _OPTIONS = [
     ),
     click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), help="Optimizer. [default: adam]"),
     click.option("--lr", type=NUMBER, help="Learning rate. [default: 2e-4; small_16 1e-3, small_8 3e-3]"),
-    click.option("--warmup-epochs", type=NUMBER, help="Of a linear warm-up. [default: 200; small presets 20]"),
-    click.option("--weight-decay", type=NUMBER, help="Of adam and sgd an L2 penalty, decoupled of adamw. [default: 0]"),
-    click.option("--momentum", type=NUMBER, help="Of sgd. [default: 0]"),
+    click.option("--warmup-epochs", type=NUMBER, help="Epochs of linear warm-up.  [default: 200; small presets 20]"),
+    click.option(
+        "--weight-decay",
+        type=NUMBER,
+        help="Weight decay: an L2 penalty in adam and sgd, decoupled in adamw.  [default: 0]",
+    ),
+    click.option("--momentum", type=NUMBER, help="Momentum of sgd.  [default: 0]"),
     click.option(
         "--ema-rule",
         type=click.Choice(["by-size", "compensated", "constant", "target"]),
-        help="How the EMA weights follow. [default: compensated; target with --ema-target and small presets]",
+        help="Rule of the EMA weights. [default: compensated; target with --ema-target and small presets]",
     ),
-    click.option("--ema-target", type=SHARE, help="The decay at which the rule target ends."),
+    click.option("--ema-target", type=SHARE, help="Final decay of --ema-rule target."),
     click.option(
         "--ema-halflife",
         type=POSITIVE,
-        help="Half-life of the EMA weights in images. [default: 500000]",
+        help="Half-life of the EMA weights in images.  [default: 500000]",
     ),
     click.option(
         "--ema-protocol",
         type=click.Choice(["paper", "published"]),
-        help="Half-life by training-set size as in the paper, or floored to whole thousands of images as in its "
-        "published code: none at all below 100 training images. [default: paper]",
+        help="Half-life of the EMA weights by training-set size: as in the paper, or rounded down to whole thousands "
+        "of images as in its published code (no averaging below 100 training images).  [default: paper]",
     ),
-    click.option("--tikhonov", type=NUMBER, help="Regularization of the score. [default: 0]"),
+    click.option("--tikhonov", type=NUMBER, help="Tikhonov regularization of the score.  [default: 0]"),
 ]
 
 

@@ -36,15 +36,16 @@ if TYPE_CHECKING:
 @click.option("--every", type=click.IntRange(min=1), metavar="N", help="A snapshot every N images, and the last.")
 @click.option(
     "--order", type=click.Choice(["newest", "oldest", "bisect"]), default="newest", show_default=True,
-    help="Which snapshots come first; bisect: only those that narrow down where R_mem passes --at-least, or 0.5.",
+    help="Order in which snapshots are audited; bisect: only those that narrow down where R_mem passes --at-least, or "
+    "0.5.",
 )  # fmt: skip
 @click.option(
     "--at-least", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
-    help="Ask whether R_mem is at least SHARE, and sample no more of a snapshot than that takes.",
+    help="Test whether R_mem is at least SHARE, and sample only as many images of each snapshot as that needs.",
 )  # fmt: skip
 @confidence_option("of --at-least, over all snapshots")
 @criterion_option
-@click.option("--data", type=Source(), help="The training images; needed where the run does not know where they are.")
+@click.option("--data", type=Source(), help="The training images; required if the run does not record where they are.")
 @size_option("; with --data")
 @resize_option(more=" With --data.")
 @reading_options()
@@ -52,19 +53,19 @@ if TYPE_CHECKING:
 @batch_option(64)
 @device_option
 @folder_option("a folder for trajectory.html and its tables.  [default: RUN/trajectory]")
-@json_option("the points and the verdict")
+@json_option("the points and the answer")
 @gate_options
 @debug_option
 def trajectory_command(
     run, seeds, every, order, at_least, confidence, criterion, data, size, resize, color, alpha, key, layout,
     skip_bad, solver, batch, device, out, as_json, fail_above, require_below, max_copies,
 ) -> int:  # fmt: skip
-    """How the share of copies grew: R_mem of the snapshots of RUN, a folder of diffmem train.
+    """Measure R_mem over training time: of the snapshots of RUN, a folder of diffmem train.
 
-    Writes trajectory.html (plot, first copies, table), .csv, .json and .svg. What was audited before, here or by
-    train's --audit-every, is not again: the same command goes on after an interrupt, and more seeds cost only those.
-    A gate judges the interval of the highest R_mem, and --max-copies each snapshot; it does not pass where the newest
-    snapshot's images are of a single color or nearly all the same.
+    Writes trajectory.html (plot, first copies, table), .csv, .json and .svg. Images audited before, here or by train's
+    --audit-every, are not audited again: the same command resumes after an interrupt, and further seeds cost only
+    themselves. A gate applies to the interval of the highest R_mem, and --max-copies to each snapshot; it does not pass
+    if the newest snapshot's images are of a single color or nearly all the same.
 
     \b
     Examples:
@@ -96,7 +97,7 @@ def trajectory_command(
             every=every,
             order=order,
             stop=None if at_least is None else SequentialTest(at_least, confidence),
-            settings=SamplerConfig(solver=solver, batch=batch),
+            sampler=SamplerConfig(solver=solver, batch=batch),
             criterion=criterion,
             device=device,
             progress=progress,

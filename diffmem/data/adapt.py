@@ -59,11 +59,11 @@ def _without_alpha(images: np.ndarray, alpha: str | None, where: str) -> np.ndar
         return colors
     if alpha is None:
         raise InputError(
-            f"{where}: images of 4 channels with transparent pixels: choose a background with alpha='white' or"
-            " alpha='black', or alpha='drop'"
+            f"{where}: images of 4 channels with transparent pixels: composite them with alpha='white' or "
+            "alpha='black', or pass alpha='drop'"
         )
     if images.min() < 0:
-        raise InputError(f"{where}: images with negative levels have no background of {alpha}: take alpha='drop'")
+        raise InputError(f"{where}: images with negative values have no {alpha} background: pass alpha='drop'")
     share = opacity / np.float64(full)
     mixed = colors * share + (full if alpha == "white" else 0) * (1 - share)
     return (np.floor(mixed + 0.5) if images.dtype == np.uint8 else mixed).astype(images.dtype)

@@ -70,7 +70,7 @@ def to_numpy(value: Any, where: str = "tensor") -> np.ndarray:
     try:
         return value.numpy()
     except (TypeError, RuntimeError):
-        raise InputError(f"{where}: {value.dtype} is no dtype of numpy's: convert it first (.float())") from None
+        raise InputError(f"{where}: {value.dtype} is not a NumPy dtype: convert it first (.float())") from None
 
 
 def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | None = None) -> np.ndarray:
@@ -82,7 +82,7 @@ def as_nchw(array: np.ndarray, layout: str | None, where: str, *, assume: str | 
     """
     if array.ndim == 2:
         raise InputError(
-            f"{where}: shape {array.shape} is not images but vectors: search them with diffmem.search.TrainingIndex"
+            f"{where}: shape {array.shape} is vectors, not images: search them with diffmem.search.TrainingIndex"
             " (or reshape them to [N, C, H, W])"
         )
     if array.dtype == np.float16:
@@ -147,7 +147,9 @@ def map_npy(path: Path) -> np.ndarray:
             start = file.tell()
         size, there = _bytes_of(shape, dtype), path.stat().st_size - start
         if size > there:
-            raise ValueError(f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, {there:,} are there")
+            raise ValueError(
+                f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, but {there:,} are present"
+            )
         if size == 0:
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")
@@ -160,14 +162,14 @@ def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """
     magic = stream.read(8)
     if magic[:6] != b"\x93NUMPY" or len(magic) < 8 or magic[6] not in (1, 2, 3):
-        raise ValueError("it does not begin as an .npy file does")
+        raise ValueError("it does not start like an .npy file")
     width = 2 if magic[6] == 1 else 4
     length = int.from_bytes(stream.read(width), "little")
     if length > _LONGEST_HEADER:
         raise ValueError(f"a header of {length:,} bytes")
     header = stream.read(length)
     if len(header) != length:
-        raise ValueError("cut short in its header")
+        raise ValueError("truncated in its header")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about headers that Python 2 wrote: what matters ends in an error
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(length.to_bytes(2, "little") + header))
@@ -207,10 +209,10 @@ def read_npz(path: Path, key: str | None, layout: str | None) -> Arrays:
             try:
                 written_names = member("names")
             except InputError as problem:
-                written_names, notes = None, (*notes, f"names are left out: {problem}")
+                written_names, notes = None, (*notes, f"names are ignored: {problem}")
         if written_names is not None and (written_names.dtype.kind != "U" or written_names.shape != (len(images),)):
             form = f"{written_names.dtype} {written_names.shape}"
-            notes = (*notes, f"names are left out: {path}: they must be {len(images):,} strings, not {form}")
+            notes = (*notes, f"names are ignored: {path}: they must be {len(images):,} strings, not {form}")
             written_names = None
         return Arrays(images, labels, None if written_names is None else written_names.tolist(), notes)
 
@@ -259,18 +261,18 @@ def _labels_of(labels: np.ndarray | None, images: np.ndarray, path: Path) -> np.
 
 def npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     """One array, unpacked straight to where it will lie; its header is not believed before the sizes agree."""
-    with parsing(f"{path}: {name}", "an array that can be read"):
+    with parsing(f"{path}: {name}", "a readable array"):
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as stream:
             shape, fortran, dtype = _npy_header(stream)
             size, there = _bytes_of(shape, dtype), entry.file_size - stream.tell()
             if there != size:
                 raise ValueError(
-                    f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, {there:,} are there"
+                    f"shape {short(shape)} of {_dtype_name(dtype)} needs {size:,} bytes, but {there:,} are present"
                 )
             if size > LARGE and size > MOST_DEFLATED * entry.compress_size:
                 raise ValueError(
-                    f"its {size / 1e9:.1f} GB are packed into {entry.compress_size / 1e6:.1f} MB, as in a zip bomb"
+                    f"its {size / 1e9:.1f} GB are compressed into {entry.compress_size / 1e6:.1f} MB, as in a zip bomb"
                 )
             array = allocate(shape[::-1] if fortran else shape, dtype)
             if size:

@@ -26,7 +26,7 @@ def read_builtin(source: str, limit: int | None) -> Arrays:
         raise InputError(f"{source}: options are whole numbers, as in builtin:patches?n=20000&seed=3") from None
     known = {"digits": (), "patches": ("n", "seed")}
     if name not in known:
-        raise InputError(f"{source}: no such built-in set: there are builtin:digits and builtin:patches")
+        raise InputError(f"{source}: no such built-in set; the built-in sets are builtin:digits and builtin:patches")
     if unknown := [key for key in numbers if key not in known[name]]:
         allowed = " and ".join(known[name]) or "none"
         raise InputError(f"{source}: no option {unknown[0]} (builtin:{name} has {allowed})")

@@ -1,10 +1,10 @@
-"""The packed copy of a folder or archive of image files: one memory-mappable file beside the source.
+"""The cached copy of a folder or archive of image files: one memory-mappable file beside the source.
 
 `train.zip` gets `train.zip.diffmem-<settings>.safetensors` next to it (one per combination of the settings that change
 the pixels). Neither name nor date make it trusted: it holds the SHA-256 of the source's contents (an archive's bytes; a
 folder's file names and bytes) and of its own pixels, labels, names and all else that it says, and is used only where
 both are what they should be.
-Anything else is decoded again and replaces it. Where it cannot be written, the images are returned all the same, with a
+Anything else is decoded again and replaces it. Where it cannot be written, the images are returned anyway, with a
 line in `ImageSet.notes` that says so.
 """
 
@@ -31,7 +31,7 @@ from diffmem.progress import Progress
 
 # Part of the settings: raise it when the same source would decode to other pixels.
 _VERSION = 2
-_STAGE = "checking the packed copy"
+_STAGE = "checking the cached copy"
 _log = logger(__name__)
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 
@@ -39,7 +39,7 @@ _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 def load_cached(
     path: Path, encoded: EncodedImages, settings: dict[str, Any], decode: Callable[[], ImageSet], progress: Progress
 ) -> ImageSet:
-    """The images that `decode()` gives, from the packed copy where that is what it would be made from now.
+    """The images that `decode()` gives, from the cached copy where that is what it would be made from now.
 
     settings: everything (JSON types) besides the contents of `path` that `decode` depends on.
     """
@@ -49,17 +49,17 @@ def load_cached(
     key = {"settings": text, "source": source_fingerprint(path, encoded, progress)}
     cached = _read(target, key, str(path))
     if cached is not None:
-        _log.debug("%s: read from its packed copy, %s", path, target.name)
+        _log.debug("%s: read from its cached copy, %s", path, target.name)
         return cached
     if target.exists():
-        _log.info("%s: the packed copy %s is damaged or of other contents, and is made again", path, target.name)
+        _log.info("%s: the cached copy %s is damaged or belongs to other contents; it is rebuilt", path, target.name)
     images = decode()
     try:
-        if not target.parent.stat().st_mode & 0o222:  # root could write there all the same, against the owner's will
+        if not target.parent.stat().st_mode & 0o222:  # root could write there anyway, against the owner's will
             raise InputError(f"{target.parent} is marked read-only")
         _write(target, key, images)
     except InputError as error:
-        return replace(images, notes=(*images.notes, f"no packed copy was kept: {error}"))
+        return replace(images, notes=(*images.notes, f"no cached copy was written: {error}"))
     return images
 
 
@@ -116,14 +116,14 @@ def _write(target: Path, key: dict[str, Any], images: ImageSet) -> None:
 
 
 def _read(target: Path, key: dict[str, Any], source: str) -> ImageSet | None:
-    """The packed copy, its images memory-mapped, or None where it is absent, damaged or of something else."""
+    """The cached copy, its images memory-mapped, or None where it is absent, damaged or of something else."""
     try:
-        with parsing(target, "a packed copy"), open(target, "rb") as file:
+        with parsing(target, "a cached copy"), open(target, "rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), target.stat().st_size
             if length > size:
                 return None
             header = json.loads(file.read(length))
-            about = unsealed(json.loads(header["__metadata__"]["diffmem"]), target, "it is made again")
+            about = unsealed(json.loads(header["__metadata__"]["diffmem"]), target, "it is rebuilt")
             tensors, end = about["tensors"], 8 + length
             if about["key"] != key or {name: header[name] for name in header if name != "__metadata__"} != tensors:
                 return None

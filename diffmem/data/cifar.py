@@ -34,7 +34,7 @@ def is_cifar(path: Path) -> bool:
 def read_cifar(path: Path, split: str, progress: Progress) -> Arrays:
     """CIFAR-10's images ("train": 50,000, "test": 10,000, "all": both in this order), labels and file names."""
     if split not in (*_BATCHES, "all"):
-        raise InputError(f"{path}: key={split!r} is no part of CIFAR-10: take 'train', 'test' or 'all'")
+        raise InputError(f"{path}: key={split!r} is not a part of CIFAR-10: pass key='train', key='test' or key='all'")
     wanted = _BATCHES["train"] + _BATCHES["test"] if split == "all" else _BATCHES[split]
     found: dict[str, Arrays] = {}
     with parsing(path, "a complete tar archive", "download it again"), open(path, "rb") as file:
@@ -66,10 +66,10 @@ def _read_batch(data: bytes, where: str) -> Arrays:
             content = read_pickle(Source(memoryview(data)), known, budget)
         except Refused as error:
             raise InputError(
-                f"{where} is not a batch of CIFAR-10: it asks for {error}, which is never loaded"
+                f"{where} is not a batch of CIFAR-10: it contains {error}, which is never loaded"
             ) from None
         if not isinstance(content, dict):
-            raise Damaged(f"it holds {short(content)}, no dictionary")
+            raise Damaged(f"it holds {short(content)}, not a dictionary")
         content = {_text(key): value for key, value in content.items()}
         images = _pixels(content["data"])
         names = [_text(name) for name in content["filenames"]]
@@ -91,7 +91,7 @@ _ARRAYS = {
 def _pixels(value: Any) -> np.ndarray:
     """The images of a pickled array of uint8, [N, 3, 32, 32]."""
     if not isinstance(value, Record) or not isinstance(value.state, tuple) or len(value.state) != 5:
-        raise Damaged("its data are no array")
+        raise Damaged("its data is not an array")
     _, shape, dtype, fortran, data = value.state
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(dtype, np.dtype) or dtype != np.uint8 or not isinstance(data, bytes | memoryview):
@@ -109,4 +109,4 @@ def _text(value: Any) -> str:
         return value.decode("latin1")
     if isinstance(value, str):
         return value
-    raise Damaged(f"{short(value)} where a name should be")
+    raise Damaged(f"{short(value)} in place of a name")

@@ -51,7 +51,7 @@ def _labels(images: ImageSet, purpose: str) -> np.ndarray:
     if images.labels is None:
         reason = next((note.removeprefix(LEFT_OUT) for note in images.notes if note.startswith(LEFT_OUT)), None)
         raise InputError(
-            f"{images.source}: {purpose} needs labels, and there are none"
+            f"{images.source}: {purpose} needs labels, but there are none"
             + ("" if reason is None else f" that can be used ({reason})")
         )
     return images.labels

@@ -107,17 +107,17 @@ def is_image_name(name: str) -> bool:
 def contents(names: Sequence[str]) -> str:
     """What lies there instead of images: how many files of which endings, in how many folders."""
     if not names:
-        return "it holds no files that are not hidden"
+        return "it holds no visible files"
     folders = {with_slashes(name).rpartition("/")[0] for name in names} - {""}
     inside = f" in {len(folders):,} folder{'s' if len(folders) > 1 else ''}" if folders else ""
     return f"it holds {len(names):,} file{'s' if len(names) > 1 else ''}{inside}: {_endings(names)}"
 
 
 def _endings(names: Sequence[str]) -> str:
-    counts = Counter(PurePosixPath(with_slashes(name)).suffix.lower() or "without ending" for name in names)
+    counts = Counter(PurePosixPath(with_slashes(name)).suffix.lower() or "without extension" for name in names)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{printable(suffix)} ×{count:,}" for suffix, count in ordered[:6]]
-    return ", ".join(shown) + (f" and {len(counts) - 6} other endings" if len(counts) > 6 else "")
+    return ", ".join(shown) + (f" and {len(counts) - 6} other extensions" if len(counts) > 6 else "")
 
 
 def _unread_note(path: Path, others: Sequence[str]) -> tuple[str, ...]:
@@ -125,7 +125,7 @@ def _unread_note(path: Path, others: Sequence[str]) -> tuple[str, ...]:
     unread = [name for name in others if PurePosixPath(with_slashes(name)).suffix.lower() in UNREAD_PICTURES]
     if not unread:
         return ()
-    return (f"{path}: {len(unread):,} files of kinds that are not read were skipped ({_endings(unread)})",)
+    return (f"{path}: {len(unread):,} files of unsupported types were skipped ({_endings(unread)})",)
 
 
 def files_without_images(folder: Path) -> list[str]:
@@ -141,7 +141,7 @@ def files_without_images(folder: Path) -> list[str]:
 def _check_json_size(size: int, images: int) -> None:
     """Raises ValueError where dataset.json is larger than labels of so many images can be."""
     if size > _MOST_JSON_BYTES + images * _MOST_JSON_BYTES_PER_IMAGE:
-        raise ValueError(f"it has {size / 1e6:,.0f} MB, too much for labels of {images:,} images")
+        raise ValueError(f"it has {size / 1e6:,.0f} MB, too large for the labels of {images:,} images")
 
 
 class Folder:
@@ -185,7 +185,7 @@ class Folder:
                 if not stat.S_ISREG(status.st_mode):
                     raise BadImage("is not a regular file")
                 if status.st_size > MAX_FILE_BYTES:
-                    raise BadImage(f"is larger ({status.st_size / 1e6:,.0f} MB) than any image that is read")
+                    raise BadImage(f"is larger ({status.st_size / 1e6:,.0f} MB) than any image that is accepted")
                 return file.read()
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from None
@@ -227,7 +227,7 @@ class ZipArchive:
                     others.append(name)
                 continue
             if name in entries:
-                raise InputError(f"{path}: two entries are named {printable(name)}: pack the archive again")
+                raise InputError(f"{path}: two entries are named {printable(name)}: create the archive again")
             entries[name] = entry
         found = sorted((name for name in entries if name != DATASET_JSON), key=natural_key)
         if not found:
@@ -256,7 +256,7 @@ class ZipArchive:
         if entry.flag_bits & 1:
             raise BadImage("is encrypted: decrypt the archive first")
         if entry.file_size > MAX_FILE_BYTES:
-            raise BadImage(f"declares {entry.file_size / 1e6:,.0f} MB, more than any image that is read")
+            raise BadImage(f"declares {entry.file_size / 1e6:,.0f} MB, more than any image that is accepted")
         try:
             return self._unpacked(entry)
         except _BAD_ENTRY as error:
@@ -288,18 +288,18 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise InputError(
-            f"{path}: not a complete zip archive (truncated or corrupt: {error}): download or pack it again"
+            f"{path}: not a complete zip archive (truncated or corrupt: {error}): download it or create it again"
         ) from None
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     ends = [entry.header_offset + entry.compress_size for entry in entries]
     if entries and (entries[0].header_offset < 0 or max(ends) > path.stat().st_size):
         raise InputError(
-            f"{path}: not a complete zip archive (its entries reach beyond its end): download or pack it again"
+            f"{path}: not a complete zip archive (its entries reach beyond its end): download it or create it again"
         )
     for entry, end, following in zip(entries, ends, entries[1:], strict=False):
         if end > following.header_offset:
             names = f"{printable(entry.filename)} and {printable(following.filename)}"
-            raise InputError(f"{path}: the entries {names} overlap, as in a zip bomb: pack the archive again")
+            raise InputError(f"{path}: the entries {names} overlap, as in a zip bomb: create the archive again")
     return archive
 
 
@@ -307,7 +307,7 @@ def _unsafe(name: str) -> str | None:
     """Why nobody should use `name` as a path. We never do, but reports hand names on."""
     parts = re.split(r"[/\\]", name)
     if ".." in parts:
-        return "it leads out of its folder"
+        return "it points outside its folder"
     if parts[0] == "" or re.match(r"[A-Za-z]:", name):
         return "it is absolute"
     if any(ord(character) < 32 or ord(character) == 127 for character in name):
@@ -364,11 +364,11 @@ class HuggingFaceDataset:
         features = dataset.features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if not images:
-            raise InputError(f"{path}: no column of images among {', '.join(features)}")
+            raise InputError(f"{path}: no image column among {', '.join(features)}")
         if column is not None and column not in images:
-            raise InputError(f"{path}: no column {column!r} of images; such are {', '.join(images)}")
+            raise InputError(f"{path}: no column {column!r} of images; there are {', '.join(images)}")
         if label is not None and label not in features:
-            raise InputError(f"{path}: no column {label!r} of labels among {', '.join(features)}")
+            raise InputError(f"{path}: no label column {label!r} among {', '.join(features)}")
         picked = column is not None
         column = column or ("image" if "image" in images else images[0])
         # The mode to which `datasets` converts what it decodes, where the feature names one that images can have here.
@@ -384,7 +384,7 @@ class HuggingFaceDataset:
             read = lambda: as_labels(dataset[labels][:], self.names, f"{path}: column {labels}")  # noqa: E731
             self.labels, self.notes = or_note(read)
         if len(images) > 1 and column != "image" and not picked:
-            self.notes += (f"{path}: of its columns of images, {', '.join(images)}, the first was read",)
+            self.notes += (f"{path}: of its image columns, {', '.join(images)}, the first one was used",)
 
     def _pick(self, what: str, mapping: Any, names: Sequence[str], key: str | None) -> Any:
         if key is None and len(names) == 1:

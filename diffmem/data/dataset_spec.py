@@ -54,8 +54,8 @@ class DatasetSpec(ImageRecipe):
         classes: Only so many classes, the first ones.
         mix: (source, share, class): a share of a class's images replaced by those of another source.
         labels: None, "true", "consecutive", "none", "random:C" or "unique"; see `derive`.
-        label_seed: Of random labels; None: the sequence of the paper's public code.
-        seed: Of the subset and the mixture; None takes first images.
+        label_seed: Seed of random labels; None: the sequence of the paper's public code.
+        seed: Seed of the subset and the mixture; None takes first images.
 
     Raises:
         InputError: A value that makes no sense; the message names the field.
@@ -188,7 +188,7 @@ class DatasetSpec(ImageRecipe):
             InputError: A field is unknown, missing, or makes no sense.
         """
         if not isinstance(values, Mapping):
-            raise InputError(f"a data set: fields are needed, not {short(values)}")
+            raise InputError(f"a data set: must be a mapping of fields, not {short(values)}")
         named = {_EARLIER.get(name, name): value for name, value in values.items()}
         if unknown := set(named) - {f.name for f in dataclasses.fields(DatasetSpec)}:
             raise InputError(f"a data set has no field {', '.join(sorted(map(str, unknown)))}")

@@ -36,7 +36,7 @@ MAX_PIXELS = 64 * 2**20
 # Nothing that an image within MAX_PIXELS needs: 4 bytes a pixel, stored raw, and a header.
 MAX_FILE_BYTES = 4 * MAX_PIXELS + 2**20
 
-# Formats whose plugins start another program (EPS), hold a place for a decoder that Pillow lacks, or are no pictures.
+# Formats whose plugins start another program (EPS), hold a place for a decoder that Pillow lacks, or are not pictures.
 _REFUSED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"})
 _USUAL_FORMATS = ("JPEG", "PNG")
 
@@ -115,10 +115,10 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
             image = Image.open(stream, formats=_formats())
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise BadImage(f"declares {width}×{height} pixels, more than the {MAX_PIXELS:,} that are decoded")
+            raise BadImage(f"declares {width}×{height} pixels, more than the limit of {MAX_PIXELS:,}")
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise BadImage(
-                f"holds {getattr(image, 'n_frames', 'several')} frames: keep one of them as an image of its own"
+                f"holds {getattr(image, 'n_frames', 'several')} frames: save one of them as a separate image"
             )
         deep_gray = require_eight_bits(image, data)
         image, turned = _upright(image)
@@ -130,9 +130,9 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImage(f"declares more than the {MAX_PIXELS:,} pixels that are decoded") from None
+        raise BadImage(f"declares more pixels than the limit of {MAX_PIXELS:,}") from None
     except UnidentifiedImageError:
-        raise BadImage("is no image that Pillow can read (corrupt, or another kind of file)") from None
+        raise BadImage("is not an image that Pillow can read (corrupt, or another file type)") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt input
         raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
     finally:
@@ -230,7 +230,7 @@ def _opaque(image: Image.Image, alpha: str | None) -> Image.Image:
     if cast(Any, image.getchannel("A").getextrema())[0] < 255:
         if alpha is None:
             raise BadImage(
-                "has transparent pixels: choose a background with alpha='white' or alpha='black', or alpha='drop'"
+                "has transparent pixels: composite it with alpha='white' or alpha='black', or pass alpha='drop'"
             )
         if alpha != "drop":
             background = Image.new(image.mode, image.size, alpha)
@@ -242,5 +242,5 @@ def _sixteen_bit_gray(image: Image.Image) -> Image.Image:
     levels = np.asarray(image)
     eight_bits, remainder = np.divmod(levels, 257)
     if remainder.any() or levels.min() < 0 or levels.max() > 65535:
-        raise BadImage("is 16-bit gray with levels that 8 bits cannot hold: convert it to 8 bits first")
+        raise BadImage("is 16-bit gray with values that do not fit 8 bits exactly: convert it to 8 bits first")
     return Image.fromarray(eight_bits.astype(np.uint8))

@@ -113,7 +113,7 @@ class _Tally:
         if not self.skip_bad:
             raise InputError(
                 f"{self.source.description}: {self.source.names[index]} {reason}"
-                " — repair or remove it, or pass skip_bad=True to go on without such files"
+                " — fix or remove it, or pass skip_bad=True to skip such files"
             )
         self.bad[index] = reason
 
@@ -148,9 +148,9 @@ def _mixed(shapes: dict[tuple[int, int, int], list[int]], names: Sequence[str]) 
     seen = f"among the first {sum(map(len, shapes.values())):,} images read"
     if len(by_size) > 1:
         sizes = listing(by_size, lambda size: f"{size[1]}×{size[0]}")
-        return f"images of mixed sizes, {seen} {sizes}: pass resize=N to bring them to one size"
+        return f"images of mixed sizes, {seen} {sizes}: pass resize=N to resize them to one size"
     colors = listing(by_channels, lambda channels: "gray" if channels == 1 else "color")
-    return f"gray and color images are mixed, {seen} {colors}: pass color='rgb' or color='gray' to make them alike"
+    return f"gray and color images are mixed, {seen} {colors}: pass color='rgb' or color='gray' to convert them"
 
 
 def _first_good(
@@ -169,7 +169,7 @@ def _first_good(
         tally.done += 1
     name, reason = source.names[0], tally.bad[0]
     raise InputError(
-        f"{source.description}: none of its {total:,} files is a usable image; the first, {name}, {reason}"
+        f"{source.description}: none of its {total:,} files is a usable image; the first one, {name}, {reason}"
     )
 
 

@@ -37,11 +37,11 @@ def require_eight_bits(image: Image.Image, data: bytes) -> bool:
     if kind in _EIGHT_BITS:
         return False
     if kind not in _CHECKS:
-        raise BadImage(f"is in the format {kind}, whose depth is not known here: convert it to PNG first")
+        raise BadImage(f"is in the format {kind}, whose bit depth cannot be determined: convert it to PNG first")
     try:
         return _CHECKS[kind](image, data)
     except (IndexError, KeyError, StopIteration, TypeError, ValueError, struct.error):
-        raise BadImage(f"has no readable {kind} header to tell its depth: convert it to PNG first") from None
+        raise BadImage(f"has no readable {kind} header that gives its bit depth: convert it to PNG first") from None
 
 
 def _refusal(bits: int | str) -> BadImage:
@@ -97,7 +97,7 @@ def _jpeg_2000(image: Image.Image, data: bytes) -> bool:
     if data[stream : stream + 4] != _JPEG_2000_STREAM:
         raise ValueError
     if not data[stream:end].rstrip(b"\0").endswith(b"\xff\xd9"):  # OpenJPEG reads on where tiles are missing
-        raise BadImage("is truncated: its JPEG 2000 stream has no end")
+        raise BadImage("is truncated: its JPEG 2000 stream does not end")
     components = int.from_bytes(data[stream + 40 : stream + 42], "big")
     precisions = data[stream + 42 : stream + 42 + 3 * components : 3]
     if components == 0 or len(precisions) != components:
@@ -132,7 +132,7 @@ def _sgi(image: Image.Image, data: bytes) -> bool:
 def _ppm(image: Image.Image, data: bytes) -> bool:
     match = _PNM.match(data)
     if match is None:
-        raise BadImage("is a portable map of an unusual kind: convert it to PNG first")
+        raise BadImage("is a Netpbm file of an unusual kind: convert it to PNG first")
     kind, highest = int(match[1]), match[4]
     if kind in (1, 4):
         return False
@@ -142,7 +142,7 @@ def _ppm(image: Image.Image, data: bytes) -> bool:
     if highest > 255:
         raise _refusal(highest.bit_length())
     if 255 % highest:
-        raise BadImage(f"has levels up to {highest}, which do not become 0 to 255 exactly: convert it to 8 bits first")
+        raise BadImage(f"has levels up to {highest}, which do not map to 0–255 exactly: convert it to 8 bits first")
     return False
 
 

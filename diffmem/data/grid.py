@@ -182,8 +182,8 @@ def split_grid(images: ImageSet, size: tuple[int, int]) -> ImageSet:
     if grid is None:
         height, width = images.image_shape[1:]
         raise InputError(
-            f"{images.source}: images of {height}x{width} are no grid of images of {size[0]}x{size[1]}, whatever the "
-            "padding between them"
+            f"{images.source}: images of {height}x{width} are not a grid of images of {size[0]}x{size[1]} with any "
+            "padding"
         )
     tiles = np.stack(
         [images.images[:, :, top : top + size[0], left : left + size[1]] for top, left in _places(grid, size)], axis=1
@@ -193,13 +193,13 @@ def split_grid(images: ImageSet, size: tuple[int, int]) -> ImageSet:
     empty = np.flip(np.logical_and.accumulate(np.flip(blank, 1), axis=1), 1)
     kept = np.argwhere(~empty)
     if not len(kept):
-        raise InputError(f"{images.source}: nothing but blank images in the grid")
+        raise InputError(f"{images.source}: the grid holds only blank images")
     note = (
         f"{images.source}: {len(images):,} sheets of {grid.rows}x{grid.columns} images were cut into "
         f"{len(kept):,} images"
     )
     if skipped := int(empty.sum()):
-        note += f"; {skipped:,} blank places at their ends were left out"
+        note += f"; {skipped:,} blank cells at the end were skipped"
     cut = np.ascontiguousarray(tiles[~empty])
     if size != wanted:
         note += f", and resized from {size[0]}x{size[1]} to {wanted[0]}x{wanted[1]}"

@@ -19,7 +19,7 @@ class SkippedFile:
     """A file that could not be read and was skipped because the caller asked for that (`skip_bad`).
 
     Attributes:
-        name: Of the file, relative to its source.
+        name: Name of the file, relative to its source.
         reason: Why it was skipped, in words.
     """
 

@@ -21,7 +21,7 @@ from diffmem.text import printable
 
 DATASET_JSON = "dataset.json"
 # How the note on labels that were not usable begins.
-LEFT_OUT = "labels are left out: "
+LEFT_OUT = "labels are ignored: "
 _WHOLE = re.compile("-?[0-9]{1,18}")
 
 
@@ -64,7 +64,7 @@ def parse_dataset_json(data: bytes, names: Sequence[str], where: str) -> np.ndar
     missing = [name for name in names if name not in by_name]
     if missing:
         raise InputError(
-            f"{where} has no label for {len(missing):,} of {len(names):,} images, the first being {missing[0]}"
+            f"{where} has no label for {len(missing):,} of {len(names):,} images; the first is {missing[0]}"
         )
     return as_labels([by_name[name] for name in names], names, where)
 
@@ -85,7 +85,7 @@ def as_labels(values: Sequence[Any], names: Sequence[str], where: str) -> np.nda
         vector = isinstance(value, list) and all(type(number) in (int, float) for number in value)
         if not (vector if length is not None else type(value) is int and -(2**63) <= value < 2**63):
             raise InputError(
-                f"{where}: the label of {name} is {_short(value)}: labels are all whole numbers or all vectors"
+                f"{where}: the label of {name} is {_short(value)}: labels must all be whole numbers, or all be vectors"
             )
         if length is not None and len(value) != length:
             raise InputError(f"{where}: the label of {name} has {len(value)} entries, that of {names[0]} has {length}")
@@ -97,7 +97,7 @@ def as_labels(values: Sequence[Any], names: Sequence[str], where: str) -> np.nda
                 .astype(np.float32)
             )
     except OverflowError:
-        raise InputError(f"{where}: a label is a whole number too large for any float") from None
+        raise InputError(f"{where}: a label is a whole number too large for a float") from None
     return _class_numbers(_finite(labels, names, where))
 
 
@@ -139,7 +139,7 @@ def _finite(labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.n
     bad = np.flatnonzero(~np.isfinite(labels).all(axis=1))
     if len(bad):
         which = f"image {bad[0]}" if names is None else names[bad[0]]
-        raise InputError(f"{where}: {len(bad):,} labels are not finite, the first being that of {which}")
+        raise InputError(f"{where}: {len(bad):,} labels are not finite, the first is that of {which}")
     return labels
 
 

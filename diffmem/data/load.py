@@ -149,7 +149,7 @@ def load_images(
         path = Path(text.removeprefix(HF).partition("?")[0] if text.startswith(HF) else text).expanduser()
         if (kind := network_kind(path)) is not None:
             raise InputError(
-                f"{path}: is {kind}, not a set of images: sample it, and give the images (`diffmem sample` samples"
+                f"{path}: is {kind}, not a set of images: sample it and pass the images (`diffmem sample` samples"
                 " networks of diffmem and snapshots of EDM)"
             )
         encoded = _hugging_face(text, path, key) if text.startswith(HF) else _encoded(path, key)
@@ -207,9 +207,8 @@ def _decoded(
 
 def _turned_note(source: str, turned: int, count: int) -> str:
     return (
-        f"{source}: {turned:,} of {count:,} images carry an EXIF orientation and were turned or mirrored as it says, as"
-        " viewers and Hugging Face's reader do; training code that reads files with torchvision or EDM's dataset tool"
-        " sees them as stored"
+        f"{source}: {turned:,} of {count:,} images have an EXIF orientation, which was applied (image viewers and "
+        "Hugging Face datasets do so too; torchvision and EDM's dataset tool read the pixels as stored)"
     )
 
 
@@ -290,7 +289,7 @@ def _array_file(path: Path, key: str | None, layout: str | None, progress: Progr
     readers = {".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".safetensors": read_safetensors}
     if path.suffix.lower() not in readers:
         raise InputError(
-            f"{path}: not a kind of file that is read: give a folder, an image, .zip, .tar, .parquet, .npz, .npy, .pt,"
+            f"{path}: unsupported file type: give a folder, an image, .zip, .tar, .parquet, .npz, .npy, .pt,"
             " .safetensors, .h5 or cifar-10-python.tar.gz"
         )
     return readers[path.suffix.lower()](path, key, layout)

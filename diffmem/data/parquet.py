@@ -73,12 +73,12 @@ class ParquetImages:
         self.labels: np.ndarray | None = None
         classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
         if label is not None and label not in schema.names:
-            raise InputError(f"{description}: no column {label!r} of labels among {_listed(schema.names)}")
+            raise InputError(f"{description}: no label column {label!r} among {_listed(schema.names)}")
         chosen = label or next((name for name in (*_LABEL_NAMES, *classes) if name in schema.names), None)
         if chosen is not None:
             self.labels, self.notes = or_note(lambda: self._read_labels(opened, chosen))
         if several:
-            self.notes += (f"{description}: of its columns of images, {', '.join(several)}, the first was read",)
+            self.notes += (f"{description}: of its image columns, {', '.join(several)}, the first one was used",)
         self._opened = opened
         self._batches: dict[tuple[int, int], list[Any]] = {}
         self._kept_bytes = 0

@@ -51,7 +51,7 @@ def temporary_file(size: int) -> BinaryIO:
         file.close()
         folder, free = tempfile.gettempdir(), shutil.disk_usage(tempfile.gettempdir()).free
         raise InputError(
-            f"{size / 1e9:.1f} GB of pixels do not fit the temporary folder {folder} ({free / 1e9:.1f} GB free,"
+            f"{size / 1e9:.1f} GB of pixels do not fit in the temporary folder {folder} ({free / 1e9:.1f} GB free,"
             f" {error.strerror}): set TMPDIR to a larger disk, or use resize or limit"
         ) from None
     return file

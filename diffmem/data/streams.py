@@ -75,8 +75,8 @@ def read_stream(
             if (block.shape[1:], block.dtype) != (first.shape[1:], first.dtype):
                 form, expected = f"{block.dtype} {block.shape[1:]}", f"{first.dtype} {first.shape[1:]}"
                 raise InputError(
-                    f"{where}: image {done} is {form}, those before are {expected}: bring them to one form"
-                    " with resize=N, color='rgb' or color='gray'"
+                    f"{where}: image {done} is {form}, those before are {expected}: convert them with resize=N, "
+                    "color='rgb' or color='gray'"
                 )
             images.append(block)
             if isinstance(block_labels, InputError):

@@ -95,9 +95,9 @@ def class_balanced(images: ImageSet, size: int, seed: int | None = None) -> Imag
         largest = fewest * len(present) + min(len(present) - 1, counts[-1] - fewest)
         first = lacking[0]
         raise InputError(
-            f"{images.source}: size {size:,} needs {wanted[first]:,} images of class {present[first]}, there are"
-            f" {counts[first]:,}: the largest possible size is {largest:,}"
-            + (f", and every multiple of {len(present)} below it is possible" if size < largest else "")
+            f"{images.source}: size {size:,} needs {wanted[first]:,} images of class {present[first]}, there are only "
+            f"{counts[first]:,}: the largest possible size is {largest:,}"
+            + (f", and every smaller multiple of {len(present)} is possible" if size < largest else "")
         )
     order = _order(len(images), seed)
     labels = labels[order]
@@ -111,7 +111,7 @@ def first_images(images: ImageSet, size: int, seed: int | None = None) -> ImageS
     Raises `InputError` where there are fewer.
     """
     if not 1 <= size <= len(images):
-        raise InputError(f"{images.source}: holds {len(images):,} images: size can be {len(images)} at most")
+        raise InputError(f"{images.source}: holds {len(images):,} images: size must be at most {len(images)}")
     return images.select(np.sort(_order(len(images), seed)[:size]))
 
 
@@ -121,13 +121,13 @@ def has_classes(images: ImageSet) -> bool:
 
 
 def subset(images: ImageSet, size: int, seed: int | None = None) -> ImageSet:
-    """`class_balanced`, or `first_images` where the labels are no class numbers, which a note then says."""
+    """`class_balanced`, or `first_images` where the labels are not class numbers, which a note then says."""
     return class_balanced(images, size, seed) if has_classes(images) else _noted(first_images(images, size, seed), seed)
 
 
 def _noted(images: ImageSet, seed: int | None) -> ImageSet:
     which = "the first" if seed is None else "random"
-    note = f"{images.source}: there are no class numbers to balance; the subset is {which} {len(images):,} images"
+    note = f"{images.source}: there are no class numbers to balance by; the subset is {which} {len(images):,} images"
     return replace(images, notes=(*images.notes, note))
 
 
@@ -140,7 +140,7 @@ def random_labels(images: ImageSet, classes: int, seed: int = RANDOM_LABEL_SEED)
     Args:
         images: Any set; its own labels are replaced.
         classes: C, at least 1.
-        seed: Of the sequence.
+        seed: Seed of the sequence.
 
     Raises:
         InputError: `classes` is less than 1.
@@ -211,7 +211,7 @@ def mixed(images: ImageSet, other: ImageSet, share: float, class_index: int, see
             f"{each.images.dtype} {'×'.join(map(str, each.image_shape))} ({each.source})" for each in (images, other)
         )
         raise InputError(
-            f"images of {this} and of {that} cannot be mixed: bring both to one size and color with"
+            f"images of {this} and of {that} cannot be mixed: convert both to one size and color with"
             f" resize={images.image_shape[-1]} and color='rgb' or color='gray'"
         )
     order, other_order = _order(len(images), seed), _order(len(other), seed)
@@ -305,7 +305,7 @@ def derive(
 
     The order is fixed, that of the arguments: `source` is read, its first `limit` images if given, in `color` and at
     `resolution`, so that every image is resampled once; then `one_class`, `first_classes`, `class_balanced` to `size`
-    (`first_images` where the labels are no class numbers), `mixed`, and the labels. A mixture's other set is read in
+    (`first_images` where the labels are not class numbers), `mixed`, and the labels. A mixture's other set is read in
     the same color and size. `DatasetSpec` holds a source that has a name and these options, as JSON too.
 
     Args:
@@ -325,8 +325,8 @@ def derive(
         mix: What to mix in.
         labels: None: those of the source, where it has some; "true": those of the source, which must have some;
             "consecutive": those of the source, its classes numbered 0 … C − 1; "none"; "random:C"; "unique".
-        label_seed: Of random labels.
-        seed: Of `class_balanced` and `mixed`; None takes first images.
+        label_seed: Seed of random labels.
+        seed: Seed of `class_balanced` and `mixed`; None takes first images.
         progress: Called as `progress(stage, done, total)`.
 
     Returns:
@@ -393,7 +393,7 @@ def parse_labels(text: str) -> tuple[str, int | None]:
         return kind, int(classes)
     if kind in ("true", "consecutive", "none", "unique") and not colon:
         return kind, None
-    raise InputError(f"labels are true, consecutive, none, unique or random:C with C at least 1, not {text!r}")
+    raise InputError(f"labels must be true, consecutive, none, unique or random:C with C at least 1, not {text!r}")
 
 
 def _order(count: int, seed: int | None) -> np.ndarray:

@@ -51,13 +51,13 @@ def as_bytes(images: np.ndarray, value_range: tuple[float, float], where: str, p
     if low < black - slack or high > white + slack:
         raise InputError(
             f"{where}: values from {low:.4g} to {high:.4g} do not lie within value_range=({black:g}, {white:g}): give "
-            "the values that mean black and white here"
+            "the values of black and white"
         )
     levels = allocate(images.shape, np.uint8)
     for start, block in _blocks(images):
         scaled = (block.astype(np.float64) - black) * (255 / (white - black))
         levels[start : start + len(block)] = np.clip(np.floor(scaled + 0.5), 0, 255)
-        progress("bringing floats to gray levels", start + len(block), len(images))
+        progress("converting floats to uint8", start + len(block), len(images))
     return levels
 
 

@@ -1,7 +1,7 @@
 """Writing image sets: EDM's zip archives, `.npz` files, folders of PNG with a sub-folder per 1000 seeds.
 
 A manifest (how the set was made) lies in the archive or folder itself, as `manifest.json`, so that it cannot get lost;
-readers of images pass over it.
+image readers skip it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_edm_zip(
 
     Args:
         image_set: uint8 images of 1 or 3 channels.
-        path: Of the archive.
+        path: Path of the archive.
         manifest: Kept as JSON in `manifest.json`.
         progress: Called as `progress(stage, done, total)`.
 
@@ -116,7 +116,7 @@ def write_npz(
 
     Args:
         image_set: uint8 images.
-        path: Of the file.
+        path: Path of the file.
         seeds: N distinct whole numbers from 0, the seed of each image.
         manifest: Kept as JSON in the entry `manifest.json`, which `numpy.load` gives as bytes.
         progress: Called as `progress(stage, done, total)`.
@@ -156,7 +156,7 @@ def write_folder(
 
     Args:
         image_set: uint8 images of 1 or 3 channels.
-        path: Of the folder: new, or empty.
+        path: Path of the folder: new, or empty.
         seeds: N distinct whole numbers from 0; 0 … N − 1 unless given.
         manifest: Kept as JSON in `manifest.json`.
         progress: Called as `progress(stage, done, total)`.
@@ -183,8 +183,7 @@ def write_folder(
 def _require_uint8(image_set: ImageSet, path: Path, channels: tuple[int, ...] | None = None) -> None:
     if image_set.images.dtype != np.uint8:
         raise InputError(
-            f"{path}: only uint8 images are written, these are {image_set.images.dtype}:"
-            " bring them to gray levels 0–255 first"
+            f"{path}: only uint8 images can be written, these are {image_set.images.dtype}: convert them to 0–255 first"
         )
     if channels is not None and image_set.image_shape[0] not in channels:
         raise InputError(
@@ -195,9 +194,7 @@ def _require_uint8(image_set: ImageSet, path: Path, channels: tuple[int, ...] | 
 def _checked_seeds(seeds: Sequence[int] | np.ndarray, count: int, path: Path) -> np.ndarray:
     numbers = np.asarray(seeds)
     if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
-        raise InputError(
-            f"{path}: {count:,} images need as many whole-number seeds, got {numbers.dtype} {numbers.shape}"
-        )
+        raise InputError(f"{path}: {count:,} images need one integer seed each, got {numbers.dtype} {numbers.shape}")
     numbers = numbers.astype(np.int64)
     if count and (numbers.min() < 0 or len(np.unique(numbers)) != count):
         raise InputError(f"{path}: seeds must be distinct and not negative")

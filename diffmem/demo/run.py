@@ -122,18 +122,18 @@ def _model(folder: Path, training: ImageSet, unseen: ImageSet, images: int, samp
         ema=EMA("target", target=0.99),
     )
     watched = range(min(WATCHED, samples))
-    settings = SamplerConfig(solver="unipc", compile="off")
-    watch = AuditEvery(training, run, samples=len(watched), settings=settings, device="cpu")
+    sampler = SamplerConfig(solver="unipc", compile="off")
+    watch = AuditEvery(training, run, samples=len(watched), sampler=sampler, device="cpu")
     what = f"training on {len(training):,} digits"
     done = train(
         config, training, run, snapshot_images=-(-images // SNAPSHOTS), device="cpu", compile=False, resume=True,
         callbacks=[watch, _Shown(progress, what)],
     )  # fmt: skip
-    over_time = trajectory(run, data=training, seeds=watched, settings=settings, device="cpu")
+    over_time = trajectory(run, data=training, seeds=watched, sampler=sampler, device="cpu")
     over_time.save()
     made = generate(
         snapshot_folder(run, done.images), range(samples), out=folder / "samples.npz",
-        settings=SamplerConfig(batch=100, compile="off"), training=training, holdout=unseen, device="cpu",
+        sampler=SamplerConfig(batch=100, compile="off"), training=training, holdout=unseen, device="cpu",
         progress=progress,
     )  # fmt: skip
     assert made is not None  # on one rank

@@ -60,6 +60,6 @@ def check_shape(training: ImageSet, image_shape: tuple[int, int, int]) -> None:
     if training.image_shape != image_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (training.image_shape, image_shape))
         raise InputError(
-            f"training images ({training.source}) are {theirs}, this network makes {ours}: give a training "
-            "set of that size, or write the images first and bring both to one size with diffmem audit"
+            f"training images ({training.source}) are {theirs}, but this network generates {ours}: give a training set "
+            "of that size, or write the images first and resize both with diffmem audit"
         )

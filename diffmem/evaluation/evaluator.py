@@ -36,7 +36,7 @@ class Evaluation(ReportsRate):
     """What `evaluate` found, in the order of the seeds asked for: all of them, or those that it took to decide.
 
     Attributes:
-        records: What is known of each image.
+        records: What is known about each image.
         population: How many images the share is about: the protocol's 10,000, or None for all that the model can make.
         new: How many images were sampled now; the others were in the store.
         seconds: What that took.
@@ -74,7 +74,7 @@ class Evaluation(ReportsRate):
     def detection(self) -> Detection:
         """What the detector decided about each image."""
         if self.records.detection is None:
-            raise InputError("detector: none was given, so that nothing is known about copies")
+            raise InputError("detector: none was given, so copies were not counted")
         return self.records.detection
 
     @property
@@ -134,7 +134,8 @@ def evaluate(
     change it by rounding at most, and a batch holds the same seeds however many ranks there are.
 
     Args:
-        denoiser: Of `diffmem.models` or `diffmem.optimum`, or a module that denoises, as for `sample_batches`.
+        denoiser: A denoiser of `diffmem.models` or `diffmem.optimum`, or a module that denoises, as for
+            `sample_batches`.
         seeds: Distinct whole numbers from 0.
         sampler: How to sample. compile "auto" is decided once, before the first batch: a store that is temporary
             remembers it; with `stop`, which may end the run after a few batches, nothing is compiled.
@@ -151,7 +152,7 @@ def evaluate(
         progress: Called as `progress(stage, done, total)`.
 
     Returns:
-        What is known of the images; None on ranks other than the first.
+        What is known about the images; None on ranks other than the first.
 
     Raises:
         InputError: These do not fit together, images are not finite, or the store holds another run.
@@ -179,7 +180,7 @@ def identity_of(
         fingerprint: The denoiser's.
         sampler: How to sample.
         detector: Decides which images are copies.
-        device: Of the denoiser.
+        device: Device of the denoiser.
     """
     return {"denoiser": fingerprint, **sampler.identity, **detector.identity, "device": device.type}
 
@@ -209,7 +210,7 @@ def _memory_errors(batch: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise InputError(f"{batch} images at a time do not fit into the device's memory: use a smaller batch") from None
+        raise InputError(f"{batch} images per batch do not fit into the device's memory: use a smaller batch") from None
 
 
 class _Ranks:
@@ -276,7 +277,7 @@ class _Run:
         sampler = self.sampler
         if self.ranks.rank == 0:
             if self.stop is not None and self.detector is None:
-                raise InputError("stop: there is no detector that could say how many images are copies")
+                raise InputError("stop: needs a detector to count copies")
             if self.store is not None:
                 self.store.begin(restart)
                 for stored in self.store.read(self.judged_by):

@@ -39,18 +39,18 @@ class Generated:
         new: How many of them this run made (the others were kept by an earlier one).
         seconds: What these took.
         nfe: Number of function evaluations (of the network) per image.
-        settings: Of the sampler.
+        sampler: The sampler and its settings.
         checkpoint: Where the denoiser came from, or what it is.
         fingerprint: The SHA-256 of what it is.
         out: Where the images were written to.
-        audit: Of the images, where a training set was given.
+        audit: Audit of the images, where a training set was given.
     """
 
     samples: Samples
     new: int
     seconds: float
     nfe: int
-    settings: SamplerConfig
+    sampler: SamplerConfig
     checkpoint: str
     fingerprint: str
     out: Path | None = None
@@ -77,7 +77,7 @@ class Generated:
             "seconds": self.seconds,
             "images_per_second": self.images_per_second,
             "nfe": self.nfe,
-            "settings": self.settings.to_json(),
+            "settings": self.sampler.to_json(),
             "checkpoint": {"path": self.checkpoint, "fingerprint": self.fingerprint},
             "out": None if self.out is None else str(self.out),
             "audit": audit,
@@ -89,7 +89,7 @@ def generate(
     seeds: Sequence[int],
     *,
     out: str | Path | None = None,
-    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+    sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     training: ImageSource | None = None,
     holdout: ImageSource | None = None,
     flip: bool = False,
@@ -99,7 +99,7 @@ def generate(
 ) -> Generated | None:
     """The images of `seeds`, sampled from `checkpoint`, written to `out` and audited against `training`.
 
-    An image depends on its seed, the checkpoint and the settings; the batch size and the number of ranks change it by
+    An image depends on its seed, the checkpoint and the sampler; the batch size and the number of ranks change it by
     rounding at most. In a `torch.distributed` process group the seeds are divided among the ranks, and the first rank
     writes and returns; the others return None. With `out`, finished batches are kept in `<out>.partial/` until all is
     written: a run that ended early resumes from there and ends with the same bytes.
@@ -111,7 +111,7 @@ def generate(
         seeds: Distinct whole numbers from 0 (0 … 9999 in the protocol).
         out: `.npz` (`images` uint8 [N, C, H, W], `seeds`, `labels` where there are any), `.zip` (EDM's layout), or a
             new folder (PNG, a sub-folder per 1000 seeds).
-        settings: Of the sampler.
+        sampler: The sampler and its settings.
         training: Audit against these images, with a running estimate in the progress.
         holdout: See `diffmem.audit`.
         flip: See `diffmem.audit`.
@@ -136,7 +136,7 @@ def generate(
     with ExitStack() as stack:
         if out is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             stack.enter_context(output_lock(out))
-        return _generate(checkpoint, seeds, out, settings, training, holdout, flip, device, restart, progress)
+        return _generate(checkpoint, seeds, out, sampler, training, holdout, flip, device, restart, progress)
 
 
 def work_folder(out: Path) -> Path:
@@ -153,7 +153,7 @@ def _generate(
     checkpoint: str | Path | torch.nn.Module | Callable[..., torch.Tensor],
     seeds: Sequence[int],
     out: str | Path | None,
-    settings: SamplerConfig,
+    sampler: SamplerConfig,
     training: ImageSource | None,
     holdout: ImageSource | None,
     flip: bool,
@@ -171,9 +171,9 @@ def _generate(
         denoiser = as_denoiser(checkpoint)
         source, place = denoiser.summary(), next(denoiser.parameters()).device
     identifier = fingerprint(denoiser) if isinstance(denoiser, Denoiser) else denoiser.fingerprint
-    with in_precision(denoiser, settings.precision):
+    with in_precision(denoiser, sampler.precision):
         pass  # raises where the denoiser does not know it
-    nfe = settings.plan(denoiser).nfe
+    nfe = sampler.plan(denoiser).nfe
     first = not (dist.is_available() and dist.is_initialized() and dist.get_rank())
     if out is not None and first:
         _check_output(out, denoiser.channels)
@@ -188,14 +188,14 @@ def _generate(
         identity = {
             "checkpoint": identifier,
             "seeds": format_seeds(seeds),
-            **settings.to_json(),
+            **sampler.to_json(),
             "device": place.type,
             "diffmem": diffmem.__version__,
             "torch": torch.__version__,
         }
         store = SeedStore(work_folder(out), identity, temporary=True)
     found = evaluate(
-        denoiser, seeds, settings, detector, store, restart=restart, distributed=True, progress=progress
+        denoiser, seeds, sampler, detector, store, restart=restart, distributed=True, progress=progress
     )  # fmt: skip
     if found is None:
         return None
@@ -211,7 +211,7 @@ def _generate(
     if detector is not None:
         detector.update(_image_set(samples, str(out or source), named=True), found.detection)
         audit = detector.compute()
-    return Generated(samples, found.new, found.seconds, nfe, settings, source, identifier, out, audit)
+    return Generated(samples, found.new, found.seconds, nfe, sampler, source, identifier, out, audit)
 
 
 def _check_output(out: Path, channels: int) -> None:

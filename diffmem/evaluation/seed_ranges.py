@@ -28,7 +28,9 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part, re.ASCII)
         if match is None:
-            raise InputError(f"seeds: {part.strip()!r} in {text!r} is no whole number or range; write them as 0,3,5-7")
+            raise InputError(
+                f"seeds: {part.strip()!r} in {text!r} is not a whole number or range; write them as 0,3,5-7"
+            )
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         if last < first:
@@ -54,7 +56,7 @@ def checked_seeds(seeds: Sequence[int]) -> list[int]:
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError("seeds: distinct whole numbers from 0 are needed, at least one")
+        raise InputError("seeds: must be distinct whole numbers from 0, at least one")
     return seeds
 
 

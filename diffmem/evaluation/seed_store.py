@@ -24,12 +24,12 @@ from diffmem.memorization import Detection
 _log = logger(__name__)
 FORMAT = "diffmem-seeds-2"
 _RUN = "run.json"
-_RESTART = "begin again with restart=True"
+_RESTART = "start over with restart=True"
 
 
 @dataclass(frozen=True, eq=False)
 class SeedRecords:
-    """What is known of the images of n seeds. Per-image arrays follow `seeds`.
+    """What is known about the images of n seeds. Per-image arrays follow `seeds`.
 
     Attributes:
         seeds: int64 [n].
@@ -148,8 +148,8 @@ class SeedStore:
         parent = Path(parent)
         if old := sorted(parent.glob("*.npz")):
             raise InputError(
-                f"{old[0]}: an older version of diffmem wrote it: delete the .npz files in {parent}, and their images "
-                "are sampled again"
+                f"{old[0]}: written by an older version of diffmem: delete the .npz files in {parent}, and their "
+                "images are sampled again"
             )
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return cls(parent / f"{name}-{key[:8]}", identity)
@@ -220,7 +220,7 @@ class SeedStore:
         """Adds a block.
 
         Args:
-            records: Of seeds that are not known yet.
+            records: Records of seeds that are not known yet.
             judged_by: Names the detector that decided.
         """
         self._write_block(self.folder / f"block-{int(records.seeds[0]):010d}.npz", records, judged_by)
@@ -297,13 +297,13 @@ class SeedStore:
         path = self.folder / _RUN
         if not path.exists():
             if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise InputError(f"{self.folder}: exists and is no part of a run; choose another output")
+                raise InputError(f"{self.folder}: exists and is not part of a run; choose another output")
             return None
         run = read_sealed(path, self._advice)
         if "format" not in run and "identity" in run:
-            raise InputError(f"{self.folder}: an older version of diffmem wrote it: {self._advice}")
+            raise InputError(f"{self.folder}: written by an older version of diffmem: {self._advice}")
         if run.get("format") != FORMAT or not isinstance(run.get("identity"), dict):
-            raise InputError(f"{path}: damaged, or of another version of diffmem: {self._advice}")
+            raise InputError(f"{path}: damaged, or written by another version of diffmem: {self._advice}")
         return {"identity": run["identity"], "compiled": run.get("compiled")}
 
     def _write_run(self, compiled: bool | None) -> None:

@@ -30,9 +30,9 @@ class AuditEvery(Callback):
             at the first snapshot that answers yes (R_mem of a run is the highest over its snapshots, so that a no is
             known at the end only). Its confidence covers all audits of the run together.
         flip: Compare mirrored images too, for a run with xflip.
-        settings: Of the sampler.
+        sampler: The sampler and its settings.
         criterion: By which images are copies; see `diffmem.evaluation.trajectory`.
-        device: Of the sampler.
+        device: Device of the sampler.
         on_audit: Called with each finished audit.
     """
 
@@ -45,16 +45,16 @@ class AuditEvery(Callback):
         samples: int = 256,
         stop: SequentialTest | None = None,
         flip: bool = False,
-        settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+        sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
         criterion: str | None = None,
         device: str = "auto",
         on_audit: Callable[[Point], None] = lambda point: None,
     ):
         if samples < 1 or (every is not None and every < 1):
-            raise InputError(f"an audit of {samples} samples every {every} images: both must be at least 1")
+            raise InputError(f"samples is {samples} and every is {every}, but both must be at least 1")
         self.out, self.every = Path(out), every
         self.seeds = range(samples)
-        self.stop, self.settings, self.on_audit = stop, settings, on_audit
+        self.stop, self.sampler, self.on_audit = stop, sampler, on_audit
         self.device = pick_device(device)
         self.training, _ = read_data(data)
         self.detector = sample_detector(
@@ -74,9 +74,9 @@ class AuditEvery(Callback):
         if not due and snapshot.images < self.planned:
             return None
         if self.stop is None:  # else few batches may do
-            self.settings = decide_compile(snapshot.denoiser, self.settings, len(self.seeds) * self.looks)
+            self.sampler = decide_compile(snapshot.denoiser, self.sampler, len(self.seeds) * self.looks)
         found = evaluate_snapshot(
-            self.out, snapshot.images, snapshot.denoiser, self.seeds, self.settings, self.detector, self.test
+            self.out, snapshot.images, snapshot.denoiser, self.seeds, self.sampler, self.detector, self.test
         )  # fmt: skip
         point = Point(snapshot.images, snapshot.epochs, snapshot.loss, found, self.test)
         self.points.append(point)

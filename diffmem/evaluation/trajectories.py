@@ -41,7 +41,7 @@ class Point(ReportsRate):
         images: Images seen.
         epochs: Epochs.
         loss: Mean loss per pixel before it.
-        evaluation: Of its images.
+        evaluation: Evaluation of its images.
         test: What was to be answered, at the confidence of this snapshot's share; None: all seeds were sampled.
     """
 
@@ -194,7 +194,7 @@ def trajectory(
     every: int | None = None,
     order: str = "newest",
     stop: SequentialTest | None = None,
-    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+    sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     criterion: str | None = None,
     device: str = "auto",
     model: Model | None = None,
@@ -215,7 +215,7 @@ def trajectory(
             narrow down where R_mem passes the share that `stop` asks about (0.5 without), as if it only grew.
         stop: End sampling at each snapshot as soon as this test is answered there; its confidence is shared among the
             snapshots.
-        settings: Of the sampler.
+        sampler: The sampler and its settings.
         criterion: By which images are copies, in place of the ratio rule, so that a result can be shown not to hang on
             it: "calibrated_l2", "tile_max", "authenticity", … (`diffmem.memorization.CriterionDetector`).
         device: "cpu", "cuda" or "auto".
@@ -233,7 +233,7 @@ def trajectory(
     there = folder.snapshots()
     if not there:
         raise InputError(
-            f"{folder.path}: holds no snapshot; the run makes one at its end, with snapshot_images=… before"
+            f"{folder.path}: no snapshots yet; the run writes one at its end, or earlier with snapshot_images=…"
         )
     records = _thinned(there, every)
     training = folder.training_images(data, progress)
@@ -242,9 +242,9 @@ def trajectory(
     flip = folder.config.xflip
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     detector = sample_detector(training, image_shape, place, flip=flip, criterion=criterion, progress=progress)
-    settings.plan(denoiser)  # raises where the settings do not fit
+    sampler.plan(denoiser)  # raises where its settings do not fit
     if stop is None:  # else few batches may do
-        settings = decide_compile(denoiser, settings, len(seeds) * len(records))
+        sampler = decide_compile(denoiser, sampler, len(seeds) * len(records))
     test = None if stop is None else stop.shared_among(len(records))
     points: dict[int, Point] = {}
 
@@ -253,7 +253,7 @@ def trajectory(
         denoiser.load_state_dict(load(folder.checkpoint(record), place, model=model).state_dict())
         stage = f"sampling: snapshot {len(points) + 1} of {len(records)}, {record.epochs:,.0f} epochs"
         found = evaluate_snapshot(
-            folder.path, record.images, denoiser, seeds, settings, detector, test, stage, progress
+            folder.path, record.images, denoiser, seeds, sampler, detector, test, stage, progress
         )  # fmt: skip
         return Point(record.images, record.epochs, record.loss, found, test)
 
@@ -265,7 +265,7 @@ def trajectory(
         tuple(record.images for record in there if record.images not in points),
         tuple(folder.stats()),
         training,
-        {**settings.identity, "training": training.fingerprint, "flip": flip, "device": place.type,
+        {**sampler.identity, "training": training.fingerprint, "flip": flip, "device": place.type,
          "seeds": format_seeds(seeds), "order": order, "every": every, "ema": folder.averaging(),
          **({} if criterion in (None, "ratio") else {"criterion": criterion})},
         stop,

@@ -55,7 +55,7 @@ def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
 
     Args:
         trajectories: What `trajectory` returned.
-        names: Of several runs, to tell them apart.
+        names: Names of several runs, to tell them apart.
     """
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
@@ -84,7 +84,7 @@ def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
                 label=None if names else "training loss",
             )  # fmt: skip
             if one.test is not None and index == 0:
-                asked = f"R_mem {level(one.test.at_least)}, asked for"
+                asked = f"R_mem {level(one.test.at_least)}, tested for"
                 axes.axhline(one.test.at_least, color="#555", linestyle="--", linewidth=0.8, label=asked)
         if names:
             losses.plot([], [], linewidth=0.7, color="#5b6675", label="training loss (thin)")

@@ -59,7 +59,7 @@ class Function:
     Args:
         function: Takes uint8 images [B, C, H, W] as a torch tensor on `device` (floats, where `prepare` makes such of
             them) and returns one vector or array of numbers for each, as a tensor or array [B, …].
-        name: Of the features; default the function's.
+        name: Name of the features; default the function's.
         metric: How two vectors are compared.
         batch: Images per call.
         device: Where the images are handed over.
@@ -97,7 +97,7 @@ class Function:
             except (RuntimeError, ValueError, TypeError) as error:
                 hint = ""
                 if self.prepare is None and isinstance(self.function, torch.nn.Module):
-                    hint = "; a network wants floats: say which with preprocessing='imagenet' or another preset"
+                    hint = "; a network needs floats: choose them with preprocessing='imagenet' or another preset"
                 raise InputError(
                     f"features {self.name}: failed on a batch {batch.dtype} {list(batch.shape)}: "
                     f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}{hint}"

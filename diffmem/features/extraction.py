@@ -65,7 +65,7 @@ def extract(
         low, high = extremes(images.images)
         raise InputError(
             f"{images.source}: {maker.name} features are made of gray levels (uint8), these are {images.images.dtype}, "
-            f"{low:.4g} to {high:.4g}: say with value_range=(-1, 1) or (0, 1) which values are black and white"
+            f"{low:.4g} to {high:.4g}: give the values of black and white with value_range=(-1, 1) or (0, 1)"
         )
     target, key = _place(images, maker), {}
     if cache and target is not None:
@@ -74,7 +74,7 @@ def extract(
         if kept is not None:
             return replace(kept, names=images.names, source=images.source)
         if target.exists():
-            _log.info("%s: features of other images, or damaged: made again", target)
+            _log.info("%s: features of other images, or damaged: computed again", target)
     made = FeatureSet(_vectors(images, maker, progress), maker.metric, maker.fingerprint, **about)
     if cache and target is not None:
         try:
@@ -82,7 +82,7 @@ def extract(
                 raise InputError(f"{target.parent} is marked read-only")
             made._write(target, key)
         except InputError as error:
-            note = f"the {maker.name} features were not kept: {error}"
+            note = f"the {maker.name} features were not cached: {error}"
             _log.info("%s: %s", images.source, note)
             made = replace(made, notes=(*made.notes, note))
     return made
@@ -110,8 +110,8 @@ def _vectors(images: ImageSet, maker: FeatureExtractor, progress: Progress) -> n
             vectors = allocate((len(images), made.shape[1]), made.dtype)
         elif made.shape[1] != vectors.shape[1]:
             raise InputError(
-                f"features {maker.name}: vectors of {made.shape[1]} values after vectors of {vectors.shape[1]}: it "
-                "must return the same number for every image"
+                f"features {maker.name}: vectors of {made.shape[1]} values after vectors of {vectors.shape[1]}: the "
+                "length must be the same for every image"
             )
         vectors[rows] = made
     progress(stage, len(leaders), len(leaders))

@@ -28,7 +28,7 @@ class FeatureExtractor(Protocol):
     """What makes vectors of images.
 
     Attributes:
-        name: Of the features, as `diffmem.features.extractor` knows it.
+        name: Name of the features, as `diffmem.features.extractor` knows it.
         metric: How two vectors are compared.
         fingerprint: Network, hash of its weights and preprocessing, or None where they cannot be told (a function).
             Vectors of different fingerprints cannot be compared; without one nothing is cached.
@@ -115,13 +115,13 @@ class FeatureSet:
             bad = ~np.isfinite(lengths)
             raise InputError(
                 f"{self.source}: {int(bad.sum()):,} vectors hold NaN, infinity, or values too large to be squared, the "
-                f"first is number {int(bad.argmax())}: compute or remove them again"
+                f"first is number {int(bad.argmax())}: recompute or remove them"
             )
         if self.metric == "cosine" and not lengths.all():
             zero = lengths == 0
             raise InputError(
                 f"{self.source}: {int(zero.sum()):,} vectors are 0 in every value, the first is number "
-                f"{int(zero.argmax())}, and point nowhere: remove those images, or compare with metric='euclidean'"
+                f"{int(zero.argmax())}, and have no direction: remove those images, or compare with metric='euclidean'"
             )
 
     def __len__(self) -> int:
@@ -221,8 +221,8 @@ def check_comparable(some: FeatureSet, training: FeatureSet, what: str) -> None:
     """Refuses vectors that cannot be compared.
 
     Args:
-        some: Of the images to compare.
-        training: Of the training images.
+        some: Features of the images to compare.
+        training: Features of the training images.
         what: What to call the first: "generated" or "holdout".
 
     Raises:
@@ -233,11 +233,12 @@ def check_comparable(some: FeatureSet, training: FeatureSet, what: str) -> None:
     if some.fingerprint and training.fingerprint and some.fingerprint != training.fingerprint:
         raise InputError(
             f"{ours} and {theirs} were made by different networks or preprocessing: {some.fingerprint}; "
-            f"{training.fingerprint}: make both with the same"
+            f"{training.fingerprint}: compute both with the same one"
         )
     if some.dimension != training.dimension:
         raise InputError(
-            f"{ours} have {some.dimension:,} values each, {theirs} {training.dimension:,}: make both with the same "
+            f"{ours} have {some.dimension:,} values each, {theirs} {training.dimension:,}: compute both with the same "
+            "one "
             "network"
         )
     if some.metric != training.metric:
@@ -246,10 +247,10 @@ def check_comparable(some: FeatureSet, training: FeatureSet, what: str) -> None:
         )
     if (some.vectors.dtype == np.uint8) != (training.vectors.dtype == np.uint8):
         raise InputError(
-            f"{ours} are {some.vectors.dtype}, {theirs} {training.vectors.dtype}: make both in the same way"
+            f"{ours} are {some.vectors.dtype}, {theirs} {training.vectors.dtype}: compute both in the same way"
         )
     if some.metric == "euclidean" and some.vectors.dtype != np.uint8 and some.unit != training.unit:
         normalized, other = (ours, theirs) if some.unit else (theirs, ours)
         raise InputError(
-            f"{normalized} have length 1, {other} have not: normalize both or neither, or compare with metric='cosine'"
+            f"{normalized} have length 1, {other} do not: normalize both or neither, or compare with metric='cosine'"
         )

@@ -100,4 +100,4 @@ def _refuse(what: str, options: dict[str, Any]) -> None:
     harmless = ("device", "batch", "precision")
     given = [name for name, value in options.items() if value is not None and name not in harmless]
     if given:
-        raise InputError(f"{what}: there is no {given[0]} to choose: leave {given[0]} out")
+        raise InputError(f"{what}: does not take {given[0]}=…: remove it")

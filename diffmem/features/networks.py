@@ -58,8 +58,8 @@ def sscd(
     place = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if weights is None and not place.is_file():
         raise InputError(
-            f"features='sscd': the weights are not available; download {url} (MIT license) to {place}, or name the "
-            "file with weights=…"
+            f"features='sscd': the weights are not available: download {url} (MIT license) to {place}, or pass the "
+            "file as weights=…"
         )
     path = Path(weights) if weights is not None else place
     load = onnx if path.suffix.lower() == ".onnx" else torchscript
@@ -84,7 +84,7 @@ def onnx(path: str | Path, preprocessing: str | None, options: dict[str, Any]) -
     is taken. A network of bytes needs no preprocessing; of one that is named it gets the size."""
     path = _file(path, "an ONNX file")
     if options["precision"] != "ieee":
-        raise InputError(f"{path}: an ONNX file says itself in which precision it computes: leave precision out")
+        raise InputError(f"{path}: an ONNX file fixes its own precision: remove precision")
     try:
         import onnxruntime
     except ImportError:
@@ -118,7 +118,7 @@ def _of_side(preset: Preprocessing, side: int | None, path: Path) -> Preprocessi
     if side is None or side == (preset.crop or (preset.side if preset.square else None)):
         return preset
     if preset.side is None:
-        raise InputError(f"{path}: the network wants images of {side}x{side}: choose a preprocessing that resizes")
+        raise InputError(f"{path}: the network expects images of {side}x{side}: choose a preprocessing that resizes")
     preset = preset.of_side(side)
     return preset if preset.crop is not None else replace(preset, square=True)
 
@@ -138,7 +138,7 @@ class _OnnxNetwork:
         self.last = shape[3] == 3 and shape[1] != 3
         sides = [length for length in (shape[1:3] if self.last else shape[2:]) if isinstance(length, int)]
         if len(set(sides)) > 1:
-            raise InputError(f"{path}: wants images of {sides[0]}x{sides[1]}; only squares are made")
+            raise InputError(f"{path}: expects images of {sides[0]}x{sides[1]}; only square inputs are supported")
         self.side = sides[0] if sides else None
         self.batch = shape[0] if isinstance(shape[0], int) else None
         self.__name__ = path.name
@@ -182,7 +182,7 @@ def timm(
         warnings.simplefilter("ignore")
         configuration = library.models.get_pretrained_cfg(name)
         if configuration is None or not library.is_model(name.partition(".")[0]):
-            raise InputError(f"features={known_as!r}: timm {library.__version__} knows no network {name}")
+            raise InputError(f"features={known_as!r}: timm {library.__version__} has no network {name}")
         path = (
             _cached_weights(configuration, name, known_as) if weights is None else _file(weights, "a file of weights")
         )
@@ -234,7 +234,7 @@ def _cached_weights(configuration: Any, name: str, known_as: str) -> Path:
         if isinstance(found, str):
             return Path(found)
     way = f"download them once with `hf download {repository}`, or " if repository else ""
-    raise InputError(f"features={known_as!r}: the weights of {name} are not available; {way}name a file with weights=…")
+    raise InputError(f"features={known_as!r}: the weights of {name} are not available; {way}pass a file as weights=…")
 
 
 def _load_weights(network: torch.nn.Module, path: Path, clip: bool) -> None:
@@ -283,15 +283,14 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
 def _file(path: str | Path, what: str) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
-        raise InputError(f"{path}: no such file: it should be {what}")
+        raise InputError(f"{path}: no such file; expected {what}")
     return path
 
 
 def _wanted(preprocessing: str | None, path: Path) -> Preprocessing:
     if preprocessing is None:
         raise InputError(
-            f"{path}: does not say how it wants its images: name the preprocessing, one of {', '.join(PRESETS)}, with "
-            "preprocessing=…"
+            f"{path}: does not record its preprocessing: choose one of {', '.join(PRESETS)} with preprocessing=…"
         )
     return preprocessing_preset(preprocessing)
 

@@ -75,7 +75,7 @@ def load_features(source: Any, *, key: str | None = None, metric: Metric | None 
             ".pth": _read_pt, ".parquet": _read_parquet,
         }  # fmt: skip
         if path.suffix.lower() not in readers:
-            raise InputError(f"{path}: not a kind of file that features are read from: give {_READ}")
+            raise InputError(f"{path}: unsupported file type for features: give {_READ}")
         vectors, names, notes = readers[path.suffix.lower()](path, key)
     return _checked(vectors, names, str(path), metric, notes)
 
@@ -99,9 +99,9 @@ def _checked(
         if near.mean() > 0.5 and not asked:
             wrong = int(np.argmin(near))
             raise InputError(
-                f"{source}: {int((~near).sum()):,} of {len(near):,} vectors have not the length 1 of the others "
-                f"({low:.4g} to {high:.4g}, the first is number {wrong}): they are damaged or were made in another "
-                "way (metric='cosine' compares them all the same)"
+                f"{source}: {int((~near).sum()):,} of {len(near):,} vectors do not have the length 1 of the others "
+                f"({low:.4g} to {high:.4g}, the first is number {wrong}): they are damaged or were computed in another "
+                "way (metric='cosine' compares them anyway)"
             )
         note = f"{source}: vectors of length {low:.4g} to {high:.4g}, not 1, are compared by the cosine"
         found = replace(found, notes=(*notes, note))
@@ -128,7 +128,7 @@ def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | None
                     times = npz_member(archive, "timestamps", path).reshape(len(names), -1)
                     names = [f"{name}@{'-'.join(f'{t:g}' for t in at)}" for name, at in zip(names, times, strict=True)]
             except (InputError, ValueError) as problem:
-                names, notes = None, (f"names are left out: {problem}",)
+                names, notes = None, (f"names are ignored: {problem}",)
             break
     return vectors, _fitting(names, vectors), notes
 
@@ -176,7 +176,7 @@ def _read_parquet(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | 
             raise InputError(f"{path}: {column.null_count:,} rows of column {chosen} are empty: remove them")
         values = column.flatten().to_numpy(zero_copy_only=False)
         if len(column) == 0 or len(values) % len(column) or not _equal_lists(column, pyarrow):
-            raise InputError(f"{path}: the lists in column {chosen} are not all equally long")
+            raise InputError(f"{path}: the lists in column {chosen} are not all of the same length")
         names = None if beside is None else [str(value) for value in table.column(beside).to_pylist()]
         return values.reshape(len(column), -1), names, ()
 
@@ -223,17 +223,19 @@ def _read_folder(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | N
     try:
         _, parquet = _pyarrow(metadata[0])
     except MissingExtraError as missing:
-        return vectors, None, (f"names are left out: {missing}",)
+        return vectors, None, (f"names are ignored: {missing}",)
     names = []
     with parsing(beside / "metadata", "complete parquet files"):
         for file in metadata:
             columns = parquet.read_schema(file).names
             column = next((name for name in _NAMES if name in columns), None)
             if column is None:
-                return vectors, None, (f"names are left out: {file}: no column {', '.join(_NAMES[:3])} or the like",)
+                return vectors, None, (f"names are ignored: {file}: no column {', '.join(_NAMES[:3])} or the like",)
             names += [str(value) for value in parquet.read_table(file, columns=[column]).column(column).to_pylist()]
     if len(names) != len(vectors):
-        raise InputError(f"{beside}: {len(names):,} rows of metadata for {len(vectors):,} vectors: parts are missing")
+        raise InputError(
+            f"{beside}: {len(names):,} rows of metadata for {len(vectors):,} vectors: some parts are missing"
+        )
     return vectors, names, ()
 
 
@@ -242,7 +244,7 @@ def _joined(parts: list[np.ndarray], files: Sequence[Path]) -> np.ndarray:
     for part, file in zip(parts, files, strict=True):
         if part.ndim != 2 or part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype:
             raise InputError(
-                f"{file}: {part.dtype} {part.shape} does not continue {files[0].name}, {parts[0].dtype} "
+                f"{file}: {part.dtype} {part.shape} does not match {files[0].name}, {parts[0].dtype} "
                 f"{parts[0].shape}: give a folder of vectors [N, d] alone"
             )
     if len(parts) == 1:

@@ -27,7 +27,7 @@ class Preprocessing:
         square: Whether images are squeezed to side × side.
         crop: Side of the square that is cut from the center then, or None.
         filter: "bilinear" or "bicubic", antialiased as Pillow does it, rounded to gray levels.
-        mean: Of each channel, on the scale of 0 to 1.
+        mean: Mean of each channel, on the scale of 0 to 1.
         std: The same.
     """
 
@@ -52,7 +52,7 @@ class Preprocessing:
         """uint8 [B, 3, H, W], resized and cropped."""
         if images.shape[1] not in (1, 3):
             raise InputError(
-                f"networks see gray and color images, these have {images.shape[1]} channels: pass color='rgb'"
+                f"networks take gray or color images, these have {images.shape[1]} channels: pass color='rgb'"
             )
         images = images.expand(-1, 3, -1, -1)
         height, width = images.shape[2:]

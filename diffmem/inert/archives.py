@@ -42,20 +42,20 @@ def zip_entries(data: memoryview) -> dict[str, ZipEntry]:
     try:
         return _zip_entries(data)
     except struct.error:
-        raise Damaged("a zip archive that is cut short") from None
+        raise Damaged("a truncated zip archive") from None
 
 
 def _zip_entries(data: memoryview) -> dict[str, ZipEntry]:
     tail_start = max(0, len(data) - 65557)  # the end record, and the longest comment
     end = bytes(data[tail_start:]).rfind(_END)
     if end < 0:
-        raise Damaged("a zip archive without its end")
+        raise Damaged("a zip archive without an end record")
     end += tail_start
     count, size, start = struct.unpack_from("<HII", data, end + 10)
     if (end >= 20 and data[end - 20 : end - 16] == _LOCATOR_64 and 0xFFFF_FFFF in (size, start)) or count == 0xFFFF:
         (record,) = struct.unpack_from("<Q", data, end - 12)
         if data[record : record + 4] != _END_64:
-            raise Damaged("a zip archive whose end is damaged")
+            raise Damaged("a zip archive whose end record is damaged")
         count, size, start = struct.unpack_from("<QQQ", data, record + 32)
     if count > MOST_ENTRIES or start + size > len(data):
         raise Damaged(f"a zip archive of {count} entries")
@@ -92,14 +92,14 @@ def _sizes_64(extra: bytes, *sizes: int) -> list[int]:
 def zip_content(data: memoryview, entry: ZipEntry) -> memoryview:
     """The bytes of an entry, without a copy; raises Damaged where they are not there, or not those of the checksum."""
     if not 0 <= entry.header <= len(data) - 30 or data[entry.header : entry.header + 4] != _LOCAL:
-        raise Damaged("a zip archive whose directory does not fit its entries")
+        raise Damaged("a zip archive whose directory does not match its entries")
     name_size, extra_size = struct.unpack_from("<HH", data, entry.header + 26)
     start = entry.header + 30 + name_size + extra_size
     if entry.size < 0 or start + entry.size > len(data):
-        raise Damaged("a zip archive whose entries are cut short")
+        raise Damaged("a zip archive with truncated entries")
     content = data[start : start + entry.size]
     if zlib.crc32(content) != entry.crc:
-        raise Damaged("a zip archive whose checksum does not fit an entry")
+        raise Damaged("a zip archive with a wrong checksum")
     return content
 
 

@@ -29,7 +29,7 @@ def parsing(where: object, wanted: str, advice: str = "") -> Iterator[None]:
             raise
         raise InputError(f"{where}: {error}") from error
     except MemoryError as error:
-        raise InputError(f"{where}: does not fit the memory of this machine{way_out}") from error
+        raise InputError(f"{where}: does not fit in this machine's memory{way_out}") from error
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror or one_line(error)}){way_out}") from error
     except Exception as error:

@@ -90,7 +90,7 @@ def plain_names(budget: Budget) -> dict[tuple[str, str], Name]:
             return dict(items(pairs, (dict,)))
         pairs = items(pairs, (list, tuple))
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-            raise Damaged("a dictionary built from something else than pairs")
+            raise Damaged("a dictionary not built from pairs")
         return {key_of(key): value for key, value in pairs}
 
     def encode(text: str, encoding: str) -> bytes:
@@ -107,7 +107,7 @@ def plain_names(budget: Budget) -> dict[tuple[str, str], Name]:
 
     def scalar(kind: np.dtype, data: Any) -> Any:
         if not isinstance(kind, np.dtype) or not isinstance(data, bytes) or len(data) != kind.itemsize:
-            raise Damaged("a numpy scalar whose bytes do not fit its dtype")
+            raise Damaged("a NumPy scalar whose bytes do not match its dtype")
         return np.frombuffer(data, kind)[0].item()
 
     def reconstructor(kind: Any, base: Any, state: Any) -> Any:
@@ -161,7 +161,7 @@ class Source:
         """The next `size` bytes without a copy; raises Damaged where the file ends before."""
         content = self.data[self.position : self.position + size] if size >= 0 else self.data[:0]
         if len(content) != size:
-            raise Damaged(f"{size} bytes are announced and {len(self.data) - self.position} are left")
+            raise Damaged(f"{size} bytes are announced but {len(self.data) - self.position} remain")
         self.position += size
         return content
 
@@ -179,7 +179,7 @@ class Source:
                 self.position += end + 1
                 return content[:end]
             if step > longest or len(content) < step:
-                raise Damaged("a line without an end")
+                raise Damaged("an unterminated line")
             step *= 4
 
 
@@ -202,7 +202,7 @@ def read_pickle(
         raise
     except Exception as error:
         # Not the exception's own words: some quote the value, which may nest without end.
-        raise Damaged(f"an operation that cannot be ({type(error).__name__})") from None
+        raise Damaged(f"an impossible operation ({type(error).__name__})") from None
 
 
 class _Machine:
@@ -234,7 +234,7 @@ class _Machine:
             if operation is None:
                 if code in _KNOWN:
                     raise Refused(f"the operation {_KNOWN[code]}")
-                raise Damaged(f"byte {code} is no operation of a pickle")
+                raise Damaged(f"byte {code} is not a pickle opcode")
             operation(self)
             if stack and stack[-1] is _MARK and code != 0x28:
                 raise Damaged("a mark is left on top")
@@ -262,14 +262,14 @@ class _Machine:
 
     def put(self, index: int) -> None:
         if not 0 <= index < 2**32:
-            raise Damaged("a place in the memo that cannot be")
+            raise Damaged("an impossible memo index")
         if self.stack[-1] is _MARK:
             raise Damaged("a mark where a value was expected")
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
         if index not in self.memo:
-            raise Damaged("a value that was not memorized before")
+            raise Damaged("a memo index that was never set")
         self.stack.append(self.memo[index])
 
     def text(self, size: int, encoding: str = "utf-8") -> None:
@@ -302,7 +302,7 @@ class _Machine:
         if not isinstance(kind, Name) or kind.build is None:
             raise Refused(f"a call of {kind.name if isinstance(kind, Name) else type(kind).__name__}")
         if not isinstance(args, tuple):
-            raise Damaged(f"odd arguments for {kind.name}")
+            raise Damaged(f"unexpected arguments for {kind.name}")
         self.stack.append(kind.build(*args))
 
     def set_items(self, target: dict[Any, Any], values: list[Any]) -> None:
@@ -414,7 +414,7 @@ class _Machine:
 def _number(line: bytes) -> int:
     # int() knows other spellings (spaces, underscores), which no pickler writes; and is slow with many digits.
     if len(line) > 2 * LONGEST_INTEGER or not line.removeprefix(b"-").isdigit():
-        raise Damaged("a whole number that is none")
+        raise Damaged("a malformed whole number")
     return int(line)
 
 
@@ -504,7 +504,7 @@ def input_error(
     """The one line for people: `kind` is what the file should be, `advice` the way out."""
     if isinstance(error, Refused):
         return InputError(
-            f"{path}: refused, because it holds {error}; a {kind} may hold tensors and plain containers only, "
-            f"and nothing of it was executed: {advice}"
+            f"{path}: refused, because it holds {error}; a {kind} may hold only tensors and plain containers, and "
+            f"nothing in it was executed: {advice}"
         )
     return InputError(f"{path}: not a complete {kind} ({error}): {advice}")

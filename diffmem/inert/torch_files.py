@@ -95,9 +95,9 @@ class TensorRecord:
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         empty = 0 in self.shape
         if not empty and (last >= count or math.prod(self.shape) > count):
-            raise Damaged(f"a tensor of shape {short(self.shape)} that does not fit its {count} elements")
+            raise Damaged(f"a tensor of shape {short(self.shape)} that does not match its {count} elements")
         if storage.data is None or len(storage.data) != storage.count * storage.dtype.itemsize:
-            raise Damaged("a tensor whose data is missing or cut short")
+            raise Damaged("a tensor whose data is missing or truncated")
         if len(self.shape) > _MOST_AXES:
             raise Damaged(f"a tensor of {len(self.shape)} axes")
         if empty:
@@ -171,7 +171,7 @@ def _read_stream(data: memoryview, budget: Budget, nested: bool) -> Any:
         storage = storages[key]
         claimed = struct.unpack("<q", source.take(8))[0]
         if claimed != storage.count:
-            raise Damaged(f"a storage of {claimed} elements where {storage.count} were announced")
+            raise Damaged(f"a storage of {claimed} elements instead of the {storage.count} announced")
         storage.data = source.take(claimed * storage.dtype.itemsize)
     return value
 
@@ -216,7 +216,7 @@ def _mentioned_storage(identity: Any, storages: dict[str, Storage]) -> Storage:
         raise Damaged("a storage of unknown type or size")
     storage = storages.setdefault(key, Storage(_STORAGE_TYPES[kind.name], count))
     if (storage.dtype, storage.count) != (_STORAGE_TYPES[kind.name], count):
-        raise Damaged("one storage announced in two ways")
+        raise Damaged("a storage announced in two different ways")
     return storage
 
 
@@ -226,7 +226,7 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorRecord:
         matching = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
         if not isinstance(storage, Storage) or not matching or not all(map(_is_size, (offset, *shape, *strides))):
-            raise Damaged("a tensor without a storage, or of an odd shape")
+            raise Damaged("a tensor without a storage, or of an invalid shape")
         return TensorRecord(storage, offset, shape, strides)
 
     def viewed(
@@ -240,7 +240,7 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
 
     def parameter(data: Any, *_: Any) -> TensorRecord:
         if not isinstance(data, TensorRecord):
-            raise Damaged("a parameter that is no tensor")
+            raise Damaged("a parameter that is not a tensor")
         return data
 
     def nested_stream(content: Any) -> Storage:
@@ -252,7 +252,7 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
         budget.charge_operations(_NESTED)
         storage = _read_stream(memoryview(content), budget, nested=True)
         if not isinstance(storage, Storage):
-            raise Refused("a nested torch.save stream of something else than a storage")
+            raise Refused("a nested torch.save stream that is not a storage")
         return storage
 
     def persistent_object(meta: Any) -> Record:
@@ -263,7 +263,7 @@ def _names(budget: Budget, nested: bool) -> dict[tuple[str, str], Name]:
 
     def size(values: Any = ()) -> tuple[int, ...]:
         if not isinstance(values, list | tuple) or not all(map(_is_size, values)):
-            raise Damaged("a torch.Size of something else than sizes")
+            raise Damaged("a torch.Size that does not hold sizes")
         return tuple(values)
 
     names = plain_names(budget)

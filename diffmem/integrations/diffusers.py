@@ -84,7 +84,9 @@ class MemorizationMonitor(_MemorizationMonitor):
         detector: Mapping[str, Any] | None = None,
     ):
         if not callable(pipeline):
-            raise InputError(f"pipeline is a {type(pipeline).__name__}, but must be a pipeline, or make one")
+            raise InputError(
+                f"pipeline is a {type(pipeline).__name__}, but must be a pipeline or a function that makes one"
+            )
         self.pipeline, self.prompts, self.batch = pipeline, prompts, batch
         self.pipeline_ema, self.ema_part, self.call = ema, ema_part, dict(call or {})
         super().__init__(
@@ -127,9 +129,9 @@ def pipeline_images(
     if prompts is not None and (isinstance(prompts, str) or not len(prompts)):
         raise InputError("prompts must be a list of at least one prompt")
     if prompts is not None and "prompt" not in known:
-        raise InputError(f"prompts: {type(pipeline).__name__} takes none, leave them out")
+        raise InputError(f"prompts: {type(pipeline).__name__} takes no prompts: remove them")
     if prompts is None and "prompt" in known and not {"prompt", "prompt_embeds"} & set(call):
-        raise InputError(f"prompts: {type(pipeline).__name__} needs some, such as prompts=['a photo of a dog']")
+        raise InputError(f"prompts: {type(pipeline).__name__} needs prompts, such as prompts=['a photo of a dog']")
     networks = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, nn.Module)]
     # numpy has no bfloat16, and pipelines convert to it as they compute.
     brief = any(weight.dtype == torch.bfloat16 for network in networks for weight in network.parameters())
@@ -166,11 +168,11 @@ def _as_array(made: Any, count: int, name: str) -> np.ndarray:
     images = load_images(made).images
     if images.shape[1] not in (1, 3) and images.dtype != np.uint8:
         raise InputError(
-            f"{name} made {images.shape[1]} channels of floats, which look like latents: leave output_type out, or "
-            "decode them"
+            f"{name} made {images.shape[1]} channels of floats, which look like latents: remove output_type, or decode "
+            "them"
         )
     if len(images) != count:
-        raise InputError(f"{name} made {len(images)} images, asked for {count}")
+        raise InputError(f"{name} made {len(images)} images instead of {count}")
     return images
 
 

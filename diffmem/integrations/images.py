@@ -44,5 +44,5 @@ def range_of(images: ImageSet) -> tuple[float, float]:
             return black, white
     told = f"{images.source}: values from {low:.4g} to {high:.4g}"
     if images.image_shape[0] == 4:
-        raise InputError(f"{told} in 4 channels look like latents, which are no images yet: decode them")
-    raise InputError(f"{told}: give value_range, the values that mean black and white, such as (-1, 1)")
+        raise InputError(f"{told} in 4 channels look like latents, not images: decode them")
+    raise InputError(f"{told}: give value_range, the values of black and white, such as (-1, 1)")

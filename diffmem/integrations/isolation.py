@@ -86,7 +86,7 @@ def ema_weights(ema: Any, module: nn.Module) -> Iterator[nn.Module]:
     """The module to sample: with the EMA weights, for as long as this lasts.
 
     Args:
-        ema: None; an `AveragedModel` or another module that holds the averaged weights; what stores weights, copies its
+        ema: None; an `AveragedModel` or another module that holds the EMA weights; what stores weights, copies its
             own in their place and restores them (`store`, `copy_to`, `restore`: diffusers' and taming's `EMAModel`,
             torch_ema); or a context manager, or what has one called `average_parameters` or `ema_scope`.
         module: The module that is trained.
@@ -111,7 +111,7 @@ def ema_weights(ema: Any, module: nn.Module) -> Iterator[nn.Module]:
             yield module
     else:
         raise InputError(
-            f"ema is a {type(ema).__name__}, but must be a module with the averaged weights, or have store, copy_to "
+            f"ema is a {type(ema).__name__}, but must be a module with the EMA weights, or have store, copy_to "
             "and restore"
         )
 
@@ -127,7 +127,7 @@ def _averaged_parameters(ema: Any, module: nn.Module) -> list[nn.Parameter]:
         if [each.shape for each in parameters] == shapes:
             return parameters
     raise InputError(
-        f"ema holds averages of {len(shadows)} parameters, which are those of no part of {type(module).__name__}: give "
+        f"ema holds averages of {len(shadows)} parameters, but no part of {type(module).__name__} has such: give "
         "the EMA of the network that is sampled"
     )
 
@@ -143,7 +143,7 @@ def _stored(ema: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def find_ema(module: Any) -> Any:
-    """What a training module keeps its averaged weights in, under one of the usual names, or the module itself, where
+    """What a training module keeps its EMA weights in, under one of the usual names, or the module itself, where
     it puts them in place with `ema_scope`; None where there is neither."""
     if callable(getattr(module, "ema_scope", None)):
         return module

@@ -48,7 +48,7 @@ class MemorizationCallback(pl.Callback):
         denoiser: What of the module denoises, where that is not the module itself: the name of an attribute
             ("network", "model.net"), or a function of the module; `diffmem.models.as_denoiser` says what it has to be
             like.
-        ema: The averaged weights: "auto" takes those of Lightning's `WeightAveraging` callbacks, the module's
+        ema: The EMA weights: "auto" takes those of Lightning's `WeightAveraging` callbacks, the module's
             `ema_scope()`, or what it has under a usual name ("ema", "ema_model", …); or the name of an attribute; None:
             the weights as trained. What stores and restores weights averages those of `denoiser`, where one is named,
             or of the part of the module that has the same parameters.
@@ -188,8 +188,8 @@ class MemorizationCallback(pl.Callback):
             whole = isinstance(inner, type(module))
             if function and not whole:
                 raise InputError(
-                    f"ema averages a {type(inner).__name__}, which a function of the module cannot be given: take the "
-                    "EMA weights in the function, with ema=None"
+                    f"ema averages a {type(inner).__name__}, which a function of the module cannot use: use the EMA "
+                    "weights inside the function, with ema=None"
                 )
             yield named_part(inner, self.denoiser, "denoiser") if whole and not function else inner
             return

@@ -31,7 +31,7 @@ class Logger(Protocol):
         """Takes what a look found.
 
         Args:
-            result: Of the look.
+            result: Result of the look.
         """
 
 
@@ -104,7 +104,8 @@ def as_logger(target: Any) -> Logger:
     if callable(target):
         return _Function(target)
     raise InputError(
-        f"loggers: a {type(target).__name__} is no logger: give a folder, a SummaryWriter, a run of wandb, the module "
+        f"loggers: a {type(target).__name__} is not a logger: give a folder, a SummaryWriter, a run of wandb, the "
+        "module "
         "mlflow, a logger of Lightning, an Accelerator, a Trainer, or a function"
     )
 

@@ -34,7 +34,7 @@ from diffmem.sampling import SamplerConfig, sample_batches
 if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
-PICTURE_ROWS = 8  # images in a picture, the surest copies first
+PICTURE_ROWS = 8  # images in a picture, the most certain copies first
 STOP_CONFIDENCE = 0.95
 RED, GRAY, WHITE = (208, 32, 32), (160, 160, 160), (255, 255, 255)  # frames: copies, other images, training images
 
@@ -44,10 +44,10 @@ class MonitorResult(ReportsRate):
     """What a look at a model found.
 
     Attributes:
-        step: Of training, as the loop counts.
+        step: Step of training, as the loop counts.
         epoch: Likewise, or None.
         copies: How many of the images sampled are copies; `rate`, `ratio`, `interval`, … tell it too.
-        median: Of the images' scores: of d1/d2 by the default rule, lower = more like a copy.
+        median: Median of the images' scores: of d1/d2 by the default rule, lower = more like a copy.
         stop: Whether training is to end.
         sampling_seconds: What sampling took.
         judging_seconds: What searching and deciding took.
@@ -71,7 +71,7 @@ class MonitorResult(ReportsRate):
         """The figures that loggers are told, by name.
 
         Args:
-            prefix: Of the names.
+            prefix: Prefix of the names.
         """
         low, high = self.interval
         values = {"R_mem": self.ratio, "R_mem_low": low, "R_mem_high": high, "median_score": self.median}
@@ -112,7 +112,7 @@ class MonitorResult(ReportsRate):
         }
 
     def _repr_html_(self) -> str:
-        """What notebooks show: the verdict and the surest copies."""
+        """What notebooks show: the verdict and the most certain copies."""
         return f"<p>{self}</p>" if self.audit is None else self.audit._repr_html_()
 
     def __str__(self) -> str:
@@ -179,7 +179,7 @@ class MemorizationMonitor:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}, but must be a whole number from 1")
         if ema is not None and not isinstance(sample, torch.nn.Module):
-            raise InputError("ema is for denoisers: a function that samples takes the EMA weights itself")
+            raise InputError("ema is for denoisers: a sampling function must use the EMA weights itself")
         self.sample, self.samples, self.every = sample, samples, every
         self.stop = SequentialTest(stop, STOP_CONFIDENCE) if isinstance(stop, (int, float)) else stop
         self.sampler, self.ema, self.value_range = sampler, ema, value_range
@@ -230,7 +230,7 @@ class MemorizationMonitor:
 
         Args:
             epoch: From 0.
-            step: Of the optimizer, for loggers; None: `epoch`.
+            step: Step of the optimizer, for loggers; None: `epoch`.
 
         Returns:
             What was found; None where no look was due, or where it failed.
@@ -243,7 +243,7 @@ class MemorizationMonitor:
         """Looks now.
 
         Args:
-            step: Of training, as the loop counts; loggers are told.
+            step: Step of training, as the loop counts; loggers are told.
             epoch: Likewise.
 
         Returns:
@@ -293,7 +293,7 @@ class MemorizationMonitor:
                     raise InputError(failures[0])
                 result = self._judged([images for images, _ in everybody], step, epoch, seconds)
             except Exception as error:
-                self._warn(f"the look at step {step} gave nothing, and training goes on: {_in_one_line(error)}")
+                self._warn(f"the audit at step {step} failed; training continues: {_in_one_line(error)}")
             if result is not None:
                 for warning in result.audit.warnings if result.audit is not None else ():
                     kind = "".join(each for each in warning if not each.isdigit())
@@ -359,11 +359,11 @@ class MemorizationMonitor:
                 logger.log(result)
             except Exception as error:
                 name = getattr(logger, "name", type(logger).__name__)
-                self._warn(f"{name} could not log the look, and training goes on: {_in_one_line(error)}", key=name)
+                self._warn(f"{name} could not log the audit; training continues: {_in_one_line(error)}", key=name)
 
     def _warn(self, message: str, key: str | None = None) -> None:
         """A warning, once for each logger and each kind of failure."""
-        key = key or message.partition("training goes on: ")[2]
+        key = key or message.partition("training continues: ")[2]
         if key not in self._said:
             self._said.add(key)
             warnings.warn(f"diffmem: {message}", UserWarning, stacklevel=5)
@@ -400,7 +400,7 @@ def _detector_of(training: Any, options: dict[str, Any]) -> CopyDetector:
     """The detector, which keeps the images of a look for its pictures."""
     if isinstance(training, CopyDetector):
         if options:
-            raise InputError("training is a CopyDetector, which has its own options: leave detector out")
+            raise InputError("training is a CopyDetector, which has its own options: remove detector")
         own = object.__new__(type(training))  # with the same index, and images of its own
         own.__dict__.update(training.__dict__)
         own.keep_images = True

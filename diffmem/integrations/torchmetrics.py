@@ -172,7 +172,7 @@ class MemorizationRatio(CopyDetection):
         if isinstance(training, CopyDetector):
             detector = {}
             if (threshold, duplicates, flip, device) != (1 / 3, "collapse", False, "auto"):
-                raise InputError("training is a CopyDetector, which has its own rule: give no other")
+                raise InputError("training is a CopyDetector, which has its own rule: do not pass another")
         else:
             detector = {"threshold": threshold, "duplicates": duplicates, "flip": flip, "device": device}
         super().__init__(training, value_range=value_range, detector=detector, **options)
@@ -191,7 +191,7 @@ class _Held:
 def _detector(training: Any, options: dict[str, Any]) -> CopyDetector:
     if isinstance(training, CopyDetector):
         if options:
-            raise InputError("training is a CopyDetector, which has its own options: leave detector out")
+            raise InputError("training is a CopyDetector, which has its own options: remove detector")
         return training
     if options.get("features") != "precomputed":
         training = gray_levels(training)
@@ -209,7 +209,7 @@ def _digest(detector: CopyDetector, value_range: tuple[float, float]) -> torch.T
 def _the_same(digests: torch.Tensor) -> torch.Tensor:
     if not bool((digests == digests[0]).all()):
         raise InputError(
-            "training: these metrics hold different training sets or rules, and their counts cannot be added up: give "
-            "all ranks the same"
+            "training: these metrics hold different training sets or rules, so their counts cannot be added: use the "
+            "same on all ranks"
         )
     return digests[0]

@@ -1,15 +1,15 @@
-"""How often a verdict is wrong: thresholds, p-values and false discoveries from images that are no copies.
+"""How often a verdict is wrong: thresholds, p-values and false discoveries from images that are not copies.
 
-A hold-out set of n real images, which the model has not seen, says what scores images have that are no copies. Where
-such an image and those of the hold-out set are exchangeable, the conformal p-value
+A holdout set of n real images, which the model has not seen, says what scores images have that are not copies. Where
+such an image and those of the holdout set are exchangeable, the conformal p-value
 
-    p = (1 + #{hold-out scores ≤ s}) / (n + 1)
+    p = (1 + #{holdout scores ≤ s}) / (n + 1)
 
 of its score s (lower = more like a copy) is at most α with probability at most α, for every α, every score and every n,
-ties included (Vovk 2005). So "p ≤ α" is wrong of at most the share α of images that are no copies; it is the threshold
-s < s_(k), k = ⌊α (n + 1)⌋, on the k-th lowest hold-out score, and needs n ≥ 1/α − 1 images. Over a batch, Benjamini and
+ties included (Vovk 2005). So "p ≤ α" is wrong of at most the share α of images that are not copies; it is the threshold
+s < s_(k), k = ⌊α (n + 1)⌋, on the k-th lowest holdout score, and needs n ≥ 1/α − 1 images. Over a batch, Benjamini and
 Hochberg's step-up keeps the expected share of false ones among all that are called copies: these p-values share their
-hold-out set, and are positively dependent in the way that it allows (Bates et al. 2023).
+holdout set, and are positively dependent in the way that it allows (Bates et al. 2023).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ALARMS = 0.01  # share of alarms where none is asked for
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the scores of a hold-out set say about others.
+    """What the scores of a holdout set say about others.
 
     Attributes:
-        scores: float64 [n], those of the hold-out images, ascending; lower = more like a copy.
-        alarms: α, the share of images that are no copies about which the verdict may be wrong.
+        scores: float64 [n], those of the holdout images, ascending; lower = more like a copy.
+        alarms: α, the share of images that are not copies about which the verdict may be wrong.
 
     Raises:
         InputError: α lies outside (0, 1), a score is NaN, or there are too few images for α.
@@ -57,12 +57,12 @@ class Calibration:
         if self.rank < 1:
             raise InputError(
                 f"holdout: {len(scores):,} unseen images are too few for alarms={self.alarms:g}: give "
-                f"{images_needed(self.alarms):,} or more, or ask for alarms={smallest_alarms(len(scores))}"
+                f"{images_needed(self.alarms):,} or more, or raise it to alarms={smallest_alarms(len(scores))}"
             )
 
     @property
     def total(self) -> int:
-        """n, how many hold-out images there are."""
+        """n, how many holdout images there are."""
         return len(self.scores)
 
     @cached_property
@@ -78,7 +78,7 @@ class Calibration:
     @property
     def alarm_interval(self) -> tuple[float, float]:
         """Where the share of alarms that this very threshold raises lies, with 95 % confidence over the choice of the
-        hold-out set: it is at most Beta(k, n + 1 − k) distributed, with mean k/(n + 1) ≤ α (exactly so without ties).
+        holdout set: it is at most Beta(k, n + 1 − k) distributed, with mean k/(n + 1) ≤ α (exactly so without ties).
         """
         return beta_interval(self.rank, len(self.scores) + 1 - self.rank)
 
@@ -111,12 +111,12 @@ def check_alarms(alarms: float) -> None:
 
 
 def images_needed(alarms: float) -> int:
-    """The least number of hold-out images that can tell a share of alarms: ⌈1/α⌉ − 1."""
+    """The least number of holdout images that can tell a share of alarms: ⌈1/α⌉ − 1."""
     return math.ceil(1 / _exact(alarms)) - 1
 
 
 def smallest_alarms(images: int) -> str:
-    """The least share of alarms that so many hold-out images can tell, 1/(n + 1), rounded up to two digits."""
+    """The least share of alarms that so many holdout images can tell, 1/(n + 1), rounded up to two digits."""
     exact = Fraction(1, images + 1)
     unit = Fraction(10) ** (math.floor(math.log10(float(exact))) - 1)
     return f"{float(math.ceil(exact / unit) * unit):.2g}"

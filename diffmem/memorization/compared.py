@@ -43,7 +43,7 @@ class Compared:
             return cls(features, None if features == PRECOMPUTED else ALIGNED)
         if isinstance(features, Mapping):
             if unknown := set(features) - set(SETS):
-                raise InputError(f"features: {', '.join(map(str, unknown))} is none of the sets {', '.join(SETS)}")
+                raise InputError(f"features: {', '.join(map(str, unknown))} is not one of the sets {', '.join(SETS)}")
             if "training" not in features:
                 raise InputError("features: the vectors of the training images are missing: give 'training' too")
             given = {name: load_features(source) for name, source in features.items()}
@@ -76,7 +76,9 @@ class Compared:
         """
         if not self.given:
             if vectors is not None:
-                raise InputError("vectors= is for a detector with given features of the training images: leave it out")
+                raise InputError(
+                    "vectors= needs a detector with precomputed features of the training images: remove it"
+                )
             return None
         found = self.given.get(which) if vectors is None else load_features(vectors)
         if found is None:

@@ -33,7 +33,7 @@ def check_criterion(name: str | None) -> str:
     """The criterion's name.
 
     Args:
-        name: Of a criterion that decides about single images; None is the default, the ratio rule.
+        name: Name of a criterion that decides about single images; None is the default, the ratio rule.
 
     Raises:
         InputError: There is no such criterion, or it does not decide about single images.

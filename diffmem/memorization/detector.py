@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _log = logger(__name__)
 LOOKED_AT = 16  # images at the beginning that may turn out to be sheets
-MOST_TWINS = 0.1  # share of a hold-out set that may be training images in disguise before that is remarkable
+MOST_TWINS = 0.1  # share of a holdout set that may be training images in disguise before that is remarkable
 LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
 
 
@@ -49,10 +49,10 @@ class Detection(ReportsRate):
 
     Attributes:
         memorized: bool [n], by the detector's rule.
-        raw_memorized: bool [n], by the same rule, duplicates left in (the paper's).
+        raw_memorized: bool [n], by the same rule, duplicates counted as neighbors (the paper's).
         neighbors: The nearest training image, and the nearest of those that are farther than the duplicate radius
-            from it (duplicates left in, where the detector keeps them).
-        raw_neighbors: The two nearest training images, duplicates left in.
+            from it (duplicates counted as neighbors, where the detector keeps them).
+        raw_neighbors: The two nearest training images, duplicates counted as neighbors.
         hidden: float64 [n], the least duplicate radius with which the rule counts an image that is a hidden copy
             (`diffmem.memorization.hidden`), else NaN.
         scores: float64 [n], lower = more like a copy.
@@ -159,8 +159,8 @@ class CopyDetector(ReportsRate):
         features: What is compared; see `diffmem.audit`. Of "precomputed" ones, `training` and all that is judged are
             vectors; of a mapping, its entries "training" and "holdout" are the vectors of these images.
         rule: "ratio", "similarity" or "calibrated"; see `diffmem.audit`.
-        threshold: Of the rule; on d1/d2, such as 1/3 (the paper's), "1/3" or Fraction(1, 3).
-        alarms: Of rule="calibrated".
+        threshold: Threshold of the rule; on d1/d2, such as 1/3 (the paper's), "1/3" or Fraction(1, 3).
+        alarms: For rule="calibrated".
         duplicates: "collapse" takes the second neighbor among the training images that are farther than the duplicate
             radius from the first; "keep" is the paper's rule, to which a copy of a duplicated training image stays
             unseen.
@@ -171,7 +171,7 @@ class CopyDetector(ReportsRate):
         index: An index of the training set made before, or a name; see `diffmem.audit`.
         device: "cpu", "cuda", or "auto".
         value_range: The values of black and white in sets of floats; see `diffmem.audit`.
-        second_look: Whether images that are no copies are aligned with their nearest training images; see
+        second_look: Whether images that are not copies are aligned with their nearest training images; see
             `diffmem.audit`.
         feature_cache: Whether features of networks are kept beside their sources.
         keep_images: Whether the generated images are kept, for the pictures of the report and the set's fingerprint.
@@ -229,14 +229,16 @@ class CopyDetector(ReportsRate):
         unseen = None if holdout is None else read(holdout, "holdout")
         if isinstance(training, FeatureSet):
             if flip:
-                raise InputError("flip mirrors images, and precomputed features cannot be mirrored: leave it out")
+                raise InputError("flip=True mirrors images, and precomputed features cannot be mirrored: remove flip")
             self.compared = replace(self.compared, metric=training.metric)
             self.rule = check_rule(self.compared, *asked)
         elif unseen is not None:
             training, unseen = in_one_precision(training, unseen)
             check_sets(unseen, training, "holdout", sizes=self.compared.one_size)
         if flip and self.compared.given:
-            raise InputError("flip mirrors images, and the features given with them cannot be mirrored: leave it out")
+            raise InputError(
+                "flip=True mirrors images, and the features given with them cannot be mirrored: remove flip"
+            )
         self.second_look = (
             second_look and isinstance(training, ImageSet) and min(training.image_shape[1:]) >= LEAST_SIDE
         )
@@ -265,7 +267,7 @@ class CopyDetector(ReportsRate):
         self._vectors = self._vectors_of(training, "training")
         if self.compared.name == ALIGNED:
             if index not in (None, "exact"):
-                raise InputError("features='aligned' has its own search: leave index out")
+                raise InputError("features='aligned' has its own search: remove index")
             self._matching: Matching = AlignedMatching(training, self.progress)
         else:
             rows = training if self._vectors is None else self._vectors
@@ -343,7 +345,7 @@ class CopyDetector(ReportsRate):
                 is given). Of "precomputed" features, their vectors: an array [n, d], or what
                 `diffmem.features.load_features` reads.
             detection: What `judge` decided about these images, if it was asked: they are not searched again.
-            vectors: Of these images, where the detector has got those of the training images beside the images.
+            vectors: Vectors of these images, where the detector has got those of the training images beside the images.
 
         Returns:
             What was decided about these images.
@@ -356,7 +358,7 @@ class CopyDetector(ReportsRate):
         if detection is None:
             detection = self._judge(images, vectors)
         elif len(detection) != len(images):
-            raise InputError(f"detection decides about {len(detection):,} images, given with {len(images):,}")
+            raise InputError(f"detection is of {len(detection):,} images, but {len(images):,} are given")
         if isinstance(images, FeatureSet):
             self._sets.append(UnkeptImages.of(images))
             self._detections.append(detection)
@@ -378,7 +380,7 @@ class CopyDetector(ReportsRate):
             InputError: There are none, or they look to be on another scale than the training images.
         """
         if not self._detections:
-            raise InputError("there are no generated images to audit: update() comes before compute()")
+            raise InputError("no generated images to audit: call update() before compute()")
         joined = Detection.join(self._detections)
         self._detections = [joined]
         generated = _joined(self._sets)
@@ -395,7 +397,7 @@ class CopyDetector(ReportsRate):
             return ()
         return (
             f"the images look like sheets of {sheets[0]}x{sheets[1]} images in a grid, which hide every copy on them: "
-            "leave them at their size and cut them apart with split_grid=True.",
+            "do not resize them, and cut them apart with split_grid=True.",
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -414,7 +416,7 @@ class CopyDetector(ReportsRate):
         check_sets(images, training, "generated", sizes=self.compared.one_size)
         if training is not self.training:
             if self._detections:
-                raise InputError("images are float64, those before were float32: give all in one precision")
+                raise InputError("images are float64, earlier ones were float32: use one dtype for all")
             before = dict(self.__dict__)
             try:
                 self._prepare(*in_one_precision(training, self._unseen))
@@ -482,7 +484,7 @@ class CopyDetector(ReportsRate):
         kept = np.flatnonzero(~seen)
         if len(kept) == 0:
             raise InputError(
-                f"holdout: all {len(unseen):,} images ({unseen.source}) are images of the training set "
+                f"holdout: all {len(unseen):,} images ({unseen.source}) are in the training set "
                 f"({self.training.source}): give real images that the model has not seen"
             )
         left_out = tuple(
@@ -497,7 +499,7 @@ class CopyDetector(ReportsRate):
                 self.calibration = Calibration(self.rule.scores(found, found.neighbors)[kept], self.rule.alarms)
             except InputError as error:
                 out = (
-                    f" ({len(left_out):,} of {len(unseen):,} are training images and were left out)" if left_out else ""
+                    f" ({len(left_out):,} of {len(unseen):,} are training images and were excluded)" if left_out else ""
                 )
                 raise InputError(f"{error}{out}") from None
             if look is not None:
@@ -600,10 +602,10 @@ def audit(
             where all sets are vectors that `diffmem.features.load_features` reads; or the vectors of these images as
             {"generated": …, "training": …, "holdout": …}.
         rule: "ratio": d1/d2 below the threshold, the paper's; "similarity": a cosine above it, or a distance below it;
-            "calibrated": the score is lower than the share `alarms` of the hold-out images' scores lets expect
+            "calibrated": the score is lower than the share `alarms` of the holdout images' scores lets expect
             (`diffmem.memorization.rules`).
-        threshold: Of the rule: on d1/d2 1/3 by default, the paper's.
-        alarms: Of rule="calibrated": the share of images that are no copies about which it may be wrong, 0.01 by
+        threshold: Threshold of the rule: on d1/d2 1/3 by default, the paper's.
+        alarms: For rule="calibrated": the share of images that are not copies about which it may be wrong, 0.01 by
             default.
         duplicates: "collapse" takes the second neighbor among the training images that are farther than the duplicate
             radius from the first; "keep" is the paper's rule, to which a copy of a duplicated training image stays
@@ -624,7 +626,8 @@ def audit(
         value_range: The values of black and white in sets of floats, such as (-1, 1) or (0, 1), which become gray
             levels (see `load_images`); or one for each, {"generated": (-1, 1), "training": (0, 1)}. Without it floats
             are compared as they are, and refused where they look to be on different scales.
-        second_look: Whether images that are no copies by the rule are aligned with their nearest training images: those
+        second_look: Whether images that are not copies by the rule are aligned with their nearest training images:
+        those
             that then resemble one are "near", to be looked at (`Audit.verdicts`).
         feature_cache: Whether features of networks are kept beside their sources (`diffmem.features.extract`).
         progress: A callback (`diffmem.progress`), or None.
@@ -651,7 +654,7 @@ def audit(
     }  # fmt: skip
     if compared.vectors_only:
         if split_grid or value_range is not None:
-            raise InputError("precomputed features are no images: leave split_grid and value_range out")
+            raise InputError("precomputed features are not images: remove split_grid and value_range")
         detector = CopyDetector(training, holdout=holdout, **detecting)
         detector.update(generated)
         return detector.compute()
@@ -708,12 +711,12 @@ def _describe_search(
 
 
 def _doubtful_twins(twins: int, total: int) -> tuple[str, ...]:
-    """The warning where so many hold-out images were taken for training images that some may be none."""
+    """The warning where so many holdout images were taken for training images that some may be none."""
     if twins <= MOST_TWINS * total:
         return ()
     return (
-        f"{twins:,} of {total:,} hold-out images resemble a training image once they are aligned, and do not "
-        "calibrate: where they are no copies, the rule raises more alarms than were asked for; look at them, or "
+        f"{twins:,} of {total:,} holdout images resemble a training image once they are aligned, and do not "
+        "calibrate: where they are not copies, the rule raises more alarms than were asked for; look at them, or "
         "calibrate with second_look=False",
     )
 
@@ -726,7 +729,7 @@ def _missed(search: dict[str, Any]) -> tuple[str, ...]:
         f"FAISS ({search['index']}) found {percent(search['recall_nearest'])} of the nearest and "
         f"{percent(search['recall_second'])} of the second nearest training images ({search['recall_sample']:,} "
         "images searched exactly): a missed nearest image hides a copy, a missed second one makes a false alarm; "
-        "search exactly, or with an index that looks farther",
+        "search exactly, or use an index with higher recall",
     )
 
 

@@ -22,13 +22,13 @@ class Triple:
     """One line of a gallery.
 
     Attributes:
-        row: Of the generated image.
-        name: Of it.
+        row: Row of the generated image.
+        name: Its name.
         verdict: "copy", "near" or "not a copy".
         score: By the rule, and `p_value` of calibrated ones.
         look: Score of the second look where that is what made it near, else None.
         pictures: The image, the training image aligned to it, and the absolute difference, as data URLs.
-        training_name: Of the training image.
+        training_name: Name of the training image.
         how: How it was aligned, in words.
     """
 

@@ -56,7 +56,7 @@ class Gate:
         it closed the gate, an error where it is undecided.
 
         Args:
-            name: Of the test suite.
+            name: Name of the test suite.
         """
         states = [state for _, state, _ in self.checks]
         counts = {"tests": len(states), "failures": states.count("closed"), "errors": states.count("undecided")}
@@ -80,7 +80,7 @@ class Gate:
 
         Args:
             path: The file.
-            name: Of the test suite.
+            name: Name of the test suite.
 
         Raises:
             InputError: It cannot be written.
@@ -116,7 +116,7 @@ def decide_gate(
     """
     low, high = interval
     if fail_above is None and require_below is None and max_copies is None:
-        raise InputError("gate: no limit is given: fail_above, require_below or max_copies")
+        raise InputError("gate: no limit given: pass fail_above, require_below or max_copies")
     for name, share in (("fail_above", fail_above), ("require_below", require_below)):
         if share is not None and not (isinstance(share, Real) and 0 <= share <= 1):
             raise InputError(f"gate: {name} is {share!r}, but must be a share from 0 to 1")
@@ -126,19 +126,19 @@ def decide_gate(
     ends = f"the 95 % interval, {percent_range(interval)},"
     if fail_above is not None:
         above = low > fail_above
-        reason = f"{ends} lies above {percent(fail_above)}" if above else ""
+        reason = f"{ends} is above {percent(fail_above)}" if above else ""
         checks.append((f"fail above {level(fail_above)}", "closed" if above else "passed", reason))
     if require_below is not None:
         state: State = "passed"
         reason = ""
         if low >= require_below:
-            state, reason = "closed", f"{ends} does not lie below {percent(require_below)}"
+            state, reason = "closed", f"{ends} is not below {percent(require_below)}"
         elif high >= require_below:
             state, reason = "undecided", f"{ends} straddles {percent(require_below)}: audit more images"
         checks.append((f"require below {level(require_below)}", state, reason))
     if max_copies is not None:
         more = count > max_copies
-        reason = f"{count:,} copies are more than {max_copies:,}" if more else ""
+        reason = f"{count:,} copies exceed the limit of {max_copies:,}" if more else ""
         checks.append((f"at most {max_copies:,} copies", "closed" if more else "passed", reason))
     for number, warning in enumerate(warnings, 1):
         checks.append((f"warning {number}", "undecided", f"the audit carries a warning: {warning}"))

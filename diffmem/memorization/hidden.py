@@ -37,8 +37,8 @@ def hidden_copies(radii: np.ndarray) -> tuple[str, ...]:
     those = "1 more image is a copy" if count == 1 else f"{count:,} more images are copies"
     return (
         f"{those} of training images that the set holds in several versions, up to {radii[hidden].max():.3g} (rms) "
-        f"apart, which hides them from the rule. Count {counted} with duplicate_radius={radius:g}; a holdout set shows "
-        "what else that counts.",
+        f"apart, which hides them from the rule. Count {counted} with duplicate_radius={radius:g}; use a holdout set "
+        "to check what else that counts.",
     )
 
 
@@ -48,8 +48,8 @@ def hidden_radii(
     """float64 [Q]: for each hidden copy the least duplicate radius (rms) with which the rule counts it, else NaN.
 
     Args:
-        search: Of the training images.
-        nearest: The nearest training images of each image, duplicates left in.
+        search: Search over the training images.
+        nearest: The nearest training images of each image, duplicates counted as neighbors.
         memorized: bool [Q], by the rule.
         threshold: On d1/d2.
     """

@@ -21,7 +21,7 @@ def value_ranges(value_range: Any) -> dict[str, Any]:
     if not isinstance(value_range, Mapping):
         return dict.fromkeys(sets, value_range)
     if unknown := set(value_range) - set(sets):
-        raise InputError(f"value_range: {', '.join(map(str, unknown))} is none of the sets {', '.join(sets)}")
+        raise InputError(f"value_range: {', '.join(map(str, unknown))} is not one of the sets {', '.join(sets)}")
     # Without one of its own, the holdout set is taken to be made like the training set.
     return {"holdout": value_range.get("training"), **value_range}
 
@@ -58,16 +58,16 @@ def check_sets(images: ImageSet, training: ImageSet, what: str, *, sizes: bool =
         low, high = extremes(floats.images)
         raise InputError(
             f"{what} images ({images.source}) are {images.images.dtype}, training images ({training.source}) are "
-            f"{training.images.dtype}: bring the floats, {low:.4g} to {high:.4g}, to gray levels with "
+            f"{training.images.dtype}: convert the floats, {low:.4g} to {high:.4g}, to uint8 with "
             f"{scale_recipe(floats)}"
         )
     ours, theirs = images.image_shape, training.image_shape
     if ours[0] != theirs[0]:
         kinds = {1: "gray (1 channel)", 3: "color (3 channels)"}
         our_kind, their_kind = (kinds.get(shape[0], f"{shape[0]}-channel") for shape in (ours, theirs))
-        way_out = "bring both to color='gray' or color='rgb'"
+        way_out = "convert both with color='gray' or color='rgb'"
         if not {ours[0], theirs[0]} <= {1, 3, 4}:
-            way_out = "if an array's axes are in another order, say layout='NCHW' or layout='NHWC'"
+            way_out = "if an array's axes are in another order, pass layout='NCHW' or layout='NHWC'"
         raise InputError(
             f"{what} images ({images.source}) are {our_kind}, training images ({training.source}) are {their_kind}: "
             f"{way_out}"
@@ -83,9 +83,9 @@ def _size_advice(images: ImageSet, training: ImageSet, what: str) -> str:
     """How to bring both to one size: the smaller one, since enlarged images have lost what the others still hold."""
     ours, theirs = images.image_shape[1:], training.image_shape[1:]
     smaller = min(ours, theirs, key=lambda size: (size[0] * size[1], size))
-    advice = f"bring both to the smaller size with resize={min(smaller)}"
+    advice = f"resize both to the smaller size with resize={min(smaller)}"
     if ours[0] * theirs[1] != ours[1] * theirs[0]:
-        advice += ", and center_crop=True where the training images were prepared by cutting out their central square"
+        advice += ", and center_crop=True if the training images were center-cropped"
     grid = grid_of(images, theirs) if what == "generated" else None
     if grid is not None and max(grid.rows, grid.columns) <= MOST_ROWS:
         seen = "They look like" if looks_tiled(images, grid, theirs) else "Where they are"

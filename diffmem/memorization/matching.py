@@ -35,10 +35,11 @@ class Matches:
     """The nearest training images of n images.
 
     Attributes:
-        neighbors: The nearest, and the nearest of those that are no duplicates of it (duplicates left in, where they
+        neighbors: The nearest, and the nearest of those that are not duplicates of it (duplicates counted as neighbors,
+        where they
             are kept).
-        raw: The two nearest, duplicates left in.
-        nearest: Up to `NEIGHBORS` nearest, duplicates left in.
+        raw: The two nearest, duplicates counted as neighbors.
+        nearest: Up to `NEIGHBORS` nearest, duplicates counted as neighbors.
         scores: float64 [n], the matching's own score where it is none of distances; else None.
         recall: What an index that may miss neighbors measured of itself.
     """
@@ -175,7 +176,7 @@ class AlignedMatching:
         mirrored = np.repeat(found.mirrored[:, None], squared.shape[1], axis=1)
         mirrored[:, 1:] = False  # of the nearest alone it is known
         nearest = Neighbors(found.indices, squared, 1, mirrored)
-        # The second neighbor: the nearest that is no duplicate of the first.
+        # The second neighbor: the nearest that is not a duplicate of the first.
         other = self.groups.group_of[found.indices] != self.groups.group_of[found.indices[:, :1]]
         second = np.where(other.any(axis=1), other.argmax(axis=1), 1)
         rows = np.arange(len(squared))[:, None]

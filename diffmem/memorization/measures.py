@@ -46,16 +46,16 @@ class Measures:
         intervals: 95 % intervals of those values that are shares or means over images: of shares Wilson's, of means
             from 1,000 bootstrap samples of the generated images, of C_T from the ranks. They cover the choice of
             images alone.
-        honest: What each value is for honest images: hold-out images in the generated images' place, as many of them
-            where there are enough. Empty without a hold-out set.
+        honest: What each value is for honest images: holdout images in the generated images' place, as many of them
+            where there are enough. Empty without a holdout set.
         per_image: By name, an array [M] with what each generated image contributes.
-        honest_per_image: The same of the hold-out images.
+        honest_per_image: The same of the holdout images.
         skipped: By name of the measure, why it was left out of "all".
         notes: What else a person should know, one sentence each.
         warnings: Why the values must not be relied on, one sentence each.
         settings: What was compared, and how.
         images: The sets by name ("generated", "training", …), where they are images.
-        versions: Of the software that decides the numbers.
+        versions: Versions of the software that decides the numbers.
 
     Example:
         >>> import diffmem
@@ -193,7 +193,7 @@ def measure(
         second_training: What that was trained on; None: the same training set.
         settings: Choices by measure: {"tile_max": {"tile": 8}, "ratio": {"threshold": "1/2"}}; see each module of
             `diffmem.memorization.criteria`.
-        seed: Of k-means and the bootstrap.
+        seed: Seed of k-means and the bootstrap.
         device: "cpu", "cuda", or "auto".
         value_range: The values of black and white in sets of floats; see `diffmem.audit`.
         progress: A callback (`diffmem.progress`), or None.
@@ -219,7 +219,7 @@ def measure(
     points = _with_cells(points, images, cells)
     for name in settings or {}:
         if name not in CRITERIA:
-            raise InputError(f"settings: {name!r} is none of {', '.join(CRITERIA)}")
+            raise InputError(f"settings: {name!r} is not one of {', '.join(CRITERIA)}")
     wanted = [each.criterion for each in asked]
     comparison = Comparison(
         *(points[name] for name in SET_NAMES),
@@ -283,7 +283,7 @@ def _asked(measures: str | Iterable[str]) -> list[_Asked]:
     words = measures.split(",") if isinstance(measures, str) else list(measures)
     words = [word.strip() for word in words if str(word).strip()]
     if not words:
-        raise InputError('measures="": none is named; give "all" or names')
+        raise InputError('measures="": no measure is named; give "all" or names')
     asked: dict[str, _Asked] = {}
     if "all" in words:
         asked |= {name: _Asked(name, criterion, None, False) for name, criterion in CRITERIA.items()}
@@ -310,7 +310,7 @@ def _read(
             images, vectors = (next(name for name, are in are_vectors.items() if are == kind) for kind in (False, True))
             raise InputError(f"{vectors} holds vectors, {images} images: give all as images, or all as vectors")
         if not isinstance(features, str) or features != "pixels":
-            raise InputError("features= is for images: these are vectors already")
+            raise InputError("features= is for images, but these are vectors")
         sets = {name: _as_features(source, name) for name, source in given.items()}
         return _fitting_vectors(sets), dict.fromkeys(SET_NAMES), sets["training"].features
     beside: Mapping[str, Any] = features if isinstance(features, Mapping) else {}
@@ -370,12 +370,13 @@ def _fitting_vectors(sets: dict[str, FeatureSet]) -> dict[str, Points | None]:
             raise InputError(f"{name}: vectors of {each.dimension:,} values, training: of {training.dimension:,}")
         if each.fingerprint and training.fingerprint and each.fingerprint != training.fingerprint:
             raise InputError(
-                f"{name} and training vectors were made by different networks or preprocessing: {each.fingerprint}; "
-                f"{training.fingerprint}: make both with the same"
+                f"{name} and training vectors were computed by different networks or preprocessing: "
+                f"{each.fingerprint}; "
+                f"{training.fingerprint}: compute both with the same one"
             )
     kinds = {each.vectors.dtype for each in sets.values()}
     if np.dtype(np.uint8) in kinds and len(kinds) > 1:
-        raise InputError("some vectors are uint8, others floats: make all in the same way")
+        raise InputError("some vectors are uint8, others floats: use one dtype")
     dtype = np.result_type(*kinds)
     dtype = np.dtype(np.float32) if dtype == np.float16 else dtype
     points: dict[str, Points | None] = dict.fromkeys(SET_NAMES)
@@ -402,7 +403,7 @@ def _with_cells(
         try:
             given = dict(zip(order, cells, strict=True))
         except (TypeError, ValueError):
-            raise InputError("cells: three arrays of labels are expected: (training, holdout, generated)") from None
+            raise InputError("cells: must be three arrays of labels: (training, holdout, generated)") from None
     labeled = dict(points)
     for name, labels in given.items():
         if points[name] is None or labels is None:
@@ -410,7 +411,7 @@ def _with_cells(
         labels = to_numpy(labels, "cells")
         if labels.shape != (len(points[name]),) or labels.dtype.kind not in "iu":
             raise InputError(
-                f"cells: {len(points[name]):,} integers are expected for {name}, got {labels.dtype} {labels.shape}"
+                f"cells: {len(points[name]):,} integers are needed for {name}, got {labels.dtype} {labels.shape}"
             )
         labeled[name] = replace(points[name], cells=labels.astype(np.int64))
     return labeled
@@ -482,7 +483,7 @@ def bootstrap_means(columns: Mapping[str, np.ndarray], seed: int = 0) -> dict[st
 
     Args:
         columns: float64 [M] each; NaN is left out of the mean.
-        seed: Of the samples.
+        seed: Seed of the samples.
     """
     if not columns:
         return {}
@@ -515,11 +516,11 @@ def _warnings(comparison: Comparison, images: dict[str, ImageSet | None]) -> tup
         seen = int((comparison.holdout_nearest(1).squared_distances[:, 0] == 0).sum())
         if seen:
             found.append(
-                f"{seen:,} of {len(comparison.holdout):,} holdout images are training images, pixel for pixel: what is "
-                "said of honest images counts them as unseen; remove them."
+                f"{seen:,} of {len(comparison.holdout):,} holdout images are training images, pixel for pixel: the "
+                "values for unseen images include them; remove them."
                 if comparison.images
-                else f"{seen:,} of {len(comparison.holdout):,} holdout vectors equal training vectors: what is said of "
-                "honest images counts them as unseen; remove them."
+                else f"{seen:,} of {len(comparison.holdout):,} holdout vectors equal training vectors: the values for "
+                "unseen images include them; remove them."
             )
     return tuple(found)
 

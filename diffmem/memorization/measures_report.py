@@ -32,8 +32,8 @@ SCORES = {
 HINTS = {
     "higher": "higher is less copying",
     "lower": "lower is less copying",
-    "zero": "0 is no copying, far below 0 is copying",
-    "half": "the honest value is no copying, above it is copying",
+    "zero": "0 means no copying, far below 0 means copying",
+    "half": "the value of unseen images means no copying, above it means copying",
     "neither": "",
 }
 
@@ -152,7 +152,7 @@ def _charts(found: Measures) -> list[str]:
         edges = np.linspace(low, high if high > low else low + 1, 51)
         with plot() as figure:
             axes = figure.add_subplot()
-            held = "held-out real images"
+            held = "holdout images"
             looks: Any = ({"color": "#3866a8", "label": "generated"},
                      {"color": "#c2571a", "label": held, "histtype": "step", "linewidth": 1.4})  # fmt: skip
             for values, look in zip(sets, looks, strict=False):

@@ -173,8 +173,8 @@ def check_scale(
     recipe = f"value_range={{'{what}': {_pair(scale)}, 'training': {_pair(their_scale)}}}"
     raise InputError(
         f"{what} images ({sources[0]}) hold values from {ours[0]:.4g} to {ours[1]:.4g}, training images "
-        f"({sources[1]}) from {theirs[0]:.4g} to {theirs[1]:.4g}: they are on different scales. Say what black "
-        f"and white are: {recipe}"
+        f"({sources[1]}) from {theirs[0]:.4g} to {theirs[1]:.4g}: they are on different scales. Give the values of "
+        f"black and white: {recipe}"
     )
 
 
@@ -203,10 +203,12 @@ class Collapse:
             share = f"about {self.constant:.0%}" if total > SAMPLE else f"{round(self.constant * total):,}"
             found.append(
                 f"{share} of {total:,} images are of a single color{', all of them black' if self.black else ''}: the "
-                "sampler may have failed, and the share says nothing about what the model remembers."
+                "sampler may have failed, and the share of copies says nothing about memorization."
             )
         if (samples := self.independent(training_size)) < total:
-            identical = f"{self.largest:,} of {total:,} images are identical: they are one sample, not {self.largest:,}"
+            identical = (
+                f"{self.largest:,} of {total:,} images are identical: they count as one sample, not {self.largest:,}"
+            )
             few = (
                 f"only {self.distinct:,} of {total:,} images are distinct: they are {samples:,} samples, not {total:,}"
             )
@@ -240,7 +242,7 @@ def suspicions(images: SetFigures, training: SetFigures) -> tuple[str, ...]:
     ):
         found.append(
             f"most images hardly differ from each other ({ours.variety:.3g} rms, training images {about.variety:.3g}): "
-            "they are about one sample, and the interval does not hold."
+            "they count as about one sample, and the interval does not hold."
         )
         samples = 1
     if odd < 0.5:
@@ -250,9 +252,9 @@ def suspicions(images: SetFigures, training: SetFigures) -> tuple[str, ...]:
 
 def _scale_suspicions(images: SetFigures, training: SetFigures, ours: Appearance, samples: int) -> list[str]:
     about = training.appearance
-    way_out = "If they are on another scale, bring both to the same one (value_range=)."
+    way_out = "If they are on another scale, convert both to the same one (value_range=)."
     if images.dtype == np.uint8:
-        way_out = "If they were made from floats, see that black became 0 and white 255."
+        way_out = "If they were converted from floats, check that black became 0 and white 255."
     found = []
     if about.contrasts.mean() > 0 and _clearly_apart(ours.contrasts, about.contrasts, samples):
         ratio = ours.contrasts.mean() / about.contrasts.mean()
@@ -272,7 +274,7 @@ def _scale_suspicions(images: SetFigures, training: SetFigures, ours: Appearance
         outside = float(((some < low - slack) | (some > high + slack)).mean())
         if outside > 0.01:
             found.append(
-                f"{outside:.0%} of the values lie well outside those of the training images ({low:.4g} to {high:.4g}). "
+                f"{outside:.0%} of the values are well outside those of the training images ({low:.4g} to {high:.4g}). "
                 f"{way_out}"
             )
     return found

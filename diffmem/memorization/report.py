@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from diffmem.memorization.result import Audit
 
-GALLERY_ROWS = 120  # triples shown, surest copies first
+GALLERY_ROWS = 120  # triples shown, most certain copies first
 SUMMARY_ROWS = 4  # triples shown in a notebook
 BORDER_ROWS = 12  # triples shown on each side of the threshold
 NEAR_ROWS = 60  # images shown that are near
@@ -127,7 +127,7 @@ def frame(audit: Audit) -> pandas.DataFrame:
 
 
 def render_summary(audit: Audit) -> str:
-    """The verdict and the surest copies as a fragment of a page."""
+    """The verdict and the most certain copies as a fragment of a page."""
     triples = Gallery(audit).triples([int(row) for row in surest_first(audit)[:SUMMARY_ROWS]])
     return template("diffmem.memorization", "summary.html.j2").render(audit=audit, triples=triples)
 
@@ -182,7 +182,7 @@ def _distances(audit: Audit) -> np.ndarray:
 def _distance_name(audit: Audit) -> str:
     return {
         "hamming": "bits that differ from the nearest training image's",
-        "aligned": "residual of the nearest training image",
+        "aligned": "residual to the nearest training image",
         "cosine": "distance to the nearest training image's unit vector",
     }.get(
         audit.rule.metric,
@@ -191,7 +191,7 @@ def _distance_name(audit: Audit) -> str:
 
 
 def _copies_by_source(audit: Audit, order: np.ndarray) -> dict[int, list[int]]:
-    """The copies of each training image, surest first."""
+    """The copies of each training image, most certain first."""
     found: dict[int, list[int]] = {}
     for row in order[audit.memorized[order]].tolist():
         found.setdefault(int(audit.neighbors.indices[row, 0]), []).append(row)

@@ -42,7 +42,7 @@ class CopiedImage:
 
     Attributes:
         index: In the training set.
-        name: Of its file, or "#index".
+        name: Name of its file, or "#index".
         count: How many generated images are copies of it.
     """
 
@@ -57,9 +57,9 @@ class SeenImage:
 
     Attributes:
         index: In the holdout set.
-        name: Of its file there.
+        name: Name of its file there.
         training_index: In the training set.
-        training_name: Of its file there.
+        training_name: Name of its file there.
         identical: Whether they are equal pixel for pixel (or mirrored), not only once they are aligned.
         residual: What remains after alignment; 0 for identical ones.
     """
@@ -74,11 +74,11 @@ class SeenImage:
 
 @dataclass(frozen=True)
 class UnkeptImages:
-    """What is known of images that were not kept, or of which there are vectors alone: all but the pixels.
+    """What is known about images that were not kept, or of which there are vectors alone: all but the pixels.
 
     Attributes:
         total: How many they are.
-        names: Of each, or None where they have none.
+        names: Names of each, or None where they have none.
         source: Where they came from.
         skipped: Files that could not be read.
         labels: None: those of images that are not kept are not needed.
@@ -108,10 +108,11 @@ class Audit(ReportsRate):
 
     Attributes:
         memorized: bool [Q], by the rule of `settings` (duplicates collapsed unless asked otherwise).
-        raw_memorized: bool [Q], by the same rule, duplicates left in (the paper's); d1 = 0 counts whatever d2 is.
+        raw_memorized: bool [Q], by the same rule, duplicates counted as neighbors (the paper's); d1 = 0 counts whatever
+        d2 is.
         neighbors: The nearest training image, and the nearest of those that are farther than the duplicate radius from
             it.
-        raw_neighbors: The two nearest training images, duplicates left in.
+        raw_neighbors: The two nearest training images, duplicates counted as neighbors.
         scores: float64 [Q], lower = more like a copy, whatever the rule (`diffmem.memorization.rules`): d1/d2, one
             minus a cosine, a distance, …
         near: bool [Q], no copies by the rule, but the second look found a training image that they resemble once it is
@@ -124,13 +125,13 @@ class Audit(ReportsRate):
         settings: features, rule, threshold, duplicates, duplicate_radius, flip, device, how neighbors were searched,
             and what the sets were.
         look: What the second look saw, or None.
-        calibration: Of rule="calibrated": what the hold-out set says; else None.
+        calibration: For rule="calibrated": what the holdout set says; else None.
         blind_spots: What the verdict does not cover, one sentence each.
         holdout: The same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
             without.
-        left_out: Of a holdout: the images that are in the training set, which it therefore leaves out.
+        left_out: For a holdout: the images that are in the training set, which are excluded.
         warnings: Why the verdict must not be relied on, one sentence each; empty where nothing speaks against it.
-        versions: Of the software that decides the numbers.
+        versions: Versions of the software that decides the numbers.
 
     Example:
         >>> import diffmem
@@ -179,14 +180,14 @@ class Audit(ReportsRate):
 
     @property
     def p_values(self) -> np.ndarray | None:
-        """float64 [Q], of rule="calibrated": how likely an image that is no copy has such a score
+        """float64 [Q], for rule="calibrated": how likely an image that is not a copy has such a score
         (`diffmem.memorization.calibration`); else None."""
         return None if self.calibration is None else self.calibration.p_values(self.scores)
 
     @property
     def q_values(self) -> np.ndarray | None:
-        """float64 [Q], of rule="calibrated": those of at most q are copies with an expected share q of false ones among
-        them (Benjamini and Hochberg); else None."""
+        """float64 [Q], for rule="calibrated": those of at most q are copies with an expected share q of false ones
+        among them (Benjamini and Hochberg); else None."""
         p_values = self.p_values
         return None if p_values is None else false_discovery_rates(p_values)
 
@@ -347,7 +348,7 @@ class Audit(ReportsRate):
         return Gate(gate.state, (*gate.reasons, f"honest images would fail too: ask for alarms below {share:g}"))
 
     def _repr_html_(self) -> str:
-        """What notebooks show: the verdict and the surest copies."""
+        """What notebooks show: the verdict and the most certain copies."""
         return _report().render_summary(self)
 
     def save(self, folder: str | Path) -> Path:
@@ -366,7 +367,7 @@ class Audit(ReportsRate):
 
     def verdict(self) -> str:
         """One sentence for a person."""
-        near = f"; {self.near_count:,} more are near one: look at them" if self.near_count else ""
+        near = f"; {self.near_count:,} more are near one and worth a look" if self.near_count else ""
         return (
             f"{self.count:,} of {self.total:,} images are copies of one of {self.training_size:,} training images: "
             f"{percent(self.ratio)} (95 % interval {percent_range(self.interval)}){near}"

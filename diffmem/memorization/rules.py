@@ -1,4 +1,4 @@
-"""When an image is a copy: by the ratio of distances, by a similarity, or by what a hold-out set says.
+"""When an image is a copy: by the ratio of distances, by a similarity, or by what a holdout set says.
 
 Every rule has a score, lower = more like a copy:
 
@@ -8,7 +8,7 @@ Every rule has a score, lower = more like a copy:
   0.5); of others the distance to the nearest training image (root mean square per value; bits that differ of hashes;
   the score of aligned images), a copy where it is below the threshold.
 - "calibrated": the same score as "ratio" of pixels and aligned images, as "similarity" of others, a copy where its
-  p-value against a hold-out set is at most the share of alarms asked for (`diffmem.memorization.calibration`).
+  p-value against a holdout set is at most the share of alarms asked for (`diffmem.memorization.calibration`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Rule:
 
     Attributes:
         name: One of `RULES`.
-        features: Of what.
+        features: Name of the features that are compared.
         metric: How they are compared: "euclidean", "cosine", "hamming" or "aligned".
         threshold: A fraction for "ratio", a number for "similarity", None for "calibrated".
-        alarms: Of "calibrated".
+        alarms: For "calibrated".
     """
 
     name: str
@@ -55,13 +55,13 @@ class Rule:
         """The rule that these arguments of `diffmem.audit` ask for.
 
         Raises:
-            InputError: There is no such rule, its threshold is missing or is none, or it wants a hold-out set.
+            InputError: There is no such rule, its threshold is missing or is none, or it wants a holdout set.
         """
         if name not in RULES:
             raise InputError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
         if name != "calibrated":
             if alarms is not None:
-                raise InputError("alarms= belongs to rule='calibrated', which finds the threshold for it")
+                raise InputError("alarms= is only for rule='calibrated'")
             alarms = ALARMS
         if name == "ratio":
             default = ALIGNED if metric == "aligned" else PUBLISHED
@@ -69,11 +69,10 @@ class Rule:
         if name == "similarity":
             return cls(name, features, metric, _similarity_threshold(threshold, features, metric), alarms)
         if threshold is not None:
-            raise InputError("rule='calibrated' finds its threshold by itself: leave threshold out, and say alarms=…")
+            raise InputError("rule='calibrated' finds its own threshold: remove threshold and pass alarms=…")
         if not holdout:
             raise InputError(
-                "rule='calibrated' learns from real images that the model has not seen what is no copy: name them with "
-                "holdout=…"
+                "rule='calibrated' is calibrated on real images that the model has not seen: pass holdout=…"
             )
         alarms = ALARMS if alarms is None else alarms
         check_alarms(alarms)
@@ -134,24 +133,25 @@ class Rule:
         if self.name == "calibrated":
             return (
                 f"its score ({self.score_name} of {self.features}) is below {calibration.threshold:.4g}, as those of "
-                f"{level(self.alarms)} of unseen images are ({calibration.total:,} hold-out images)"
+                f"{level(self.alarms)} of unseen images are ({calibration.total:,} holdout images)"
             )
         if self.name == "similarity" and self.metric == "cosine":
             return (
-                f"the cosine of its {self.features} features and those of a training image is above {self.threshold:g}"
+                f"the cosine between its {self.features} features and those of a training image is above "
+                f"{self.threshold:g}"
             )
         return f"its score ({self.score_name} of {self.features}) is below {self.threshold}"
 
 
 def _similarity_threshold(threshold: Any, features: str, metric: str) -> float:
     known = {
-        "cosine": "0.75 is SSCD's own for 90 % precision on its benchmark, 0.5 DCR's",
-        "hamming": "users of perceptual hashes take 10 of 64 bits",
-    }.get(metric, "it is a distance, and depends on the images")
+        "cosine": "SSCD's authors use 0.75 for 90 % precision on their benchmark, DCR's 0.5",
+        "hamming": "10 of 64 bits is common for perceptual hashes",
+    }.get(metric, "a distance, which depends on the images")
     if threshold is None:
         raise InputError(
-            f"rule='similarity' of {features} needs threshold=… ({known}); thresholds do not travel between data sets: "
-            "rule='calibrated' finds one from a hold-out set"
+            f"rule='similarity' of {features} needs threshold=… ({known}); thresholds do not transfer between data "
+            "sets: rule='calibrated' finds one from a holdout set"
         )
     try:
         value = float(Fraction(threshold))

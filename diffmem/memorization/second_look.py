@@ -1,4 +1,4 @@
-"""The second look: images that are no copies by the rule, aligned with their nearest training images.
+"""The second look: images that are not copies by the rule, aligned with their nearest training images.
 
 The nearest training images are the right ones for most disguised copies, though too far for the rule: a copy that was
 made brighter, shifted or mirrored resembles its original again once both are brought over one another
@@ -21,7 +21,7 @@ LEAST_SIDE = 4  # pixels; smaller images cannot be aligned
 # those whose twins people had found are below 0.6, and about 0.3 % of those without one; 82 % and none are below 0.45.
 # Small images resemble each other: of 800 handwritten digits of 8 x 8, 12 % are below 0.6, 0.9 % below 0.4.
 SMALL, NEAR, NEAR_SMALL, TWIN = 16, 0.6, 0.4, 0.45
-LARGEST = 0.7  # near, where a hold-out set says what is
+LARGEST = 0.7  # near, where a holdout set says what is
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class SecondLook:
 
 @dataclass(frozen=True)
 class NearRule:
-    """When an image that is no copy by the rule is near, and when a hold-out image is a training image.
+    """When an image that is not a copy by the rule is near, and when a holdout image is a training image.
 
     Attributes:
-        threshold: Of the second look's score, below which an image is near.
+        threshold: Threshold of the second look's score, below which an image is near.
         twin: The score below which an image is surely a training image, moved or recolored; 0: none is.
     """
 
@@ -69,7 +69,7 @@ class NearRule:
         """The threshold below which the given share of unseen images lies, where there are enough of them.
 
         Args:
-            scores: Of the second look at hold-out images.
+            scores: Scores of the second look at holdout images.
             alarms: The share.
         """
         scores = scores[~np.isnan(scores)]
@@ -103,7 +103,7 @@ def look_again(
     count = len(images)
     look = SecondLook(candidates[:, 0].copy(), np.full(count, np.nan), np.full(count, np.nan))
     rows = np.flatnonzero(wanted)
-    stage = "looking again at images that are no copies"
+    stage = "second look at images that are not copies"
     for start in range(0, len(rows), BLOCK):
         progress(stage, start, len(rows))
         some = rows[start : start + BLOCK]

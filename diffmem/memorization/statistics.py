@@ -212,7 +212,7 @@ def highest_interval(
 
     Args:
         counts: (count, total) of each audited snapshot.
-        confidence: Of the interval.
+        confidence: Confidence of the interval.
         looks: How many snapshots could have been audited, where which ones were depended on what was seen (bisection, a
             run that an answer ends); then both ends hold for all of them together. None: all of `counts`, whatever
             they show.
@@ -312,7 +312,7 @@ class SequentialTest:
 
     Attributes:
         at_least: The share of copies asked about.
-        confidence: Of the answer.
+        confidence: Confidence of the answer.
 
     Raises:
         InputError: A share outside (0, 1] or a confidence outside (0, 1).
@@ -329,7 +329,7 @@ class SequentialTest:
     def __post_init__(self) -> None:
         if not (0 < self.at_least <= 1 and 0 < self.confidence < 1):
             raise InputError(
-                f"a share of at least {self.at_least} at confidence {self.confidence}: both lie between 0 and 1"
+                f"at_least is {self.at_least} and confidence {self.confidence}, but both must lie between 0 and 1"
             )
 
     def answer(self, count: int, total: int, of: int | None = None) -> bool | None:

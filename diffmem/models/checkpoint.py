@@ -98,7 +98,7 @@ def load(
     """
     if str(path).startswith(SCHEME):
         if model is not None:
-            raise InputError(f"{path}: its network is one of diffusers: leave model out")
+            raise InputError(f"{path}: its network is from diffusers: remove model")
         return load_diffusers(str(path).removeprefix(SCHEME), device)
     path = checkpoint_path(path)
     if not path.exists():
@@ -111,13 +111,13 @@ def load(
         kind = network_kind(path)
         if kind is not None and "EDM" not in kind and path.suffix.lower() not in (".pkl", ".pt"):
             raise InputError(
-                f"{path}: is {kind}, which is not read: give a checkpoint folder of diffmem or a snapshot of EDM"
+                f"{path}: is {kind}, which is not supported: give a diffmem checkpoint folder or an EDM snapshot"
             )
         config, tensors = read_edm_snapshot(path)
     if isinstance(config.network, ModuleConfig):
         return _own(config, tensors, source, model).to(device).eval()
     if model is not None:
-        raise InputError(f"{path}: holds a network of diffmem, which is built from it: leave model out")
+        raise InputError(f"{path}: holds a network of diffmem, which is built from it: remove model")
     return _assemble(config, tensors, source).to(device).eval()
 
 
@@ -136,7 +136,7 @@ def checkpoint_path(path: str | Path) -> Path:
     snapshots = [folder for folder in (path / _SNAPSHOTS).glob("*") if folder.name.isdigit() and folder.is_dir()]
     if not snapshots:
         raise InputError(
-            f"{path}: this run has no snapshot yet; it makes one at its end: `diffmem train --resume --out {path}`"
+            f"{path}: this run has no snapshot yet; it writes one at its end: `diffmem train --resume --out {path}`"
         )
     return max(snapshots, key=lambda folder: int(folder.name))
 
@@ -182,7 +182,7 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
                 )
             raise InputError(f"{folder}: no {name} in it; a checkpoint is a folder with {_CONFIG} and {_WEIGHTS}")
     of_run = folder.absolute().parent.name == _SNAPSHOTS and is_run(folder.absolute().parent.parent)
-    advice = f"remove {folder}, and the run's other snapshots are used" if of_run else "make the checkpoint again"
+    advice = f"delete {folder}, and the run's other snapshots are used" if of_run else "create the checkpoint again"
     values = read_json(folder / _CONFIG, advice)
     if isinstance(values, dict) and SEAL in values:
         advice += f", or remove {SEAL} and files from {_CONFIG} if you changed it on purpose"
@@ -193,7 +193,9 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
         config = DenoiserConfig.from_json(values)
     except InputError as error:
         if (kind := network_kind(folder)) not in (None, "a checkpoint of diffmem"):
-            raise InputError(f"{folder}: is {kind}, whose networks are not read: give one of diffmem or EDM") from None
+            raise InputError(
+                f"{folder}: is {kind}, whose networks are not supported: give one of diffmem or EDM"
+            ) from None
         raise InputError(f"{folder / _CONFIG}: {error}") from None
     with parsing(folder / _WEIGHTS, "a complete safetensors file", advice):
         return config, load_file(folder / _WEIGHTS)
@@ -202,10 +204,10 @@ def _read_checkpoint(folder: Path) -> tuple[DenoiserConfig, dict[str, torch.Tens
 def _own_tensors(denoiser: WrappedDenoiser) -> dict[str, torch.Tensor]:
     """The state of a network of one's own, under its own names."""
     if not isinstance(denoiser.plain, nn.Module):
-        raise InputError(f"{denoiser.plain_name}: is a function, of which there is nothing to store")
+        raise InputError(f"{denoiser.plain_name}: is a function, which cannot be stored")
     state = denoiser.plain.state_dict()
     if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise InputError(f"{denoiser.plain_name}: its state holds {odd[0]}, which is no tensor and cannot be stored")
+        raise InputError(f"{denoiser.plain_name}: its state holds {odd[0]}, which is not a tensor and cannot be stored")
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}  # tied ones apart
 
 
@@ -219,8 +221,8 @@ def _own(
     if model is None:
         name = getattr(config.network, "name", "")
         raise InputError(
-            f"{source.parent}: holds the weights of {name}, a network of your own, and nothing that"
-            f" builds it: from Python, give diffmem.models.load the module as model"
+            f"{source.parent}: holds the weights of {name}, a network of your own, without code to build it: in "
+            "Python, pass the module as model to diffmem.models.load"
         )
     denoiser = as_configured(model, config)
     _check_fit(tensors, denoiser.plain.state_dict(), source)
@@ -247,7 +249,7 @@ def _assemble(config: DenoiserConfig, tensors: dict[str, torch.Tensor], source: 
 def _check_fit(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], source: Path) -> None:
     """Raises InputError unless `tensors` are those of a state dict."""
     differences = [f"{name} is missing" for name in wanted if name not in tensors]
-    differences += [f"{name[:100]} is not part of it" for name in tensors if name not in wanted]
+    differences += [f"{name[:100]} is unexpected" for name in tensors if name not in wanted]
     differences += [
         f"{name} is of {tensors[name].dtype}"
         for name in wanted
@@ -260,4 +262,4 @@ def _check_fit(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
     ]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise InputError(f"{source}: does not fit its configuration: {'; '.join(differences[:3])}{more}")
+        raise InputError(f"{source}: does not match its configuration: {'; '.join(differences[:3])}{more}")

@@ -207,7 +207,7 @@ class ModuleConfig:
     """A network of someone else's, as far as diffmem knows it: whoever wants it built has to give it (`load`, `train`).
 
     Attributes:
-        name: Of its class.
+        name: Name of its class.
         resolution: Height and width of the images, pixels.
         channels: Color channels of the images.
         label_dim: Number of classes, or length of label vectors; 0: unconditional.
@@ -251,7 +251,7 @@ class DenoiserConfig:
     """A network and the preconditioning around it.
 
     Attributes:
-        network: Of the network F.
+        network: Configuration of the network F.
         preconditioning: c_skip, c_out, c_in and c_noise as functions of σ; in training it decides the loss.
     """
 
@@ -271,7 +271,7 @@ class DenoiserConfig:
         except (ArithmeticError, ValueError):
             levels = math.nan, math.nan
         if not 0 <= levels[0] <= levels[1]:
-            raise InputError(f"the constants of the preconditioning give no noise levels ({levels[0]} to {levels[1]})")
+            raise InputError(f"the preconditioning's constants give invalid noise levels ({levels[0]} to {levels[1]})")
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values, each part with its `type`."""
@@ -287,7 +287,7 @@ class DenoiserConfig:
     def from_json(values: Any) -> DenoiserConfig:
         """The configuration that `to_json` gave; raises InputError that names an unknown or missing field."""
         if not isinstance(values, dict) or set(values) != {"network", "preconditioning"}:
-            raise InputError("a denoiser's configuration has exactly the parts network and preconditioning")
+            raise InputError("a denoiser's configuration must have exactly two parts, network and preconditioning")
         return DenoiserConfig(
             _part(values["network"], "network", {name: kind for kind, name in _NETWORK_NAMES.items()}),
             _part(

@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
         self.config = config
         self.autocast_dtype: torch.dtype | None = None
         if isinstance(config.network, ModuleConfig):
-            raise InputError(f"the network is {config.network.name}, one of your own: give it to as_denoiser")
+            raise InputError(f"the network is {config.network.name}, your own network: pass it to as_denoiser")
         channels = config.network.channels * (2 if isinstance(config.preconditioning, IDDPM) else 1)
         self.model: UNet | ADM
         if isinstance(config.network, UNetConfig):

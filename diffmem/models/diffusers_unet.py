@@ -56,7 +56,7 @@ class DiffusersUNet(nn.Module):
         if config.out_channels not in (config.in_channels, 2 * config.in_channels):
             raise InputError(f"the network turns {config.in_channels} channels into {config.out_channels}: {_INSTEAD}")
         if config.class_embed_type is not None:
-            raise InputError(f"class_embed_type is {config.class_embed_type!r}, which is not known: {_INSTEAD}")
+            raise InputError(f"class_embed_type is {config.class_embed_type!r}, which is not supported: {_INSTEAD}")
         self.kind = prediction
         self.channels, self.resolution, self.label_dim = config.in_channels, height, config.num_class_embeds or 0
         known = alphas_cumprod[alphas_cumprod > 0].to(torch.float64)  # at ᾱ = 0 nothing is left of the image
@@ -97,7 +97,8 @@ def load_diffusers(folder: str | Path, device: torch.device | str = "cpu") -> Wr
     """The denoiser of a pipeline, or of its UNet, that diffusers' `save_pretrained` wrote; nothing in it is executed.
 
     Args:
-        folder: Of a pipeline with a `UNet2DModel` that makes images (`DDPMPipeline`, `DDIMPipeline`, …), or its `unet`.
+        folder: Folder of a pipeline with a `UNet2DModel` that makes images (`DDPMPipeline`, `DDIMPipeline`, …), or its
+            `unet`.
         device: Where to.
 
     Raises:
@@ -120,18 +121,18 @@ def load_diffusers(folder: str | Path, device: torch.device | str = "cpu") -> Wr
         raise InputError(f"{unet_folder}: is a {short(name)}, and only {_NETWORK} is read: {_INSTEAD}")
     if not (unet_folder / _WEIGHTS).is_file():
         raise InputError(
-            f"{unet_folder}: no {_WEIGHTS} in it; weights of other formats may run code when they are loaded, and are "
-            "not: save the pipeline again with `save_pretrained`, which writes safetensors"
+            f"{unet_folder}: no {_WEIGHTS} in it; weights in other formats could run code when loaded, so they are "
+            "refused: save the pipeline again with `save_pretrained`, which writes safetensors"
         )
     if not (scheduler_folder / _SCHEDULER).is_file():
         raise InputError(
-            f"{folder}: no scheduler/{_SCHEDULER} beside it, which has the noise levels: save the pipeline"
+            f"{folder}: no scheduler/{_SCHEDULER} beside it, which defines the noise levels: save the whole pipeline"
         )
     settings = _json(scheduler_folder / _SCHEDULER)
     if not settings.keys() & {"beta_schedule", "beta_start", "trained_betas"}:
         raise InputError(
-            f"{scheduler_folder / _SCHEDULER}: {settings.get('_class_name')} has no betas, and no other noise levels "
-            f"are read: {_INSTEAD}"
+            f"{scheduler_folder / _SCHEDULER}: {settings.get('_class_name')} has no betas, and other noise schedules "
+            f"are not supported: {_INSTEAD}"
         )
     diffusers = _library(folder)
     with parsing(scheduler_folder / _SCHEDULER, "a scheduler with betas"):
@@ -152,7 +153,7 @@ def load_diffusers(folder: str | Path, device: torch.device | str = "cpu") -> Wr
 def _json(path: Path) -> dict[str, Any]:
     values = read_json(path, "save the pipeline again")
     if not isinstance(values, dict):
-        raise InputError(f"{path}: not a description of diffusers: save the pipeline again")
+        raise InputError(f"{path}: not a diffusers configuration: save the pipeline again")
     return values
 
 

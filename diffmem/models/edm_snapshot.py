@@ -61,13 +61,13 @@ def config_from_edm(class_name: str, arguments: dict[str, Any]) -> DenoiserConfi
     Raises InputError for classes and arguments that are not known.
     """
     if class_name not in _PRECONDITIONINGS:
-        raise InputError(f"no denoiser is called {short(class_name)}; known are {', '.join(_PRECONDITIONINGS)}")
+        raise InputError(f"unknown denoiser {short(class_name)}; known ones are {', '.join(_PRECONDITIONINGS)}")
     arguments = {name: value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}
     kind, fields, network_name = _PRECONDITIONINGS[class_name]
     preconditioning = kind(**{name: arguments.pop(name) for name in fields if name in arguments})
     network_name = arguments.pop("model_type", network_name)
     if not isinstance(network_name, str) or network_name not in _NETWORKS:
-        raise InputError(f"no network is called {short(network_name)}; known are {', '.join(_NETWORKS)}")
+        raise InputError(f"unknown network {short(network_name)}; known ones are {', '.join(_NETWORKS)}")
     network, names, defaults = _NETWORKS[network_name]
     if unknown := [short(name).strip("'") for name in arguments if name not in names]:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -106,7 +106,7 @@ def read_edm_snapshot(path: str | Path) -> tuple[DenoiserConfig, dict[str, torch
             if sum(record.size for record in records.values()) > 2 * sum(
                 storage.count * storage.dtype.itemsize for storage in stored
             ):
-                raise Damaged("its tensors claim more than is stored")
+                raise Damaged("its tensors claim more data than is stored")
             return config, {name: record.to_tensor() for name, record in records.items()}
         except (Damaged, Refused) as error:
             raise input_error(path, error) from None

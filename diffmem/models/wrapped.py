@@ -104,7 +104,7 @@ def as_denoiser(
         model = model.module
     if is_denoiser(model):
         if preconditioning is not None:
-            raise InputError(f"{type(model).__name__}: is a denoiser already: leave preconditioning out")
+            raise InputError(f"{type(model).__name__}: is already a denoiser: remove preconditioning")
         return cast(Denoiser, model)
     if preconditioning is not None and not isinstance(preconditioning, (VP, VE, EDM)):
         raise InputError(f"preconditioning is {short(preconditioning)}, but must be VP(), VE() or EDM()")
@@ -175,7 +175,7 @@ class WrappedDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(model):
-            raise InputError(f"{type(model).__name__}: not a module or function that denoises")
+            raise InputError(f"{type(model).__name__}: not a denoising module or function")
         self.model = model
         plain = getattr(self.model, "_orig_mod", self.model)  # what torch.compile was given
         self.plain_name = type(plain).__name__ if isinstance(plain, nn.Module) else _name_of(plain)
@@ -187,7 +187,7 @@ class WrappedDenoiser(nn.Module):
             value = getattr(self, name)
             if value is None:
                 raise InputError(
-                    f"{self.plain_name}: does not say its {name}: give it an attribute `{name}`, or call "
+                    f"{self.plain_name}: has no attribute {name}: set one `{name}`, or call "
                     "diffmem.models.as_denoiser(model, channels=…, resolution=…)"
                 )
             self._check_whole(name, value, 1)
@@ -202,7 +202,7 @@ class WrappedDenoiser(nn.Module):
             raise InputError(f"{self.plain_name}: round_sigma is {short(self._round_sigma)}, but must be a function")
         tensors = (*plain.parameters(), *plain.buffers()) if isinstance(plain, nn.Module) else ()
         if any(tensor.is_meta for tensor in tensors):
-            raise InputError(f"{self.plain_name}: has no weights yet (they are on the device meta): load them first")
+            raise InputError(f"{self.plain_name}: has no weights yet (they are on the meta device): load them first")
         place = next((t.device for t in tensors), device or "cpu")
         self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         # So that samplers find the device.
@@ -291,7 +291,7 @@ class WrappedDenoiser(nn.Module):
     ) -> torch.Tensor:
         """The denoised images (B, C, H, W) float32, as `Denoiser.forward` (float64 of a float64 model)."""
         if augment_labels is not None:
-            raise InputError(f"{self.plain_name}: knows no augmentations: train it with augment=0")
+            raise InputError(f"{self.plain_name}: does not support augmentation: train it with augment=0")
         if self.preconditioning is None:
             return self._call(x, torch.as_tensor(sigma, device=x.device), labels)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -358,7 +358,7 @@ class WrappedDenoiser(nn.Module):
         try:
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place)
         except RuntimeError as error:
-            raise InputError(f"{self.plain_name}: images of {shape[1:]} do not fit the memory") from error
+            raise InputError(f"{self.plain_name}: images of {shape[1:]} do not fit in memory") from error
         sigma = min(max(1.0, self.sigma_min), self.sigma_max)
         labels = torch.zeros(count, dtype=torch.int64, device=place) if self.label_dim else None
         failure: Exception | None = None
@@ -380,7 +380,7 @@ class WrappedDenoiser(nn.Module):
         assert failure is not None
         message = one_line(failure)
         needs_more = not self.label_dim and isinstance(failure, TypeError) and "missing" in message
-        classes = "; a model that needs labels says how many classes it knows: label_dim=…" if needs_more else ""
+        classes = "; if the model needs labels, give the number of classes with label_dim=…" if needs_more else ""
         raise InputError(
             f"{self.plain_name}: cannot be called as model(x, sigma{', class_labels' if self.label_dim else ''}) on "
             f"images {size} ({type(failure).__name__}: {message}){classes}; see diffmem.models.as_denoiser"
@@ -415,7 +415,7 @@ def as_configured(model: Any, config: DenoiserConfig) -> WrappedDenoiser:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, but must be a module, or a function that makes one")
     if isinstance(model, Denoiser):
-        raise InputError(f"the network is {network.name}, one of your own, and model is one of diffmem's")
+        raise InputError(f"the network is {network.name}, your own network, but model is one of diffmem's")
     wrapped = as_denoiser(
         model,
         preconditioning=cast(Any, config.preconditioning) if network.preconditioned else None,
@@ -428,7 +428,7 @@ def as_configured(model: Any, config: DenoiserConfig) -> WrappedDenoiser:
         class_indices=network.class_indices if network.label_dim else None,
     )
     if not isinstance(wrapped, WrappedDenoiser):
-        raise InputError(f"{type(model).__name__}: has an interface of its own, and is no module that can be stored")
+        raise InputError(f"{type(model).__name__}: has its own interface and cannot be stored")
     found = wrapped.config.network
     assert isinstance(found, ModuleConfig)
     if (found.name, found.parameters) != (network.name, network.parameters):

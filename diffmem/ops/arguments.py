@@ -1,8 +1,8 @@
 """What every op asks of its arguments before an address is passed on: kinds, dtypes, layouts, devices and shapes.
 
 Checks are made by the public functions, and again by the operators in `torch.ops.diffmem` (real and fake), which can be
-called by themselves. Each names the op and the parameter: TypeError for what is no tensor or no number, InputError (a
-ValueError) for the rest. Only metadata is looked at, so that `torch.compile` can trace them.
+called by themselves. Each names the op and the parameter: TypeError for what is not a tensor or no number, InputError
+(a ValueError) for the rest. Only metadata is looked at, so that `torch.compile` can trace them.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class AutotuneCache:
             everything.setdefault(self.op, {}).setdefault(device, {})[case] = seconds
             atomic_write(path, json.dumps(everything, indent=1) + "\n", durable=False)
         except (OSError, InputError) as error:
-            _log.info("%s: cannot be written, so that this process only remembers what is fastest: %s", path, error)
+            _log.info("%s: cannot be written; the autotuning results are kept for this process only: %s", path, error)
 
     def _loaded(self) -> dict[str, dict[str, Timing]]:
         if self.table is None:

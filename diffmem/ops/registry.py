@@ -38,7 +38,7 @@ class Backend:
     order.
 
     Attributes:
-        name: Of an op, one of `NAMES`.
+        name: Name of an op, one of `NAMES`.
         description: How it computes, in a few words.
         function: Computes the op; imports what only this backend needs when it is called.
         unavailable: Why it cannot run on a device type ("cpu", "cuda"), as a clause, or None.
@@ -62,7 +62,7 @@ class Op:
     """An op's backends, best first.
 
     Args:
-        name: Of the op.
+        name: Name of the op.
         backends: Best first; the last one of an op, its reference, supports everything.
         autotuned: Names of backends of which, where several can be used, the fastest is found by measurement on GPUs.
         cases: Arguments by what they stand for, where which backend is used depends on them: `explanations` has a line
@@ -114,7 +114,7 @@ class Op:
                 raise InputError(f"{self.name}: backend {impl!r} cannot be used here: {reason}")
             reason = self._supports(backend, device_type, *arguments)
             if reason is not None:
-                raise InputError(f"{self.name}: backend {impl!r} cannot take these arguments: {reason}")
+                raise InputError(f"{self.name}: backend {impl!r} does not support these arguments: {reason}")
             return backend
         for backend in self.backends:
             if self._supports(backend, device_type, *arguments) is None:
@@ -129,7 +129,7 @@ class Op:
         rivals = [each for each in tuned if each.supports(device_type, *arguments) is None]
         if device_type == "cuda" and len(rivals) > 1 and chosen in rivals:
             ways = ", ".join(f"{each.name} ({each.description})" for each in rivals)
-            text = f"the fastest of {ways}, measured at its first use"
+            text = f"the fastest of {ways}, measured at first use"
         else:
             text = f"{chosen.name} ({chosen.description})"
         others = self.backends[: self.backends.index(chosen)]
@@ -209,7 +209,7 @@ def native_module() -> Any:
     try:
         from diffmem import _C
     except ImportError as error:
-        _log.info("no compiled core, ops run by PyTorch alone: %s", error)
+        _log.info("no compiled core, ops use PyTorch only: %s", error)
         return None
     return _C
 

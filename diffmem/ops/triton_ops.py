@@ -22,7 +22,7 @@ def triton_unavailable(device_type: str) -> str | None:
     if device_type not in ("cpu", "cuda"):
         return f"not tried on device {device_type!r}"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "") not in ("1", "true", "on"):
-        return "GPU kernels; with TRITON_INTERPRET=1 in the environment they run here, slowly, to be checked"
+        return "GPU kernels; with TRITON_INTERPRET=1 in the environment they run in the interpreter, for tests"
     if find_spec("triton") is None:
         return "triton is not installed (pip install 'diffmem[triton]')"
     return None

@@ -69,7 +69,7 @@ class OptimalDenoiser(nn.Module):
         subset: Each call uses another random subset of this many images (of each class), drawn again for each noise
             level from `seed`, so that the denoiser stays a function of (x, σ) and images do not depend on the batch
             size.
-        seed: Of the subsets.
+        seed: Seed of the subsets.
         impl: "reference", "native", "triton", …: which backend of the posterior mean; None: the fastest here.
         progress: Called as `progress(stage, done, total)`.
 
@@ -106,7 +106,9 @@ class OptimalDenoiser(nn.Module):
             raise InputError(f"tolerance is {tolerance}, but must lie between 0 and 1")
         channels, height, width = images.image_shape
         if height != width:
-            raise InputError(f"{images.source}: images are {height}x{width}; samplers make square ones, so resize them")
+            raise InputError(
+                f"{images.source}: images are {height}x{width}; samplers make square images, so resize them"
+            )
         self.images = images
         self.channels, self.resolution = channels, width
         self.tolerance, self.regularization, self.subset, self.seed = tolerance, regularization, subset, seed
@@ -156,7 +158,7 @@ class OptimalDenoiser(nn.Module):
         if found.shape != (len(self.images),) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
             raise InputError(
                 f"labels: one class index (0, 1, …) per training image is needed, got {found.dtype} "
-                f"{list(found.shape)} for {len(self.images):,} images; labels=False leaves them out"
+                f"{list(found.shape)} for {len(self.images):,} images; pass labels=False to ignore labels"
             )
         return found.astype(np.int64)
 
@@ -309,7 +311,7 @@ class OptimalDenoiser(nn.Module):
             if labels.shape != (count, self.label_dim) or not bool(((labels == 0) | (labels == 1)).all()):
                 raise InputError(f"labels: class indices, or one-hot vectors of length {self.label_dim}, are needed")
             if not bool((labels.sum(dim=1) <= 1).all()):
-                raise InputError("labels: a vector names several classes; the optimum knows one class or none")
+                raise InputError("labels: a vector names several classes; the optimum takes one class or none")
             labels = torch.where(labels.sum(dim=1) > 0, labels.argmax(dim=1), -1)
         elif labels.shape != (count,) or (count and not 0 <= int(labels.min()) <= int(labels.max()) < self.label_dim):
             raise InputError(f"labels: one class of 0 … {self.label_dim - 1} for each of {count} images is needed")
@@ -317,7 +319,7 @@ class OptimalDenoiser(nn.Module):
         for label in labels.unique().tolist():
             start, stop = everything if label < 0 else self.starts[label : label + 2].tolist()
             if start == stop:
-                raise InputError(f"class {label}: the training set has no image of it")
+                raise InputError(f"class {label}: the training set has no image of this class")
             groups.append(((labels == label).nonzero().flatten().to(self.mean.device), (start, stop)))
         return groups
 

@@ -127,7 +127,7 @@ def parse_regularization(text: str) -> Regularization:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{text!r} is no regularization: give tikhonov:C, bayes:TAU (or bayes:exp(-1500)) or smooth:H, as in "
+            f"{text!r} is not a regularization: give tikhonov:C, bayes:TAU (or bayes:exp(-1500)) or smooth:H, as in "
             "tikhonov:0.1"
         ) from None
 

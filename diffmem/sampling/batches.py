@@ -40,12 +40,12 @@ def in_precision(denoiser: Any, precision: str) -> Iterator[None]:
     """The network's products in this precision (see `diffmem.precision`) for as long as this lasts.
 
     Raises:
-        InputError: Where half precision is asked of a denoiser that is no network.
+        InputError: Where half precision is asked of a denoiser that is not a network.
     """
     with float32_products(precision):
         if not hasattr(denoiser, "autocast_dtype"):
             if AUTOCAST[precision] is not None:
-                raise InputError(f"precision is {precision!r}, but this denoiser is no network")
+                raise InputError(f"precision is {precision!r}, but this denoiser is not a network")
             yield
             return
         before, denoiser.autocast_dtype = denoiser.autocast_dtype, AUTOCAST[precision] or denoiser.autocast_dtype
@@ -106,7 +106,7 @@ def sample_batches(
     denoiser has labels, a class index, then the noise of the steps.
 
     Args:
-        denoiser: Of `diffmem.models` or `diffmem.optimum`, or a module that denoises (see
+        denoiser: A denoiser of `diffmem.models` or `diffmem.optimum`, or a module that denoises (see
             `diffmem.models.as_denoiser`); it is sampled in evaluation mode.
         seeds: Whole numbers, taken modulo 2³².
         config: How to sample. compile "auto": after two batches have shown that the rest takes long enough to pay for
@@ -196,7 +196,7 @@ def sample(denoiser: Any, seeds: Sequence[int], config: SamplerConfig | None = N
 
 def _config(config: SamplerConfig | None, fields: dict[str, Any]) -> SamplerConfig:
     if config is not None and fields:
-        raise InputError(f"config: {', '.join(fields)} given beside it; use dataclasses.replace(config, …)")
+        raise InputError(f"config: {', '.join(fields)} given in addition; use dataclasses.replace(config, …)")
     return SamplerConfig(**fields) if config is None else config
 
 
@@ -205,7 +205,7 @@ def _check_finite(images: torch.Tensor, seeds: Sequence[int]) -> None:
     if bad:
         raise InputError(
             f"seed {seeds[bad[0]]}{f' and {len(bad) - 1} more' if bad[1:] else ''}: the image is not finite (NaN or "
-            "infinity); the checkpoint is damaged, or needs float32 or other noise levels"
+            "infinity): the checkpoint is damaged, or needs float32 or other noise levels"
         )
 
 
@@ -213,7 +213,7 @@ def _checked_labels(denoiser: Any, labels: torch.Tensor | int | None, count: int
     if labels is None:
         return None
     if not denoiser.label_dim:
-        raise InputError("labels: this denoiser is unconditional; leave them out")
+        raise InputError("labels: this denoiser is unconditional; remove them")
     if isinstance(labels, int):
         labels = torch.full((count,), labels)
     labels = torch.as_tensor(labels)

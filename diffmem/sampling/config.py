@@ -39,7 +39,7 @@ class SamplerConfig:
         class_index: The class of all images; None: drawn per seed, where the network has classes. A class that is given
             replaces the one that the seed draws, so that noise added on the way is the same.
         batch: Images at a time.
-        precision: Of the network's products: "ieee" (the protocol's float32), "tf32", "bf16" or "fp16", see
+        precision: Precision of the network's products: "ieee" (the protocol's float32), "tf32", "bf16" or "fp16", see
             `diffmem.precision`; "float32" is another name of "ieee".
         compile: "on", "off" (or True, False), or "auto": where the run is long enough to pay for it.
 
@@ -75,7 +75,7 @@ class SamplerConfig:
             if (value := getattr(self, name)) not in choices:
                 raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
         if self.solver == "unipc" and self.rho is not None:
-            raise InputError("rho is for the solvers heun and dpm++; unipc spaces its noise levels by itself")
+            raise InputError("rho is for the solvers heun and dpm++; unipc has its own spacing of noise levels")
         for name, default in zip(("steps", "sigma_min", "rho"), SOLVERS[self.solver], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -131,16 +131,14 @@ class SamplerConfig:
         """
         classes = getattr(denoiser, "label_dim", 0)
         if self.class_index is not None and not classes:
-            raise InputError(f"class {self.class_index}: this network is unconditional, it knows no classes")
+            raise InputError(f"class {self.class_index}: this network is unconditional")
         if self.class_index is not None and not 0 <= self.class_index < classes:
             raise InputError(f"class {self.class_index}: this network has the classes 0 … {classes - 1}")
         multistep = self.solver != "heun"
         if sigmas is None:
             sigmas = self.sigmas(denoiser)
             if multistep and len(set(sigmas)) < len(sigmas):
-                raise InputError(
-                    f"steps is {self.steps}, more than the network's noise levels can tell apart; use fewer"
-                )
+                raise InputError(f"steps is {self.steps}, more than the network has distinct noise levels; use fewer")
         levels = checked_sigmas(sigmas, distinct=multistep)
         if not multistep:
             return general_plan(levels, churn=self.churn, round_sigma=rounding_of(denoiser))

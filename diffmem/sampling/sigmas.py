@@ -100,7 +100,7 @@ def sigmas_iddpm(
     _check(n, sigma_min, sigma_max)
     levels = [level for level in IDDPM(C_1, C_2, M).levels if sigma_min <= level <= sigma_max]
     if len(levels) < 2:
-        raise InputError(f"fewer than two of iDDPM's noise levels lie in {sigma_min:g} … {sigma_max:g}")
+        raise InputError(f"fewer than two of iDDPM's noise levels are within {sigma_min:g} … {sigma_max:g}")
     return [*(levels[round((len(levels) - 1) * (i / (n - 1)))] for i in range(n)), 0.0]
 
 
@@ -178,12 +178,12 @@ def checked_sigmas(sigmas: Sequence[float] | torch.Tensor, distinct: bool = Fals
     """
     values = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else [float(sigma) for sigma in sigmas]
     if len(values) < 2:
-        raise InputError(f"sigmas: {len(values)} noise level(s), but a sampler needs at least two, the last may be 0")
+        raise InputError(f"sigmas: {len(values)} noise level(s), but a sampler needs at least two (the last may be 0)")
     if not all(math.isfinite(sigma) for sigma in values):
         raise InputError("sigmas: noise levels must be finite")
     steps = list(itertools.pairwise(values))
     if not all(high >= low and high > 0 for high, low in steps) or values[-1] < 0:
-        raise InputError("sigmas: noise levels must go from high to low and be positive, only the last may be 0")
+        raise InputError("sigmas: noise levels must be positive and decreasing; only the last may be 0")
     if distinct and any(high == low for high, low in steps):
         raise InputError(f"sigmas: two of {len(values)} noise levels are equal; use fewer steps")
     return values

@@ -134,9 +134,7 @@ def is_compilable(model: Any) -> bool:
 def _compiled_stage(model: Any) -> Callable[..., Any]:
     """The compiled stage of this denoiser, made once."""
     if not is_compilable(model):
-        raise InputError(
-            "compile: nothing to compile in this denoiser; give a module of your own to torch.compile yourself"
-        )
+        raise InputError("compile: this denoiser cannot be compiled here; call torch.compile on your module yourself")
     if model not in _COMPILED:
         device = next((parameter.device.type for parameter in model.parameters()), "cpu")
         # CUDA graphs where there is CUDA: the step is dozens of small kernels.

@@ -43,7 +43,7 @@ def count_in_balls(
     """Counts who is inside whose ball; a point on the edge is outside.
 
     Args:
-        index: Of the rows: the bounds of its code leave out most pairs.
+        index: Index of the rows: the bounds of its code leave out most pairs.
         rows: [N, d].
         queries: [Q, d], the same dtype.
         row_radii: [N], squared radii, int64 for uint8 rows, else float64.

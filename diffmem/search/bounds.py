@@ -20,7 +20,7 @@ class LowerBounds:
     """Which pairs of queries and training images may be within a distance of each other.
 
     Args:
-        index: Of the training images. One without a code (a small set, or one on a GPU) excludes no pair.
+        index: Index of the training images. One without a code (a small set, or one on a GPU) excludes no pair.
         queries: [Q, d] rows, of the training images' dtype.
         levels: How many levels of the code are used, where it has so many.
     """

@@ -66,7 +66,7 @@ def largest_cosines(
     """The largest cosines between queries and rows.
 
     Args:
-        index: Of the rows, for the bounds of its code. Without one, all cosines are computed, in float64.
+        index: Index of the rows, for the bounds of its code. Without one, all cosines are computed, in float64.
         queries: [Q, d]; those of zeros have no cosine.
         rows: [N, d], of the same dtype; likewise.
         own: int64 [Q], for queries that are rows: which. They are not compared with themselves.

@@ -44,7 +44,7 @@ class Views:
 
 
 class DistinctNeighbors:
-    """The two nearest training images of any images, duplicates left in or taken out.
+    """The two nearest training images of any images, duplicates counted as neighbors or taken out.
 
     Args:
         index: An index of the training images.
@@ -56,8 +56,8 @@ class DistinctNeighbors:
         progress: Called as `progress(stage, done, total)`.
 
     Attributes:
-        recall: Of the last call of `nearest`, if the index may miss neighbors: what it measured of itself, for each
-            orientation.
+        recall: Recall of the last call of `nearest`, if the index may miss neighbors: what it measured of itself, for
+            each orientation.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DistinctNeighbors:
         self._limit = squared_radius(radius, self._rows.shape[1], self._rows.dtype == torch.uint8)
 
     def nearest(self, images: np.ndarray | Views, k: int = 2) -> Neighbors:
-        """The k nearest training images, duplicates left in."""
+        """The k nearest training images, duplicates counted as neighbors."""
         self.recall = ()
         return self._nearest(self.index, images, k)
 

@@ -129,13 +129,13 @@ def check_index(index: TrainingIndex | ShardedIndex | FaissIndex, images: Images
         InputError: The index is not one of these images.
     """
     if not hasattr(index, "holds"):
-        raise InputError(f"index is no index of images but an object of type {type(index).__name__}")
+        raise InputError(f"index is not an index of images but an object of type {type(index).__name__}")
     if len(index) != len(images):
-        raise InputError(f"index holds {len(index):,} images, the training set {len(images):,}: build the index again")
+        raise InputError(f"index holds {len(index):,} images, the training set {len(images):,}: rebuild the index")
     if not index.holds(images):
         raise InputError(
             f"index holds {len(index):,} images, but not those of the training set (other pixels, another order, size "
-            "or dtype): build the index again from this training set"
+            "or dtype): rebuild the index from this training set"
         )
 
 
@@ -197,7 +197,7 @@ def _identical(images: np.ndarray, flip: bool, progress: Progress) -> np.ndarray
     first: dict[bytes, int] = {}
     lowest = np.empty(len(images), np.int64)
     for start in range(0, len(images), BLOCK):
-        progress("looking for identical training images", start, len(images))
+        progress("finding identical training images", start, len(images))
         block = np.ascontiguousarray(images[start : start + BLOCK])
         if block.dtype != np.uint8:
             block = block + np.zeros(1, block.dtype)  # -0.0 and 0.0 are the same value
@@ -206,5 +206,5 @@ def _identical(images: np.ndarray, flip: bool, progress: Progress) -> np.ndarray
             digests = [min(d, hashlib.sha256(row.data).digest()) for d, row in zip(digests, mirror(block), strict=True)]
         for row, digest in enumerate(digests, start):
             lowest[row] = first.setdefault(digest, row)
-    progress("looking for identical training images", len(images), len(images))
+    progress("finding identical training images", len(images), len(images))
     return lowest

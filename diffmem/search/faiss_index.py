@@ -49,7 +49,7 @@ class FaissStats:
         recall_second: The same of the second nearest.
         sample: Images searched exactly, too, to measure that.
         completed: Images for which FAISS proposed fewer than k candidates and which were searched exactly.
-        seconds: Of the search, re-ranking included, without the measurement.
+        seconds: Seconds of the search, re-ranking included, without the measurement.
     """
 
     factory: str
@@ -188,7 +188,7 @@ class FaissIndex:
         return answer
 
     def save(self, folder: str | Path) -> None:
-        """Write the index, training images included, to `folder`: beside it first, renamed when whole.
+        """Write the index, training images included, to `folder`: beside it first, renamed when complete.
 
         Raises InputError where `folder` exists and is not an index.
         """
@@ -215,18 +215,18 @@ class FaissIndex:
     def load(cls, folder: str | Path, *, device: str = "auto") -> FaissIndex:
         """The index that `save` wrote, its images memory-mapped.
 
-        Raises InputError where `folder` holds no whole index, or images that do not match their fingerprint.
+        Raises InputError where `folder` holds no complete index, or images that do not match their fingerprint.
         """
         faiss = _faiss()
         folder = Path(folder)
-        with parsing(folder, "a usable index", "build it again"):
+        with parsing(folder, "a usable index", "rebuild it"):
             description = stored.read_description(folder, FORMAT)
             images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
             stored.check_array(images, "images", (None, None), images.dtype)
             rows = _checked_rows(images, "training images")
             if fingerprint(rows) != description["fingerprint"]:
-                raise InputError(f"{folder}: the images do not match their fingerprint (damaged?); build it again")
-            check_file(folder / FAISS_FILE, description["files"][FAISS_FILE], "build the index again")
+                raise InputError(f"{folder}: the images do not match their fingerprint (damaged?); rebuild it")
+            check_file(folder / FAISS_FILE, description["files"][FAISS_FILE], "rebuild the index")
             index = faiss.read_index(str(folder / FAISS_FILE))
             if (index.ntotal, index.d) != tuple(rows.shape):
                 raise ValueError(f"FAISS's index holds {index.ntotal} rows of {index.d} values")
@@ -297,8 +297,8 @@ def _pick_device(faiss: Any, device: str) -> str:
         return "cuda" if gpus and not os.environ.get(SETTING, "").startswith("cpu") else "cpu"
     if device.startswith("cuda") and not gpus:
         raise InputError(
-            'this FAISS has no GPU support or sees no GPU: device="cpu", or a FAISS with GPU support '
-            "in the place of this one (pip uninstall faiss-cpu; pip install 'diffmem[gpu]')"
+            'this FAISS has no GPU support or sees no GPU: device="cpu", or install a FAISS with GPU '
+            "support instead (pip uninstall faiss-cpu; pip install 'diffmem[gpu]')"
         )
     if device != "cpu" and not device.startswith("cuda"):
         raise InputError(f'device must be "cpu", "cuda" or "auto", got {device!r}')
@@ -317,7 +317,7 @@ def _with_float16(factory: str) -> str:
     """The factory string with its full-precision vectors stored in half precision."""
     head, _, last = factory.rpartition(",")
     if last != "Flat":
-        raise InputError(f"float16 storage is for factory strings that end in Flat, got {factory!r}")
+        raise InputError(f"float16 storage needs a factory string that ends in Flat, got {factory!r}")
     return f"{head},SQfp16" if head else "SQfp16"
 
 

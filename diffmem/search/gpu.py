@@ -3,7 +3,7 @@
 uint8 images:
 cuda     int8 tensor cores with the best k kept in registers (csrc/nearest/nearest_cuda.cu); k up to 64.
 int8     int8 matrix products by cuBLAS (`torch._int_mm`), the best k taken from each stored block.
-faiss    FAISS's flat index proposes, exact integers decide.
+faiss    FAISS's flat index proposes candidates, exact integers decide.
 float32 vectors (embeddings):
 tf32     products of values rounded to TF32 propose, exact differences in float64 decide.
 float64  products in float64 propose, the same differences decide (`diffmem.ops.nearest.blocked`).
@@ -170,7 +170,12 @@ OP = register(
         (
             _backend("cuda", torch.uint8, "int8 tensor cores, the best k in registers", cuda.unavailable),
             _backend("int8", torch.uint8, "int8 products by cuBLAS"),
-            _backend("faiss", torch.uint8, "FAISS's flat index proposes, exact integers decide", _faiss_unavailable),
+            _backend(
+                "faiss",
+                torch.uint8,
+                "FAISS's flat index proposes candidates, exact integers decide",
+                _faiss_unavailable,
+            ),
             _backend("tf32", torch.float32, "TF32 products propose, exact differences decide"),
             _backend("float64", torch.float32, "float64 products propose, exact differences decide"),
         ),

@@ -212,7 +212,7 @@ class TrainingIndex:
         """The index that `save` wrote, memory-mapped.
 
         Args:
-            folder: Of the index.
+            folder: Folder of the index.
             device: "cpu", "cuda" or "auto".
 
         Raises:
@@ -387,7 +387,7 @@ def _takes(*dtypes: torch.dtype) -> Callable[[torch.Tensor], str | None]:
 
 
 def _off_the_cpu(rows: torch.Tensor) -> str | None:
-    return None if rows.device.type == "cpu" else f"the training images lie on {rows.device}"
+    return None if rows.device.type == "cpu" else f"the training images are on {rows.device}"
 
 
 # What `method="auto"` selects, and `diffmem info` explains: the first that supports the device and the training rows.
@@ -420,7 +420,7 @@ OP = register(
             Backend("reference", "exact, every difference", partial(TrainingIndex, method="reference")),
             Backend(
                 "faiss",
-                "approximate, FAISS proposes, exact distances decide",
+                "approximate, FAISS proposes candidates, exact distances decide",
                 partial(TrainingIndex, method="faiss"),
                 _faiss_missing,
                 _takes(torch.uint8, torch.float32),

@@ -38,7 +38,7 @@ SAMPLE = 64  # rows whose code is made again when an index is loaded
 
 
 def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | None) -> None:
-    """Writes the index beside `folder` and renames it when whole; replaces an index that is there."""
+    """Writes the index beside `folder` and renames it when complete; replaces an index that is there."""
     arrays = {"images": rows.cpu().numpy()}
     description = {"format": FORMAT, "method": method}
     if code is not None:
@@ -55,7 +55,8 @@ def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | Non
 
 @contextmanager
 def new_index_folder(folder: Path, description: dict[str, Any]) -> Iterator[Path]:
-    """A folder beside `folder` to write an index into; gets its description and takes the place of `folder` when whole.
+    """A folder beside `folder` to write an index into; gets its description and takes the place of `folder` when
+    complete.
 
     Raises InputError where `folder` exists and is not an index, or cannot be written.
     """
@@ -70,21 +71,21 @@ def read_description(folder: Path, version: str) -> dict[str, Any]:
     """What `new_index_folder` was given; raises InputError where it is missing, damaged or of another version."""
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"{folder}: no usable index (no {DESCRIPTION} in it); build it again")
-    description = read_json(path, "build the index again")
+        raise InputError(f"{folder}: no usable index (no {DESCRIPTION} in it); rebuild it")
+    description = read_json(path, "rebuild the index")
     if not isinstance(description, dict) or description.get("format") != version:
-        raise InputError(f"{folder}: an index of another version of diffmem; build it again")
-    return unsealed(description, path, "build the index again")
+        raise InputError(f"{folder}: an index from another version of diffmem; rebuild it")
+    return unsealed(description, path, "rebuild the index")
 
 
 def load(folder: Path) -> tuple[str, torch.Tensor, FilteredRows | None]:
     """Method, rows and code of a saved index, memory-mapped."""
-    with parsing(folder, "a usable index", "build it again"):
+    with parsing(folder, "a usable index", "rebuild it"):
         description = read_description(folder, FORMAT)
         arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
         expected = description.pop("fingerprint")
         if _fingerprint(arrays, description) != expected:
-            raise InputError(f"{folder}: the index does not match its fingerprint (damaged?); build it again")
+            raise InputError(f"{folder}: the index does not match its fingerprint (damaged?); rebuild it")
         check_array(arrays["images"], "images", (None, None), arrays["images"].dtype)
         rows = as_rows(arrays["images"])
         if rows.numel() == 0:
@@ -146,11 +147,11 @@ def _check_code(code: dict[str, np.ndarray], count: int, scale: float) -> tuple[
     check_array(code["starts"], "starts", (clusters + 1,), np.int64)
     order, starts = code["order"], code["starts"]
     if order.min() < 0 or order.max() >= count or np.bincount(order, minlength=count).max() != 1:
-        raise ValueError("its order is none")
+        raise ValueError("its order is not a permutation")
     if starts[0] != 0 or starts[-1] != count or (np.diff(starts) < 0).any():
-        raise ValueError("its clusters are none")
+        raise ValueError("its clusters are invalid")
     if not (math.isfinite(scale) and scale >= 0 and np.isfinite(code["error"]).all() and (code["error"] >= 0).all()):
-        raise ValueError("its scale or its errors are no numbers")
+        raise ValueError("its scale or its errors are not numbers")
     return levels, steps
 
 
@@ -164,7 +165,7 @@ def _check_sample(index: FilteredRows, steps: int) -> None:
     for stored, made in ((coarse, again.coarse), (index.fine[:, places], again.fine)):
         # Projections of floats round as the machine does.
         if np.abs(stored.astype(np.int64) - made).max(initial=0) > 2:
-            raise ValueError("its codes are not those of its images")
+            raise ValueError("its codes do not match its images")
 
 
 def _fingerprint(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def nearest_by_tiles(
         tile: Side of a tile in pixels.
         guesses: int64 [Q, ≥ 1], training images that are likely near: they decide what the search costs, not what it
             answers.
-        index: Of the training images: the bounds of its code leave out most pairs.
+        index: Index of the training images: the bounds of its code leave out most pairs.
         progress: Called as `progress(stage, done, total)`.
 
     Returns:

@@ -45,7 +45,7 @@ class Observation:
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.count <= self.total or self.total < 1:
-            raise InputError(f"{self.count} copies of {self.total} images on {self.size} training images: impossible")
+            raise InputError(f"{self.count} copies of {self.total} images on {self.size} training images is impossible")
 
 
 class Posterior:

@@ -44,7 +44,7 @@ class EMM:
     Attributes:
         setting: P, M and T.
         search: What was asked for.
-        results: Of the runs, in the order in which they were made.
+        results: Results of the runs, in the order in which they were made.
         failures: (size, error) of those that failed.
     """
 
@@ -80,12 +80,12 @@ class EMM:
 
     @property
     def outside(self) -> str | None:
-        """Where EMM lies beyond the sizes allowed, more likely than not: "below 3, the smallest size that was allowed";
+        """Where EMM lies beyond the sizes allowed, more likely than not: "below 3, the smallest allowed size";
         None where it does not."""
         if self.size < self.search.low:
-            return f"below {self.search.low:,}, the smallest size that was allowed"
+            return f"below {self.search.low:,}, the smallest allowed size"
         if self.size > self.search.high:
-            return f"above {self.search.high:,}, the largest size that was allowed"
+            return f"above {self.search.high:,}, the largest allowed size"
         return None
 
     @cached_property
@@ -105,7 +105,7 @@ class EMM:
         low, high = self.interval
         if (outside := self.outside) is not None:
             return (
-                f"EMM at ζ = {self.search.zeta:g} is probably {outside} (95 % interval {low:,.0f} to {high:,.0f}, by "
+                f"EMM at ζ = {self.search.zeta:g} is probably {outside} (95 % interval {low:,.0f} to {high:,.0f}, from "
                 f"the shape of the curve alone), from {counted(len(self.results), 'run')}"
             )
         return (

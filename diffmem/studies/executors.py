@@ -70,14 +70,14 @@ class Processes:
 
     Args:
         workers: How many.
-        threads: Of each, outside its runs, which set their own (`Setting.threads`), for results depend on their number;
-            None: the machine's cores, divided among the processes.
+        threads: Threads of each, outside its runs, which set their own (`Setting.threads`), for results depend on their
+            number; None: the machine's cores, divided among the processes.
         device: As for `run_trial`; "cuda" deals the GPUs out in turns.
     """
 
     def __init__(self, workers: int, *, threads: int | None = None, device: str = "auto") -> None:
         if workers < 1:
-            raise InputError(f"{workers} workers: at least 1 is needed")
+            raise InputError(f"workers is {workers}, but must be at least 1")
         self.slots = workers
         self.threads = threads or max(1, (os.cpu_count() or 1) // workers)
         self.device = device
@@ -99,12 +99,12 @@ class Processes:
                     run_trial, trial, folder, self._device(place)
                 )
             except BrokenProcessPool:
-                _log.warning("a process that ran trials has died; another takes its place")
+                _log.warning("a worker process died; another one replaces it")
                 self._pools[place] = None  # its process died with the trial before
                 continue
             self._busy[place] = future
             return future
-        raise InputError("no process can be started to run a trial in")
+        raise InputError("no worker process can be started")
 
     def _device(self, place: int) -> str:
         if self.device == "cuda":
@@ -150,10 +150,10 @@ class Ray:
     process writes to the ledger.
 
     Args:
-        address: Of a running cluster, "auto" to find one, None to start one on this machine.
+        address: Address of a running cluster, "auto" to find one, None to start one on this machine.
         gpus: That a run takes; a fraction of a GPU lets several runs share one.
         cpus: That a run takes.
-        retries: Of a run whose machine or process is lost.
+        retries: Retries of a run whose machine or process is lost.
         slots: Runs at the same time; None: as many as the cluster has room for.
         device: As for `run_trial`.
         **init: Passed on to `ray.init`.
@@ -191,8 +191,8 @@ class Ray:
         if self.slots < 1:
             self.close()
             raise InputError(
-                f"the Ray cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: no room for a "
-                f"trial that takes {cpus:g} and {gpus:g}"
+                f"the Ray cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: not enough for a "
+                f"trial that needs {cpus:g} and {gpus:g}"
             )
         self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(_run_on_cluster)
         self._cpus = cpus

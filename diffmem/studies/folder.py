@@ -69,7 +69,7 @@ def read_studies(root: str | Path, names: Sequence[str] = ()) -> list[Study]:
     root = Path(root)
     paths = [root / STUDIES / f"{name}.json" for name in names] or sorted((root / STUDIES).glob("*.json"))
     if not paths:
-        raise InputError(f"{root}: no study was run there: `diffmem study run NAME --out {root}` runs one")
+        raise InputError(f"{root}: no study was run there: run one with `diffmem study run NAME --out {root}`")
     found = []
     for path in paths:
         if not path.is_file():
@@ -99,8 +99,8 @@ def report_studies(root: str | Path, folder: str | Path | None = None, names: Se
 
     Args:
         root: The folder that they were run in.
-        folder: Of the report; default `root`/report.
-        names: Of the studies; all, where none are given.
+        folder: Folder of the report; default `root`/report.
+        names: Names of the studies; all, where none are given.
     """
     from diffmem.studies.report import again, is_report, write_studies
 

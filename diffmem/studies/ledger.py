@@ -195,8 +195,8 @@ class Ledger:
             yield
         except sqlite3.Error as error:
             raise InputError(
-                f"{self.path}: cannot be used as a ledger ({error}): if it is damaged, remove it: results of finished"
-                " trials lie in their folders and are found again"
+                f"{self.path}: cannot be used as a ledger ({error}): if it is damaged, delete it: the results of "
+                "finished trials are read from their folders"
             ) from error
 
     @contextmanager

@@ -67,9 +67,9 @@ class Result:
     """What a run found.
 
     Attributes:
-        key: Of the run.
+        key: Key of the run.
         size: N.
-        repetition: Of the run.
+        repetition: Repetition of the run.
         count: Copies among the images of the snapshot with the highest share, R_mem.
         total: Images of that snapshot.
         decided: The answer to the run's test; None where it has none or it stayed open.
@@ -77,16 +77,16 @@ class Result:
         images: Length of the run, images seen.
         epochs: Length of the run.
         best_images: Images seen at the snapshot with the highest share.
-        parameters: Of the network.
+        parameters: Number of parameters of the network.
         training_seconds: Wall time.
         sampling_seconds: Wall time.
         training_set: Its fingerprint.
         snapshots: Each audited snapshot.
-        versions: Of diffmem and what decides the numbers.
-        at_least: Of the run's test.
+        versions: Versions of diffmem and what decides the numbers.
+        at_least: Threshold of the run's test.
         looks: How many snapshots were to be audited.
         device: "cpu" or "cuda"; None where the run is older than the field.
-        threads: Of the CPU; None where the run is older than the field.
+        threads: Threads of the CPU; None where the run is older than the field.
     """
 
     key: str
@@ -120,7 +120,7 @@ class Result:
         highest of several estimates (`diffmem.memorization.highest_interval`); another run differs by more."""
         counts = [(audited.count, audited.total) for audited in self.snapshots] or [(self.count, self.total)]
         if self.at_least is None:
-            # Where only the highest is known (a table of runs), the others, which were no higher, count all the same.
+            # Where only the highest is known (a table of runs), the others, which were no higher, count anyway.
             return highest_interval([*counts, *[(0, self.total)] * ((self.looks or 0) - len(counts))])
         # Which snapshots there are depends on the answers: the run ends with the first yes.
         return highest_interval(counts, looks=self.looks or len(counts), anytime=True)
@@ -144,7 +144,7 @@ def read_result(folder: Path) -> Result | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    advice = "remove its folder to run it again"
+    advice = "delete its folder to run it again"
     values = read_checked(path, advice)
     with parsing(path, "the result of a trial", advice):
         return Result.from_json(values)
@@ -165,7 +165,7 @@ def run_trial(trial: Trial, folder: str | Path, device: str = "auto") -> Result:
 
     Raises:
         InputError: Data, network and training do not fit together.
-        DivergedError: The loss is no number.
+        DivergedError: The loss is not a number.
         InterruptedTrialError: SIGINT or SIGTERM stopped it.
     """
     folder = Path(folder)
@@ -230,7 +230,7 @@ class _Audits(AuditEvery):
             samples=setting.samples,
             stop=None if trial.at_least is None else SequentialTest(trial.at_least),
             flip=bool(setting.training.get("xflip")),
-            settings=setting.sample_settings(),
+            sampler=setting.sample_settings(),
             criterion=setting.criterion,
             device=device,
             on_audit=self._add,
@@ -303,9 +303,9 @@ class _Audits(AuditEvery):
 def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, at: int, device: str) -> None:
     """The first images of the snapshot after `at` images, beside the training images nearest to them (mirrored where
     that is nearer, for a run that counts mirrored images)."""
-    settings = trial.setting.sample_settings()
+    sampler = trial.setting.sample_settings()
     denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
-    config = replace(settings, batch=SHOWN, compile="off")
+    config = replace(sampler, batch=SHOWN, compile="off")
     found = evaluate(denoiser, range(SHOWN), config, detector)
     assert found is not None  # on one rank
     nearest = cast(ImageSet, detector.training).images[found.nearest]
@@ -318,7 +318,7 @@ def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, at: int, 
 
 
 def _read_audits(path: Path) -> list[SnapshotResult]:
-    advice = f"remove the folder {path.parent} to run its trial again"
+    advice = f"delete the folder {path.parent} to run its trial again"
     values = read_checked(path, advice)
     with parsing(path, "the audits of a trial", advice):
         values = values["audits"] if isinstance(values, dict) else values  # without checksums it was a plain list

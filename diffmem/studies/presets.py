@@ -2,7 +2,7 @@
 and networks small enough for a laptop (Gu et al., arXiv 2310.02664).
 
 At the digits scale every run sees the same number of images whatever N is: runs of the paper's length in epochs would
-be too short for a small N or too long for a large one. Averaged weights follow with a decay of 0.99 per step there, for
+be too short for a small N or too long for a large one. EMA weights follow with a decay of 0.99 per step there, for
 a run has a thousand steps only.
 """
 
@@ -51,7 +51,7 @@ _AROUND = {"digits": (30, 50), "cifar10": (1000, 2000)}  # where R_mem of the ba
 _REPETITIONS = {"digits": 2, "cifar10": 1}
 _DIGITS_NOTE = (
     "Digits scale: scikit-learn's digits, a small network, and runs of the same length in images for every N (the"
-    " paper: a fixed number of epochs); what each is made of stands under its settings."
+    " paper: a fixed number of epochs); see each study's settings for its data."
 )
 
 
@@ -128,10 +128,10 @@ def _diversity(scale: str, base: Setting, other: str | None) -> Study:
         # There is no second set of digits: photographs stand in for it, one of their two labels being the class.
         kinds, source = {"ones": 1}, other or "builtin:patches?n=2000"
         base = replace(base, data=replace(base.data, color="grey"))
-        notes = ("Images of the digit 1 are replaced by patches of a photograph, in want of another set of digits.",)
+        notes = ("Images of the digit 1 are replaced by patches of a photograph, as there is no second set of digits.",)
     else:
         kinds, source = {"dogs": _DOG, "cats": _CAT}, other or "imagenet-32.zip"
-        notes = ("The other set must carry CIFAR-10's class indices.",)
+        notes = ("The other set must be labeled with CIFAR-10's class indices.",)
     variants = [
         _variant(f"{kind}, α = {share:g}", base, {"data.only_class": index, "data.mix": [source, share, index]}, share)
         for kind, index in kinds.items()
@@ -209,7 +209,7 @@ def _batch(scale: str, base: Setting, other: str | None) -> Study:
         for level in levels
     ]
     return _study(
-        "batch", scale, "Batch size, the learning rate growing with it", "batch", variants, _AROUND[scale],
+        "batch", scale, "Batch size, with the learning rate scaled accordingly", "batch", variants, _AROUND[scale],
         axis="factor", log_axis=True,
     )  # fmt: skip
 
@@ -236,7 +236,7 @@ def _ema(scale: str, base: Setting, other: str | None) -> Study:
     variants = [
         _variant(f"{level:g}", base, {"training.ema": {"rule": "target", "target": level}}, level) for level in levels
     ]
-    return _study("ema", scale, "Averaged weights: the decay they end at", "EMA decay", variants, sizes, axis="factor")
+    return _study("ema", scale, "EMA weights: final decay", "EMA decay", variants, sizes, axis="factor")
 
 
 def _conditioning(scale: str, base: Setting, other: str | None) -> Study:
@@ -265,7 +265,7 @@ def _random_labels(scale: str, base: Setting, other: str | None) -> Study:
         log_axis=True,
         claims=(
             Claim("random labels of 10 classes raise R_mem", "C = 10", "C = 1"),
-            Claim("those of more classes raise it further", f"C = {levels[-1]}", "C = 10"),
+            Claim("random labels of more classes raise it further", f"C = {levels[-1]}", "C = 10"),
         ),
         published="random_labels",
     )  # fmt: skip

@@ -360,11 +360,11 @@ def _gallery(found: Findings, root: Path) -> list[Picture]:
         if path is None:
             continue
         try:
-            stored = load_arrays(path, "remove it, and the report is made without its pictures")
+            stored = load_arrays(path, "delete it, and the report is made without its images")
         except NoChecksumError:
             continue
         generated, nearest, memorized = (stored[name][:SHOWN] for name in ("generated", "nearest", "memorized"))
-        # A frame of grey keeps neighbours apart.
+        # A frame of gray keeps neighbors apart.
         framed = np.pad(np.concatenate([generated, nearest]), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=190)
         picture = grid(framed, scale=1, columns=len(generated))
         url = picture_url(picture, lossless=max(picture.size) <= 256)

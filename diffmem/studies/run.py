@@ -46,8 +46,8 @@ def trials_folder(root: str | Path) -> Path:
     earlier, folder = Path(root) / _EARLIER, Path(root) / _TRIALS
     if earlier.is_dir():
         raise InputError(
-            f"{root}: its runs lie in {_EARLIER}/, where an earlier version of diffmem kept them: "
-            + (f"move what is in it to {folder}" if folder.exists() else f"rename that folder to {_TRIALS}")
+            f"{root}: its runs are in {_EARLIER}/, where an earlier version of diffmem kept them: "
+            + (f"move its contents to {folder}" if folder.exists() else f"rename that folder to {_TRIALS}")
         )
     return folder
 
@@ -100,7 +100,7 @@ def run_trials(
             raise KeyboardInterrupt from None
         except OutputInUseError:
             # Its last holder, which let the lease run out (asleep, say), still writes there.
-            _log.info("run %s: another process still writes there; it is tried again later", key)
+            _log.info("run %s: another process is still writing there; it will be retried later", key)
             ledger.release(key)
             held.discard(key)
             busy[key] = time.monotonic() + _BUSY_SECONDS

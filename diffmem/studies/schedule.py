@@ -72,8 +72,8 @@ def costs(
         if kind not in measured:
             with fixed_arithmetic(setting.threads or 1):
                 plan = plan_training(config, images, device=device, compile=False)
-            settings = setting.sample_settings()
-            measured[kind] = plan.seconds_per_step, settings.plan(Denoiser(config.denoiser)).nfe
+            sampler = setting.sample_settings()
+            measured[kind] = plan.seconds_per_step, sampler.plan(Denoiser(config.denoiser)).nfe
         per_step, nfe = measured[kind]
         steps = math.ceil(config.images / config.batch)
         per_evaluation = per_step / config.batch * _FORWARD

@@ -51,7 +51,7 @@ class Search:
         if not 0 < self.precision < 1:
             raise InputError(f"precision is {self.precision}, but must lie between 0 and 1")
         if self._ceiling(self.low) > self._floor(self.high) or self.low < 2:
-            raise InputError(f"sizes {self.low}:{self.high} hold no multiple of {self.step} from 2 on")
+            raise InputError(f"sizes {self.low}:{self.high} contain no multiple of {self.step} that is at least 2")
         self.posterior([])  # checks the rest
 
     @property
@@ -80,7 +80,7 @@ class Search:
             turn = len(made) % len(_TURNS)
             found = [posterior.quantile(each) for each in (*_TURNS[turn:], *_TURNS[:turn])]
             sizes = [min(max(self._nearest(size), self._ceiling(self.low)), self._floor(self.high)) for size in found]
-            # Steps may be wider than the interval of EMM: the neighbours then tell as much.
+            # Steps may be wider than the interval of EMM: the neighbors then tell as much.
             sizes += [size + shift for size in sizes[:1] for shift in (-self.step, self.step)]
             possible = [s for s in sizes if self.low <= s <= self.high and made.count(s) < self.repetitions]
             if not possible:
@@ -94,18 +94,18 @@ class Search:
         half, found, made = half_width(posterior), [], counted(len(seen), "run")
         if posterior.below(self.high) < 0.975:
             found.append(
-                f"EMM may lie above {self.high:,}, the largest size that was allowed (probability "
+                f"EMM may lie above {self.high:,}, the largest allowed size (probability "
                 f"{1 - posterior.below(self.high):.0%}): allow larger sizes"
             )
         if posterior.below(self.low) > 0.025:
             found.append(
-                f"EMM may lie below {self.low:,}, the smallest size that was allowed (probability "
+                f"EMM may lie below {self.low:,}, the smallest allowed size (probability "
                 f"{posterior.below(self.low):.0%}): allow smaller sizes"
             )
         if len(seen) < _FEWEST_RUNS:
             found.append(
-                f"{made} {'says' if len(seen) == 1 else 'say'} too little of how much runs differ for an interval to "
-                f"be trusted: allow {_FEWEST_RUNS} or more"
+                f"{made} {'says' if len(seen) == 1 else 'say'} too little about how much runs differ for a reliable "
+                f"interval: allow {_FEWEST_RUNS} or more"
             )
         if half > self.precision:
             found.append(

@@ -62,7 +62,7 @@ class Study:
         variants: Its levels.
         sizes: N, training-set sizes.
         repetitions: Runs per cell.
-        axis: Of the figure, "size" (a curve of R_mem over N per variant) or "factor" (a curve over the factor per
+        axis: Axis of the figure, "size" (a curve of R_mem over N per variant) or "factor" (a curve over the factor per
             size).
         log_axis: Whether the factor's axis is logarithmic.
         claims: What the paper reports.
@@ -92,7 +92,7 @@ class Study:
             raise InputError(f"study {self.name}: axis is {self.axis!r}, but must be 'size' or 'factor'")
         for claim in self.claims:
             if unknown := {claim.higher, claim.lower} - set(names):
-                raise InputError(f"study {self.name}: a claim names {', '.join(unknown)}, which is no variant")
+                raise InputError(f"study {self.name}: a claim names {', '.join(unknown)}, which is not a variant")
 
     def trials(self) -> list[Trial]:
         """All trials, the first repetitions of everything first."""
@@ -139,7 +139,7 @@ class Study:
 def changed(setting: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> dict[str, Any]:
     """A setting in JSON values with the fields of dotted names changed."""
     if setting is None:
-        raise InputError("a study: give it a setting, or each variant one")
+        raise InputError("a study: give it a setting, or give each variant one")
     result = json.loads(json.dumps(setting))
     for name, value in changes.items():
         *parents, last = name.split(".")
@@ -163,11 +163,11 @@ def load_study(path: str | Path) -> Study:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such study: `diffmem study list` names those that are built in")
+        raise InputError(f"{path}: no such study: `diffmem study list` lists the built-in ones")
     if path.suffix == ".py":
         found = runpy.run_path(str(path)).get("study")
         if found is None:
-            raise InputError(f"{path}: leaves nothing in a variable named study")
+            raise InputError(f"{path}: defines no variable named study")
     else:
         found = read_json(path)
     with parsing(path, "the description of a study"):

@@ -54,7 +54,9 @@ class Setting:
     def __post_init__(self) -> None:
         for name in ("size", "seed", "label_seed"):
             if getattr(self.data, name) is not None:
-                raise InputError(f"the data of a setting has a {name}: size and repetition of each run decide that")
+                raise InputError(
+                    f"the data of a setting must not have a {name}: the size and repetition of each run set it"
+                )
         if self.data.labels is None:
             object.__setattr__(self, "data", replace(self.data, labels="none"))
         check_parts(self.length, self.training)
@@ -136,7 +138,10 @@ class Trial:
 
     def __post_init__(self) -> None:
         if self.size < 2 or self.repetition < 0:
-            raise InputError(f"a run on {self.size} images, repetition {self.repetition}: at least 2, and 0")
+            raise InputError(
+                f"a run on {self.size} images, repetition {self.repetition}: size must be at least 2 and "
+                "repetition at least 0"
+            )
         if self.at_least is not None and not 0 < self.at_least <= 1:
             raise InputError(f"at_least is {self.at_least}, but must be a share above 0")
 

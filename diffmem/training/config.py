@@ -43,7 +43,7 @@ def images_of(
     ((name, value),) = given.items()
     factor = {"images": 1, "epochs": size, "duration": EPOCHS_PER_DURATION * size}[name]
     if not (math.isfinite(value) and value * factor >= 1):
-        raise InputError(f"{name} is {value}, but must be so much that there is an image to train on")
+        raise InputError(f"{name} is {value}, but must be large enough to train on at least one image")
     return math.ceil(value * factor)
 
 
@@ -56,12 +56,12 @@ class TrainingConfig:
             `as_denoiser(model, …)`.
         images: Length of the run, images seen (see `images_of`); the last step may see a few more.
         batch: Images per step, over all processes.
-        seed: Of the initial weights, the order of the data, the noise, dropout and augmentation.
+        seed: Seed of the initial weights, the order of the data, the noise, dropout and augmentation.
         optimizer: "adam", "adamw" or "sgd".
         lr: Learning rate after warm-up.
-        betas: Of Adam and AdamW.
-        eps: Of Adam and AdamW.
-        momentum: Of SGD.
+        betas: Betas of Adam and AdamW.
+        eps: Epsilon of Adam and AdamW.
+        momentum: Momentum of SGD.
         weight_decay: L2 penalty of Adam and SGD, decoupled for AdamW.
         warmup_epochs: Epochs in which the learning rate grows linearly from 0 (counted in whole thousands of images).
         ema: The rule of the EMA weights, and the protocol of its half-life.
@@ -69,7 +69,8 @@ class TrainingConfig:
         xflip: The mirrored images count as images too: the training set is twice as large.
         augment: Probability of EDM's non-leaking augmentations; the network's augment_dim must be 9; 0: none.
         tikhonov: Weight of the score's Tikhonov regularization.
-        precision: Of the network's products: "ieee" (the protocol's), "tf32" or "bf16", see `diffmem.precision`.
+        precision: Precision of the network's products: "ieee" (the protocol's), "tf32" or "bf16", see
+            `diffmem.precision`.
 
     Raises:
         InputError: A value that makes no sense; the message names the field.

@@ -115,7 +115,7 @@ def training_config(
         training: Fields of `TrainingConfig`, but for denoiser, images and seed; `ema` as fields of `EMA`.
         conditional: A class-conditional model, on the labels of the images.
         label_dim: Number of its classes; None: by the labels.
-        seed: Of the run.
+        seed: Seed of the run.
 
     Raises:
         InputError: A field is unknown or makes no sense; the message names it.

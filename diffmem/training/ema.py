@@ -59,9 +59,9 @@ class EMA:
             if value not in choices:
                 raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
         if self.rule == "target" and self.target is None:
-            raise InputError("EMA weights by rule='target' need its end: pass target=…, such as 0.99")
+            raise InputError("EMA rule='target' needs target=…, such as 0.99")
         if self.rule != "target" and self.target is not None:
-            raise InputError(f"target is {self.target}, but must go with rule='target', and not with {self.rule}")
+            raise InputError(f"target is {self.target}, but must go with rule='target', not with {self.rule}")
         if self.target is not None and not 0 <= self.target <= 1:
             raise InputError(f"target is {self.target}, but must lie in 0 … 1")
         for name in ("halflife_images", "rampup"):

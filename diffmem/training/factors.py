@@ -35,7 +35,7 @@ def denoiser_config(
 
     Args:
         resolution: Height and width of the images, pixels.
-        channels: Of the images.
+        channels: Channels of the images.
         arch: "ddpmpp" (with VP unless precond says otherwise), "ncsnpp" (VE) or "adm" (EDM).
         precond: "vp", "ve" or "edm".
         preset_name: One of `diffmem.models.PRESETS` instead of both, or of the architecture alone.
@@ -70,7 +70,7 @@ def denoiser_config(
     )
     if skips is not None:
         if isinstance(network, ADMConfig):
-            raise InputError("an ADM network keeps all its skip connections")
+            raise InputError("an ADM network always has all its skip connections")
         network = dataclasses.replace(network, skip_connections=skip_mask(network, skips))
     return DenoiserConfig(network, preconditioning)
 

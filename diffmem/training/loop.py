@@ -272,8 +272,8 @@ def _snapshot(
 def _advice(trainer: Trainer, out: Path) -> str:
     config = trainer.config
     state = latest_state(out)
-    back = "no state was saved before" if state is None else f"the state after {int(state.name):,} images is whole"
+    back = "no state was saved before" if state is None else f"the state after {int(state.name):,} images is intact"
     return (
-        f"the loss is no longer a number after {trainer.images:,} images (learning rate {trainer.lr:.3g}, batch "
-        f"{config.batch}): train again with a lower learning rate (a third, say) or a longer warm-up; {back}"
+        f"the loss is NaN or infinite after {trainer.images:,} images (learning rate {trainer.lr:.3g}, batch "
+        f"{config.batch}): train again with a lower learning rate (such as a third of it) or a longer warm-up; {back}"
     )

@@ -91,7 +91,7 @@ def denoising_loss(
         augment_labels: Passed on to the denoiser.
         draws: Noise levels and noise, see `diffmem.training.losses.draw`; by default drawn here.
         tikhonov: c, at least 0.
-        generator: Of the draws; None: torch's own.
+        generator: Generator of the draws; None: torch's own.
 
     Raises:
         InputError: The preconditioning is iDDPM's, which has no loss here.

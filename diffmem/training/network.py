@@ -22,14 +22,14 @@ def networks(config: DenoiserConfig, model: Model | None) -> tuple[Denoiser | Wr
         raise InputError(f"model is {model.summary()}, but the configuration's denoiser is another: use model.config")
     if isinstance(config.network, ModuleConfig):
         if model is None:
-            raise InputError(f"the configuration is of {config.network.name}, a network of your own: give it as model")
+            raise InputError(f"the configuration is of {config.network.name}, a network of your own: pass it as model")
         own = as_configured(model, config)
         _check_trainable(own)
         return own, copy.deepcopy(own)
     if model is not None and not isinstance(model, Denoiser):
         raise InputError(
-            f"model is a {type(model).__name__}, but the configuration's denoiser is one of diffmem's: configure a "
-            "network of your own by TrainingConfig(as_denoiser(model, …).config, …)"
+            f"model is a {type(model).__name__}, but the configuration's denoiser is one of diffmem's: configure your "
+            "own network with TrainingConfig(as_denoiser(model, …).config, …)"
         )
     denoiser, averaged = Denoiser(config), Denoiser(config)
     if model is not None:
@@ -53,6 +53,6 @@ def _check_trainable(own: WrappedDenoiser) -> None:
     for name, parameter in trained:
         if parameter.dtype != torch.float32:
             raise InputError(
-                f"{own.plain_name}: {name} is of {parameter.dtype}, but training keeps weights in float32: give "
-                "model.float(), and precision='bf16' for products in half precision"
+                f"{own.plain_name}: {name} is of {parameter.dtype}, but training keeps weights in float32: pass "
+                "model.float(), with precision='bf16' for products in half precision"
             )

@@ -25,12 +25,12 @@ class Plan:
     """What a run will do and cost, measured on a few passes before it starts.
 
     Attributes:
-        images: Of the complete run, images seen.
-        steps: Of the complete run.
+        images: Images seen in the complete run.
+        steps: Steps of the complete run.
         images_left: What is left of it.
         size: N, images of the training set.
-        epochs: Of the complete run.
-        parameters: Of the network.
+        epochs: Epochs of the complete run.
+        parameters: Number of parameters of the network.
         device: "cpu" or "cuda".
         ranks: Processes.
         batch_gpu: Images per forward pass of a process.
@@ -42,7 +42,7 @@ class Plan:
         resumed_at: Images seen before; 0 for a new run.
         snapshot_images: The interval of snapshots; None for one at the end.
         graphed: Whether its passes are replayed as a CUDA graph.
-        precision: Of the network's products.
+        precision: Precision of the network's products.
     """
 
     images: int

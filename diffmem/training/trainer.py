@@ -81,7 +81,7 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.device = pick_device(device)
         if cuda_graph is True and self.device.type != "cuda":
-            raise InputError(f"cuda_graph is True, but the device is {self.device}: leave it at 'auto'")
+            raise InputError(f"cuda_graph is True, but the device is {self.device}: use 'auto'")
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.share = config.batch // ranks.size
@@ -232,7 +232,7 @@ class Trainer:
         """Continues where `state` was taken."""
         count, size = self.flat.values.numel(), len(self.order.order)
         if metadata["images"] % self.config.batch:
-            raise InputError(f"the training state is after {metadata['images']:,} images, no multiple of the batch")
+            raise InputError(f"the training state is after {metadata['images']:,} images, not a multiple of the batch")
         weights = checked_tensor(tensors, "weights", (count,), self.flat.values.dtype)
         averaged = checked_tensor(tensors, "averaged", (count,), self.flat_averaged.values.dtype)
         order = checked_tensor(tensors, "order", (size,), torch.int64)

@@ -137,7 +137,7 @@ def test_options_reach_the_audit(folder):
         (["audit", "missing.zip", "builtin:digits"], 2, "missing.zip does not exist"),
         (["audit", "builtin:digits", "builtin:digits", "--threshold", "many"], 2, "not a number"),
         (["audit", "builtin:digits", "builtin:digits", "--fail-above", "2"], 2, "0<=x<=1"),
-        (["audit", "builtin:digits", "builtin:digits", "--require-below", "nan"], 2, "no share"),
+        (["audit", "builtin:digits", "builtin:digits", "--require-below", "nan"], 2, "not a share"),
         (["audit", "builtin:digits", "builtin:patches"], 1, "--color"),
         (["audit", "builtin:digits", "builtin:digits", "--device", "abacus"], 1, "device 'abacus' is unknown"),
         (["audit", "builtin:digits", "builtin:digits", "--device", "cuda:99"], 1, "device 'cuda:99' is not available"),

@@ -53,11 +53,14 @@ def test_summary_of_a_mixture(tmp_path):
     [
         (["missing.zip", "a.zip"], "missing.zip does not exist"),
         (["builtin:digits"], "Missing argument"),
-        (["builtin:digits", "a.zip", "--labels", "random"], "labels are true, consecutive, none, unique or random:C"),
+        (
+            ["builtin:digits", "a.zip", "--labels", "random"],
+            "labels must be true, consecutive, none, unique or random:C",
+        ),
         (["builtin:digits", "a.zip", "--label-seed", "1"], "--label-seed is for --labels random:C"),
         (["builtin:digits", "a.zip", "--mix", "builtin:digits"], "--mix, --share and --class go together"),
         (["builtin:digits", "a.zip", "--share", "2"], "0<=x<=1"),
-        (["source.zip", "./source.zip"], "is also what is read"),
+        (["source.zip", "./source.zip"], "is also an input"),
     ],
 )
 def test_wrong_usage(tmp_path, monkeypatch, arguments, words):

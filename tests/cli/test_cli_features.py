@@ -32,8 +32,8 @@ def test_calibrated_aligned_search(folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "images are copies of one of 600 training images" in result.stdout
     assert "a copy: its score (aligned residual / others' of aligned) is below" in result.stdout
-    assert "false alarms: at most 2 % of images that are no copies, 1.0 of 50" in result.stdout
-    assert "not covered: alignment does not see copies that were turned" in result.stdout
+    assert "false alarms: at most 2 % of images that are not copies, 1.0 of 50" in result.stdout
+    assert "not covered: alignment does not detect copies that were rotated" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert sum(report["memorized"][:20]) == 20
     assert report["calibration"]["images"] == 400
@@ -95,18 +95,18 @@ def test_networks_keep_their_features_beside_the_sources(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--features", "sscd"], 1, "name the file with --weights PATH"),
+        (["--features", "sscd"], 1, "pass the file as --weights PATH"),
         (["--features", "ssdc"], 1, "--features ssdc is unknown: choose pixels"),
         (["--rule", "similarity"], 1, "--rule similarity of pixels needs --threshold NUMBER"),
-        (["--rule", "calibrated"], 1, "name them with --holdout SOURCE"),
-        (["--rule", "calibrated", "--holdout", "{unseen}", "--alarms", "0.001"], 1, "or ask for --alarms 0.0025"),
-        (["--alarms", "0.1"], 1, "belongs to --rule calibrated"),
+        (["--rule", "calibrated"], 1, "pass --holdout SOURCE"),
+        (["--rule", "calibrated", "--holdout", "{unseen}", "--alarms", "0.001"], 1, "or raise it to --alarms 0.0025"),
+        (["--alarms", "0.1"], 1, "is only for --rule calibrated"),
         (["--alarms", "2"], 2, "--alarms"),
         (["--threshold", "0"], 2, "--threshold"),
-        (["--vectors", "{training}"], 2, "one of generated, training, holdout and ="),
-        (["--features", "hash", "--vectors", "training={training}"], 2, "computed already"),
-        (["--features", "aligned", "--weights", "x.pt"], 2, "needs no network"),
-        (["--features", "hash", "--weights", "x.pt"], 1, "leave weights out"),
+        (["--vectors", "{training}"], 2, "must be SET=PATH, where SET is one of"),
+        (["--features", "hash", "--vectors", "training={training}"], 2, "precomputed features"),
+        (["--features", "aligned", "--weights", "x.pt"], 2, "uses no network"),
+        (["--features", "hash", "--weights", "x.pt"], 1, "does not take --weights PATH: remove it"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(arguments, status, words, folder, monkeypatch):

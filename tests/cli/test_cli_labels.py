@@ -62,7 +62,7 @@ def test_one_hot_labels_are_classes_in_every_command(tmp_path, with_labels):
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (None, "--cond needs labels, and there are none"),
+        (None, "--cond needs labels, but there are none"),
         (np.full((200, 3), 0.5, np.float32), "its labels are vectors of length 3 that are not one-hot"),
         (DIGITS.labels - 1, "are negative (the first: -1 of"),
         (DIGITS.labels * 10**15, "is too large to be one"),
@@ -94,7 +94,7 @@ def test_text_labels_do_not_stop_what_does_not_use_them(tmp_path):
     write_images(ImageSet(DIGITS.images), source)
     names = load_images(source).names
     (source / "dataset.json").write_text(json.dumps({"labels": [[name, "digit"] for name in names]}))
-    note = f"note: labels are left out: {source}: dataset.json: the label of {names[0]} is"
+    note = f"note: labels are ignored: {source}: dataset.json: the label of {names[0]} is"
     for command in (
         ["audit", source, source, "--limit", 5],
         ["dataset", source, tmp_path / "a.zip", "--size", 10],

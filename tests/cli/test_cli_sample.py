@@ -164,7 +164,7 @@ def test_audit_as_it_goes(run, checkpoint, noise, tmp_path):
 
 
 # A command that gets a signal as soon as it has kept the block of a certain seed.
-SIGNALLED = """
+SIGNALED = """
 import os, sys
 from diffmem.cli import main
 from diffmem.evaluation.seed_store import SeedStore
@@ -185,7 +185,7 @@ def test_interrupted_and_killed_runs_go_on(run, checkpoint, tmp_path):
     disturbed, undisturbed = tmp_path / "disturbed.npz", tmp_path / "undisturbed.npz"
     assert run(*arguments, undisturbed)[0] == 0
     for last, stop, status in ((2, signal.SIGINT, 130), (5, signal.SIGKILL, -9)):
-        done = finished(start_script(SIGNALLED, last, int(stop), *arguments, disturbed, env=ONE_THREAD))
+        done = finished(start_script(SIGNALED, last, int(stop), *arguments, disturbed, env=ONE_THREAD))
         assert done.returncode == status, done.stderr
         assert not disturbed.exists()
         assert len(list(work_folder(disturbed).glob("block-*.npz"))) == last + 1
@@ -222,7 +222,7 @@ def test_two_ranks(run, checkpoint, noise, tmp_path):
         (["--seeds", "5-3", "--out", "out.npz"], 2, "ends before it begins"),
         (["--solver", "rk45", "--out", "out.npz"], 2, "rk45"),
         (["--solver", "dpm++", "--churn", "1", "--out", "out.npz"], 2, "adds no noise"),
-        (["--solver", "unipc", "--rho", "7", "--out", "out.npz"], 2, "by itself"),
+        (["--solver", "unipc", "--rho", "7", "--out", "out.npz"], 2, "its own spacing"),
         (["--class", "-1", "--out", "out.npz"], 2, "x>=0"),
         (["--report", "report", "--out", "out.npz"], 2, "--report goes with --audit"),
         (["--restart", "--audit", "builtin:digits"], 2, "--restart goes with --out"),
@@ -233,7 +233,7 @@ def test_two_ranks(run, checkpoint, noise, tmp_path):
         (["--out", "taken"], 1, "taken: exists already"),
         (["--out", "file/out.npz"], 1, "file/out.npz: cannot be written"),
         (["--device", "abacus", "--out", "out.npz"], 1, "device 'abacus' is unknown"),
-        (["--audit", "builtin:patches"], 1, "3x32x32, this network makes 1x8x8"),
+        (["--audit", "builtin:patches"], 1, "3x32x32, but this network generates 1x8x8"),
     ],
 )
 def test_bad_usage(arguments, status, words, run, checkpoint, tmp_path, monkeypatch):

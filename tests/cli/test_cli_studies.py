@@ -68,7 +68,7 @@ def test_emm_searches_says_what_is_unresolved_and_goes_on_where_it_stopped(run, 
     status, stdout, stderr = run(*arguments, "--dry-run")
     assert status == 0, stderr
     assert "sizes from 20 to 80, up to 5 runs per size and 2 in all" in stdout
-    assert re.search(r"one run in full: about [\d.]+ \w+ at N = 20, [\d.]+ \w+ at N = 80", stdout)
+    assert re.search(r"one full run: about [\d.]+ \w+ at N = 20, [\d.]+ \w+ at N = 80", stdout)
     assert json.loads((out / "emm.json").read_text()) == found  # nothing was run, and nothing written
 
     # Ends that are no multiples of the number of classes: the sizes within them that a search would try.
@@ -80,7 +80,7 @@ def test_emm_searches_says_what_is_unresolved_and_goes_on_where_it_stopped(run, 
     status, stdout, stderr = run(*arguments)
     assert status == 0, stderr
     assert stderr.count("R_mem") == 1  # the first two are known
-    assert "EMM at ζ = 0.1 is probably below 20, the smallest size that was allowed" in stdout
+    assert "EMM at ζ = 0.1 is probably below 20, the smallest allowed size" in stdout
     assert "unresolved: " in stdout
     assert len(json.loads((out / "emm.json").read_text())["runs"]) == 3
 
@@ -122,7 +122,7 @@ def test_list_and_show(run, own_study):
     assert status == 1  # a network that cannot be
     status, stdout, stderr = run("study", "show", "ema", "--plan", "1,3")
     assert status == 0, stderr
-    assert "10 different runs" in stdout
+    assert "10 distinct runs" in stdout
     assert "3 devices" in stdout
     status, stdout, _ = run("study", "show", "width", "--criterion", "m3", "--json")
     assert {each["setting"]["criterion"] for each in json.loads(stdout)["variants"]} == {"m3"}

@@ -82,7 +82,7 @@ def test_a_run_is_continued_without_other_options_and_sampled(run, tmp_path, cap
         assert words in " ".join(stderr.split())
     (out / "command.json").unlink()
     assert run("--resume", "--out", out, "--images", 352)[0] == 0
-    assert "there is no run to continue" in run("--resume", "--out", tmp_path / "none")[2]
+    assert "there is no run to resume" in run("--resume", "--out", tmp_path / "none")[2]
     assert run("--out", tmp_path / "none")[0] == 2
 
     with pytest.raises(SystemExit) as end:
@@ -103,7 +103,7 @@ def test_a_run_is_continued_without_other_options_and_sampled(run, tmp_path, cap
         )
     stdout, stderr = capfd.readouterr()
     assert end.value.code == 0, stderr
-    assert f"its newest snapshot is {out / 'snapshots' / '000000352'}" in stderr
+    assert f"sampling its newest snapshot, {out / 'snapshots' / '000000352'}" in stderr
     assert json.loads(stdout)["audit"]["settings"]["flip"] is True  # as the run counts mirrored images
 
 
@@ -156,7 +156,7 @@ def test_dry_run_takes_every_factor(run, tmp_path):
         (
             ["--out", "run", "--epochs", "1", "--cond", "--data", "plain.npy"],
             1,
-            "--cond needs labels, and there are none",
+            "--cond needs labels, but there are none",
         ),
     ],
 )

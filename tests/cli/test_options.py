@@ -77,8 +77,8 @@ def test_every_option_says_what_it_is():
         (["study", "show", "size", "--out", "o"], "the folder of runs is --runs here"),
         (["study", "report", "--out", "."], "--runs is missing"),
         (["study", "report", "--runs", ".", "--to", "o"], "the folder of the report is --out"),
-        (["optimum", "sweep", "builtin:digits", "smooth", "--report", "o"], "the folder of a sweep is --out"),
-        (["optimum", "compare", "builtin:digits", ".", "--images", "9"], "it is --noisy-images"),
+        (["optimum", "sweep", "builtin:digits", "smooth", "--report", "o"], "the output folder of a sweep is --out"),
+        (["optimum", "compare", "builtin:digits", ".", "--images", "9"], "use --noisy-images"),
     ],
 )
 def test_options_that_meant_something_else_say_where_they_are_now(arguments, words, tmp_path, monkeypatch):

@@ -163,11 +163,11 @@ def test_labels_that_cannot_be_used_are_left_out(tmp_path, labels, says):
         loaded = load_images(source)
         np.testing.assert_array_equal(loaded.images, NCHW)
         assert loaded.labels is None
-        assert loaded.notes[0].startswith("labels are left out: ")
+        assert loaded.notes[0].startswith("labels are ignored: ")
         assert says in loaded.notes[0] or source is sources[1]
     for names in (np.arange(6), np.array(["a"]), np.array([None] * 6)):
         np.savez(tmp_path / "x.npz", images=NCHW, names=names)
-        assert load_images(tmp_path / "x.npz").notes[0].startswith("names are left out: ")
+        assert load_images(tmp_path / "x.npz").notes[0].startswith("names are ignored: ")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.bool_])
@@ -208,11 +208,11 @@ def test_npz_that_lies(tmp_path, refused):
 
     np.testing.assert_array_equal(load_images(with_header((6, 3, 5, 7))).images, NCHW)
     refused(with_header((10**6, 3, 1000, 1000)), "needs 3,000,000,000,000 bytes")
-    refused(with_header((5, 3, 5, 7)), "images: not an array that can be read")
+    refused(with_header((5, 3, 5, 7)), "images: not a readable array")
     damaged = bytearray(with_header((6, 3, 5, 7)).read_bytes())
     damaged[200] ^= 0xFF
     path.write_bytes(damaged)
-    refused(path, "images: not an array that can be read")
+    refused(path, "images: not a readable array")
     path.write_bytes(damaged[:300])
     refused(path, "zip archive")
 
@@ -249,9 +249,9 @@ class Malicious:
 def test_torch_file_executes_nothing(tmp_path, refused):
     touched = tmp_path / "touched"
     torch.save({"images": Malicious(touched)}, tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", "io.open", "nothing of it was executed", "save a tensor")
+    refused(tmp_path / "x.pt", "io.open", "nothing in it was executed", "save a tensor")
     (tmp_path / "y.pt").write_bytes(pickle.dumps(Malicious(touched)))
-    refused(tmp_path / "y.pt", "io.open", "nothing of it was executed")
+    refused(tmp_path / "y.pt", "io.open", "nothing in it was executed")
     assert not touched.exists()
 
 
@@ -419,7 +419,7 @@ def test_an_array_packed_as_in_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_p
     assert len(load_images(tmp_path / "bomb.npz")) == 600  # small enough to be nobody's attack
     monkeypatch.setattr(arrays, "LARGE", 2**20)
     monkeypatch.setattr(arrays, "allocate", lambda *_: pytest.fail("space was made for it"))
-    with pytest.raises(InputError, match=r"images.*packed into 0\.0 MB, as in a zip bomb"):
+    with pytest.raises(InputError, match=r"images.*compressed into 0\.0 MB, as in a zip bomb"):
         load_images(tmp_path / "bomb.npz")
 
 

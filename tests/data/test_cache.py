@@ -1,4 +1,4 @@
-"""The packed copy beside a source: used only for the contents it was made from, never trusted, never in the way."""
+"""The cached copy beside a source: used only for the contents it was made from, never trusted, never in the way."""
 
 import io
 import json
@@ -159,6 +159,6 @@ def test_folder_that_cannot_be_written(source, monkeypatch):
     loaded = load_images(path, skip_bad=True, cache=True)
     assert len(loaded) == 5
     (note,) = loaded.notes
-    assert "no packed copy was kept" in note
+    assert "no cached copy was written" in note
     assert "Permission denied" in note
     assert list(path.parent.iterdir()) == [path]

@@ -63,7 +63,7 @@ def test_read(tmp_path, dump):
     np.testing.assert_array_equal(test.images, pixels[20:])
     assert test.names == batches[5]["filenames"]
     assert load_images(path, limit=3).names == batches[0]["filenames"][:3]
-    with pytest.raises(InputError, match="'train', 'test' or 'all'"):
+    with pytest.raises(InputError, match="key='train', key='test' or key='all'"):
         load_images(path, key="validation")
 
 
@@ -90,7 +90,7 @@ def test_nothing_is_executed(tmp_path, evil):
     touched = tmp_path / "touched"
     path = archive(tmp_path / "cifar-10-python.tar.gz", {"test_batch": pickle.dumps(evil(touched))})
     with pytest.raises(
-        InputError, match=r"test_batch is not a batch of CIFAR-10: it asks for .+, which is never loaded"
+        InputError, match=r"test_batch is not a batch of CIFAR-10: it contains .+, which is never loaded"
     ):
         load_images(path, key="test")
     assert not touched.exists()

@@ -138,19 +138,19 @@ def test_vector_labels_and_null_labels(container):
         (b'{"labels": 3}', "must be a list"),
         (b'{"labels": [["0.png"]]}', "entry 0"),
         (b'{"labels": [[0, 1]]}', "entry 0"),
-        (b'{"labels": []}', "no label for 2 of 2 images, the first being 0.png"),
-        (b'{"labels": [["0.png", 1]]}', "no label for 1 of 2 images, the first being 1.png"),
+        (b'{"labels": []}', "no label for 2 of 2 images; the first is 0.png"),
+        (b'{"labels": [["0.png", 1]]}', "no label for 1 of 2 images; the first is 1.png"),
         (b'{"labels": [["0.png", 1], ["0.png", 2], ["1.png", 1]]}', "two labels"),
-        (b'{"labels": {"0.png": 1}}', "no label for 1 of 2 images, the first being 1.png"),
+        (b'{"labels": {"0.png": 1}}', "no label for 1 of 2 images; the first is 1.png"),
         (b'{"labels": [["0.png", 0.5], ["1.png", 1]]}', "the label of 0.png is 0.5"),
-        (b'{"labels": [["0.png", [' + b"9" * 400 + b']], ["1.png", [0]]]}', "too large for any float"),
+        (b'{"labels": [["0.png", [' + b"9" * 400 + b']], ["1.png", [0]]]}', "too large for a float"),
         (b'{"labels": [["0.png", ' + b"9" * 5000 + b'], ["1.png", 0]]}', "not JSON"),
         (b'{"labels": [["0.png", 1], ["1.png", "dog"]]}', "the label of 1.png is 'dog'"),
         (b'{"labels": [["0.png", 1], ["1.png", [1.0]]]}', "the label of 1.png"),
         (b'{"labels": [["0.png", true], ["1.png", 1]]}', "the label of 0.png is True"),
         (b'{"labels": [["0.png", 1], ["1.png", 1000000000000000000000]]}', "the label of 1.png"),
         (b'{"labels": [["0.png", [1.0]], ["1.png", [1.0, 2.0]]]}', "has 2 entries"),
-        (b'{"labels": [["0.png", [1.0]], ["1.png", [NaN]]]}', "not finite, the first being that of 1.png"),
+        (b'{"labels": [["0.png", [1.0]], ["1.png", [NaN]]]}', "not finite, the first is that of 1.png"),
     ],
 )
 def test_labels_of_other_tools_are_left_out_with_a_note(container, content, says):
@@ -160,11 +160,11 @@ def test_labels_of_other_tools_are_left_out_with_a_note(container, content, says
     np.testing.assert_array_equal(loaded.images, images)
     assert loaded.labels is None
     (note,) = loaded.notes
-    assert note.startswith("labels are left out: ")
+    assert note.startswith("labels are ignored: ")
     assert "dataset.json" in note
     assert says in note
     assert "\n" not in note
-    with pytest.raises(InputError, match="--cond needs labels, and there are none that can be used") as error:
+    with pytest.raises(InputError, match="--cond needs labels, but there are none that can be used") as error:
         label_dim(loaded, "--cond")
     assert says in str(error.value)
 
@@ -201,13 +201,13 @@ def test_labels_that_cannot_be_read(container, tmp_path):
 
 def test_nothing_to_read(container, refused, tmp_path):
     files = {"notes.txt": b"", "a/x.HEIC": b"", "a/y.heic": b"", "b/data": b"", ".hidden/z.txt": b"", "__MACOSX/w": b""}
-    says = "it holds 4 files in 2 folders: .heic ×2, .txt ×1, without ending ×1"
+    says = "it holds 4 files in 2 folders: .heic ×2, .txt ×1, without extension ×1"
     refused(container(files), "no images in this", says)
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "it holds no files that are not hidden")
+    refused(tmp_path / "empty", "it holds no visible files")
     files["0.png"] = encoded(pixels(1)[0])
     (note,) = load_images(container(files)).notes
-    assert note.endswith("2 files of kinds that are not read were skipped (.heic ×2)")
+    assert note.endswith("2 files of unsupported types were skipped (.heic ×2)")
     refused(tmp_path / "absent", "no such file or folder")
     (tmp_path / "x.mat").write_bytes(b"")
     refused(tmp_path / "x.mat", ".safetensors")
@@ -477,7 +477,7 @@ def test_pixels_are_those_that_datasets_gives(tmp_path):
     loaded = load_images(tmp_path / "oriented")
     np.testing.assert_array_equal(loaded.images, [np.asarray(row["image"]).transpose(2, 0, 1) for row in dataset])
     np.testing.assert_array_equal(loaded.images, load_images([row["image"] for row in dataset]).images)
-    assert "5 of 5 images carry an EXIF orientation" in loaded.notes[0]
+    assert "5 of 5 images have an EXIF orientation" in loaded.notes[0]
     half = np.concatenate([shown, np.full((5, 1, 6, 6), 128, np.uint8)], axis=1)
     for mode in ("RGB", "L"):
         dataset = datasets.Dataset.from_dict(

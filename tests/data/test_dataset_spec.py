@@ -97,7 +97,7 @@ def test_names_of_earlier_versions_are_read():
     ("values", "words"),
     [
         ({}, "needs a source"),
-        ([], "fields are needed, not"),
+        ([], "must be a mapping of fields, not"),
         ({"source": 3}, "the source of a data set is a path or a name, not a int"),
         ({"source": "a", "quality": 3}, "has no field quality"),
         ({"source": "a", "size": 0}, "^size is 0, but must be a whole number of at least 1"),
@@ -106,7 +106,7 @@ def test_names_of_earlier_versions_are_read():
         ({"source": "a", "color": "blue"}, "^color is 'blue', but must be gray or rgb"),
         ({"source": "a", "skip_bad": 1}, "^skip_bad is 1, but must be true or false"),
         ({"source": "a", "key": 1}, "^key is 1, but must be text"),
-        ({"source": "a", "labels": "many"}, "labels are true, consecutive"),
+        ({"source": "a", "labels": "many"}, "labels must be true, consecutive"),
         ({"source": "a", "mix": ["b", 0.5]}, "^mix is .*, but must be"),
         ({"source": "a", "mix": [[], 0.5, 1]}, "^mix is .*, but must be"),
         ({"source": "a", "value_range": [1]}, "^value_range is .*, but must be two numbers"),

@@ -113,7 +113,7 @@ def test_exif_orientation_is_followed_in_every_format(tmp_path, kind):
         (tmp_path / "one").rename(tmp_path / f"one.{kind.lower()}")
         notes = load_images(tmp_path / f"one.{kind.lower()}").notes
         assert len(notes) == (orientation in range(2, 9))
-        assert all("1 of 1 images carry an EXIF orientation" in note for note in notes)
+        assert all("1 of 1 images have an EXIF orientation" in note for note in notes)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ORIENTED if kind != "TIFF"])
@@ -141,7 +141,7 @@ def test_damaged_exif_says_nothing_of_the_pixels():
 def test_nothing_that_starts_programs_is_opened(monkeypatch):
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     data = encoded(RGB, "EPS")
-    with pytest.raises(BadImage, match="no image that Pillow can read"):
+    with pytest.raises(BadImage, match="not an image that Pillow can read"):
         decoded(data)
     assert ".eps" not in image_suffixes()
     assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff"} <= image_suffixes()

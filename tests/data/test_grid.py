@@ -50,7 +50,7 @@ def test_sheets_are_suspected_and_cut_by_the_audit():
     with pytest.raises(InputError, match=r"They look like sheets of 4x8 images in a grid: .* split_grid=True"):
         diffmem.audit(sheets, digits)
     assert diffmem.audit(sheets, digits, split_grid=True).count == 30
-    with pytest.raises(InputError, match="are no grid of images of 8x8"):
+    with pytest.raises(InputError, match="are not a grid of images of 8x8"):
         diffmem.audit(sheets[..., :-1], digits, split_grid=True)
 
 

@@ -35,7 +35,7 @@ def test_images_and_labels(tmp_path):
     assert test.labels is None
     gray = load_images(written(tmp_path / "gray.h5", scans=images[:, 0], labels=["a"] * 9))
     np.testing.assert_array_equal(gray.images, images[:, :1])
-    assert "labels are left out" in gray.notes[0]
+    assert "labels are ignored" in gray.notes[0]
 
 
 def test_what_is_refused(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ def test_labels_that_tell_no_classes():
                 function(bad, 2)
     with pytest.raises(InputError, match="size 1 is less than one image of each of 2 classes"):
         class_balanced(images, 1)
-    with pytest.raises(InputError, match=r"size 19 needs 10 images of class 9.* size is 20, and every multiple of 10"):
+    with pytest.raises(InputError, match=r"size 19 needs 10 images of class 9.*20, and every smaller multiple of 10"):
         class_balanced(labeled(list(range(10)) * 2), 19)
 
 
@@ -268,9 +268,9 @@ def test_labels_of_derived_sets():
         found = derive(labeled([0, 1, 2]), labels=labels).images.labels
         assert (found if found is None else found.tolist()) == expected
     for labels in ("", "some", "random", "random:", "random:0", "random:-1", "random:1.5", "none:1", "true:"):
-        with pytest.raises(InputError, match="labels are true, consecutive, none"):
+        with pytest.raises(InputError, match="labels must be true, consecutive, none"):
             derive(labeled([0]), labels=labels)
-    with pytest.raises(InputError, match="labels='true' needs labels, and there are none"):
+    with pytest.raises(InputError, match="labels='true' needs labels, but there are none"):
         derive(without_labels(labeled([0])), labels="true")
     assert derive(without_labels(labeled([0]))).images.labels is None
     assert derive(labeled([7, -3, 2**40, 7]), labels="consecutive").images.labels.tolist() == [1, 0, 2, 1]
@@ -283,9 +283,9 @@ def test_subsets_without_class_numbers():
         np.testing.assert_array_equal(derived.images.images, images.images[:3])
         assert [operation["operation"] for operation in derived.manifest["operations"]] == ["first_images"]
         assert derived.images.notes == (
-            "array: there are no class numbers to balance; the subset is the first 3 images",
+            "array: there are no class numbers to balance by; the subset is the first 3 images",
         )
-        with pytest.raises(InputError, match="holds 4 images: size can be 4 at most"):
+        with pytest.raises(InputError, match="holds 4 images: size must be at most 4"):
             derive(ImageSet(images.images, labels=labels), size=5)
     one_hot = ImageSet(images.images, labels=np.eye(2)[[1, 1, 0, 0]])
     np.testing.assert_array_equal(derive(one_hot, size=2).images.images, images.images[[0, 2]])

@@ -213,7 +213,7 @@ def test_stop(tmp_path, sampled):
     # Images that were asked for before, but are not now, decide nothing.
     found = evaluate(DENOISER, range(8, 16), sampler, DETECTOR, store, lambda rate: rate.total >= 4, images=0)
     assert found.seeds.tolist() == [8, 9, 10, 11]
-    with pytest.raises(InputError, match="stop: there is no detector"):
+    with pytest.raises(InputError, match="stop: needs a detector"):
         evaluate(DENOISER, [0], stop=test)
 
 
@@ -313,15 +313,15 @@ def test_folders_that_are_none(tmp_path, sampled):
     (ours.folder / "run.json").write_text(json.dumps(sealed({"identity": {}, "compiled": None})))
     for store, way_out in (
         (ours, "delete .*seeds, and its images are sampled again"),
-        (SeedStore(ours.folder, {}, temporary=True), "begin again with restart=True"),
+        (SeedStore(ours.folder, {}, temporary=True), "start over with restart=True"),
     ):
-        with pytest.raises(InputError, match=f"an older version of diffmem wrote it: {way_out}"):
+        with pytest.raises(InputError, match=f"written by an older version of diffmem: {way_out}"):
             evaluate(DENOISER, [0], store=store)
     assert evaluate(DENOISER, [0], store=ours, restart=True).new == 1
-    with pytest.raises(InputError, match="no part of a run"):
+    with pytest.raises(InputError, match="not part of a run"):
         evaluate(DENOISER, [0], store=SeedStore(tmp_path, {}))
     with pytest.raises(InputError, match="detector: none was given"):
         evaluate(DENOISER, [0]).rate  # noqa: B018
-    with pytest.raises(InputError, match="3x4x4, this network makes 1x4x4"):
+    with pytest.raises(InputError, match="3x4x4, but this network generates 1x4x4"):
         evaluate(DENOISER, [0], detector=CopyDetector(np.concatenate([TRAINING, IMAGES, IMAGES], axis=1)))
     assert sampled == [0, 0]

@@ -155,7 +155,7 @@ def test_other_weights_or_settings_are_audited_anew(tmp_path, digits, made):
     whole = {"data": digits, "seeds": range(64), "device": "cpu", "every": STEPS * BATCH}
     trajectory(run, **whole)
     made.clear()
-    assert trajectory(run, **whole, settings=SamplerConfig(solver="unipc")).r_mem == 1.0
+    assert trajectory(run, **whole, sampler=SamplerConfig(solver="unipc")).r_mem == 1.0
     assert len(made) == 64
     a_folder = run / "snapshots" / f"{STEPS * BATCH:09d}"
     from diffmem.models import load, save
@@ -172,7 +172,9 @@ def test_audits_of_an_older_version_are_refused_in_one_line(tmp_path, digits, ma
     audits = run / "trajectory" / "audits"
     audits.mkdir(parents=True)
     np.savez(audits / "000000016-0123abcd.npz", seeds=np.arange(4), memorized=np.ones(4, bool))
-    with pytest.raises(InputError, match=r"000000016-0123abcd\.npz: an older version of diffmem wrote it: delete the"):
+    with pytest.raises(
+        InputError, match=r"000000016-0123abcd\.npz: written by an older version of diffmem: delete the"
+    ):
         trajectory(run, data=digits, seeds=range(4))
     assert made == []
     for path in audits.glob("*.npz"):
@@ -224,10 +226,10 @@ def test_the_last_snapshot_is_audited(tmp_path, digits, made):
 
 
 def test_refusals(tmp_path, digits, made):
-    with pytest.raises(InputError, match="no run of diffmem train lies there"):
+    with pytest.raises(InputError, match="not a run of diffmem train"):
         trajectory(tmp_path)
     run = a_run(tmp_path / "run", digits)
-    with pytest.raises(InputError, match="does not know where its training set lies"):
+    with pytest.raises(InputError, match="does not record where its training set is"):
         trajectory(run)
     with pytest.raises(InputError, match="not the 40 images"):
         trajectory(run, data=digits.select(slice(0, 39)))

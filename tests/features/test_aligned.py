@@ -156,7 +156,7 @@ def test_bad_arguments(matcher):
         matcher.match(np.full((1, 3, 32, 32), np.nan, np.float32))
     with pytest.raises(InputError, match="exclude must hold one index per image"):
         matcher.match(TRAINING[:3], exclude=np.arange(2))
-    with pytest.raises(InputError, match="too small to be aligned"):
+    with pytest.raises(InputError, match="too small to align"):
         AlignedMatcher(np.zeros((5, 1, 3, 3), np.uint8))
     with pytest.raises(InputError, match="candidates must be at least 1"):
         AlignedMatcher(TRAINING, candidates=0)

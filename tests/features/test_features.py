@@ -132,7 +132,9 @@ def test_vectors_of_changing_length_are_refused():
 
 
 def test_floats_ask_for_their_range():
-    with pytest.raises(InputError, match=r"float32, -1 to 1: say with value_range=\(-1, 1\)"):
+    with pytest.raises(
+        InputError, match=r"float32, -1 to 1: give the values of black and white with value_range=\(-1, 1\)"
+    ):
         extract(np.linspace(-1, 1, 3 * 64, dtype=np.float32).reshape(1, 3, 8, 8), "hash")
     assert extract(np.ones((2, 3, 8, 8), np.float32)).vectors.dtype == np.float32  # pixels are what they are
 
@@ -215,7 +217,7 @@ def test_a_read_only_folder_is_no_failure(tmp_path):
     finally:
         os.chmod(place, 0o755)
     assert len(made.notes) == 1
-    assert "features were not kept" in made.notes[0]
+    assert "features were not cached" in made.notes[0]
     assert [path.name for path in place.iterdir()] == ["images"]
     shutil.rmtree(place)
 
@@ -225,8 +227,8 @@ def test_a_read_only_folder_is_no_failure(tmp_path):
     [
         ({"features": "ssdc"}, "features='ssdc' is unknown: choose pixels"),
         ({"features": 3}, "got int"),
-        ({"features": "pixels", "weights": "x.pt"}, "leave weights out"),
-        ({"features": "hash", "preprocessing": "sscd"}, "leave preprocessing out"),
+        ({"features": "pixels", "weights": "x.pt"}, "does not take"),
+        ({"features": "hash", "preprocessing": "sscd"}, "does not take"),
         ({"features": "pixels", "metric": "cosinus"}, "metric must be one of"),
         ({"features": "pixels", "batch": 0}, "batch must be at least 1"),
     ],

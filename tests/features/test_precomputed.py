@@ -54,7 +54,7 @@ def test_pickled_names_are_left_out_and_never_loaded(tmp_path):
     np.savez(tmp_path / "f.npz", features=unit(2), names=np.array(["a", None], object))
     found = load_features(tmp_path / "f.npz")
     assert found.names is None
-    assert "names are left out" in found.notes[0]
+    assert "names are ignored" in found.notes[0]
     np.savez(tmp_path / "g.npz", features=np.array([[1.0, None]], object))
     with pytest.raises(InputError, match="pickled Python objects"):
         load_features(tmp_path / "g.npz")
@@ -85,7 +85,7 @@ def test_parquet_columns(tmp_path):
     assert np.array_equal(load_features(tmp_path / "g.parquet").vectors, unit(dtype=np.float16))
     ragged = pyarrow.array([[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
     write.write_table(pyarrow.table({"emb": ragged}), tmp_path / "h.parquet")
-    with pytest.raises(InputError, match="not all equally long"):
+    with pytest.raises(InputError, match="not all of the same length"):
         load_features(tmp_path / "h.parquet")
     write.write_table(pyarrow.table({"emb": [[1.0], None]}), tmp_path / "i.parquet")
     with pytest.raises(InputError, match="1 rows of column emb are empty"):
@@ -134,7 +134,7 @@ def test_bits_and_bytes():
 def test_unit_vectors_are_checked():
     some = unit(10)
     some[3] *= 1.3
-    with pytest.raises(InputError, match=r"1 of 10 vectors have not the length 1 of the others.*number 3"):
+    with pytest.raises(InputError, match=r"1 of 10 vectors do not have the length 1 of the others.*number 3"):
         load_features(some)
     longer = load_features(unit() * 5)
     assert "not 1, are compared by the cosine" in longer.notes[0]

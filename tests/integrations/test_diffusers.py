@@ -200,16 +200,16 @@ def test_prompts_go_around_and_a_stop_is_told(output_type):
 def test_bad_pipelines_are_one_warning_and_training_goes_on():
     for said, prompts, call in (
         ("latents", ["1"], {"output_type": "latent"}),
-        ("needs some", None, {}),
+        ("needs prompts", None, {}),
         ("ValueError: invalid literal", ["one"], {}),
         ("unexpected keyword", ["1"], {"steps": 3}),
     ):
         monitor = MemorizationMonitor(Prompted(), DIGITS, prompts=prompts, call=call, samples=4)
-        with pytest.warns(UserWarning, match="training goes on") as caught:
+        with pytest.warns(UserWarning, match="training continues") as caught:
             assert [monitor.on_epoch_end(epoch) for epoch in range(2)] == [None, None]
         assert len(caught) == 1, [str(each.message) for each in caught]
         assert said in str(caught[0].message)
-    with pytest.raises(InputError, match="takes none"):
+    with pytest.raises(InputError, match="takes no prompts"):
         pipeline_images(tiny_pipeline(), [0], prompts=["a"])
     half = tiny_pipeline()
     half.unet.to(torch.bfloat16)

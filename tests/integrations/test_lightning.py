@@ -79,7 +79,7 @@ def test_a_run_with_it_is_the_run_without_it(averaged, tmp_path):
 def test_it_samples_the_averaged_weights_and_judges_as_an_audit_does():
     averaging, callback = EMAWeightAveraging(decay=0.5), looking()
     module, _ = fit([averaging, callback])
-    # At the end of training Lightning puts the averaged weights in the module's place.
+    # At the end of training Lightning puts the EMA weights in the module's place.
     images = sample(as_denoiser(module.net), range(8), QUICK).images
     assert np.array_equal(callback.latest.audit.generated.images, images)
     audit = diffmem.audit(images, DIGITS)
@@ -145,7 +145,7 @@ def test_figures_and_pictures_reach_the_loggers_and_one_that_raises_is_told_of_o
             raise ConnectionError("no network")
 
     kept = CSVLogger(tmp_path, version="kept")
-    with pytest.warns(UserWarning, match="Raising could not log the look, and training goes on.*no network") as said:
+    with pytest.warns(UserWarning, match="Raising could not log the audit; training continues.*no network") as said:
         fit([looking(loggers=tmp_path / "own")], logger=[Raising(tmp_path, version="lost"), kept])
     assert len([each for each in said if "could not log" in str(each.message)]) == 1
     with open(tmp_path / "lightning_logs" / "kept" / "metrics.csv") as file:

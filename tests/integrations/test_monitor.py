@@ -45,7 +45,7 @@ def test_a_look_is_an_audit_of_the_images():
     assert (result.count, result.step, result.epoch) == (8, 30, 1)
     assert result.scalars()["memorization/R_mem_low"] == audit.interval[0]
     picture = result.picture()
-    # Eight rows of image, nearest and second nearest, the surest copies first, each in two frames.
+    # Eight rows of image, nearest and second nearest, the most certain copies first, each in two frames.
     scale = picture.shape[0] // (8 * 12)
     assert picture.shape == (8 * 12 * scale, 3 * 12 * scale, 3)
     cells = picture[::scale, ::scale].reshape(8, 12, 3, 12, 3).swapaxes(1, 2)
@@ -82,7 +82,7 @@ def test_training_sets_of_floats_and_detectors_that_are_shared():
     assert first.look(0).rate == second.look(0).rate
     assert first.latest.audit.settings["threshold"] == "1/4"
     assert (detector.total, detector.compute().total) == (3, 3)  # the caller's images are left to it
-    with pytest.raises(InputError, match="leave detector out"):
+    with pytest.raises(InputError, match="remove detector"):
         MemorizationMonitor(copies, detector, detector={"flip": True})
 
 
@@ -204,7 +204,7 @@ def test_what_goes_wrong_is_said_once(tmp_path):
     assert (tmp_path / "kept" / "memorization.csv").read_text().count("\n") == 4
     for options, said in (
         ({"samples": 0}, "samples is 0"), ({"every": 0.5}, "every is 0.5"), ({"stop": 1.5}, "between 0 and 1"),
-        ({"loggers": 3}, "a int is no logger"), ({"ema": TinyDenoiser()}, "ema is for denoisers"),
+        ({"loggers": 3}, "a int is not a logger"), ({"ema": TinyDenoiser()}, "ema is for denoisers"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             MemorizationMonitor(copies, DIGITS, **options)
@@ -220,7 +220,7 @@ def test_what_speaks_against_a_verdict_is_said_once(caplog):
     assert not caplog.records
     # Copies that are all one image show that it is copied, not how often: no stop.
     one = MemorizationMonitor(lambda seeds: DIGITS.images[[5] * len(seeds)], DIGITS, samples=64, stop=0.5)
-    with pytest.warns(UserWarning, match="they are one sample"):
+    with pytest.warns(UserWarning, match="they count as one sample"):
         assert one.look(0).count == 64
     assert not one.should_stop
 

@@ -69,7 +69,7 @@ def test_equals_the_definition(seed, threshold, duplicates, radius, flip, widest
     np.testing.assert_array_equal(result.neighbors.squared_distances, np.stack([d1, d2], 1))
     raw = plain_audit(generated, training, threshold, "keep", radius, flip)
     np.testing.assert_array_equal(result.raw_memorized, [row[0] for row in raw])
-    published = [(d1 > 0 and row[0]) or d1 == 0 < d2 for row in raw for d1, d2 in [row[3:]]]  # 0/0 is no number
+    published = [(d1 > 0 and row[0]) or d1 == 0 < d2 for row in raw for d1, d2 in [row[3:]]]  # 0/0 is not a number
     np.testing.assert_array_equal(result.published_memorized, published)
     assert result.to_dict()["published_count"] == sum(published) <= result.raw_count
     assert result.count == sum(memorized)
@@ -114,11 +114,11 @@ def test_holdout_images_of_the_training_set_are_named_and_left_out(digits):
         (100 + i, 7 + i) for i in range(20)
     ]
     assert result.to_dict()["holdout"]["left_out"][0]["training_name"] == training.name(7)
-    with pytest.raises(InputError, match=r"holdout: all 20 images .* are images of the training set"):
+    with pytest.raises(InputError, match=r"holdout: all 20 images .* are in the training set"):
         diffmem.audit(training.select(slice(0, 50)), training, holdout=digits.images[7:27])
     mirrored = {"holdout": np.ascontiguousarray(digits.images[7:30, ..., ::-1])}
     assert len(diffmem.audit(digits.images[:5], training, **mirrored).holdout.left_out) < 3
-    with pytest.raises(InputError, match="are images of the training set"):
+    with pytest.raises(InputError, match="are in the training set"):
         diffmem.audit(digits.images[:5], training, flip=True, **mirrored)
 
 
@@ -218,7 +218,7 @@ small = np.arange(4 * 3 * 2 * 2, dtype=np.uint8).reshape(4, 3, 2, 2)
         (small, small / 127.5 - 1, {}, r"value_range=\(-1, 1\)"),
         (small, small / 127.5 - 1, {"value_range": (0, 1)}, r"do not lie within value_range=\(0, 1\)"),
         (small, small, {"value_range": (1, 0)}, "value_range must be"),
-        (small, small, {"value_range": {"test": (0, 1)}}, "test is none of"),
+        (small, small, {"value_range": {"test": (0, 1)}}, "test is not one of"),
         (small[:0], small, {}, "no images"),
         (small, small[:0], {}, "no images"),
         (np.full((1, 3, 2, 2), np.nan, np.float32), small.astype(np.float32), {}, "NaN"),

@@ -1,4 +1,4 @@
-"""Thresholds from a hold-out set, p-values, false discoveries: what they promise, they keep."""
+"""Thresholds from a holdout set, p-values, false discoveries: what they promise, they keep."""
 
 from fractions import Fraction
 
@@ -85,7 +85,7 @@ def test_discoveries_are_those_of_the_step_up(p_values, rate):
 
 
 def test_false_discoveries_stay_below_the_rate():
-    """200 batches of 90 images that are no copies and 10 that are, one hold-out set for each batch."""
+    """200 batches of 90 images that are not copies and 10 that are, one holdout set for each batch."""
     rng = np.random.default_rng(2)
     rates = []
     for _ in range(200):

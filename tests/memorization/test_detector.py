@@ -151,7 +151,7 @@ def test_each_image_is_searched_once(monkeypatch):
     detector.update(generated[20:])
     detector.compute()
     assert sum(searched) == 50
-    with pytest.raises(InputError, match="20 images, given with 10"):
+    with pytest.raises(InputError, match="20 images, but 10 are given"):
         detector.update(generated[:10], found)
 
 
@@ -193,20 +193,20 @@ def test_without_kept_images_there_is_a_page_that_says_so(tmp_path):
 def test_bad_streams_are_refused():
     training, generated, _ = some_sets(6)
     detector = CopyDetector(training)
-    with pytest.raises(InputError, match=r"update\(\) comes before compute"):
+    with pytest.raises(InputError, match=r"call update\(\) before compute"):
         detector.compute()
     with pytest.raises(InputError, match="4x3"):
         detector.update(generated.swapaxes(2, 3))
-    with pytest.raises(InputError, match="gray levels with"):
+    with pytest.raises(InputError, match="to uint8 with"):
         detector.update(generated.astype(np.float32))
     detector.update(generated)
     assert detector.total == 25  # what was refused left no trace
     floats = CopyDetector(training.astype(np.float32))
     floats.update(generated.astype(np.float32))
-    with pytest.raises(InputError, match="give all in one precision"):
+    with pytest.raises(InputError, match="use one dtype for all"):
         floats.update(generated.astype(np.float64))
     indexed = CopyDetector(training.astype(np.float32), index=TrainingIndex(training.astype(np.float32)))
-    with pytest.raises(InputError, match="build the index again"):
+    with pytest.raises(InputError, match="rebuild the index"):
         indexed.update(generated.astype(np.float64))
     indexed.update(generated.astype(np.float32))
     assert indexed.compute().count == floats.compute().count

@@ -53,7 +53,7 @@ def test_junit_has_a_case_per_limit(tmp_path):
     assert told == {
         "require below 20 %": ["error"], "at most 3 copies": ["failure"], "fail above 50 %": [], "warning 1": ["error"]
     }  # fmt: skip
-    assert suite.find(".//failure").get("message") == "20 copies are more than 3"
+    assert suite.find(".//failure").get("message") == "20 copies exceed the limit of 3"
     assert {each.get("name"): float(each.get("value")) for each in suite.iter("property")} == {
         "count": 20, "low": 0.1, "high": 0.3
     }  # fmt: skip

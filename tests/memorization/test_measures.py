@@ -40,7 +40,7 @@ def test_all(everything):
     for name, (low, high) in everything.intervals.items():
         assert low <= everything[name] <= high, name
     assert {len(values) for values in everything.per_image.values()} == {150}
-    # As many hold-out images as generated ones stand for honest images.
+    # As many holdout images as generated ones stand for honest images.
     assert {len(values) for values in everything.honest_per_image.values()} == {150}
 
 
@@ -73,10 +73,10 @@ def test_what_is_named_and_lacks_something_is_an_error(digits):
         ("c_t", "measures='c_t' needs real images that the model has not seen: pass holdout="),
         ("dcr_protection", "pass holdout="),
         ("disjoint_halves", "pass second="),
-        ("authenticty", "none of ratio, "),
+        ("authenticty", "not one of ratio, "),
         ("authenticity:peter", "there are: authenticity:dgm-eval, authenticity:fld, authenticity:alaa"),
         ("m3:fld", "there are: none"),
-        ("", "none is named"),
+        ("", "no measure is named"),
     ):
         with pytest.raises(InputError, match=message):
             diffmem.measure(digits[:10], digits[:20], measures=name)
@@ -162,7 +162,7 @@ def test_features(digits, tmp_path):
     for given, features, message in (
         (sets, {"generated": files["generated"]}, "vectors of the training images are missing"),
         (sets, {"generated": files["training"], "training": files["training"]}, "300 vectors of 60 generated images"),
-        (vectors, "hash", "these are vectors already"),
+        (vectors, "hash", "but these are vectors"),
         (sets, "beauty", "beauty"),
     ):
         with pytest.raises(InputError, match=message):
@@ -176,7 +176,7 @@ def test_settings(digits):
     whole = diffmem.measure(*sets, measures="tile_max,nearest_distance", settings={"tile_max": {"tile": 8}})
     assert whole["tile_max"] == pytest.approx(whole["nearest_distance"])  # one tile
     for settings, message in (
-        ({"tiles": {}}, "settings: 'tiles' is none of"),
+        ({"tiles": {}}, "settings: 'tiles' is not one of"),
         ({"tile_max": {"tile": 0}}, "at least 1"),
         ({"ratio": {"threshold": 2}}, "threshold"),
     ):
@@ -260,7 +260,7 @@ def test_command_line(capsys, tmp_path, digits):
     )
     assert (code, err) == (0, "")
     assert "authenticity" in out
-    assert "left out: disjoint_halves" in out
+    assert "not computed: disjoint_halves" in out
     assert "--second SOURCE" in out
     assert "holdout images are training images" in out
     assert (tmp_path / "out" / "measures.html").exists()
@@ -274,7 +274,7 @@ def test_command_line(capsys, tmp_path, digits):
     assert "pass --holdout SOURCE" in err
     code, _, err = run(capsys, "measure", *sets, "--measures", "beauty")
     assert code == 1
-    assert "--measures beauty is none of ratio" in err
+    assert "--measures beauty is not one of ratio" in err
     code, out, _ = run(
         capsys, "measure", *sets, "--holdout", "builtin:digits", "--measures", "c_t", "--cells", "labels"
     )

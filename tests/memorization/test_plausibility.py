@@ -32,7 +32,9 @@ def test_floats_on_different_scales_never_go_unseen(digits, ours, theirs, start)
     else:
         for holdout in ({}, {"holdout": generated}):
             first = training[:50] if holdout else generated
-            with pytest.raises(InputError, match=r"on different scales\. Say what black and white are: value_range="):
+            with pytest.raises(
+                InputError, match=r"on different scales\. Give the values of black and white: value_range="
+            ):
                 diffmem.audit(first, training, **holdout)
     declared = diffmem.audit(generated, training, value_range={"generated": ours, "training": theirs})
     assert declared.count == copies
@@ -120,13 +122,13 @@ def test_copies_of_few_training_images_are_alike(digits):
 
 
 def test_the_way_out_fits_the_dtype(digits):
-    for dtype, words in (("uint8", "see that black became 0 and white 255"), ("float32", "value_range=")):
+    for dtype, words in (("uint8", "check that black became 0 and white 255"), ("float32", "value_range=")):
         warnings = diffmem.audit((digits[1000:1100] // 2 + 60).astype(dtype), digits[:900].astype(dtype)).warnings
         assert words in warnings[0]
 
 
 def test_an_array_read_in_the_wrong_order_is_told_apart_from_colors(digits):
-    with pytest.raises(InputError, match=r"are 8-channel, .* say layout='NCHW' or layout='NHWC'"):
+    with pytest.raises(InputError, match=r"are 8-channel, .* pass layout='NCHW' or layout='NHWC'"):
         diffmem.audit(diffmem.load_images(digits[:9].transpose(0, 2, 3, 1), layout="NCHW"), digits)
     with pytest.raises(InputError, match="images in a grid") as told:
         diffmem.audit(np.random.default_rng(0).integers(0, 256, (1, 1, 512, 512), np.uint8), digits)

@@ -112,7 +112,7 @@ def test_vectors_beside_images():
         diffmem.audit(generated, TRAINING, features={**given, "generated": given["generated"][:19]}, **options)
     with pytest.raises(InputError, match="vectors of the holdout images are missing"):
         diffmem.audit(generated, TRAINING, features={n: given[n] for n in ("generated", "training")}, **options)
-    with pytest.raises(InputError, match="test is none of the sets"):
+    with pytest.raises(InputError, match="test is not one of the sets"):
         diffmem.audit(generated, TRAINING, features={**given, "test": given["training"]})
     detector = CopyDetector(TRAINING, features={"training": given["training"]})
     with pytest.raises(InputError, match="vectors of the generated images are missing"):
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused():
     floats = TRAINING.astype(np.float32) / 127.5 - 1
     with pytest.raises(InputError, match=r"value_range"):
         diffmem.audit(UNSEEN[:50].astype(np.float32) / 255, floats, features="aligned")
-    with pytest.raises(InputError, match=r"float32, -1 to 1: say with value_range"):
+    with pytest.raises(InputError, match=r"float32, -1 to 1: give the values of black and white with value_range"):
         diffmem.audit(floats[:50], floats, features=means)
     ranged = diffmem.audit(floats[:50], floats, features=means, value_range=(-1, 1))
     assert ranged.count == 50
@@ -174,16 +174,16 @@ def test_an_index_of_vectors_that_was_made_before():
     [
         ({"rule": "nearest"}, "rule must be one of ratio, similarity, calibrated"),
         ({"rule": "similarity"}, "rule='similarity' of pixels needs threshold"),
-        ({"rule": "similarity", "features": means}, r"0\.75 is SSCD's own"),
+        ({"rule": "similarity", "features": means}, r"SSCD's authors use 0\.75"),
         ({"rule": "similarity", "features": means, "threshold": 1.5}, "a cosine between"),
         ({"rule": "similarity", "threshold": "far"}, "a distance above 0"),
-        ({"rule": "calibrated"}, "name them with holdout="),
-        ({"rule": "calibrated", "holdout": UNSEEN, "threshold": 0.3}, "leave threshold out"),
-        ({"alarms": 0.01}, "alarms= belongs to rule='calibrated'"),
+        ({"rule": "calibrated"}, "pass holdout="),
+        ({"rule": "calibrated", "holdout": UNSEEN, "threshold": 0.3}, "remove threshold"),
+        ({"alarms": 0.01}, "alarms= is only for rule='calibrated'"),
         ({"rule": "calibrated", "holdout": UNSEEN, "alarms": 1.0}, "alarms must be a share"),
-        ({"rule": "calibrated", "holdout": UNSEEN, "alarms": 0.001}, r"give 999 or more, or ask for alarms=0\.002"),
+        ({"rule": "calibrated", "holdout": UNSEEN, "alarms": 0.001}, r"give 999 or more, or raise it to alarms=0\.002"),
         ({"features": "alinged"}, "features='alinged' is unknown"),
-        ({"features": "aligned", "index": "flat"}, "leave index out"),
+        ({"features": "aligned", "index": "flat"}, "remove index"),
         ({"features": "aligned", "threshold": 0}, "above 0"),
         ({"duplicates": "drop"}, "duplicates must be"),
     ],

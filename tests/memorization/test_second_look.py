@@ -1,11 +1,11 @@
-"""The second look: disguised copies are near, others are not, and hold-out twins do not set the threshold."""
+"""The second look: disguised copies are near, others are not, and holdout twins do not set the threshold."""
 
 import numpy as np
 import pytest
 
 import diffmem
 from diffmem.features.aligned import AlignedMatcher, align_candidates
-from diffmem.features.aligned.second_look import HOPELESS
+from diffmem.features.aligned.second_look import COARSE_LIMIT
 from diffmem.memorization import CopyDetector
 from diffmem.memorization.calibration import images_needed
 from diffmem.search import TrainingIndex
@@ -75,7 +75,7 @@ def test_the_scores_are_those_of_the_aligned_search(kind):
     everybody = np.tile(np.arange(16), (16, 1))
     scores, best, residuals = align_candidates(images, training, everybody)
     full = AlignedMatcher(training, candidates=16, neighbors=15).match(images)
-    looked = scores <= HOPELESS
+    looked = scores <= COARSE_LIMIT
     assert looked[:8].all()
     np.testing.assert_allclose(scores[looked], full.scores[looked], atol=1e-4)
     np.testing.assert_allclose(residuals[looked], full.residuals[looked, 0], atol=1e-4)
@@ -135,6 +135,6 @@ def test_read_only_sets_are_only_read():
 def test_many_twins_are_doubted():
     twins = DISGUISES["brighter"].astype(np.uint8)
     result = diffmem.audit(TRAINING[:2], TRAINING, rule="calibrated", holdout=np.concatenate([twins, UNSEEN[:100]]))
-    assert any("of 120 hold-out images resemble a training image" in warning for warning in result.holdout.warnings)
+    assert any("of 120 holdout images resemble a training image" in warning for warning in result.holdout.warnings)
     few = diffmem.audit(TRAINING[:2], TRAINING, rule="calibrated", holdout=np.concatenate([twins[:5], UNSEEN[:100]]))
     assert not few.holdout.warnings

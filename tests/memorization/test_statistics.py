@@ -93,7 +93,7 @@ def test_answers():
     assert question.answer(162, 181, of=200) is None
     assert question.shared_among(5).confidence == pytest.approx(0.99)
     for values in ((1.1, 0.95), (0.0, 0.95), (0.9, 1.0)):
-        with pytest.raises(InputError, match="both lie between"):
+        with pytest.raises(InputError, match="both must lie between"):
             SequentialTest(*values)
 
 

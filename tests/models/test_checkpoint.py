@@ -165,7 +165,7 @@ def test_what_does_not_fit(denoiser, tmp_path):
     changed["model.map_layer0.bias"] = torch.zeros(3)
     del changed["model.map_layer1.bias"]
     save_file(changed, weights)
-    with pytest.raises(InputError, match=r"map_layer1.bias is missing; model.extra is not part .* has shape \(3,\)"):
+    with pytest.raises(InputError, match=r"map_layer1.bias is missing; model.extra is unexpected.* has shape \(3,\)"):
         load(folder)
     save_file(tensors, weights)
     values = json.loads(text)
@@ -197,19 +197,19 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_stands_for_its_newest_snapshot_wherever_a_checkpoint_is_taken(run):
-    newest, settings = run / "snapshots" / "000000016", SamplerConfig(steps=2)
+    newest, sampler = run / "snapshots" / "000000016", SamplerConfig(steps=2)
     assert checkpoint_path(run) == checkpoint_path(newest) == RunFolder.open(run).newest() == newest
     assert fingerprint(load(run)) == fingerprint(load(newest)) != fingerprint(load(run / "snapshots" / "000000008"))
-    result = generate(run, range(2), settings=settings)
+    result = generate(run, range(2), sampler=sampler)
     assert result.checkpoint == str(newest)
-    assert torch.equal(result.samples.images, generate(load(newest), range(2), settings=settings).samples.images)
+    assert torch.equal(result.samples.images, generate(load(newest), range(2), sampler=sampler).samples.images)
 
 
 def test_a_run_without_snapshots_and_a_snapshot_in_the_place_of_a_run_say_what_to_give(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "snapshots")
     for call in (load, checkpoint_path, lambda path: generate(path, [0])):
-        with pytest.raises(InputError, match="run: this run has no snapshot yet; it makes one at its end"):
+        with pytest.raises(InputError, match="run: this run has no snapshot yet; it writes one at its end"):
             call(tmp_path / "run")
     with pytest.raises(InputError, match=f"is a snapshot: give its run, {run}"):
         trajectory(run / "snapshots" / "000000016")

@@ -80,8 +80,8 @@ def test_a_network_that_does_not_fit_its_arguments(edm_modules, tmp_path):
     path = tmp_path / "snapshot.pkl"
     for change, message in (
         ({"model_channels": 8}, r"has shape \(32, 16\) instead of|has shape"),
-        ({"model_type": "Transformer"}, "no network is called 'Transformer'"),
-        ({"colour": 1}, "unknown argument colour"),
+        ({"model_type": "Transformer"}, "unknown network 'Transformer'"),
+        ({"color": 1}, "unknown argument color"),
         ({"num_blocks": "two"}, "num_blocks is 'two'"),
     ):
         net = network(edm_modules, config["precond"], config["kwargs"] | change, state_dict(tensors))
@@ -174,7 +174,7 @@ def test_streams_nested_twice_or_holding_no_storage(marker, tmp_path):
     with pytest.raises(InputError, match="nested in another"):
         load(path)
     path.write_bytes(pickle.dumps(nested([1, 2])))
-    with pytest.raises(InputError, match="something else than a storage"):
+    with pytest.raises(InputError, match="that is not a storage"):
         load(path)
 
 
@@ -247,7 +247,7 @@ def test_tensors_stay_inside_their_storage(tmp_path):
                 target.writestr(entry.filename, content)
         record = read_torch_file(path)
         assert record.shape == shape
-        with pytest.raises(Exception, match="does not fit"):
+        with pytest.raises(Exception, match=r"does not (fit|match)"):
             record.to_tensor()
 
 
@@ -291,5 +291,5 @@ def test_other_content(content, tmp_path):
 def test_other_classes_are_not_denoisers(edm_modules, tmp_path):
     path = tmp_path / "network-snapshot.pkl"
     path.write_bytes(pickle.dumps({"ema": edm_modules.Persistent("StyleGAN", 8, 3)}))
-    with pytest.raises(InputError, match="no denoiser is called 'StyleGAN'"):
+    with pytest.raises(InputError, match="unknown denoiser 'StyleGAN'"):
         load(path)

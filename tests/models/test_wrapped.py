@@ -47,7 +47,7 @@ class PerImage(Gaussian):
 
 
 def images(model, seeds=range(6), **arguments):
-    return generate(model, seeds, settings=QUICK, **arguments).samples
+    return generate(model, seeds, sampler=QUICK, **arguments).samples
 
 
 def test_a_module_is_sampled_as_the_same_denoiser_of_ours_is():
@@ -78,7 +78,7 @@ def test_sigma_and_labels_come_in_the_form_that_the_model_takes():
     one_hot, per_image = images(Gaussian(3)), images(PerImage())
     assert torch.equal(one_hot.labels, per_image.labels)
     assert torch.equal(one_hot.images, per_image.images)
-    chosen = generate(PerImage(), range(4), settings=SamplerConfig(steps=4, compile="off", class_index=2)).samples
+    chosen = generate(PerImage(), range(4), sampler=SamplerConfig(steps=4, compile="off", class_index=2)).samples
     assert chosen.labels.tolist() == [2] * 4
     with pytest.raises(InputError, match=r"PerImage: cannot be called as model\(x, sigma, class_labels\)"):
         as_denoiser(PerImage(), sigma_per_image=False)
@@ -117,7 +117,7 @@ def test_a_model_is_audited_resumed_and_told_apart(tmp_path):
             weights = (-(torch.cdist(x.flatten(1), self.pixels.flatten(1)) ** 2) / (2 * sigma**2)).softmax(dim=1)
             return (weights @ self.pixels.flatten(1)).reshape(x.shape)
 
-    result = generate(Copies(), range(16), training=digits, out=tmp_path / "copies.npz", settings=QUICK)
+    result = generate(Copies(), range(16), training=digits, out=tmp_path / "copies.npz", sampler=QUICK)
     assert result.audit.ratio == 1.0
     assert np.load(tmp_path / "copies.npz")["images"].shape == (16, 1, 8, 8)
     assert as_denoiser(Gaussian()).fingerprint == as_denoiser(Gaussian()).fingerprint
@@ -187,12 +187,12 @@ def broken(x):
         (Sized(lambda x: x, round_sigma=3), "round_sigma is 3, but must be a function"),
         (Sized(lambda x: x, round_sigma=lambda sigma: 1 / 0), r"fails in round_sigma\(80\) \(ZeroDivisionError"),
         (Gaussian().to("meta"), "Gaussian: has no weights yet"),
-        (Unlabeled(), "needs labels says how many classes it knows: label_dim=…"),
+        (Unlabeled(), "needs labels, give the number of classes with label_dim=…"),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_line(model, words):
     with pytest.raises(InputError, match=words) as refusal:
-        generate(model, range(3), settings=QUICK)
+        generate(model, range(3), sampler=QUICK)
     assert "\n" not in str(refusal.value)
 
 

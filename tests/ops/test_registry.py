@@ -99,7 +99,11 @@ def test_the_first_backend_that_supports_the_arguments_is_selected_and_the_other
     assert op.only("torch").select("cpu", None, x).name == "torch"
     for impl, arguments, message in [
         ("cuda", (x,), "double: backend 'cuda' cannot be used here: there is no GPU"),
-        ("native", (x.double(),), "double: backend 'native' cannot take these arguments: torch.float64 is not float32"),
+        (
+            "native",
+            (x.double(),),
+            "double: backend 'native' does not support these arguments: torch.float64 is not float32",
+        ),
         ("fast", (x,), "double has no backend 'fast'; choose from cuda, native, torch"),
     ]:
         with pytest.raises(InputError) as error:
@@ -114,5 +118,5 @@ def test_the_first_backend_that_supports_the_arguments_is_selected_and_the_other
 
 def test_of_several_the_autotuned_is_explained_as_the_fastest():
     op = Op("same", (Backend("triton", "kernels", abs), Backend("torch", "plain", abs)), autotuned=("triton", "torch"))
-    assert op.explain("cuda") == "the fastest of triton (kernels), torch (plain), measured at its first use"
+    assert op.explain("cuda") == "the fastest of triton (kernels), torch (plain), measured at first use"
     assert op.explain("cpu") == "triton (kernels)"

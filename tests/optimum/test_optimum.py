@@ -88,8 +88,8 @@ def test_the_general_sampler_copies_too(digits):
 
 
 def test_an_interrupted_run_goes_on(digits, tmp_path, monkeypatch):
-    settings = SamplerConfig(batch=4, compile="off")
-    generate(OptimalDenoiser(digits), range(12), out=tmp_path / "whole.npz", settings=settings)
+    sampler = SamplerConfig(batch=4, compile="off")
+    generate(OptimalDenoiser(digits), range(12), out=tmp_path / "whole.npz", sampler=sampler)
     calls = []
 
     class Interrupted(OptimalDenoiser):
@@ -100,9 +100,9 @@ def test_an_interrupted_run_goes_on(digits, tmp_path, monkeypatch):
             return super().forward(*arguments)
 
     with pytest.raises(KeyboardInterrupt):
-        generate(Interrupted(digits), range(12), out=tmp_path / "parts.npz", settings=settings)
+        generate(Interrupted(digits), range(12), out=tmp_path / "parts.npz", sampler=sampler)
     done = len(calls)
-    generate(Interrupted(digits), range(12), out=tmp_path / "parts.npz", settings=settings)
+    generate(Interrupted(digits), range(12), out=tmp_path / "parts.npz", sampler=sampler)
     assert len(calls) - done == 2 * 35  # the first batch is not made again
     assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
@@ -163,5 +163,5 @@ def test_bad_arguments(digits):
     for options in ({"labels": np.zeros(3, int)}, {"tolerance": 0}, {"subset": 5000}):
         with pytest.raises(InputError):
             OptimalDenoiser(digits, **options)
-    with pytest.raises(InputError, match="nothing to compile"):
+    with pytest.raises(InputError, match="cannot be compiled"):
         sample(denoiser, [0], compile=True)

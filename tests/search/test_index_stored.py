@@ -52,7 +52,7 @@ def test_damage_is_noticed(tmp_path):
     with pytest.raises(InputError, match="fingerprint"):
         TrainingIndex.load(folder)
     (folder / "images.npy").write_bytes((folder / "images.npy").read_bytes()[:-7])
-    with pytest.raises(InputError, match="build it again"):
+    with pytest.raises(InputError, match="rebuild it"):
         TrainingIndex.load(folder)
     description = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(description | {"format": "diffmem-index-0"}))
@@ -108,7 +108,7 @@ def test_arrays_are_checked_before_the_core_sees_them(dtype, tmp_path):
         if same and values.flags.c_contiguous:
             continue  # bytes have one order, and so has a single column
         resealed(folder, change)
-        with pytest.raises(InputError, match=r"^[^\n]*build it again$"):
+        with pytest.raises(InputError, match=r"^[^\n]*rebuild it$"):
             pytest.fail(f"{name} was taken: {TrainingIndex.load(folder)}")
 
 

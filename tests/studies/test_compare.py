@@ -22,7 +22,7 @@ from diffmem.studies.comparison.gaps import _range
 from diffmem.training import TrainingConfig, denoiser_config, train
 
 N = 60
-FEW = {"images": 20, "levels": [0.1, 0.5, 2.0], "settings": SamplerConfig(steps=4, compile="off"), "device": "cpu"}
+FEW = {"images": 20, "levels": [0.1, 0.5, 2.0], "sampler": SamplerConfig(steps=4, compile="off"), "device": "cpu"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +66,7 @@ def test_a_known_offset_is_the_gap_and_the_batch_does_not_matter(training, digit
     results = [
         compare(
             Changed(training, lambda x, optimal: optimal + 0.1), training, holdout=digits,
-            **{**FEW, "settings": SamplerConfig(steps=4, batch=batch)},
+            **{**FEW, "sampler": SamplerConfig(steps=4, batch=batch)},
         )
         for batch in (64, 7)
     ]  # fmt: skip
@@ -155,15 +155,15 @@ def test_edm_snapshots(tmp_path, monkeypatch):
 def test_refusals(training, digits, tmp_path):
     small = denoiser_config(8, 1, label_dim=10, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
     checkpoint = save(Denoiser(small), tmp_path / "model")
-    unlabelled = digits.select(slice(N, None)).images
+    unlabeled = digits.select(slice(N, None)).images
     large = np.zeros((9, 1, 16, 16), np.uint8)
     for set_, options, words in (
         (large, {}, "training images are 1x16x16, but the network takes 1x8x8"),
         (training.images.astype(np.float32), {}, "must be uint8"),
-        (unlabelled, {}, "training images need class indices"),
+        (unlabeled, {}, "training images need class indices"),
         (digits.select(np.flatnonzero(digits.labels != 4)), {}, "no training image of class 4"),
-        (training, {"holdout": unlabelled}, "unseen images need class indices"),
-        (training, {"holdout": training}, "0 images that are no training images"),
+        (training, {"holdout": unlabeled}, "unseen images need class indices"),
+        (training, {"holdout": training}, "0 images that are not training images"),
         (training, {"levels": [1000.0, 0.0]}, "positive noise levels"),
         (training, {"images": 1}, "images is 1"),
     ):

@@ -14,7 +14,7 @@ from diffmem.studies.comparison import parse_sweep, sweep
 from diffmem.studies.comparison.sweeps import chosen_variants, expected_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAST = {"labels": False, "settings": SamplerConfig(steps=8, batch=8), "device": "cpu"}
+FAST = {"labels": False, "sampler": SamplerConfig(steps=8, batch=8), "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def test_from_copies_to_none_and_on_from_what_is_kept(digits, tmp_path, sampled)
     sampled.clear()
     more = sweep(digits, [*variants, Smoothed(1.0)], tmp_path, seeds=range(4, 20), **FAST)
     assert sampled == [*range(12, 20), *range(12, 20), *range(4, 20)]
-    anew = sweep(digits, variants, tmp_path / "anew", seeds=range(4, 20), **FAST)
-    for kept, fresh in zip(more.points, anew.points, strict=False):
+    again = sweep(digits, variants, tmp_path / "again", seeds=range(4, 20), **FAST)
+    for kept, fresh in zip(more.points, again.points, strict=False):
         np.testing.assert_array_equal(kept.evaluation.seeds, fresh.evaluation.seeds)
         np.testing.assert_array_equal(kept.evaluation.ratios, fresh.evaluation.ratios)
     # Another training set in the same folder is another sweep.
@@ -66,7 +66,7 @@ def test_damaged_points_are_named(digits, tmp_path):
 
 
 def test_half_and_expectation(digits, tmp_path):
-    result = sweep(digits, ["tikhonov"], tmp_path, seeds=range(40), **{**FAST, "settings": SamplerConfig(batch=40)})
+    result = sweep(digits, ["tikhonov"], tmp_path, seeds=range(40), **{**FAST, "sampler": SamplerConfig(batch=40)})
     assert len(result.points) == 9
     assert result.points[0].ratio == 1
     assert result.points[-1].ratio == 0

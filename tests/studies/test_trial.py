@@ -41,16 +41,16 @@ def of(source, **options) -> Setting:
 
 
 def test_sets_of_a_repetition_are_nested_and_repetitions_differ(tmp_path):
-    labelled = of("builtin:digits")
+    labeled = of("builtin:digits")
     digits = load_images("builtin:digits")
     write_npz(replace(digits, labels=None), tmp_path / "plain.npz")
-    for recipe in (labelled, of(tmp_path / "plain.npz")):
+    for recipe in (labeled, of(tmp_path / "plain.npz")):
         for repetition in (0, 1):
             small, large = recipe.training_set(20, repetition), recipe.training_set(50, repetition)
             assert contains(large, small)
             assert small.labels is None
         assert not contains(recipe.training_set(50, 0), recipe.training_set(50, 1))
-    assert labelled.limits() == (10, 1740)
+    assert labeled.limits() == (10, 1740)
     assert of(tmp_path / "plain.npz").limits() == (1, 1797)
 
 
@@ -74,7 +74,7 @@ def test_labels_make_the_model_conditional():
         ({"training": {"learning_rate": 1}}, "no field learning_rate"),
         ({"sampling": {"precision": "bf16"}}, "no field precision"),
         ({"samples": 0}, "samples is 0"),
-        ({"data": replace(TINY.data, size=20)}, "has a size: size and repetition"),
+        ({"data": replace(TINY.data, size=20)}, "must not have a size: the size and repetition"),
     ],
 )
 def test_mistakes_are_named(change, words):
@@ -91,7 +91,7 @@ def test_a_setting_from_json_names_what_is_unknown():
 
 def test_classes_are_asked_for_in_vain_where_there_are_none(tmp_path):
     np.save(tmp_path / "images.npy", np.zeros((9, 3, 5, 5), np.uint8))
-    with pytest.raises(InputError, match="needs labels, and there are none"):
+    with pytest.raises(InputError, match="needs labels, but there are none"):
         of(tmp_path / "images.npy", only_class=7).training_set(4)
     with pytest.raises(InputError, match="no image has class 12"):
         of("builtin:digits", only_class=12).training_set(4)

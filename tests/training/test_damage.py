@@ -33,7 +33,7 @@ def trained(out: Path, images: int = 32) -> str:
 
 def points(out: Path) -> list:
     data = load_images("builtin:digits").select(np.arange(10))
-    found = trajectory(out, data=data, seeds=range(2), settings=SamplerConfig(steps=2, compile="off"))
+    found = trajectory(out, data=data, seeds=range(2), sampler=SamplerConfig(steps=2, compile="off"))
     return [(point.images, round(point.epochs, 6), point.count) for point in found.points]
 
 
@@ -88,7 +88,7 @@ def test_descriptions_are_made_again_from_what_lies_beside_them(run, right, tmp_
     content = (out / file).read_text()
     (out / file).write_text(content.replace("images", "imaqes"))
     if (file, name) != ("config.json", "train"):  # which reads the state
-        with pytest.raises(InputError, match=f"{file}: .*remove it, and"):
+        with pytest.raises(InputError, match=f"{file}: .*delete it, and"):
             ASKED[name](out)
     (out / file).unlink()
     assert ASKED[name](out) == right[name]

@@ -68,5 +68,5 @@ def test_mistakes_are_named():
         EMA(protocol="code")
     with pytest.raises(InputError, match=r"target is 0\.9, but must go with rule=.target."):
         EMA("constant", target=0.9)
-    with pytest.raises(InputError, match="pass target=…"):
+    with pytest.raises(InputError, match="needs target=…"):
         EMA("target")

@@ -117,13 +117,13 @@ def test_interrupted_and_continued_to_the_same_bits(kind, digits, tmp_path):
 
     class Watch(Callback):
         def on_snapshot(self, snapshot):
-            seen.append(generate(snapshot.denoiser, range(4), settings=QUICK).samples.images)
+            seen.append(generate(snapshot.denoiser, range(4), sampler=QUICK).samples.images)
 
     spec = DatasetSpec("builtin:digits", limit=24)
     config = configured(denoiser, window=0.5, xflip=True)
     for model in (denoiser, kind):
         straight, broken = tmp_path / f"{len(seen)} straight", tmp_path / f"{len(seen)} broken"
-        audit = AuditEvery(digits, straight, every=16, samples=8, settings=QUICK, device="cpu")
+        audit = AuditEvery(digits, straight, every=16, samples=8, sampler=QUICK, device="cpu")
         run = train(
             config, spec, straight, device="cpu", model=model, snapshot_images=16, batch_gpu=4,
             callbacks=[Watch(), audit],
@@ -136,15 +136,15 @@ def test_interrupted_and_continued_to_the_same_bits(kind, digits, tmp_path):
         assert [record.images for record in run.snapshots] == [16, 32]
         trained = load(straight, model=model)
         assert not trained.training
-        assert torch.equal(generate(trained, range(4), settings=QUICK).samples.images, seen[-1])
+        assert torch.equal(generate(trained, range(4), sampler=QUICK).samples.images, seen[-1])
         plain = kind()
         plain.load_state_dict(ends[0])  # under its own names
-    audited = trajectory(straight, seeds=range(8), settings=QUICK, model=kind, device="cpu")
+    audited = trajectory(straight, seeds=range(8), sampler=QUICK, model=kind, device="cpu")
     assert [point.images for point in audited.points] == [16, 32]
     with pytest.raises(InputError, match="a network of your own"):
-        trajectory(straight, seeds=range(8), settings=QUICK, device="cpu")
+        trajectory(straight, seeds=range(8), sampler=QUICK, device="cpu")
     told = CliRunner().invoke(cli, ["info", str(straight)], catch_exceptions=False).output
-    assert f"{kind.__name__}, one of your own" in told
+    assert f"{kind.__name__}, your own network" in told
     folder = RunFolder.open(straight)
     assert folder.config == config
     assert folder.training_images().fingerprint == digits.fingerprint
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_the_weights_and_back(tmp_path):
         load(stored, model=Net())
     with pytest.raises(InputError, match="model is a Tensor, but must be a module"):
         load(stored, model=lambda: torch.zeros(3))
-    with pytest.raises(InputError, match="is a function, of which there is nothing to store"):
+    with pytest.raises(InputError, match="is a function, which cannot be stored"):
         save(as_denoiser(lambda x, sigma: x, channels=1, resolution=8), tmp_path / "function")
     ours = Denoiser(TrainingConfig(DenoiserConfig.from_json(CONFIG), images=1).denoiser)
     with pytest.raises(InputError, match="holds a network of diffmem"):

@@ -40,7 +40,7 @@ def test_the_training_set_is_found_again(run, tmp_path):
         assert earlier.training_images().fingerprint == spec.load().fingerprint
         train(tiny(2), spec, earlier.path, device="cpu", compile=False, resume=True)
         assert json.loads((earlier.path / "config.json").read_text())["data"]["data_source"] == spec.to_json()
-    with pytest.raises(InputError, match="does not know where its training set lies"):
+    with pytest.raises(InputError, match="does not record where its training set is"):
         RunFolder.open(rewritten(run, tmp_path / "without")).training_images()
 
 

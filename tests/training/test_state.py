@@ -88,7 +88,7 @@ def test_damaged_states_are_refused(name, halted, digits, tmp_path):  # noqa: F8
     message = str(caught.value)
     assert "\n" not in message
     if "position" not in name and "another order" not in name:
-        assert f"remove the folder {newest}, and resuming continues from the state after 40 images" in message
+        assert f"delete the folder {newest}, and resuming continues from the state after 40 images" in message
 
 
 def test_the_way_out_leads_to_the_same_weights(halted, digits, tmp_path):  # noqa: F811

@@ -166,7 +166,7 @@ def test_accumulation_changes_only_rounding(digits, tmp_path):
 
 def test_other_settings_are_refused(digits, tmp_path):
     train(tiny(1), digits, tmp_path)
-    with pytest.raises(InputError, match="holds a run already: continue it with resume=True"):
+    with pytest.raises(InputError, match="already holds a run: continue it with resume=True"):
         train(tiny(1), digits, tmp_path)
     other = tiny(1, lr=2e-3, network={"model_channels": 16}, ema=EMA("constant"))
     with pytest.raises(InputError) as refusal:

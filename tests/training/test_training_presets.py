@@ -129,7 +129,7 @@ def test_studies_and_the_command_line_make_one_configuration_of_the_same_options
         ({"training": {"seed": 3}}, "training has no field seed"),
         ({"training": {"ema": {"decay": 3}}}, "^ema: a field is unknown .*decay"),
         ({"network": {"width": 3}}, "no field width"),
-        ({"conditional": True}, "conditional=True needs labels, and there are none"),
+        ({"conditional": True}, "conditional=True needs labels, but there are none"),
     ],
 )
 def test_mistakes_name_the_parameter(arguments, words):

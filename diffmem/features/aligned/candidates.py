@@ -26,7 +26,7 @@ class CandidateIndex:
 
     Args:
         images: [N, C, h, w] at the geometry's working size, uint8 or float32.
-        geometry: Of the images.
+        geometry: Geometry of the images.
         progress: A callback (`diffmem.progress`).
 
     Attributes:
@@ -61,7 +61,7 @@ class CandidateIndex:
         """The `count` training images nearest to any window of each image [n, C, h, w]: int64 [n, count].
 
         They are in the order of their distance, ties to the lower index, each once; −1 fills up where there are fewer.
-        exclude: For each image, a training image that is no candidate (itself).
+        exclude: For each image, a training image that is not a candidate (itself).
         """
         vectors = self._project(self.geometry.windows(images), 2)
         wanted = min(len(self), count + (exclude is not None))

@@ -24,8 +24,8 @@ class Geometry:
     """How images of one size are compared.
 
     Attributes:
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
+        height: Height of the images, in pixels.
+        width: Width of the images, in pixels.
         largest: The longest side at which they are compared.
     """
 
@@ -36,8 +36,8 @@ class Geometry:
     def __post_init__(self) -> None:
         if min(self.height, self.width) < LEAST_SIZE:
             raise InputError(
-                f"images of {self.height}x{self.width} are too small to be aligned: at least {LEAST_SIZE} pixels a "
-                "side are needed; compare them with features='pixels'"
+                f"images of {self.height}x{self.width} are too small to align: at least {LEAST_SIZE} pixels a side are "
+                "needed; compare them with features='pixels'"
             )
 
     @cached_property

@@ -66,7 +66,7 @@ class AlignedMatcher:
         training: The training images: anything that `diffmem.load_images` reads.
         candidates: How many training images are aligned with each image.
         neighbors: How many of those after the nearest one the residual is held against.
-        threads: Of the computation; None: as many as PyTorch uses.
+        threads: Threads of the computation; None: as many as PyTorch uses.
         progress: A callback (`diffmem.progress`), or None.
 
     Raises:
@@ -126,7 +126,7 @@ class AlignedMatcher:
         if images.image_shape != self.image_shape:
             raise InputError(
                 f"images ({images.source}) are {_size(images.image_shape)}, the training images "
-                f"{_size(self.image_shape)}: bring both to one size and number of channels (resize=, color=)"
+                f"{_size(self.image_shape)}: convert both to one size and number of channels (resize=, color=)"
             )
         if exclude is not None and (np.shape(exclude) != (len(images),)):
             raise InputError(f"exclude must hold one index per image, {len(images)}; got {np.shape(exclude)}")

@@ -14,7 +14,7 @@ from diffmem.ops.alignment import alignment
 COARSE = 16  # side at which pairs are looked at first
 # Coarse score up to which a pair is looked at again: 14 % of 10,000 CIFAR-10 (JPEG) test images are, and 99.6 % of
 # those whose score is below 0.6.
-HOPELESS = 0.72
+COARSE_LIMIT = 0.72
 
 
 def align_candidates(
@@ -31,7 +31,7 @@ def align_candidates(
 
     Returns:
         scores: float64 [n], as `AlignedMatcher` gives them, over these candidates: lower = more like a copy; above
-            `HOPELESS` the coarse one.
+            `COARSE_LIMIT` the coarse one.
         best: int64 [n], the column of the best candidate; the first of equals.
         residuals: float64 [n], what then remains, as `AlignedMatcher` gives it.
     """
@@ -46,7 +46,7 @@ def align_candidates(
         scores, columns, remainders, _, _ = align(queries, geometry.templates(some)[where], geometry, neighbors)
         return scores, columns[:, 0], remainders[:, 0]
     scores, best, residuals = _coarse(F.avg_pool2d(queries, factor), F.avg_pool2d(some, factor), where, neighbors)
-    rows = np.flatnonzero(scores <= HOPELESS)
+    rows = np.flatnonzero(scores <= COARSE_LIMIT)
     if len(rows):
         templates = geometry.templates(some)[where[rows]]
         scores[rows], columns, remainders, _, _ = align(queries[rows], templates, geometry, neighbors)

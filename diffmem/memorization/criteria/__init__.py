@@ -50,7 +50,7 @@ def find_criterion(name: str) -> tuple[Criterion, Variant | None]:
     """The criterion of that name, or that gives the value of that name, and the variant that is asked for.
 
     Args:
-        name: Of a criterion ("authenticity"), of one of its values ("c_t_global"), or of a variant
+        name: Name of a criterion ("authenticity"), of one of its values ("c_t_global"), or of a variant
             ("authenticity:fld").
 
     Returns:
@@ -62,7 +62,7 @@ def find_criterion(name: str) -> tuple[Criterion, Variant | None]:
     base, colon, variant = name.partition(":")
     criterion = CRITERIA.get(base) or next((each for each in CRITERIA.values() if base in each.values), None)
     if criterion is None:
-        raise InputError(f"measures={name!r} is none of {', '.join(names())}")
+        raise InputError(f"measures={name!r} is not one of {', '.join(names())}")
     if not colon:
         return criterion, None
     if variant not in criterion.variants:

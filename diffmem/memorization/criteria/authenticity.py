@@ -79,8 +79,9 @@ def measure_alaa(comparison: Comparison) -> Measured:
     synthetic = nearest.indices[:, 0]
     if synthetic.max() >= len(training):
         raise InputError(
-            f"generated: authenticity:alaa takes generated image {synthetic.max():,} for a training image's number, "
-            f"as the published code does, and there are {len(training):,}: give at most as many generated images"
+            f"generated: authenticity:alaa uses {synthetic.max():,}, the index of a generated image, as the index of a "
+            f"training image, as the published code does, but there are only {len(training):,}: give at most as many "
+            "generated images as training images"
         )
     of_real = comparison.searches.nearest_other(training, synthetic)
     share = authentic(nearest.squared_distances[:, 0], of_real).mean()
@@ -94,7 +95,7 @@ AUTHENTICITY = Criterion(
     values={"authenticity": Value("share of authentic images", "higher", True)},
     measure=measure,
     decides=("authentic", False),
-    blind="near copies in dense regions, and of images that the training set holds twice",
+    blind="near copies in dense regions, and copies of images that the training set holds twice",
     variants={
         "dgm-eval": Variant(Value("the same times 100", "higher"), measure_dgm_eval, "dgm-eval (Stein et al. 2023)"),
         "fld": Variant(

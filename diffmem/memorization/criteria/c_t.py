@@ -19,7 +19,7 @@ with cells from k-means; numbers drawn by scikit-learn from the seed, in the pub
 The interval treats images as drawn independently (DeLong et al. 1988), the cells as given.
 
 What it cannot see: copies that make up a small share (it is a test of the median image, not of the nearest), copying
-that underfitting elsewhere in the cell makes up for, and a hold-out set that is not like the training set.
+that underfitting elsewhere in the cell makes up for, and a holdout set that is not like the training set.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def combine(scores: np.ndarray, generated_counts: np.ndarray, holdout_counts: np
     weights = np.where(counts, holdout_counts / holdout_counts.sum(), 0)
     if not weights.sum():
         raise InputError(
-            f"cells: none holds more than {LEAST} of the generated images (C_T leaves out smaller ones): give more "
+            f"cells: no cell holds more than {LEAST} of the generated images (C_T ignores smaller cells): give more "
             "generated images, or fewer cells"
         )
     weights = weights / weights.sum()

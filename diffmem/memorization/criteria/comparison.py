@@ -111,7 +111,7 @@ class Searches:
         self._indices[id(points)] = index
 
     def beside(self, points: Points) -> Searches:
-        """Searches that share what is known of these points alone, and keep what they find to themselves."""
+        """Searches that share what is known about these points alone, and keep what they find to themselves."""
         self.index(points)
         return Searches(self.device, self.progress, {id(points): self._indices[id(points)]}, _others=self._others)
 
@@ -152,15 +152,15 @@ class Searches:
         point among the same points with another one.
 
         Args:
-            points: Of which cosines are wanted.
+            points: The points whose cosines are wanted.
             targets: With which.
             absolute: Whether the largest |cosine| is wanted: MiFID takes opposite vectors for equal ones.
             places: Only of these points.
         """
         if targets.zero.all():
-            raise InputError(f"{targets.what}: all vectors are zeros, which have no direction")
+            raise InputError(f"{targets.what}: all vectors are zero and have no direction")
         if points is targets and (~points.zero).sum() < 2:
-            raise InputError(f"{targets.what}: a single vector has no other to be compared with")
+            raise InputError(f"{targets.what}: needs at least two vectors")
         absolute = absolute and not (points.nonnegative and targets.nonnegative)
         key = id(points), id(targets), absolute
         if places is None and key in self._cosines:
@@ -211,7 +211,7 @@ class Comparison:
         second_training: What that was trained on; None where it is the same training set.
         searches: Between them.
         neighbors: How many nearest training images are searched for a generated image at once.
-        seed: Of what is drawn.
+        seed: Seed of what is drawn.
         settings: What was chosen of a criterion, by its name: {"three_phases": {"delta_m": 10}}.
     """
 

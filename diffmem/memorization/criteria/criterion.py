@@ -83,7 +83,7 @@ class Criterion:
         decides: Of one that says of a single image whether it is a copy, whatever images come with it: the array of
             `per_image` that says so, and which value of it means a copy.
         variants: By name, without the criterion's own and the colon.
-        honest: What its values are for honest images, where that does not come from playing the hold-out set against
+        honest: What its values are for honest images, where that does not come from playing the holdout set against
             the training set.
     """
 

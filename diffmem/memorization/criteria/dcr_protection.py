@@ -1,16 +1,16 @@
 """DCR overfitting protection (sdmetrics): are generated images nearer to the training images than to held-out ones?
 
 Formula. p = share of generated images with d(nearest training image) < d(nearest held-out image), strictly (a tie
-counts as nearer to the hold-out set, as there); score = min(1, 2 (1 − p)). `dcr_closer_to_training` is p,
+counts as nearer to the holdout set, as there); score = min(1, 2 (1 − p)). `dcr_closer_to_training` is p,
 `dcr_protection` the
-score: 1 is no copying, 0 copying throughout.
+score: 1 means no copying, 0 copying throughout.
 
 Source: sdmetrics, `DCROverfittingProtection`, with sets of one size. The larger set has the nearer image more often, so
 with N training and H held-out images p is N / (N + H) for honest images: that is the value for honest images given
 here. `dcr_balanced` takes as many training images as there are held-out ones, evenly spaced, so that 1/2 is honest: it
 sees copies of these training images only.
 
-What it cannot see: copies of images that the hold-out set happens to hold too, and, balanced, of training images left
+What it cannot see: copies of images that the holdout set happens to hold too, and, balanced, of training images left
 out.
 """
 
@@ -57,12 +57,12 @@ DCR_PROTECTION = Criterion(
     formula="min(1, 2 (1 − p)), p = share with d(nearest training image) < d(nearest held-out image)",
     source="sdmetrics, DCROverfittingProtection",
     values={
-        "dcr_protection": Value("1 is no copying", "higher"),
+        "dcr_protection": Value("1 means no copying", "higher"),
         "dcr_closer_to_training": Value("share nearer to the training images", "half", True),
         "dcr_balanced": Value("the same with as many training as held-out images", "half", True),
     },
     measure=measure,
-    blind="copies of what the hold-out set holds too; sets of unlike sizes decide by their sizes",
+    blind="copies of images that the holdout set also holds; depends on the sizes of the sets",
     needs=("holdout",),
     honest=honest,
 )

@@ -80,6 +80,6 @@ DISJOINT_HALVES = Criterion(
         "disjoint_halves_training": Value("with the nearest training image", "lower"),
     },
     measure=measure,
-    blind="copies of images that both training sets hold: it takes them for generalization",
+    blind="copies of images that both training sets hold, which count as generalization",
     needs=("second",),
 )

@@ -43,5 +43,5 @@ M3 = Criterion(
     },
     measure=measure,
     decides=("m3", True),
-    blind="near copies of detailed images; half of honest images count as memorized",
+    blind="near copies of detailed images; half of unseen images count as memorized",
 )

@@ -57,7 +57,7 @@ def _distances(comparison: Comparison, points: Points, targets: Points) -> np.nd
 
 def _mean(distances: np.ndarray, what: str) -> float:
     if np.isnan(distances).all():
-        raise InputError(f"{what}: all vectors are zeros, which have no direction")
+        raise InputError(f"{what}: all vectors are zero and have no direction")
     return float(np.nanmean(distances))
 
 
@@ -159,7 +159,7 @@ MIFID = Criterion(
         "fid": Value("Fréchet distance", "neither"),
     },
     measure=measure_mifid,
-    blind="copying by a model with a low FID: both enter one number, and M counts below 0.1 only",
+    blind="copying by a model with a low FID: both enter one number, and M matters only below 0.1",
     variants={
         "kaggle": Variant(
             Value("FID / (M + 1e-14), M over generated images", "lower"), measure_kaggle, "Kaggle's code"

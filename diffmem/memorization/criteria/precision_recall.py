@@ -79,7 +79,7 @@ def measure(comparison: Comparison) -> Measured:
 
 PRECISION_RECALL = Criterion(
     name="precision_recall",
-    formula="balls that reach to the 5th nearest image of the same set: who is in whose",
+    formula="overlap of balls that reach to the 5th nearest image of the same set",
     source="Kynkäänniemi et al. 2019; Naeem et al. 2020, arXiv 2002.09797",
     values={
         "precision": Value("generated images in a training image's ball", "neither", True),

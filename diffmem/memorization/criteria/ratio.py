@@ -5,9 +5,9 @@ where d1/d2 < 1/3. `ratio` takes the second neighbor among the training images t
 `diffmem.audit` reports); `ratio_raw` leaves duplicates in (the paper's R_mem).
 
 Source: Yoon et al., Diffusion Probabilistic Models Generalize when They Fail to Memorize (ICML 2023 workshop); Gu et
-al., On Memorization in Diffusion Models (arXiv 2310.02664). Strict: d1/d2 equal to the threshold is no copy; decided in
-integers for uint8 images. d1 = 0 is a copy whatever d2 is; the code published with the paper has 0/0 there for an exact
-copy of an image that the training set holds twice, and does not count it: `ratio:published`.
+al., On Memorization in Diffusion Models (arXiv 2310.02664). Strict: d1/d2 equal to the threshold is not a copy; decided
+in integers for uint8 images. d1 = 0 is a copy whatever d2 is; the code published with the paper has 0/0 there for an
+exact copy of an image that the training set holds twice, and does not count it: `ratio:published`.
 
 What it cannot see: copies that differ by more than a third of the distance between training images (shifted, mirrored,
 recolored), and those of images that the training set holds in nearly equal versions; and its threshold is not one of
@@ -89,8 +89,8 @@ RATIO = Criterion(
     formula="share of images with d1 / d2 < 1/3, d1 and d2 to the two nearest training images",
     source="Yoon et al. 2023; Gu et al. 2023, arXiv 2310.02664",
     values={
-        "ratio": Value("copies by the rule of the paper, duplicates of the nearest image left out", "lower", True),
-        "ratio_raw": Value("the same with duplicates left in: the paper's R_mem", "lower", True),
+        "ratio": Value("copies by the rule of the paper, duplicates of the nearest image excluded", "lower", True),
+        "ratio_raw": Value("the same with duplicates as neighbors: the paper's R_mem", "lower", True),
     },
     measure=measure,
     decides=("memorized", True),
@@ -98,7 +98,7 @@ RATIO = Criterion(
     neighbors=2,
     variants={
         "published": Variant(
-            Value("the same where d1 = d2 = 0, an exact copy of a duplicated image, is no copy", "lower", True),
+            Value("the same where d1 = d2 = 0, an exact copy of a duplicated image, does not count", "lower", True),
             measure_published,
             "the code published with arXiv 2310.02664",
         )
@@ -107,13 +107,13 @@ RATIO = Criterion(
 
 F_MEM = Criterion(
     name="f_mem",
-    formula="the ratio rule, duplicates left in, over 1,000 bootstrap samples",
+    formula="the ratio rule with duplicates as neighbors, over 1,000 bootstrap samples",
     source="Bonnaire et al. 2025, arXiv 2505.17638",
     values={
         "f_mem": Value("share of copies by the ratio rule", "lower", True),
         "f_mem_std": Value("its standard deviation over the bootstrap samples", "neither"),
     },
     measure=measure_f_mem,
-    blind="what the ratio rule does not see; the bootstrap covers the choice of latents, not that of the model",
+    blind="what the ratio rule does not detect; the bootstrap covers the choice of latents, not that of the model",
     neighbors=2,
 )

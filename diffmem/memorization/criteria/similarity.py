@@ -11,7 +11,7 @@ that their cosines are high for images that have nothing in common but brightnes
 they count as similarity 0 where they are generated ones, and are left out of the training set.
 
 What it cannot see: on pixels, copies that are moved or mirrored; on any features, brightness and contrast (a vector's
-length); and thresholds do not travel between data sets: the background and the hold-out set say what a value means.
+length); and thresholds do not travel between data sets: the background and the holdout set say what a value means.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ TOP1_SIMILARITY = Criterion(
         "top1_similarity_p95": Value("95th percentile", "lower"),
         "top1_similarity_above_0.5": Value("share above 0.5", "lower", True),
         "top1_similarity_above_0.75": Value("share above 0.75", "lower", True),
-        "top1_similarity_background": Value("mean of training images with other training images", "neither"),
+        "top1_similarity_background": Value("mean over training images, against the other training images", "neither"),
     },
     measure=measure,
-    blind="on pixels, copies that are moved; brightness and contrast; no threshold travels between data sets",
+    blind="on pixels, shifted copies; brightness and contrast; no threshold transfers between data sets",
 )

@@ -36,7 +36,7 @@ def measure(comparison: Comparison) -> Measured:
     if not comparison.integer or not comparison.images:
         if None in chosen:
             raise InputError(
-                "three_phases: its thresholds are of images with values from 0 to 255; for other features choose them "
+                "three_phases: its thresholds are for images with values from 0 to 255; for other features choose them "
                 'with settings={"three_phases": {"delta_m": …, "delta_s": …}}'
             )
         scale = 1.0
@@ -69,5 +69,5 @@ THREE_PHASES = Criterion(
     },
     measure=measure,
     decides=("three_phases_memorized", True),
-    blind="repetitions that few generated images happen to show; copies beyond a fixed distance",
+    blind="repetitions that are rare among the generated images; copies beyond a fixed distance",
 )

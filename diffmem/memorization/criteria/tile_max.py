@@ -110,7 +110,7 @@ def in_cliques(count: int, edges: list[tuple[int, int]], size: int = CLIQUE) -> 
         if found.sum() == len(graph):
             break
         if steps >= MOST_STEPS:
-            raise InputError("tile_max:cliques: the images are linked too densely: choose a smaller delta")
+            raise InputError("tile_max:cliques: too many images are linked: choose a smaller delta")
     return found
 
 

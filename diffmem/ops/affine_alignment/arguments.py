@@ -21,7 +21,7 @@ FLAT = 1e-6  # Σ(x − mean)² is at most this share of Σx²: no variance
 
 
 def check(images: Any, templates: Any, start: Any, iterations: Any) -> None:
-    """Raises InputError where they do not fit together, TypeError for what is no tensor or no whole number."""
+    """Raises InputError where they do not fit together, TypeError for what is not a tensor or no whole number."""
     check_tensor(OP_NAME, "images", images, REAL)
     check_shape(OP_NAME, "images", images, [None] * 4, "[n, C, H, W]")
     pairs, channels = images.shape[:2]
@@ -42,4 +42,4 @@ def check(images: Any, templates: Any, start: Any, iterations: Any) -> None:
 def check_kernel(unfit: str | None) -> None:
     """unfit: why a kernel cannot take what `check` has let pass, or None."""
     if unfit is not None:
-        raise InputError(f"{OP_NAME}: images cannot be taken: {unfit}")
+        raise InputError(f"{OP_NAME}: images are not supported: {unfit}")

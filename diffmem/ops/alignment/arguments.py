@@ -12,7 +12,7 @@ REAL = (torch.float32, torch.float64)
 
 
 def check(searched: torch.Tensor, templates: torch.Tensor) -> None:
-    """Raises InputError where the two do not fit together, TypeError for what is no tensor."""
+    """Raises InputError where the two do not fit together, TypeError for what is not a tensor."""
     check_tensor(OP_NAME, "searched", searched, REAL)
     check_tensor(OP_NAME, "templates", templates, (searched.dtype,), like=searched)
     check_shape(OP_NAME, "searched", searched, [None] * 5, "[Q, V, C, H, W]")
@@ -36,4 +36,4 @@ def is_flat(squared: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 def check_kernel(unfit: str | None) -> None:
     """unfit: why a kernel cannot take what `check` has let pass, or None."""
     if unfit is not None:
-        raise InputError(f"{OP_NAME}: searched and templates cannot be taken: {unfit}")
+        raise InputError(f"{OP_NAME}: searched and templates are not supported: {unfit}")

@@ -25,7 +25,7 @@ def check(qkv: Any, num_heads: Any) -> None:
 def check_kernel(unfit: str | None) -> None:
     """unfit: why a kernel cannot take what `check` has let pass, or None."""
     if unfit is not None:
-        raise InputError(f"{OP}: qkv cannot be taken: {unfit}")
+        raise InputError(f"{OP}: qkv is not supported: {unfit}")
 
 
 def check_saved(dout: Any, qkv: torch.Tensor, out: Any, lse: Any, num_heads: int) -> None:

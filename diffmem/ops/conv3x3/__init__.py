@@ -37,7 +37,7 @@ def conv3x3(
     x (B, C, H, W), zero outside of the image; weight (O, C, 3, 3); bias (O,) or None. On CPUs with AVX2, large enough
     float32 problems run by Winograd's minimal filtering, within twice the rounding error of the direct sum. `impl`
     forces a backend. Raises InputError where shapes, dtypes or devices do not fit, or a forced one cannot take them;
-    TypeError for what is no tensor.
+    TypeError for what is not a tensor.
     """
     check(x, weight, bias)
     return OP.select(x.device.type, impl, x, weight, bias).function(x, weight, bias)

@@ -60,6 +60,6 @@ def _check_sizes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def _check_multiples(channels: int, outputs: int) -> None:
     if channels % 8 or outputs % 16 or channels < 8 or outputs < 16:
         raise InputError(
-            f"{OP}: Winograd takes channels of x in multiples of 8 and outputs in multiples of 16, "
-            f"got {channels} and {outputs}"
+            f"{OP}: Winograd needs channels of x in multiples of 8 and outputs in multiples of 16, got {channels} and "
+            f"{outputs}"
         )

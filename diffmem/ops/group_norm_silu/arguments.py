@@ -33,7 +33,7 @@ def check(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any, scale: Any,
         check_tensor(OP, name, value, like=x)
         check_shape(OP, name, value, (channels,), f"({channels},)")
     if (scale is None) != (shift is None):
-        raise InputError(f"{OP}: scale and shift go together; give both or neither")
+        raise InputError(f"{OP}: give both scale and shift, or neither")
     for name, value in (("scale", scale), ("shift", shift), ("added", added)):
         if value is not None:
             check_tensor(OP, name, value, like=x)
@@ -44,7 +44,7 @@ def check(x: Any, num_groups: Any, weight: Any, bias: Any, eps: Any, scale: Any,
 def check_kernel(unfit: str | None) -> None:
     """unfit: why a kernel cannot take what `check` has let pass, or None."""
     if unfit is not None:
-        raise InputError(f"{OP}: x cannot be taken: {unfit}")
+        raise InputError(f"{OP}: x is not supported: {unfit}")
 
 
 def check_saved(

@@ -81,7 +81,7 @@ def nearest_cuda(
     d = _same_dimension(queries.dimension, training.dimension)
     _check_k(core, k)
     if k > len(training):
-        raise InputError(f"k = {k} neighbors were asked for, but there are only {len(training)} training images")
+        raise InputError(f"k = {k} neighbors were requested, but there are only {len(training)} training images")
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=device)
     squared_distances = torch.empty_like(indices)
     with torch.cuda.device(device):
@@ -187,7 +187,7 @@ def unfit(queries: torch.Tensor, training: torch.Tensor, k: int) -> str | None:
     if queries.dtype != torch.uint8:
         return f"it takes uint8 images, not {queries.dtype}"
     if k > LARGEST_K:
-        return f"k is {k}, and at most {LARGEST_K} there"
+        return f"k is {k}, but must be at most {LARGEST_K}"
     return None
 
 

@@ -29,9 +29,9 @@ def unavailable(device_type: str) -> str | None:
 def unfit(queries: torch.Tensor, training: torch.Tensor, k: int) -> str | None:
     """Why the compiled search cannot take these arguments, or None."""
     if k > LARGEST_K:
-        return f"k is {k}, and at most {LARGEST_K} there"
+        return f"k is {k}, but must be at most {LARGEST_K}"
     if training.device.type != "cpu":
-        return "the training images lie on another device"
+        return "the training images are on another device"
     return None
 
 

@@ -699,11 +699,11 @@ def unfit(rows: torch.Tensor, center: torch.Tensor, order: torch.Tensor | None) 
     if rows.dtype != torch.uint8:
         return f"rows are {rows.dtype}, not uint8"
     if rows.device.type != "cpu":
-        return "rows lie on another device"
+        return "rows are on another device"
     if rows.shape[1] > LARGEST_ROW:
         return f"rows of {rows.shape[1]:,} values are longer than {LARGEST_ROW:,}"
     if order is not None:
-        return "rows are not in the order they are asked for"
+        return "rows are not in the requested order"
     if not bool(((center == center.round()) & (center >= 0) & (center <= 255)).all()):
-        return "the center is not one of whole gray levels"
+        return "the center is not integer-valued"
     return None

@@ -32,7 +32,7 @@ OP = register(
         (
             Backend(
                 "triton",
-                "exact products of bytes, only spans that carry weight",
+                "exact 8-bit products, only of spans with weight",
                 _by_tensor_cores,
                 triton_unavailable,
                 tensor_cores.unfit,
@@ -44,7 +44,9 @@ OP = register(
                 native.unavailable,
                 native.unfit,
             ),
-            Backend("torch", "blocked float32 products, float64 where they do not do", posterior_mean_blocked),
+            Backend(
+                "torch", "blocked float32 products, float64 where these are not accurate enough", posterior_mean_blocked
+            ),
             Backend("reference", "every difference, in float64", posterior_mean_reference),
         ),
     )
@@ -118,7 +120,7 @@ class PosteriorRows:
         if rows.is_floating_point() and rows.device.type == "cpu" and not bool(rows.isfinite().all()):
             raise InputError("posterior_mean: training must be finite, but holds NaN or infinity")
         if rows.dtype == torch.uint8 and not bool((center == center.round()).all()):
-            raise InputError("center: the center of uint8 rows must be one of whole numbers")
+            raise InputError("center: must be integer-valued for uint8 rows")
         self.rows, self.order, self.center, self.device = rows, order, center.double(), device
         self.backend = OP.select(device.type, impl, rows, self.center, order)
         length = float(self.center.norm()) if length is None else length

@@ -26,7 +26,7 @@ def unfit(rows: torch.Tensor, center: torch.Tensor, order: torch.Tensor | None) 
     if rows.shape[1] > 1 << 16:
         return f"rows of {rows.shape[1]:,} values are longer than 65,536: sums of their products may not fit 32 bits"
     if not bool(((center == center.round()) & (center >= 0) & (center <= 255)).all()):
-        return "the center is not one of whole gray levels"
+        return "the center is not integer-valued"
     return None
 
 
@@ -83,7 +83,7 @@ class TensorCoreProducts:
         state.raise_top(tops.amax(dim=1).double())
         share = masses.double() * (tops.double() - state.top[:, None]).exp()
         # A span whose images together hold less than a share of the tolerance is left out. What is so small may have
-        # other spans in its tile that are read; the bound counts it as dropped all the same.
+        # other spans in its tile that are read; the bound counts it as dropped anyway.
         kept = share * len(rows) / SPAN > math.exp(-self.reach) * share.sum(dim=1, keepdim=True)
         top = state.top.float()
         sums = launch_weighted_sums(found.values, top, kept, rows, self.center)

@@ -36,7 +36,7 @@ SHOWN_LEVELS = (0.05, 0.15, 0.4, 1.0, 2.5, 6.0)
 SHOWN = 2  # images of a set that are shown
 LEAST_REFERENCE = 16  # unseen images below which no second optimum is made of them
 MEMORIZED = 1 - 1 / 9  # memorization score from which a model has memorized its training set
-NOTHING = 1e-4  # share of σ², or of the spread, below which the optimum's error is no measure of anything
+NOTHING = 1e-4  # share of σ², or of the spread, below which the optimum's error is not a measure of anything
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ class Comparison:
         levels: The S noise levels, ascending.
         gaps: By "training", "unseen" (with a holdout) and "generated".
         copies: How many of the generated images are copies by the rule.
-        reference_images: Of the second optimum; 0: none.
+        reference_images: Number of images of the second optimum; 0: none.
         examples: Pictures.
         example_levels: Their noise levels.
         settings: How it was made, in JSON types.
@@ -238,18 +238,20 @@ class Comparison:
         """What the curve says, in a sentence for people."""
         score = self.memorization_score
         if score is None:
-            return "Whether the model has memorized its training set cannot be said without unseen images (a holdout)."
+            return (
+                "Whether the model has memorized its training set cannot be told without unseen images (a holdout set)."
+            )
         peak = int(score.value.argmax())
         highest = f"its memorization score is highest at σ = {self.levels[peak]:.3g}: {percent(score.value[peak])} "
         highest += f"({percent(score.low[peak])} to {percent(score.high[peak])})"
         if self.memorized_range is None:
             return f"At no noise level has the model memorized its training set: {highest}."
         low, high = self.memorized_range.low, self.memorized_range.high
-        upper = f"the highest noise level tried, {self.levels[-1]:.3g}" if high is None else f"σ* = {high:.3g}"
+        upper = f"the highest noise level tested, {self.levels[-1]:.3g}" if high is None else f"σ* = {high:.3g}"
         if self.memorized_range.high_interval is not None:
             upper += " ({:.3g} to {:.3g})".format(*self.memorized_range.high_interval)
         lower = "" if low is None else f"from σ = {low:.3g} "
-        most = "" if self.highest_possible is None else f" (the optimum in its place: {self.highest_possible:.3g})"
+        most = "" if self.highest_possible is None else f" (the optimum: {self.highest_possible:.3g})"
         return (
             f"The model has memorized its training set at noise levels {lower}up to {upper}{most}: its rms error on "
             f"training images is at most a third of that on unseen ones; {highest}."
@@ -327,7 +329,7 @@ def compare(
     seeds: Sequence[int] | None = None,
     levels: int | Sequence[float] = LEVELS,
     seed: int = 0,
-    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+    sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     tolerance: float = 1e-5,
     device: str = "auto",
     progress: Progress = silent,
@@ -343,11 +345,11 @@ def compare(
         holdout: Real images that the network has not seen, likewise; those that are training images too are left out.
         images: How many noisy training and unseen images, at most: images drawn at random, one noisy version of each;
             all training images several times, as often as goes into this, where they are fewer.
-        seeds: Of the generated images (default: 0 … images − 1), which `settings` says how to sample.
+        seeds: Seeds of the generated images (default: 0 … images − 1), which `sampler` says how to sample.
         levels: Noise levels, or how many, spaced evenly along ln σ between 0.002 and 80 or the network's own bounds.
-        seed: Of the choice of images and of the noise. Each image has noise of its own, the same at all levels and for
-            both denoisers; results depend on the batch size (`settings.batch`) by rounding only.
-        settings: Of the sampler.
+        seed: Seed of the choice of images and of the noise. Each image has noise of its own, the same at all levels and
+            for both denoisers; results depend on the batch size (`sampler.batch`) by rounding only.
+        sampler: The sampler and its settings.
         tolerance: The optimum's relative error.
         device: "cpu", "cuda" or "auto".
         progress: Called as `progress(stage, done, total)`.
@@ -366,9 +368,11 @@ def compare(
         run.training_images(trained_on)  # raises where they are not the run's
         if run.config.xflip:
             trained_on = _with_mirrored(trained_on)
-            notes.append("the run counts mirrored images as training images: the optimum does too")
+            notes.append("the run trained on mirrored images too, so the optimum includes them")
     elif isinstance(checkpoint, (str, Path)):
-        notes.append(f"{name} does not say what it was trained on: that it was {trained_on.source} is not checked")
+        notes.append(
+            f"{name} does not record what it was trained on, so whether it was {trained_on.source} is not checked"
+        )
     sigmas = _levels(denoiser, levels)
     seeds = checked_seeds(range(images) if seeds is None else seeds)
     chance = np.random.default_rng(seed)
@@ -385,11 +389,11 @@ def compare(
     labels = None if denoiser.label_dim else False
     optimum = OptimalDenoiser(trained_on, labels=labels, tolerance=tolerance, device=str(place), progress=progress)
     detector = sample_detector(trained_on, trained_on.image_shape, place, progress=progress)
-    generated = evaluate(denoiser, seeds, settings, detector, progress=progress)
+    generated = evaluate(denoiser, seeds, sampler, detector, progress=progress)
     assert generated is not None  # on one rank
     names = [f"seed {one}" for one in seeds]
     sets["generated"] = ImageSet(generated.images, names, generated.labels, "generated images")
-    pairs = _Pairs(denoiser, optimum, reference, sigmas, settings.batch, seed)
+    pairs = _Pairs(denoiser, optimum, reference, sigmas, sampler.batch, seed)
     total, done = sum(len(each) for each in sets.values()), 0
     gaps = {}
     for kind, each in sets.items():
@@ -408,7 +412,7 @@ def compare(
         "seed": seed,
         "tolerance": tolerance,
         **({} if run is None else {"EMA weights": run.averaging()}),
-        "sampling": settings.identity,
+        "sampling": sampler.identity,
         "conditional": bool(denoiser.label_dim),
     }
     return Comparison(
@@ -441,7 +445,7 @@ class _Pairs:
                     model = self.model(x, sigma, labels).double()
                 optimum = self.optimum(x, sigma, labels)
                 if not bool(model.isfinite().all()):
-                    raise InputError(f"the network's output at σ = {sigma:g} is not finite: a damaged checkpoint?")
+                    raise InputError(f"the network's output at σ = {sigma:g} is not finite: is the checkpoint damaged?")
                 pairs = [(model, optimum), (model, y), (optimum, y)]
                 if self.reference is not None:
                     pairs.append((self.reference(x, sigma, labels), optimum))
@@ -558,17 +562,18 @@ def _drawn(images: ImageSet, count: int, chance: np.random.Generator) -> ImageSe
 
 
 def _unseen(denoiser: Any, holdout: ImageSet, training: ImageSet, notes: list[str]) -> ImageSet:
-    """The images of the holdout that are no training images."""
+    """The images of the holdout that are not training images."""
     _check_images(denoiser, holdout, "unseen")
     seen = {_digest(image) for image in training.images}
     fresh = np.array([_digest(image) not in seen for image in holdout.images])
     left = int(fresh.sum())
     if left < len(holdout):
         notes.append(
-            f"{len(holdout) - left:,} of {len(holdout):,} images of {holdout.source} are training images and left out"
+            f"{len(holdout) - left:,} of {len(holdout):,} images of {holdout.source} are training images and were "
+            "excluded"
         )
     if left < 2:
-        raise InputError(f"{holdout.source}: {left} images that are no training images; at least 2 are needed")
+        raise InputError(f"{holdout.source}: {left} images that are not training images; at least 2 are needed")
     return holdout.select(np.flatnonzero(fresh))
 
 
@@ -589,7 +594,7 @@ def _reference(
     if len(rest) < LEAST_REFERENCE or (
         denoiser.label_dim and len(np.unique(cast(Any, rest.labels))) < denoiser.label_dim
     ):
-        notes.append("too few unseen images for an optimum of their own")
+        notes.append("there are too few unseen images for an optimum of their own")
         return None
     labels = None if denoiser.label_dim else False
     place = next(denoiser.parameters()).device

@@ -79,7 +79,7 @@ def draw_scores(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
 
     Args:
         comparisons: What `compare` returned.
-        names: Of the curves.
+        names: Names of the curves.
     """
     with plot(7.2, 3.0) as figure:
         axes = figure.add_subplot()

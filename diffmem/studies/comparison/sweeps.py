@@ -44,7 +44,7 @@ class SweepPoint(ReportsRate):
 
     Attributes:
         variant: The regularization.
-        evaluation: Of its images; the first ones are kept.
+        evaluation: Evaluation of its images; the first ones are kept.
     """
 
     variant: Regularization
@@ -143,7 +143,7 @@ def sweep(
     seeds: Sequence[int] = range(1000),
     labels: bool | None = None,
     tolerance: float = 1e-5,
-    settings: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+    sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     device: str = "auto",
     progress: Progress = silent,
 ) -> Sweep:
@@ -153,12 +153,12 @@ def sweep(
         training: As for `OptimalDenoiser`.
         variants: Regularizations, or names of kinds ("tikhonov", "bayes", "smooth"), which stand for strengths between
             all copies and none.
-        folder: What is known of the images is kept in `folder`/points as they come: a sweep that ended early resumes
+        folder: What is known about the images is kept in `folder`/points as they come: a sweep that ended early resumes
             from there, and more seeds or strengths cost only those.
-        seeds: Of the images.
+        seeds: Seeds of the images.
         labels: As for `OptimalDenoiser`.
         tolerance: As for `OptimalDenoiser`.
-        settings: Of the sampler.
+        sampler: The sampler and its settings.
         device: As for `OptimalDenoiser`.
         progress: Called as `progress(stage, done, total)`.
 
@@ -168,7 +168,7 @@ def sweep(
     seeds = checked_seeds(seeds)
     images = load_images(training, progress=progress)
     denoiser = OptimalDenoiser(images, labels=labels, tolerance=tolerance, device=device, progress=progress)
-    settings.plan(denoiser)  # raises where the settings do not fit
+    sampler.plan(denoiser)  # raises where its settings do not fit
     place = next(denoiser.parameters()).device
     detector = sample_detector(images, images.image_shape, place, progress=progress)
     spacing = nearest_neighbors(detector)
@@ -179,21 +179,21 @@ def sweep(
         raise InputError("sweep: no regularization is given")
     order = list(KINDS.values())
     chosen = sorted(set(chosen), key=lambda variant: (order.index(type(variant)), strength(variant)))
-    settings = replace(settings, compile="off")
+    sampler = replace(sampler, compile="off")
     points: list[SweepPoint] = []
     with output_lock(folder):
         for variant in chosen:
             denoiser.regularization = variant
-            identity = identity_of(denoiser.fingerprint, settings, detector, place)
+            identity = identity_of(denoiser.fingerprint, sampler, detector, place)
             store = SeedStore.within(Path(folder) / POINTS, _file_name(variant), identity)
             stage = f"sampling: {variant}, {len(points) + 1} of {len(chosen)}"
             found = evaluate(
-                denoiser, seeds, settings, detector, store, images=IMAGES, stage=stage, progress=progress
+                denoiser, seeds, sampler, detector, store, images=IMAGES, stage=stage, progress=progress
             )  # fmt: skip
             assert found is not None  # on one rank
             points.append(SweepPoint(variant, found))
     about = {"seeds": format_seeds(seeds), "tolerance": tolerance, "label_dim": denoiser.label_dim}
-    return Sweep(images, tuple(points), spacing, {**settings.identity, **about})
+    return Sweep(images, tuple(points), spacing, {**sampler.identity, **about})
 
 
 def _file_name(variant: Regularization) -> str:
@@ -279,5 +279,7 @@ def parse_sweep(text: str) -> list[Regularization | str]:
     """
     kind, colon, values = text.partition(":")
     if kind not in KINDS:
-        raise InputError(f"{text!r} is no sweep: give tikhonov, bayes or smooth, or with strengths: tikhonov:0.001,0.1")
+        raise InputError(
+            f"{text!r} is not a sweep: give tikhonov, bayes or smooth, or with strengths: tikhonov:0.001,0.1"
+        )
     return [parse_regularization(f"{kind}:{value.strip()}") for value in values.split(",")] if colon else [kind]

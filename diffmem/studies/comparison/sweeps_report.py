@@ -78,7 +78,7 @@ def draw(sweeps: Sequence[Sweep], names: Sequence[str] = ()) -> str:
     Args:
         sweeps: What `sweep` returned. ln τ is drawn in units of d/2, so that sets of images of different size share an
             axis.
-        names: Of several sweeps, to tell them apart.
+        names: Names of several sweeps, to tell them apart.
     """
     from matplotlib.ticker import PercentFormatter
 

@@ -47,15 +47,15 @@ def read_description(out: Path) -> dict[str, Any]:
     state = latest_state(out)
     if state is not None and not (out / CONFIG).is_file():
         return read_metadata(state)
-    advice = "restore it" if state is None else f"remove it, and what it said is read from {state}"
-    return read_checked(out / CONFIG, f"{advice}; or remove its line sha256 if you changed it on purpose")
+    advice = "restore it" if state is None else f"delete it, and its contents are restored from {state}"
+    return read_checked(out / CONFIG, f"{advice}; or remove its sha256 line if you changed it on purpose")
 
 
 def begin_run(out: Path, description: dict[str, Any], resume: bool) -> None:
     """Makes the folder of a run, or checks that what lies there is one of the same settings, and describes it there."""
     path, state = out / CONFIG, latest_state(out)
     if not resume and (path.exists() or state is not None):
-        raise InputError(f"{out}: holds a run already: continue it with resume=True, or choose another folder")
+        raise InputError(f"{out}: already holds a run: continue it with resume=True, or choose another folder")
     if state is not None:
         _check_same_run(out, description, read_metadata(state))
     elif path.exists():
@@ -72,7 +72,7 @@ def _check_same_run(out: Path, description: dict[str, Any], there: dict[str, Any
     try:
         different = differences(_comparable(description), _comparable(there))
     except (KeyError, TypeError, AttributeError, InputError):
-        raise InputError(f"{out}: what lies there is not the description of a run: choose another folder") from None
+        raise InputError(f"{out}: exists and is not a run: choose another folder") from None
     if different:
         listed = "; ".join(f"{name} ({theirs} there, {ours} here)" for name, ours, theirs in different)
         raise InputError(f"{out}: its run has other settings: {listed}: use those, or another folder")

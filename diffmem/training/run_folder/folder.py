@@ -37,7 +37,7 @@ class RunFolder:
         """Raises InputError where no run lies there."""
         path = Path(path)
         if not holds_run(path):
-            raise InputError(f"{path}: no run of diffmem train lies there (there is no file {CONFIG})")
+            raise InputError(f"{path}: not a run of diffmem train (there is no file {CONFIG})")
         if not is_run(path) and is_run(whose := path.absolute().parent.parent):
             raise InputError(f"{path}: is a snapshot: give its run, {whose}")
         description = read_description(path)
@@ -99,7 +99,7 @@ class RunFolder:
         if data is None:
             data = self.dataset
             if data is None:
-                raise InputError(f"{self.path}: does not know where its training set lies: say it with data=…")
+                raise InputError(f"{self.path}: does not record where its training set is: pass data=…")
         images, _ = read_data(data, progress)
         if images.fingerprint != self.data["fingerprint"]:
             raise InputError(

@@ -20,7 +20,7 @@ from diffmem.models import Denoiser, WrappedDenoiser, save
 from diffmem.training.run_folder.stats import read_stats
 
 FOLDER, RECORDS = "snapshots", "snapshots.json"
-_ADVICE = "remove it, and the list is made again from snapshots/ and stats.jsonl"
+_ADVICE = "delete it, and the list is rebuilt from snapshots/ and stats.jsonl"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def keep_all(records: Sequence[SnapshotRecord]) -> set[int]:
     """Every snapshot: what a trajectory needs.
 
     Args:
-        records: Of the run.
+        records: Records of the run.
     """
     return {record.images for record in records}
 
@@ -143,7 +143,7 @@ def read_records(out: Path) -> list[SnapshotRecord]:
     with parsing(path, "a list of snapshots", _ADVICE):
         records = [SnapshotRecord(**each) for each in cast(Any, values)]  # a TypeError is one of what `parsing` tells
         if not all(type(record.images) is int and record.images >= 0 for record in records):
-            raise ValueError("a snapshot after no number of images")
+            raise ValueError("a snapshot without a number of images")
         return records
 
 

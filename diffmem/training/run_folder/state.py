@@ -56,7 +56,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     counts = metadata["loss_counts"]
     whole_counts = len(counts) == 2 and all(type(count) is int and count >= 0 for count in counts)
     if metadata["images"] != _images(folder) or not whole_counts:
-        raise InputError(f"{path}: its counts of images do not fit: {_way_out(folder)}")
+        raise InputError(f"{path}: its counts of images do not match: {_way_out(folder)}")
     return metadata
 
 
@@ -76,7 +76,7 @@ def checked_tensor(
     found = tensors.get(name)
     if found is None or tuple(found.shape) != tuple(shape) or found.dtype != dtype:
         there = "missing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
-        raise InputError(f"the training state does not fit this network: {name} is {there}, not {dtype} of {shape}")
+        raise InputError(f"the training state does not match this network: {name} is {there}, not {dtype} of {shape}")
     return found
 
 
@@ -84,8 +84,8 @@ def _way_out(folder: Path) -> str:
     before = [path for path in _states(folder.parent.parent) if _images(path) < _images(folder)]
     if before:
         images = max(map(_images, before))
-        return f"remove the folder {folder}, and resuming continues from the state after {images:,} images"
-    return f"remove the folder {folder}, and resuming begins again from the first image"
+        return f"delete the folder {folder}, and resuming continues from the state after {images:,} images"
+    return f"delete the folder {folder}, and resuming starts again from the first image"
 
 
 def _images(folder: Path) -> int:

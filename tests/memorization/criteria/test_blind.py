@@ -109,7 +109,7 @@ def test_blind_c_t_global(digits):
 def test_blind_dcr_protection(digits):
     training, copies = digits[:500], noisy(digits[:200], 5)
     assert value("dcr_protection", copies, training, digits[900:1400])["dcr_protection"] == 0
-    both = np.concatenate([digits[:200], digits[900:1200]])  # the hold-out set holds them too
+    both = np.concatenate([digits[:200], digits[900:1200]])  # the holdout set holds them too
     assert value("dcr_protection", digits[:200], training, both)["dcr_protection"] == 1
 
 
