@@ -41,6 +41,7 @@ from diffmem.data.hdf5 import HDF5_SUFFIXES, read_hdf5
 from diffmem.data.image_set import ImageRecipe, ImageSet
 from diffmem.data.image_source import ImageSource
 from diffmem.data.labels import check_labels, or_note
+from diffmem.data.lmdb import LmdbImages, lmdb_file
 from diffmem.data.parquet import ParquetImages, parquet_files
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.tar_shards import TarShards, expand_braces
@@ -81,11 +82,11 @@ def load_images(
             single image file, tar archives of webdataset and img2dataset (one, a folder of them, or
             "train-{000..127}.tar"), parquet (a file, or a folder as the hub of Hugging Face holds), `.npz` (`images`
             NCHW and `labels`, ADM's `arr_0` NHWC, or MedMNIST's `train_images`), `.npy`, `.pt`, `.safetensors`, HDF5
-            (`.h5`), a TIFF stack (each page an image), `cifar-10-python.tar.gz`, a saved
-            Hugging Face dataset, "hf:PATH?split=…&column=…&label=…" (the same or parquet, on this disk), a dataset of
-            Hugging Face's library, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a
-            torch dataset or another one read by index, an iterable of images or batches (alone or with labels), which
-            is read once, an `ImageSet`, or a `DatasetSpec`.
+            (`.h5`), LMDB (values that are image files), a TIFF stack (each page an image), `cifar-10-python.tar.gz`,
+            a saved Hugging Face dataset, "hf:PATH?split=…&column=…&label=…" (the same or parquet, on this disk), a
+            dataset of Hugging Face's library, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch
+            tensor, a torch dataset or another one read by index, an iterable of images or batches (alone or with
+            labels), which is read once, an `ImageSet`, or a `DatasetSpec`.
         resize: N for N×N, or (height, width), in pixels: Lanczos resampling with antialiasing, not keeping the aspect
             ratio.
         center_crop: Cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
@@ -217,6 +218,8 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
     if path.is_dir():
         if is_saved_dataset(path):
             return HuggingFaceDataset(path, key)
+        if (database := lmdb_file(path)) is not None:
+            return LmdbImages(database, str(path))
         return _packed(path, key) or Folder(path)
     if not path.is_file():
         if (shards := expand_braces(str(path))) is not None:
@@ -229,6 +232,8 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
         return TarShards([path], str(path), key)
     if suffix == ".parquet":
         return ParquetImages([path], str(path), key)
+    if (database := lmdb_file(path)) is not None:
+        return LmdbImages(database, str(path))
     if suffix in (".tif", ".tiff") and (count := pages(path)) > 1:
         return TiffStack(path, count)
     return Folder(path) if suffix in image_suffixes() else None

@@ -160,13 +160,13 @@ def _members(number: int, path: Path) -> Iterator[tuple[str, Member]]:
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined] # it keeps them all
+                archive.members = []  # it keeps them all
                 if entry.isreg() and not entry.issparse():
                     if entry.size < 0 or entry.offset_data + entry.size > size:
                         raise ValueError(f"{printable(entry.name)} reaches beyond its end")
                     yield entry.name.removeprefix("./"), Member(number, entry.offset_data, entry.size)
             # tarfile takes a header that is damaged or cut short for the end.
-            file.seek(archive.offset)  # type: ignore[attr-defined]
+            file.seek(archive.offset)
             if file.read(512) != bytes(512):
                 raise ValueError("damaged or cut short behind its last readable member")
 
