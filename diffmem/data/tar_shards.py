@@ -160,7 +160,7 @@ def _members(number: int, path: Path) -> Iterator[tuple[str, Member]]:
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members = []  # it keeps them all
+                archive.members = []  # type: ignore[attr-defined] # it keeps them all
                 if entry.isreg() and not entry.issparse():
                     if entry.size < 0 or entry.offset_data + entry.size > size:
                         raise ValueError(f"{printable(entry.name)} reaches beyond its end")
