@@ -42,6 +42,7 @@ from diffmem.data.image_set import ImageRecipe, ImageSet
 from diffmem.data.image_source import ImageSource
 from diffmem.data.labels import check_labels, or_note
 from diffmem.data.lmdb import LmdbImages, lmdb_file
+from diffmem.data.medical import medical_files, read_medical
 from diffmem.data.parquet import ParquetImages, parquet_files
 from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.tar_shards import TarShards, expand_braces
@@ -82,11 +83,12 @@ def load_images(
             single image file, tar archives of webdataset and img2dataset (one, a folder of them, or
             "train-{000..127}.tar"), parquet (a file, or a folder as the hub of Hugging Face holds), `.npz` (`images`
             NCHW and `labels`, ADM's `arr_0` NHWC, or MedMNIST's `train_images`), `.npy`, `.pt`, `.safetensors`, HDF5
-            (`.h5`), LMDB (values that are image files), a TIFF stack (each page an image), `cifar-10-python.tar.gz`,
-            a saved Hugging Face dataset, "hf:PATH?split=…&column=…&label=…" (the same or parquet, on this disk), a
-            dataset of Hugging Face's library, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch
-            tensor, a torch dataset or another one read by index, an iterable of images or batches (alone or with
-            labels), which is read once, an `ImageSet`, or a `DatasetSpec`.
+            (`.h5`), LMDB (values that are image files), a TIFF stack (each page an image), DICOM and NIfTI (a file,
+            or a folder; each slice an image), `cifar-10-python.tar.gz`, a saved Hugging Face dataset,
+            "hf:PATH?split=…&column=…&label=…" (the same or parquet, on this disk), a dataset of Hugging Face's
+            library, "builtin:digits", "builtin:patches?n=…&seed=…", a numpy array, a torch tensor, a torch dataset or
+            another one read by index, an iterable of images or batches (alone or with labels), which is read once, an
+            `ImageSet`, or a `DatasetSpec`.
         resize: N for N×N, or (height, width), in pixels: Lanczos resampling with antialiasing, not keeping the aspect
             ratio.
         center_crop: Cut out the central square first, as the preprocessing of ADM and EDM does for images that are not
@@ -167,6 +169,9 @@ def load_images(
             settings |= {} if alpha is None else {"alpha": alpha}
             settings |= {"source": text.partition("?")[2]} if text.startswith(HF) else {}
             return _logged(load_cached(path, encoded, settings, decode, report))
+        slices = medical_files(path.parent, [path.name]) if path.is_file() else _slices_in(path)
+        if slices:
+            return finish(_image_set(read_medical(slices, path, limit, report), str(path)))
         return finish(_image_set(_array_file(path, key, layout, report), str(path)))
     if isinstance(source, np.ndarray) or is_tensor(source):
         where = "array" if isinstance(source, np.ndarray) else "tensor"
@@ -220,7 +225,7 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
             return HuggingFaceDataset(path, key)
         if (database := lmdb_file(path)) is not None:
             return LmdbImages(database, str(path))
-        return _packed(path, key) or Folder(path)
+        return _packed(path, key) or (None if _slices_in(path) else Folder(path))
     if not path.is_file():
         if (shards := expand_braces(str(path))) is not None:
             return TarShards(shards, str(path), key)
@@ -270,6 +275,11 @@ def _hugging_face(source: str, path: Path, key: str | None) -> EncodedImages:
     elif path.is_dir():
         files, _ = parquet_files(files, path, None)
     return ParquetImages(files, str(path), column, label)
+
+
+def _slices_in(folder: Path) -> list[Path]:
+    """The DICOM and NIfTI files in a folder without image files."""
+    return medical_files(folder, files_without_images(folder))
 
 
 def _packed(folder: Path, key: str | None) -> EncodedImages | None:
