@@ -151,8 +151,8 @@ def audit_command(
     """Which of the GENERATED images are copies of TRAINING images?
 
     GENERATED and TRAINING are folders, zips, tar shards of webdataset, parquet, .npz, .npy, .pt, .safetensors or
-    HDF5 files, LMDB, TIFF stacks, CIFAR-10's cifar-10-python.tar.gz, data sets saved by Hugging Face datasets (also as
-    hf:PATH?split=…&column=…), or builtin:digits and builtin:patches.
+    HDF5 files, LMDB, TIFF stacks, DICOM and NIfTI slices, CIFAR-10's cifar-10-python.tar.gz, data sets saved by
+    Hugging Face datasets (also as hf:PATH?split=…&column=…), or builtin:digits and builtin:patches.
     The EXIF orientation is applied in every format; a note says to how many images. Images with more than 8 bits per
     channel are refused, except 16-bit gray that fits 8 bits exactly.
 

@@ -78,7 +78,8 @@ def _dicom(path: Path) -> tuple[np.ndarray, bool]:
         _check_size(frames * samples * int(header.Rows) * int(header.Columns) * bits // 8, path)
         if header.get("PhotometricInterpretation") == "PALETTE COLOR":
             raise InputError(f"{path}: a DICOM file with a palette: convert it to RGB first")
-        pixels = pydicom.pixels.pixel_array(header)
+        decoder: Any = pydicom.pixels
+        pixels = decoder.pixel_array(header)
     pixels = pixels.reshape(frames, int(header.Rows), int(header.Columns), samples).transpose(0, 3, 1, 2)
     slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
     stored = int(header.get("BitsStored", bits))
