@@ -84,7 +84,7 @@ def onnx(path: str | Path, preprocessing: str | None, options: dict[str, Any]) -
     is taken. A network of bytes needs no preprocessing; of one that is named it gets the size."""
     path = _file(path, "an ONNX file")
     if options["precision"] != "ieee":
-        raise InputError(f"{path}: an ONNX file fixes its own precision: remove precision")
+        raise InputError(f"{path}: an ONNX file fixes its own precision: remove precision=…")
     try:
         import onnxruntime
     except ImportError:

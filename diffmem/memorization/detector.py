@@ -229,16 +229,14 @@ class CopyDetector(ReportsRate):
         unseen = None if holdout is None else read(holdout, "holdout")
         if isinstance(training, FeatureSet):
             if flip:
-                raise InputError("flip=True mirrors images, and precomputed features cannot be mirrored: remove flip")
+                raise InputError("flip=True mirrors images, and precomputed features cannot be mirrored: remove it")
             self.compared = replace(self.compared, metric=training.metric)
             self.rule = check_rule(self.compared, *asked)
         elif unseen is not None:
             training, unseen = in_one_precision(training, unseen)
             check_sets(unseen, training, "holdout", sizes=self.compared.one_size)
         if flip and self.compared.given:
-            raise InputError(
-                "flip=True mirrors images, and the features given with them cannot be mirrored: remove flip"
-            )
+            raise InputError("flip=True mirrors images, and the features given with them cannot be mirrored: remove it")
         self.second_look = (
             second_look and isinstance(training, ImageSet) and min(training.image_shape[1:]) >= LEAST_SIDE
         )
@@ -267,7 +265,7 @@ class CopyDetector(ReportsRate):
         self._vectors = self._vectors_of(training, "training")
         if self.compared.name == ALIGNED:
             if index not in (None, "exact"):
-                raise InputError("features='aligned' has its own search: remove index")
+                raise InputError("features='aligned' has its own search: remove index=…")
             self._matching: Matching = AlignedMatching(training, self.progress)
         else:
             rows = training if self._vectors is None else self._vectors
@@ -654,7 +652,7 @@ def audit(
     }  # fmt: skip
     if compared.vectors_only:
         if split_grid or value_range is not None:
-            raise InputError("precomputed features are not images: remove split_grid and value_range")
+            raise InputError("precomputed features are not images: remove split_grid=… and value_range=…")
         detector = CopyDetector(training, holdout=holdout, **detecting)
         detector.update(generated)
         return detector.compute()

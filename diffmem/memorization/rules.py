@@ -69,7 +69,7 @@ class Rule:
         if name == "similarity":
             return cls(name, features, metric, _similarity_threshold(threshold, features, metric), alarms)
         if threshold is not None:
-            raise InputError("rule='calibrated' finds its own threshold: remove threshold and pass alarms=…")
+            raise InputError("rule='calibrated' finds its own threshold: remove threshold=… and pass alarms=…")
         if not holdout:
             raise InputError(
                 "rule='calibrated' is calibrated on real images that the model has not seen: pass holdout=…"

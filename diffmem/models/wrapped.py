@@ -380,7 +380,7 @@ class WrappedDenoiser(nn.Module):
         assert failure is not None
         message = one_line(failure)
         needs_more = not self.label_dim and isinstance(failure, TypeError) and "missing" in message
-        classes = "; if the model needs labels, give the number of classes with label_dim=…" if needs_more else ""
+        classes = "; a model that needs labels must state its number of classes: label_dim=…" if needs_more else ""
         raise InputError(
             f"{self.plain_name}: cannot be called as model(x, sigma{', class_labels' if self.label_dim else ''}) on "
             f"images {size} ({type(failure).__name__}: {message}){classes}; see diffmem.models.as_denoiser"

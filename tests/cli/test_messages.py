@@ -137,7 +137,7 @@ def test_what_messages_advise_helps(tmp_path):
         ["audit", folder, plain], ["dataset", folder, tmp_path / "made.zip"], ["train", "--data", folder, "--dry-run"],
         ["optimum", "sample", folder, "--seeds", "0-1", "--steps", 2, "--device", "cpu"],
     ):  # fmt: skip
-        assert "pass --skip-bad to go on without such files" in fails(*command), command
+        assert "pass --skip-bad to skip such files" in fails(*command), command
         if command[0] in ("audit", "dataset"):
             assert run(*command, "--skip-bad").exit_code == 0
     (folder / "99.png").unlink()

@@ -130,7 +130,7 @@ def test_vectors_alone():
     assert result.sources[0].name == "#11"
     assert result.summary()["training_size"] == 50
     assert "30 images" in result.verdict()
-    with pytest.raises(InputError, match="split_grid and value_range"):
+    with pytest.raises(InputError, match="split_grid=… and value_range=…"):
         diffmem.audit(generated, training, features="precomputed", value_range=(0, 1))
     with pytest.raises(InputError, match="cannot be mirrored"):
         diffmem.audit(generated, training, features="precomputed", flip=True)

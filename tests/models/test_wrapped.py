@@ -187,7 +187,7 @@ def broken(x):
         (Sized(lambda x: x, round_sigma=3), "round_sigma is 3, but must be a function"),
         (Sized(lambda x: x, round_sigma=lambda sigma: 1 / 0), r"fails in round_sigma\(80\) \(ZeroDivisionError"),
         (Gaussian().to("meta"), "Gaussian: has no weights yet"),
-        (Unlabeled(), "needs labels, give the number of classes with label_dim=…"),
+        (Unlabeled(), "needs labels must state its number of classes: label_dim=…"),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_line(model, words):
