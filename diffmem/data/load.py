@@ -255,8 +255,8 @@ def _hugging_face(source: str, path: Path, key: str | None) -> EncodedImages:
         raise InputError(f"{source}: no option {min(unknown)}: there are split, column and label")
     if not path.exists():
         raise InputError(
-            f"{source}: there is no folder {path}, and nothing is downloaded: download the dataset first (`hf download`),"
-            " and give its folder"
+            f"{source}: there is no folder {path}, and nothing is downloaded: download it (`hf download`), and give "
+            "its folder"
         )
     split, column, label = options.get("split", key), options.get("column"), options.get("label")
     if is_saved_dataset(path):

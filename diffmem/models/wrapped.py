@@ -187,7 +187,7 @@ class WrappedDenoiser(nn.Module):
             value = getattr(self, name)
             if value is None:
                 raise InputError(
-                    f"{self.plain_name}: has no attribute {name}: set one `{name}`, or call "
+                    f"{self.plain_name}: does not say its {name}: give it an attribute `{name}`, or call "
                     "diffmem.models.as_denoiser(model, channels=…, resolution=…)"
                 )
             self._check_whole(name, value, 1)

@@ -142,15 +142,15 @@ def test_what_messages_advise_helps(tmp_path):
             assert run(*command, "--skip-bad").exit_code == 0
     (folder / "99.png").unlink()
     Image.fromarray(np.dstack([images[0], np.full((8, 8), 128, np.uint8)])).save(folder / "98.png")
-    assert "--alpha white or --alpha black, or --alpha drop" in fails("audit", folder, plain)
+    assert "--alpha white or --alpha black, or pass --alpha drop" in fails("audit", folder, plain)
     assert run("audit", folder, plain, "--alpha", "drop").exit_code == 0
     Image.fromarray(images[0, ..., 0]).save(folder / "97.png")
     assert "pass --color rgb or --color gray" in fails("audit", folder, plain, "--alpha", "white")
     for color in ("rgb", "gray", "grey"):
         assert run("audit", folder, plain, "--alpha", "white", "--color", color).exit_code == 0
     Image.fromarray(images[0, :4]).save(folder / "96.png")
-    assert "pass --resize N to bring" in fails("audit", folder, plain, "--alpha", "drop", "--color", "rgb")
-    assert "pass --resize N to bring" in fails("dataset", folder, tmp_path / "x", "--alpha", "drop", "--color", "rgb")
+    assert "pass --resize N to resize" in fails("audit", folder, plain, "--alpha", "drop", "--color", "rgb")
+    assert "pass --resize N to resize" in fails("dataset", folder, tmp_path / "x", "--alpha", "drop", "--color", "rgb")
 
 
 def test_alpha_of_arrays_and_files_alike(tmp_path):
