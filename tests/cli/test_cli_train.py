@@ -144,7 +144,7 @@ def test_dry_run_takes_every_factor(run, tmp_path):
         (["--out", "run", "--epochs", "1", "--preset", "big"], 1, "no preset 'big'"),
         (["--out", "run", "--epochs", "1", "--skips", "64"], 1, "skip connection 64: there are 8.0, 8.1, 4.0, 4.1"),
         (["--out", "run", "--epochs", "1", "--channel-mult", "a,b"], 2, "list of whole numbers"),
-        (["--out", "run", "--epochs", "1", "--ema-rule", "target"], 1, "pass --ema-target N, such as 0.99"),
+        (["--out", "run", "--epochs", "1", "--ema-rule", "target"], 1, "needs --ema-target N, such as 0.99"),
         (
             ["--out", "run", "--epochs", "1", "--ema-target", "0.5", "--ema-rule", "constant"],
             1,

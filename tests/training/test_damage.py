@@ -75,7 +75,7 @@ def test_a_bit_that_turned_over_changes_no_answer(run, right, tmp_path):
                 answer = ASKED[name](out)
             except InputError as refusal:
                 said = str(refusal)
-                assert re.search(r"^[^\n]*(remove|restore)[^\n]*$", said), (file, name, said)
+                assert re.search(r"^[^\n]*(delete|remove|restore)[^\n]*$", said), (file, name, said)
             else:
                 assert answer == right[name], (file, name)
 
@@ -102,7 +102,7 @@ def test_a_damaged_snapshot_is_removed_and_the_others_are_used(run, tmp_path):
     newest = RunFolder.open(out).newest()
     (newest / "config.json").write_bytes(b"\xff" + (newest / "config.json").read_bytes())
     for ask in (ASKED["load"], ASKED["trajectory"]):
-        with pytest.raises(InputError, match=f"remove {newest}, and the run's other snapshots are used"):
+        with pytest.raises(InputError, match=f"delete {newest}, and the run's other snapshots are used"):
             ask(out)
     shutil.rmtree(newest)
     assert [images for images, *_ in points(out)] == [16]
