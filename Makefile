@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # On machines without a GPU, a CPU build of PyTorch saves gigabytes: give its requirement or wheel here.
 TORCH ?= torch
 # Not gpu: its FAISS is another package with the same module as the extra faiss brings, and 135 MB.
+# What pins the versions of everything that is installed; PINS= takes the newest.
+PINS ?= -c constraints.txt
 EXTRAS ?= demo,faiss,triton,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -14,8 +16,8 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install -q $(PINS) $(TORCH)
+	$(BIN)/python -m pip install -q $(PINS) -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup
@@ -40,7 +42,7 @@ docs: $(VENV)/.docs
 
 DOCS := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("diffmem") if "extra == \"docs\"" in r))
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt $$($(BIN)/python -c '$(DOCS)')
+	$(BIN)/python -m pip install -q $(PINS) $$($(BIN)/python -c '$(DOCS)')
 	touch $@
 
 lint: setup

@@ -8,6 +8,8 @@ DIFFMEM_NATIVE = auto | on | off
 DIFFMEM_CUDA = auto | on | off
     auto (default): compile the CUDA sources where nvcc is found. on: fail without nvcc. off: CPU only.
 
+A wheel that must hold the CUDA kernels (DIFFMEM_CUDA=on) bears CUDA's version in its own: diffmem-0.1.0+cu130.
+
 Further options for CMake are taken from CMAKE_ARGS, as conda-forge and others set it. A wheel without the core runs on
 every platform and is tagged so: py3-none-any.
 
@@ -16,6 +18,7 @@ What was built, and why not what was not, is written to `diffmem/_build_info.jso
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,6 +54,15 @@ def tool(name: str) -> str:
     if not found:
         raise BuildFailed(f"{name} was not found")
     return found
+
+
+def cuda_label() -> str:
+    """What the version of a wheel with CUDA kernels ends in, "+cu130" for CUDA 13.0; "" for others, and for sources."""
+    if NATIVE == "off" or CUDA != "on" or "sdist" in sys.argv or not (nvcc := shutil.which("nvcc")):
+        return ""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    return f"+cu{release[1]}{release[2]}" if release else ""
 
 
 def run(command: list[str]) -> None:
@@ -154,5 +166,6 @@ def write_build_info(folder: Path, info: dict) -> None:
 
 setup(
     ext_modules=[] if NATIVE == "off" else [Extension("diffmem._C", sources=[], optional=False)],
+    options={"egg_info": {"tag_build": cuda_label()}},
     cmdclass={"bdist_wheel": BuildWheel, "build_ext": BuildNative, "build_py": BuildPython},
 )

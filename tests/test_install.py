@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from diffmem import __version__
+
 ROOT = Path(__file__).parents[1]
 # -S: without site's .pth files, or the editable installation of this checkout would lend its compiled core.
 PYTHON = [sys.executable, "-S"]
@@ -91,6 +93,7 @@ def test_sdist_gives_a_wheel_with_the_core(sdist, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "wheel")
+    assert wheel.stat().st_size < 5e6  # without optimization; a wheel for users is smaller
     modules = {name for name in names if name.startswith("diffmem/_C.")}
     ours = {
         str(path.relative_to(ROOT)) for path in (ROOT / "diffmem").rglob("*")
@@ -114,6 +117,25 @@ def test_sdist_gives_a_wheel_with_the_core(sdist, tmp_path):
     found = json.loads(result.stdout)
     assert found["core"].startswith(str(tmp_path / "wheel"))
     assert found["info"]["present"] is True
+
+
+def test_version_of_a_wheel_says_its_cuda(checkout, tmp_path):
+    """Only where DIFFMEM_CUDA=on sees to it that the kernels are there; the version in the sources has no label."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    nvcc.chmod(0o755)
+    code = "import sys; from setuptools.build_meta import prepare_metadata_for_build_wheel as p; p(sys.argv[1])"
+    made = {}
+    for choice in ("on", "auto"):
+        (folder := tmp_path / choice).mkdir()
+        environment = {**os.environ, "PATH": f"{nvcc.parent}:{os.environ['PATH']}", "DIFFMEM_CUDA": choice}
+        subprocess.run(
+            [sys.executable, "-c", code, folder], cwd=checkout, check=True, capture_output=True, env=environment
+        )
+        made[choice] = next(folder.glob("*.dist-info")).name
+    plain = f"diffmem-{__version__}"
+    assert made == {"on": f"{plain}+cu128.dist-info", "auto": f"{plain}.dist-info"}
 
 
 def test_wheel_that_could_not_have_the_core_is_for_every_platform_and_says_why(checkout, tmp_path):
