@@ -16,8 +16,8 @@ from diffmem.cli import cli
     ({"faiss-gpu": "1.15.1"}, 2, "FAISS: faiss-gpu 1.15.1, on 2 GPU(s)"),
     ({"faiss-gpu-cuvs": "1.15.1"}, None, "FAISS: faiss-gpu-cuvs 1.15.1, on the CPU; it cannot be imported"),
     ({"faiss-cpu": "1.9", "faiss-gpu": "1.15.1"}, 0,
-     "FAISS: faiss-cpu 1.9, faiss-gpu 1.15.1, on the CPU; faiss-cpu and faiss-gpu provide the same module, and an "
-     "environment holds one of them: pip uninstall faiss-cpu faiss-gpu, then install the one you want"),
+     "FAISS: faiss-cpu 1.9, faiss-gpu 1.15.1, on the CPU; faiss-cpu and faiss-gpu provide the same module: "
+     "pip uninstall faiss-cpu faiss-gpu, then install the one you want"),
 ])  # fmt: skip
 def test_info_says_which_faiss(monkeypatch, installed, gpus, line):
     version = environment._version
