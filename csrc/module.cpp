@@ -356,7 +356,8 @@ void bind_tile_max(py::module_& m) {
   namespace nearest = diffmem::nearest;
   using Address = std::uintptr_t;
   static const auto check = [](const nearest::Rows& rows, const nearest::Rows& queries, std::int64_t tiles) {
-    require(rows.d == queries.d && rows.type == queries.type, "tile_max: rows and queries must have one d and one type");
+    require(rows.d == queries.d && rows.type == queries.type,
+            "tile_max: rows and queries must have one d and one type");
     require(tiles >= 1 && rows.d % tiles == 0, "tile_max: d must be a multiple of tiles");
   };
   m.def(
@@ -366,10 +367,9 @@ void bind_tile_max(py::module_& m) {
         check(rows, queries, tiles);
         if (queries.count == 0 || rows.count == 0) return;
         require_addresses(order, distances, indices);
-        diffmem::tile_max::search(
-            {rows, queries, tiles, at<const std::int32_t>(order), first_row, at<const bool>(near),
-             at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)},
-            threads);
+        diffmem::tile_max::search({rows, queries, tiles, at<const std::int32_t>(order), first_row, at<const bool>(near),
+                                   at<std::int64_t>(distances), at<double>(distances), at<std::int64_t>(indices)},
+                                  threads);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("rows"), py::arg("queries"), py::arg("tiles"), py::arg("order"),
       py::arg("first_row"), py::arg("near"), py::arg("distances"), py::arg("indices"), py::arg("threads"),
