@@ -110,10 +110,10 @@ def test_tiff(order, planar):
     np.testing.assert_array_equal(decoded(tiff(GRAY, order=order, photometric=0)), 255 - GRAY)
     for refused, says in (
         (tiff(RGB.astype(np.uint16) * 257, order=order, planar=planar), "16 bits per channel"),
-        (tiff(deep, order=order, photometric=0), "16 bits per channel|no image"),  # zero is white
+        (tiff(deep, order=order, photometric=0), "16 bits per channel|not an image"),  # zero is white
         (tiff(deep.astype(np.int16), order=order, sample_format=2), "signed"),
         (tiff(GRAY.astype(np.int8), order=order, sample_format=2), "signed"),
-        (tiff(GRAY.astype(np.uint32), order=order), "32 bits per channel|no image"),
+        (tiff(GRAY.astype(np.uint32), order=order), "32 bits per channel|not an image"),
         (tiff(GRAY / np.float32(255), order=order, sample_format=3), "floating-point"),
         (tiff(RGB, order=order, photometric=6), "subsampled"),
     ):
@@ -172,7 +172,7 @@ def test_textures_icons_and_other_formats():
     icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 4, 5, 0, 0, 1, 48, len(deep), 22) + deep
     with pytest.raises(BadImage, match="16 bits"):
         decoded(icon)
-    with pytest.raises(BadImage, match="format IM, whose depth is not known"):
+    with pytest.raises(BadImage, match="format IM, whose bit depth cannot be determined"):
         decoded(encoded(RGB, "IM"))
 
 

@@ -143,7 +143,7 @@ def test_wrong_sets_and_places(tmp_path):
     with pytest.raises(InputError, match=r"\.zip, as \.npz"):
         write_images(ImageSet(IMAGES), tmp_path / "x.jpg")
     for seeds in ([1, 2], [1, 1, 2], [-1, 0, 1], [0.5, 1, 2]):
-        with pytest.raises(InputError, match="seeds"):
+        with pytest.raises(InputError, match="seed"):
             write_folder(ImageSet(IMAGES), tmp_path / "x", seeds)
     assert not any(tmp_path.iterdir())
     (tmp_path / "full").mkdir()

@@ -83,8 +83,12 @@ executed = []
 
 
 def main():
+    import PIL.Image
+
     import diffmem.data
     import diffmem.models  # noqa: F401 (imports are not counted)
+
+    PIL.Image.init()  # so are those of its formats
 
     for path in sys.argv[1:2]:
         outcome(Path(path))  # what is imported late is imported now

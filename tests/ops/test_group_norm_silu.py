@@ -112,7 +112,7 @@ def test_bad_arguments():
         group_norm_silu(x, 5, weight, bias, eps)
     with pytest.raises(InputError, match="weight"):
         group_norm_silu(x, groups, weight[:-1], bias, eps)
-    with pytest.raises(InputError, match="both or neither"):
+    with pytest.raises(InputError, match="both scale and shift, or neither"):
         group_norm_silu(x, groups, weight, bias, eps, scale)
     with pytest.raises(InputError, match="shift"):
         group_norm_silu(x, groups, weight, bias, eps, scale, shift[:2])

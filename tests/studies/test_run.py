@@ -191,7 +191,7 @@ def test_a_folder_of_an_earlier_version_is_continued_once_it_is_renamed(tmp_path
     study = Study("tiny", "", "none", (Variant("one", TINY),), (20,))
     for start in (lambda: run_trials([Trial(TINY, 20)], tmp_path), lambda: run_studies([study], tmp_path)):
         with pytest.raises(
-            InputError, match=f"{tmp_path.name}: its runs lie in units/.*: rename that folder to trials"
+            InputError, match=f"{tmp_path.name}: its runs are in units/.*: rename that folder to trials"
         ):
             start()
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["units"]
