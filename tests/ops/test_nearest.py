@@ -12,6 +12,7 @@ from processes import finished, start_script
 
 from diffmem.errors import InputError
 from diffmem.ops.nearest import OP, blocked, nearest, pairs_within
+from diffmem.ops.registry import native_module
 
 BACKENDS = [backend.name for backend in OP.candidates("cpu")]
 
@@ -115,6 +116,7 @@ def test_bad_arguments_are_one_clear_line():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.skipif(native_module() is None, reason="PyTorch's own threads do not survive a fork")
 def test_a_forked_process_searches_too():
     """As data loaders' workers are made: threads that the parent shared its loops with are not there."""
     code = (

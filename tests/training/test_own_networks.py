@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_one_line(digits, tmp_path):
     ours = dataclasses.replace(config, denoiser=DenoiserConfig.from_json(CONFIG))
     half = as_denoiser(Net().double(), preconditioning=EDM())
     for model, settings, words in (
-        (None, config, "is of Net, a network of your own: give it as model"),
+        (None, config, "is of Net, a network of your own: pass it as model"),
         (Net(), ours, r"model is a Net, but the configuration's denoiser is one of diffmem's"),
         (Direct, config, r"model is Direct with .* but must be Net with"),
         (wrapped(Direct), config, r"model is Direct.*, but the configuration's denoiser is another"),
