@@ -46,7 +46,7 @@ def check_shape(op: str, name: str, value: torch.Tensor, shape: Sequence[int | N
 
 def check_whole(op: str, name: str, value: Any, low: int) -> None:
     """`value` is a whole number of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):  # 2.6 traces no union
         raise TypeError(f"{op}: {name} must be a whole number, not {type(value).__name__}")
     if value < low:
         raise InputError(f"{op}: {name} must be at least {low}, got {value}")
@@ -54,7 +54,7 @@ def check_whole(op: str, name: str, value: Any, low: int) -> None:
 
 def check_number(op: str, name: str, value: Any, low: float = 0.0) -> None:
     """`value` is a finite number of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, not {type(value).__name__}")
     if not (math.isfinite(value) and value >= low):
         raise InputError(f"{op}: {name} must be finite and at least {low:g}, got {value}")

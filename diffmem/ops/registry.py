@@ -58,6 +58,9 @@ class Backend:
         return reason if reason is not None or not arguments else self.unfit(*arguments)
 
 
+_UNAVAILABLE: dict[tuple[str, str], Callable[[str], str | None]] = {}  # by the names of op and backend
+
+
 class Op:
     """An op's backends, best first.
 
@@ -80,6 +83,7 @@ class Op:
     ):
         self.name, self.backends, self.autotuned = name, backends, autotuned
         self.cases, self.devices = cases or {"": ()}, devices
+        _UNAVAILABLE.update({(name, backend.name): backend.unavailable for backend in backends})
 
     def __getitem__(self, name: str) -> Backend:
         for backend in self.backends:
@@ -153,15 +157,16 @@ class Op:
 
     def _supports(self, backend: Backend, device_type: str, *arguments: Any) -> str | None:
         """`backend.supports`, of which torch.compile traces what looks at arguments only."""
-        reason = _unavailable(backend, device_type)
+        reason = _unavailable(self.name, backend.name, device_type)
         return reason if reason is not None or not arguments else backend.unfit(*arguments)
 
 
-def _unavailable(backend: Backend, device_type: str) -> str | None:
-    return backend.unavailable(device_type)
+def _unavailable(op: str, backend: str, device_type: str) -> str | None:
+    return _UNAVAILABLE[op, backend](device_type)
 
 
-# What torch.compiler.assume_constant_result does; calling that would import Dynamo, and with it Triton, here.
+# What torch.compiler.assume_constant_result does; calling that would import Dynamo, and with it Triton, here. Its
+# arguments are names, since PyTorch 2.6 takes nothing else for a constant.
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
