@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -39,7 +39,9 @@ from diffmem.text import printable
 
 if TYPE_CHECKING:
     from diffmem.evaluation import Generated
-    from diffmem.memorization import Audit, Gate
+    from diffmem.memorization import Audit, Gate, Measures
+
+    Result = TypeVar("Result", Audit, Measures)
 
 
 class Threshold(click.ParamType):
@@ -265,16 +267,25 @@ def compared_of(
 def tell_audit(result: Audit, out: Path | None, as_json: str | None, gate: Gate | None) -> None:
     """Prints the verdict, or JSON, then saves the report if one is wanted: last, so that a full disk cannot hide the
     verdict."""
+    text = None
     if as_json:
         decided = {} if gate is None else {"gate": gate.to_dict()}
-        click.echo(json.dumps({**as_json_asks(result, as_json), **decided}))
+        text = json.dumps({**as_json_asks(result, as_json), **decided})
+    tell_result(result, out, text, print_verdict)
+
+
+def tell_result(result: Result, out: Path | None, json_text: str | None, show: Callable[[Result], None]) -> None:
+    """Prints `json_text`, with the warnings on standard error, or else shows the result; then saves its report if one
+    is wanted."""
+    if json_text is not None:
+        click.echo(json_text)
         for warning in result.warnings:
             click.echo(f"warning: {printable(in_own_options(warning))}", err=True)
     else:
-        print_verdict(result)
+        show(result)
     if out is not None:
         page = result.save(out)
-        if not as_json:
+        if json_text is None:
             click.echo(f"report: {page}")
 
 

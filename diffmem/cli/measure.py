@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffmem.cli.audit import tell_result
 from diffmem.cli.options import (
     CommandWithJson,
     Source,
@@ -140,16 +141,7 @@ def measure_command(
             device=device,
             progress=progress,
         )
-    if as_json:
-        click.echo(found.to_json())
-        for warning in found.warnings:
-            click.echo(f"warning: {printable(in_own_options(warning))}", err=True)
-    else:
-        print_measures(found)
-    if out is not None:
-        page = found.save(out)
-        if not as_json:
-            click.echo(f"report: {page}")
+    tell_result(found, out, found.to_json() if as_json else None, print_measures)
 
 
 def print_measures(found: Measures) -> None:
