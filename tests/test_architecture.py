@@ -16,6 +16,7 @@ EVERYBODY = {
     "atomic_io",
     "devices",
     "errors",
+    "executors",
     "html_report",
     "logs",
     "inert",

@@ -10,8 +10,8 @@ import click
 from diffmem.cli.sampling_options import device_option
 
 if TYPE_CHECKING:
+    from diffmem.executors import Executor
     from diffmem.studies import Outcome
-    from diffmem.studies.executors import Executor
 
 _OPTIONS = [
     click.option(
@@ -66,7 +66,7 @@ def executor_options(command: Callable) -> Callable:
 
 def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, device: str) -> Executor:
     """The executor that the options ask for."""
-    from diffmem.studies.executors import InProcess, Processes, Ray
+    from diffmem.executors import InProcess, Processes, Ray
 
     if ray is not None:
         local = {"address": None, "include_dashboard": False}

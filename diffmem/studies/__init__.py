@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from diffmem.executors import InProcess, Processes, Ray
 from diffmem.studies.emm import EMM, find_emm
-from diffmem.studies.executors import InProcess, Processes, Ray
 from diffmem.studies.folder import report_studies, run_studies
 from diffmem.studies.measure import Result, run_trial
 from diffmem.studies.run import Outcome, run_trials

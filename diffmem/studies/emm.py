@@ -12,10 +12,10 @@ from typing import Any
 
 from diffmem.atomic_io import output_lock
 from diffmem.errors import InputError
+from diffmem.executors import Executor, InProcess
 from diffmem.inert.boundary import parsing
 from diffmem.progress import Progress, silent
 from diffmem.studies.curve import Observation, Posterior
-from diffmem.studies.executors import Executor, InProcess
 from diffmem.studies.measure import Result
 from diffmem.studies.run import Outcome, run_trials
 from diffmem.studies.search import Candidate, Search, carry_out
@@ -183,7 +183,7 @@ def find_emm(
         precision: Half of the 95 % interval as a share of EMM at which to stop.
         repetitions: Runs per size at most.
         runs: Runs in all at most.
-        executor: See `diffmem.studies.executors`; with several slots, up to six runs are made at once.
+        executor: See `diffmem.executors`; with several slots, up to six runs are made at once.
         on_trial: Called with every run that ends.
         watch: Called with what is known so far, at the start and after every round of runs.
         progress: Called as `progress(stage, done, total)`.

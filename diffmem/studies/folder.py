@@ -12,10 +12,10 @@ from pathlib import Path
 
 from diffmem.atomic_io import atomic_write, output_lock
 from diffmem.errors import InputError
+from diffmem.executors import Executor
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.progress import Progress, silent
-from diffmem.studies.executors import Executor
 from diffmem.studies.findings import Findings, find_among
 from diffmem.studies.ledger import FAILED, FILE, Ledger
 from diffmem.studies.measure import Result, read_result
@@ -41,7 +41,7 @@ def run_studies(
     Args:
         studies: What to run.
         root: Folder of the runs and the ledger.
-        executor: See `diffmem.studies.executors`; default: in this process.
+        executor: See `diffmem.executors`; default: in this process.
         retry: Try again what failed for good.
         on_trial: Called with every run that ends here.
         progress: Called as `progress(stage, done, total)`.

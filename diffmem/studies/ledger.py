@@ -6,7 +6,7 @@ a lease is a number that its holder counts up, and it has run out for whoever sa
 by a clock of its own that is never set back. It ends at once where the holder was a process that this one can see to be
 gone: of the same boot of the machine and the same container, by its number and start time. The file is in WAL mode: it
 must not lie on a network file system that several machines write to. Runs on many machines go through one process that
-keeps the ledger (see `diffmem.studies.executors`).
+keeps the ledger (see `diffmem.executors`).
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffmem.errors import InputError, OutputInUseError
+from diffmem.executors import Executor, InProcess
 from diffmem.logs import logger
 from diffmem.progress import Progress, silent
-from diffmem.studies.executors import Executor, InProcess
 from diffmem.studies.ledger import ATTEMPTS, DONE, LEASE_SECONDS, RUNNING, Ledger
-from diffmem.studies.measure import InterruptedTrialError, Result, read_result
+from diffmem.studies.measure import InterruptedTrialError, Result, read_result, run_trial
 from diffmem.studies.trial import Trial
 
 _log = logger(__name__)
@@ -75,14 +75,14 @@ def run_trials(
     Args:
         trials: The runs.
         root: Folder of ledger and runs.
-        executor: See `diffmem.studies.executors`; default: in this process.
+        executor: See `diffmem.executors`; default: in this process.
         wait_for_others: Wait for runs that other processes hold, or leave them out.
         on_trial: Called with every run that ends here.
         progress: Called as `progress(stage, done, total)`.
     """
     executor = InProcess() if executor is None else executor
     trials_folder(root)  # before anything is written
-    root, ledger = Path(root), Ledger(root)
+    root, ledger = Path(root).absolute(), Ledger(root)
     by_key = {trial.key: trial for trial in trials}
     keys = list(by_key)
     ledger.add(list(by_key.values()))
@@ -135,7 +135,10 @@ def run_trials(
                 entries = ledger.entries()
                 progress("runs", sum(entries[key].state == DONE for key in keys), len(keys))
                 while len(running) < executor.slots and (key := next_trial()) is not None:
-                    running[executor.submit(by_key[key], trial_folder(root, by_key[key]))] = (key, time.monotonic())
+                    running[executor.submit(run_trial, by_key[key], trial_folder(root, by_key[key]))] = (
+                        key,
+                        time.monotonic(),
+                    )
                 if running:
                     for future in wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED).done:
                         settle(future)

@@ -1,7 +1,7 @@
-"""Where trials run: in this process, in a pool of processes, or on the machines of a Ray cluster.
+"""Where long work runs: in this process, in processes of this machine, or on the machines of a Ray cluster.
 
-An executor has a number of slots and a method `submit`, which returns a future of the trial's result. It knows nothing
-of the ledger, which `run_trials` keeps.
+An executor has a number of slots and a method `submit`, which returns a future. It knows nothing of what the work is:
+trials of a study, shards of an index. The function and its arguments must be of modules, so that they can be pickled.
 """
 
 from __future__ import annotations
@@ -12,39 +12,38 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.logs import logger
-from diffmem.studies.measure import Result, run_trial
-from diffmem.studies.trial import Trial
 
 _log = logger(__name__)
+T = TypeVar("T")
 _WATCH_SECONDS = 5.0  # between looks of a process at whether its parent is still there
 
 
 class Executor(Protocol):
-    """slots: trials that run at the same time."""
+    """slots: calls that run at the same time."""
 
     slots: int
 
-    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
-        """Starts a trial."""
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Starts `function(*arguments, device)`, where device is the one that its place has."""
         ...
 
     def close(self) -> None:
-        """Lets trials that still run save what they have, and ends them."""
+        """Lets calls that still run save what they have, and ends them."""
         ...
 
 
 class InProcess:
-    """One run after another, in this process.
+    """One call after another, in this process.
 
     Args:
-        device: As for `run_trial`.
+        device: Handed to each call: "cpu", "cuda" or "auto".
     """
 
     slots = 1
@@ -52,10 +51,10 @@ class InProcess:
     def __init__(self, device: str = "auto") -> None:
         self.device = device
 
-    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
-        future: Future[Result] = Future()
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        future: Future[T] = Future()
         try:
-            future.set_result(run_trial(trial, folder, self.device))
+            future.set_result(function(*arguments, self.device))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -65,14 +64,14 @@ class InProcess:
 
 
 class Processes:
-    """Several processes of this machine, started fresh (spawn). A process that dies takes its own run with it only, and
-    is replaced.
+    """Several processes of this machine, started fresh (spawn). A process that dies takes with it its own call alone,
+    and is replaced.
 
     Args:
         workers: How many.
-        threads: Threads of each, outside its runs, which set their own (`Setting.threads`), for results depend on their
-            number; None: the machine's cores, divided among the processes.
-        device: As for `run_trial`; "cuda" deals the GPUs out in turns.
+        threads: Threads of each, outside calls that set their own, for results may depend on their number; None: the
+            machine's cores, divided among the processes.
+        device: Handed to each call; "cuda" deals the GPUs out in turns.
     """
 
     def __init__(self, workers: int, *, threads: int | None = None, device: str = "auto") -> None:
@@ -83,10 +82,10 @@ class Processes:
         self.device = device
         # One pool per process: when a process dies, its whole pool is lost.
         self._pools: list[ProcessPoolExecutor | None] = [None] * workers
-        self._busy: list[Future[Result] | None] = [None] * workers
+        self._busy: list[Future[Any] | None] = [None] * workers
         self._processes = [0] * workers
 
-    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         place = next(i for i, future in enumerate(self._busy) if future is None or future.done())
         for _ in range(2):
             if self._pools[place] is None:
@@ -95,12 +94,10 @@ class Processes:
                 )
             try:
                 self._processes[place] = cast(ProcessPoolExecutor, self._pools[place]).submit(os.getpid).result()
-                future = cast(ProcessPoolExecutor, self._pools[place]).submit(
-                    run_trial, trial, folder, self._device(place)
-                )
+                future = cast(ProcessPoolExecutor, self._pools[place]).submit(function, *arguments, self._device(place))
             except BrokenProcessPool:
                 _log.warning("a worker process died; another one replaces it")
-                self._pools[place] = None  # its process died with the trial before
+                self._pools[place] = None  # its process died with the call before
                 continue
             self._busy[place] = future
             return future
@@ -146,21 +143,21 @@ def _prepare(threads: int) -> None:
 
 
 class Ray:
-    """A Ray cluster (extra `ray`): many machines and GPUs, which must all see the folder of the study. Only this
-    process writes to the ledger.
+    """A Ray cluster (extra `ray`): many machines and GPUs, which must all see the folders that the
+    calls write to.
 
     Args:
         address: Address of a running cluster, "auto" to find one, None to start one on this machine.
-        gpus: That a run takes; a fraction of a GPU lets several runs share one.
-        cpus: That a run takes.
-        retries: Retries of a run whose machine or process is lost.
-        slots: Runs at the same time; None: as many as the cluster has room for.
-        device: As for `run_trial`.
+        gpus: That a call takes; a fraction of a GPU lets several calls share one.
+        cpus: That a call takes.
+        retries: Retries of a call whose machine or process is lost.
+        slots: Calls at the same time; None: as many as the cluster has room for.
+        device: Handed to each call.
         **init: Passed on to `ray.init`.
 
     Raises:
         MissingExtraError: The package is not installed.
-        InputError: No cluster answers, or it has no room for a single run.
+        InputError: No cluster answers, or it has no room for a single call.
     """
 
     def __init__(
@@ -177,7 +174,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise MissingExtraError("ray", "ray", "running studies on a Ray cluster") from None
+            raise MissingExtraError("ray", "ray", "running on a Ray cluster") from None
         self._ray, self._started = ray, not ray.is_initialized()
         self._references: list[Any] = []
         if self._started:
@@ -185,21 +182,21 @@ class Ray:
                 ray.init(address=address, log_to_driver=False, **init)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise InputError(f"Ray cluster {address or 'on this machine'}: {error}") from None
-        there = ray.cluster_resources()
+        there: dict[str, float] = cast(Any, ray).cluster_resources()
         room = [int(there.get(kind, 0) / needed) for kind, needed in (("CPU", cpus), ("GPU", gpus)) if needed]
         self.slots = min(room, default=1) if slots is None else slots
         if self.slots < 1:
             self.close()
             raise InputError(
-                f"the Ray cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: not enough for a "
-                f"trial that needs {cpus:g} and {gpus:g}"
+                f"the Ray cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs: not enough "
+                f"where each call needs {cpus:g} and {gpus:g}"
             )
         self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(_run_on_cluster)
         self._cpus = cpus
         self.device = device
 
-    def submit(self, trial: Trial, folder: Path) -> Future[Result]:
-        reference = self._task.remote(trial.to_json(), str(Path(folder).absolute()), self.device, self._cpus)
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        reference = self._task.remote(self._cpus, function, *arguments, self.device)
         self._references.append(reference)
         return _translated(reference.future(), self._ray.exceptions.RayTaskError)
 
@@ -211,16 +208,16 @@ class Ray:
             self._ray.shutdown()
 
 
-def _run_on_cluster(trial: dict[str, Any], folder: str, device: str, cpus: float) -> Result:
+def _run_on_cluster(cpus: float, function: Callable[..., T], *arguments: Any) -> T:
     _prepare(max(1, int(cpus)))
-    return run_trial(Trial.from_json(trial), folder, device)
+    return function(*arguments)
 
 
-def _translated(inner: Future[Result], wrapper: type[Exception]) -> Future[Result]:
-    """A future that fails with what the trial failed with, not with Ray's account of it."""
-    outer: Future[Result] = Future()
+def _translated(inner: Future[T], wrapper: type[Exception]) -> Future[T]:
+    """A future that fails with what the call failed with, not with Ray's account of it."""
+    outer: Future[T] = Future()
 
-    def settle(done: Future[Result]) -> None:
+    def settle(done: Future[T]) -> None:
         error = done.exception()
         if error is None:
             outer.set_result(done.result())
