@@ -23,6 +23,7 @@ from benchmarks.harness import RESULTS, Bench
 from diffmem.data import load_images
 from diffmem.memorization.statistics import wilson_interval
 
+VALUES, MINUTES = "detection.csv", 90
 ALARMS = (0.001, 0.005, 0.01)
 COPIED = 100  # training images that are planted
 COLUMNS = (

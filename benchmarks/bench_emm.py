@@ -26,6 +26,7 @@ from diffmem.memorization import SequentialTest
 from diffmem.studies.curve import Observation, Posterior
 from diffmem.studies.search import Candidate, Search, carry_out, half_width
 
+VALUES, MINUTES = "emm.csv", 30
 CURVES, COMPARED = 120, 12  # curves per shape, and how many of them are gridded too
 PRECISION = 0.1
 COLUMNS = ("shape", "curves", "covered", "half_width", "runs", "unresolved", "grid_costs", "near_grid_costs")

@@ -44,6 +44,7 @@ COLUMNS = (
     "blocks_per_multiprocessor", "occupancy", "instructions", "matrix_instructions", "load_bytes", "store_bytes",
     "loads_by_depth", "stores_by_depth", "loads_by_width", "stores_by_width", "asynchronous_copies", "source",
 )  # fmt: skip
+VALUES, MINUTES = "kernels.*.csv", 25  # where the kernels have changed
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

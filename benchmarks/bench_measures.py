@@ -20,6 +20,7 @@ import diffmem
 from benchmarks.bench_nearest import pictures
 from benchmarks.harness import Bench, Contender
 
+MINUTES = 15
 GOLDEN = Path(__file__).parents[1] / "tests/golden/criteria"
 LARGEST_MATRIX = 1 << 27  # pairs of float32 distances that a peer may hold at once
 
@@ -79,7 +80,7 @@ def _peers(generated: np.ndarray, training: np.ndarray, holdout: np.ndarray) -> 
             (Contender("torch.cdist", lambda: _authenticity(ours, real), "as dgm-eval and fld"), True),
         ],
         "c_t_global": [
-            (Contender("scikit-learn neighbors", lambda: _z(*floats), "as the code of C_T"), False),
+            (Contender("scikit-learn neighbors", lambda: _z(*floats), "as the code of C_T", "scikit-learn"), False),
         ],
         "mifid_distance_generated": [
             (Contender("cosine of all pairs", lambda: _cosine(ours.double(), real.double()), "as Kaggle's code"), True),
@@ -94,10 +95,12 @@ def _peers(generated: np.ndarray, training: np.ndarray, holdout: np.ndarray) -> 
         def theirs() -> float:
             return float(found(ours.double(), real.double(), cosine_distance_eps=1.0 + 1e-9))
 
-        peers["mifid_distance_generated"].append((Contender("torchmetrics", theirs, "sets exchanged"), True))
+        peers["mifid_distance_generated"].append(
+            (Contender("torchmetrics", theirs, "sets exchanged", "torchmetrics"), True)
+        )
     if (prdc := _package("prdc")) is not None:
         sets = {"real_features": floats[1], "fake_features": floats[0], "nearest_k": 5}
-        peers["density"] = [(Contender("prdc", lambda: float(prdc.compute_prdc(**sets)["density"])), True)]
+        peers["density"] = [(Contender("prdc", lambda: float(prdc.compute_prdc(**sets)["density"]), "", "prdc"), True)]
     return peers
 
 

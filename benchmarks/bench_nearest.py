@@ -19,11 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.harness import Bench, Contender, read_table
+from benchmarks.harness import Bench, Contender, best_isa, isa
+from benchmarks.rows import read_table
 from diffmem.data import load_images
 from diffmem.ops.nearest import nearest
 from diffmem.search import Neighbors, TrainingIndex
 
+MINUTES = 15
+ISAS = ("avx2",)
 K = 2
 CHECKED = 48  # queries whose answers are compared with the exact op
 CDIST_BATCH = 512
@@ -258,7 +261,9 @@ def draw_chart(bench: Bench) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    table = read_table(bench.path)
+    table = [row for row in read_table(bench.path) if row["isa"] == isa()]
+    if isa() != best_isa() or not any(row["workload"].startswith("cost against N") for row in table):
+        return
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for contender, mark in (("faiss IndexFlatL2", "s"), ("diffmem", "o")):
         points = sorted(
@@ -276,5 +281,5 @@ def draw_chart(bench: Bench) -> None:
     )
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
-    figure.savefig(bench.path.with_suffix(".svg"))
+    figure.savefig(bench.path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)

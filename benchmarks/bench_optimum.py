@@ -5,12 +5,11 @@ training images) and times single calls along the way. The baseline is what one 
 threads: torch.cdist (by matrix product) of the queries and the whole set, kept as contiguous float32 rows; softmax;
 matmul. Values are checked against float64 on 32 of the queries before anything is timed, the baseline's own error is in
 its note. Queries of a call are those that the sampler meets there. Preparing the rows is not timed; the note says what
-it takes. DIFFMEM_CPU=avx2 measures what processors without AVX-512 would do.
+it takes.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from diffmem.data import load_images
 from diffmem.optimum import OptimalDenoiser
 from diffmem.sampling import SamplerConfig, SeededGenerators, sample_latents
 
+MINUTES = 15
+ISAS = ("avx2",)
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10-train.zip"
 QUERIES, CHECKED = 256, 32
 
@@ -69,18 +70,12 @@ def run(bench: Bench) -> None:
         ]
 
     for tolerance in denoisers:
-        name = f"optimum, {queries} images, 18 steps of Heun, tolerance {tolerance:g}{instructions()}"
+        name = f"optimum, {queries} images, 18 steps of Heun, tolerance {tolerance:g}"
         bench.compare(name, contenders(tolerance, lambda d: sample_latents(d, latents)), repeats=1)
     for x, sigma in met[::3]:
         for tolerance in denoisers:
-            name = f"optimum, one call at sigma {sigma:.3g}, tolerance {tolerance:g}{instructions()}"
+            name = f"optimum, one call at sigma {sigma:.3g}, tolerance {tolerance:g}"
             bench.compare(name, contenders(tolerance, lambda d, x=x, sigma=sigma: d(x, sigma)), repeats=2)
-
-
-def instructions() -> str:
-    """What the compiled core was held to, where DIFFMEM_CPU names it: rows of their own."""
-    level = os.environ.get("DIFFMEM_CPU")
-    return f", {level}" if level else ""
 
 
 def states(denoiser: OptimalDenoiser, latents: torch.Tensor) -> list[tuple[torch.Tensor, float]]:

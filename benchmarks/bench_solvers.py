@@ -29,6 +29,7 @@ from diffmem.memorization import Audit, audit
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
 from diffmem.sampling import clip_range, round_sigmas, sample, sigmas_logistic
 
+VALUES, MINUTES = "solvers.csv", 60
 CHECKPOINTS = Path(__file__).parents[1] / "build"
 TRAINING_IMAGES = (100, 200)
 SEEDS = 1000

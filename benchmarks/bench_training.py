@@ -22,6 +22,8 @@ from diffmem.training import TrainingConfig, denoiser_config
 from diffmem.training.losses import Draws, draw
 from diffmem.training.trainer import Trainer
 
+MINUTES = 2
+ISAS = ("avx2",)
 BATCH = 128
 STEPS = 4  # per timing
 

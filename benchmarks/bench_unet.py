@@ -12,6 +12,8 @@ from benchmarks.harness import Bench, Contender
 from diffmem.models import Denoiser, preset
 from diffmem.ops.conv3x3 import native
 
+MINUTES = 12
+ISAS = ("avx2",)
 BASELINE = "PyTorch eager, NCHW"
 # Image size: preset, changes, images per batch.
 WORKLOADS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -11,9 +10,8 @@ import click
 
 from benchmarks.gpu.runner import RESULTS as ROWS
 from benchmarks.gpu.runner import STAGES_FILE
-from benchmarks.harness import COLUMNS, RESULTS, read_table
-
-COLUMNS_HERE = ("stage", *COLUMNS)
+from benchmarks.harness import RESULTS
+from benchmarks.rows import merge_table, read_table
 
 
 def adopt_results(folder: Path, results: Path = RESULTS) -> Path:
@@ -27,11 +25,5 @@ def adopt_results(folder: Path, results: Path = RESULTS) -> Path:
         raise click.ClickException(f"{folder}: holds no results of a GPU (a dry run's are none)")
     (machine,) = {row["machine"] for row in rows}
     path = results / f"gpu.{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}.csv"
-    table = {(row["workload"], row["contender"]): row for row in [*read_table(path), *rows]}
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS_HERE, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.values())
-    partial.replace(path)
+    merge_table(path, rows)
     return path

@@ -18,9 +18,8 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu.runner import RESULTS
-from benchmarks.harness import COLUMNS, environment
+from benchmarks.harness import COLUMNS, environment, package_version
 
-ROW = ("stage", *COLUMNS)
 LAUNCHED = "launched.json"  # of a dry run: the Triton kernels that each stage ran
 RATES = "rates.json"
 MOST_SETS = 24  # of rotating buffers
@@ -57,6 +56,13 @@ class Target:
         out.mkdir(parents=True, exist_ok=True)
         rates = json.loads((out / RATES).read_text()) if (out / RATES).exists() else {}
         return cls(device, interpret, out, name, deadline, rates)
+
+    @property
+    def isa(self) -> str:
+        """The device's architecture."""
+        if self.device.type != "cuda":
+            return self.device.type
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
 
     def fits(self, seconds: float, name: str) -> bool:
         """Whether that long is left; where it is not, `name` is among what was left out."""
@@ -100,12 +106,12 @@ class Target:
 
     def record(self, stage: str, workload: str, contender: str, note: str = "", **values: str) -> None:
         """Appends a row to the table, and prints it."""
-        row = environment() | {"stage": stage, "workload": workload, "contender": contender, "note": note}
-        row |= {"machine": self.name, **values}
+        row = environment() | {"subject": stage, "workload": workload, "contender": contender, "note": note}
+        row |= {"machine": self.name, "isa": self.isa, "version": package_version("torch"), **values}
         path = self.out / RESULTS
         new = not path.exists()
         with path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, ROW, restval="")
+            writer = csv.DictWriter(stream, COLUMNS, restval="")
             if new:
                 writer.writeheader()
             writer.writerow(row)

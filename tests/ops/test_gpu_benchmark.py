@@ -72,11 +72,11 @@ def test_dry_run_covers_every_stage_kernel_and_baseline(tmp_path):
         rows = list(csv.DictReader(stream))
     found: dict[tuple[str, str], set[str]] = {}
     for row in rows:
-        if row["stage"] != "ceilings":
+        if row["subject"] != "ceilings":
             assert float(row["seconds"]) > 0
             kind = row["workload"].split()[0]
-            step = row["workload"].split()[-1] if row["stage"] == "operations" else ""
-            found.setdefault((row["stage"], f"{kind} {step}".strip()), set()).add(row["contender"])
+            step = row["workload"].split()[-1] if row["subject"] == "operations" else ""
+            found.setdefault((row["subject"], f"{kind} {step}".strip()), set()).add(row["contender"])
     kernels = {"cuda"} if shutil.which("g++") else set()
     faiss = {"faiss IndexFlatL2, CPU"} if find_spec("faiss") else set()
     expected = {
@@ -93,7 +93,7 @@ def test_dry_run_covers_every_stage_kernel_and_baseline(tmp_path):
     if kernels:
         expected["search", "refine"] = {"cuda", "PyTorch eager"}
     assert found == expected
-    assert {row["workload"] for row in rows if row["stage"] == "ceilings"} == {f"device: {kind}" for kind in KINDS}
+    assert {row["workload"] for row in rows if row["subject"] == "ceilings"} == {f"device: {kind}" for kind in KINDS}
     assert "did not fit" not in log
     with pytest.raises(click.ClickException, match="no results of a GPU"):
         adopt_results(out)
@@ -107,7 +107,7 @@ def fake(stage, out, limit, interpret, only=""):
         "hangs": "import subprocess, sys, time\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print('so far', flush=True); time.sleep(60)",
-        "writes": f"open({str(out / 'results.csv')!r}, 'w').write('stage,workload,contender,seconds,ratio,note\\n"
+        "writes": f"open({str(out / 'results.csv')!r}, 'w').write('subject,workload,contender,seconds,ratio,note\\n"
         "s,a workload,ours,0.5,1,fine\\n')",
         "compile": f"import time; time.sleep(0.3); print('compiled', {only!r})",
     }[stage]
@@ -240,7 +240,8 @@ def test_a_core_of_another_python_is_none(monkeypatch, capsys, module, cuda):
 
 def test_results_are_adopted_under_the_card_s_name(tmp_path):
     """… and the README's table shows them: ours against each baseline, but for the single operations."""
-    columns = ("stage", "workload", "contender", "seconds", "ratio", "note", "machine", "threads", "versions", "commit")
+    columns = ("subject", "workload", "contender", "seconds", "ratio", "note", "machine", "threads", "versions",
+               "commit")  # fmt: skip
     rows = [
         ("ceilings", "device: int8", "measured", "", "", "1e15 operations/s"),
         ("sampler", "Heun batch 512 bf16 compiled", "diffmem", "0.02", "1", "700 images/s"),
@@ -261,6 +262,6 @@ def test_results_are_adopted_under_the_card_s_name(tmp_path):
     adopt_results(out, results)  # replaces its own
     assert len(path.read_text().splitlines()) == 1 + len(rows)
     table = readme_table.table(results)
-    assert "| Heun batch 512 bf16 compiled | 20 ms | PyTorch's | 30 ms | 1.5× |" in table
+    assert "| Heun batch 512 bf16 compiled | – | 20 ms | PyTorch's | 30 ms | 1.5× |" in table
     assert "attention" not in table
     assert "Measured on NVIDIA H100 80GB HBM3, 16 threads; torch 2.11.0; commit abc." in table
