@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffmem.ops.affine_alignment.arguments import OP_NAME, check, check_kernel
+from diffmem.ops.cpu_ops import cpu_op
 from diffmem.ops.registry import available_core, native_unavailable
 
 
@@ -18,7 +19,7 @@ def unfit(images: torch.Tensor, templates: torch.Tensor, start: torch.Tensor, it
     return None if images.dtype == torch.float32 else f"{images.dtype} is not float32"
 
 
-@torch.library.custom_op("diffmem::affine_alignment_native", mutates_args=(), device_types="cpu")
+@cpu_op("affine_alignment_native")
 def affine_alignment(
     images: torch.Tensor, templates: torch.Tensor, start: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +36,7 @@ def affine_alignment(
     return remainders, maps
 
 
-@affine_alignment.register_fake
+@torch.library.register_fake("diffmem::affine_alignment_native")
 def _(images, templates, start, iterations):
     _check(images, templates, start, iterations)
     return images.new_empty(images.shape[:1]), torch.empty_like(start, memory_format=torch.contiguous_format)

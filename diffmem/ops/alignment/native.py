@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffmem.ops.alignment.arguments import OP_NAME, check, check_kernel
+from diffmem.ops.cpu_ops import cpu_op
 from diffmem.ops.registry import available_core, native_kernel_unavailable
 
 MOST_WINDOWS = 1 << 31  # positions are 32 bits inside
@@ -26,7 +27,7 @@ def unfit(searched: torch.Tensor, templates: torch.Tensor) -> str | None:
     return None
 
 
-@torch.library.custom_op("diffmem::alignment_native", mutates_args=(), device_types="cpu")
+@cpu_op("alignment_native")
 def alignment(searched: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `diffmem.ops.alignment`."""
     _check(searched, templates)
@@ -43,7 +44,7 @@ def alignment(searched: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Te
     return correlations, positions
 
 
-@alignment.register_fake
+@torch.library.register_fake("diffmem::alignment_native")
 def _(searched, templates):
     _check(searched, templates)
     correlations = searched.new_empty(templates.shape[:2])
