@@ -7,7 +7,7 @@ TORCH ?= torch
 # Not gpu: its FAISS is another package with the same module as the extra faiss brings, and 135 MB.
 # What pins the versions of everything that is installed; PINS= takes the newest.
 PINS ?= -c constraints.txt
-EXTRAS ?= demo,faiss,triton,test,dev
+EXTRAS ?= demo,faiss,jpeg,triton,test,dev
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml CMakeLists.txt constraints.txt
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

@@ -27,6 +27,7 @@ OPTIONAL = {
     "pandas": ("pandas", "audits as data frames"),
     "timm": ("features", "DINOv2, CLIP and other networks' features"),
     "onnxruntime": ("onnx", "features of networks in ONNX files"),
+    "simplejpeg": ("jpeg", "small JPEG files decoded at a fifth of the time"),
     "pyarrow": ("parquet", "images, features and names in parquet files"),
     "h5py": ("hdf5", "images in HDF5 files"),
     "pydicom": ("medical", "images in DICOM files"),

@@ -65,6 +65,7 @@ LAZY = {
     "nibabel",
     "pydicom",
     "pyarrow",
+    "simplejpeg",
     "matplotlib",
     "triton",
     "ray",

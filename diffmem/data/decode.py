@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from diffmem.data.depth import BadImage, require_eight_bits
+from diffmem.data.jpeg import decode_plain, decode_turbo, plain_header
 
 MAX_PIXELS = 64 * 2**20
 # Nothing that an image within MAX_PIXELS needs: 4 bytes a pixel, stored raw, and a header.
@@ -83,6 +84,15 @@ class PixelOptions:
     alpha: str | None = None
     mode: str | None = None
 
+    def leaves(self, mode: str, height: int, width: int) -> bool:
+        """Whether nothing is done to an opaque image of Pillow's mode "L" or "RGB" and this size."""
+        return (
+            self.mode in (None, mode)
+            and self.color in (None, "grey" if mode == "L" else "rgb")
+            and self.size in (None, (height, width))
+            and not (self.center_crop and height != width)
+        )
+
 
 @cache
 def _formats() -> tuple[str, ...]:
@@ -104,6 +114,10 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
     Raises `BadImage`. Call it with Pillow's warnings silenced, except for `DecompressionBombWarning`, which must be an
     error (`decode_into` does both).
     """
+    if (header := plain_header(data)) is not None and header.height * header.width <= MAX_PIXELS:
+        plain = decode_plain(data, header)
+        if plain is not None:
+            return _converted(plain, options), False
     # Other libraries set this to read what is left of a damaged file; the rest of its pixels would be made up.
     truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
@@ -124,9 +138,7 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
         image, turned = _upright(image)
         if deep_gray:
             image = _sixteen_bit_gray(image)
-        if options.mode is not None and image.mode != options.mode:
-            image = image.convert(options.mode)
-        return convert(as_gray_or_rgb(image, options.alpha), options), turned
+        return _converted(image, options), turned
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -137,6 +149,12 @@ def decode_image(data: bytes, options: PixelOptions) -> tuple[Image.Image, bool]
         raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+def _converted(image: Image.Image, options: PixelOptions) -> Image.Image:
+    if options.mode is not None and image.mode != options.mode:
+        image = image.convert(options.mode)
+    return convert(as_gray_or_rgb(image, options.alpha), options)
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -202,13 +220,28 @@ def decode_into(out: np.ndarray, encoded: Sequence[bytes], options: PixelOptions
     out: uint8 [n, C, H, W], C 1 or 3, C-contiguous.
     """
     count, channels, height, width = out.shape
-    # One tall Pillow image for the block, turned into an array once: per image that would cost more than decoding does.
-    canvas = Image.new("L" if channels == 1 else "RGB", (width, height * count))
+    # Rows as they are decoded, channels last, and one tall Pillow image over the same block: they are turned into the
+    # rows of `out` once, which per image would cost more than decoding does.
+    rows = np.zeros((count, height, width, channels), np.uint8)
+    canvas: Image.Image | None = None
+    pasted: list[int] = []
     outcomes: list[Outcome] = []
+    expected = Decoded(channels, height, width, False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for row, data in enumerate(encoded):
+            header = plain_header(data)
+            if (
+                header is not None
+                and header.turbo
+                and header[1:4] == expected[:3]
+                and options.leaves(header.mode, height, width)
+            ):
+                if decode_turbo(data, header, rows[row]) is not None:
+                    outcomes.append(expected)
+                    continue
+                rows[row] = 0  # what came before the damage
             try:
                 image, turned = decode_image(data, options)
             except BadImage as bad:
@@ -216,8 +249,17 @@ def decode_into(out: np.ndarray, encoded: Sequence[bytes], options: PixelOptions
                 continue
             outcomes.append(Decoded(1 if image.mode == "L" else 3, image.height, image.width, turned))
             if outcomes[-1][:3] == (channels, height, width):
+                if canvas is None:
+                    canvas = Image.new("L" if channels == 1 else "RGB", (width, height * count))
                 canvas.paste(image, (0, row * height))
-    out[:] = np.asarray(canvas).reshape(count, height, width, channels).transpose(0, 3, 1, 2)
+                pasted.append(row)
+    if canvas is not None:
+        drawn = np.asarray(canvas).reshape(rows.shape)
+        if len(pasted) == count:
+            rows = drawn
+        else:
+            rows[pasted] = drawn[pasted]
+    out[:] = rows.transpose(0, 3, 1, 2)
     return outcomes
 
 
