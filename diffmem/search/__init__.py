@@ -6,6 +6,7 @@ from diffmem.search.faiss_index import FaissIndex, FaissStats, faiss_factory
 from diffmem.search.index import QueryStats, TrainingIndex
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.sharded import ShardedIndex
+from diffmem.search.vectors import VectorIndex
 
 __all__ = [
     "DistinctNeighbors",
@@ -17,6 +18,7 @@ __all__ = [
     "SearchIndex",
     "ShardedIndex",
     "TrainingIndex",
+    "VectorIndex",
     "Views",
     "check_index",
     "faiss_factory",

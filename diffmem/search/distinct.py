@@ -18,8 +18,9 @@ from diffmem.search.index import TrainingIndex
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import as_rows, mirror
 from diffmem.search.sharded import ShardedIndex
+from diffmem.search.vectors import VectorIndex
 
-SearchIndex = TrainingIndex | ShardedIndex | FaissIndex
+SearchIndex = TrainingIndex | ShardedIndex | FaissIndex | VectorIndex
 
 WIDEST_QUERY = 64  # neighbors asked for at once before duplicates are left out of the training set instead
 

@@ -24,6 +24,7 @@ from diffmem.search.faiss_index import FaissIndex
 from diffmem.search.index import TrainingIndex
 from diffmem.search.rows import Images, as_rows, mirror
 from diffmem.search.sharded import ShardedIndex
+from diffmem.search.vectors import VectorIndex
 
 BLOCK = 2048
 NEIGHBORS_ASKED = (4, 64)
@@ -72,7 +73,7 @@ def find_duplicates(
     radius: float | Fraction = 0,
     *,
     flip: bool = False,
-    index: TrainingIndex | ShardedIndex | None = None,
+    index: TrainingIndex | ShardedIndex | VectorIndex | None = None,
     progress: Progress = silent,
 ) -> DuplicateGroups:
     """The groups of images within `radius` of each other.
@@ -118,7 +119,7 @@ def find_duplicates(
     return DuplicateGroups(forest.roots(), len(leaders))
 
 
-def check_index(index: TrainingIndex | ShardedIndex | FaissIndex, images: Images) -> None:
+def check_index(index: TrainingIndex | ShardedIndex | FaissIndex | VectorIndex, images: Images) -> None:
     """Raises InputError where an index was made of other images, or of the same ones in another order.
 
     Args:
@@ -146,7 +147,9 @@ class _SelfJoin:
     within the radius, and every pair only where all 64 do.
     """
 
-    def __init__(self, rows: torch.Tensor, limit: int | float, index: TrainingIndex | ShardedIndex) -> None:
+    def __init__(
+        self, rows: torch.Tensor, limit: int | float, index: TrainingIndex | ShardedIndex | VectorIndex
+    ) -> None:
         self.rows, self.limit, self.index = rows, limit, index
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
