@@ -118,6 +118,61 @@ def measured(parts: Sequence[Part], texts: Sequence[str], quick: bool, redo: boo
         yield part, status == 0
 
 
+@main.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--only", multiple=True, callback=split,
+              help="Subjects, and texts of which a workload's name must contain one; separated by commas.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Small workloads.")
+@click.option("--margin", type=click.FloatRange(min=0), default=0.05, show_default=True,
+              help="Share by which a row may become slower.")  # fmt: skip
+@click.option("--processes", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Pairs of processes for each subject.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(min=2), default=7, show_default=True,
+              help="Runs of each workload by each process, at most.")  # fmt: skip
+@click.option("--isa", "level", type=click.Choice(["portable", "avx2", "avx512"]), help="Hold the work to this.")
+@click.option("--json", "machine_readable", is_flag=True, help="Print JSON.")
+@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="A benchmark file of your own in place of this checkout's.")  # fmt: skip
+def compare(
+    a: str, b: str, only: tuple[str, ...], quick: bool, margin: float, processes: int, rounds: int, level: str | None,
+    machine_readable: bool, file: Path | None,
+) -> None:  # fmt: skip
+    """Is B slower than A? Exit status 3 where a row is, by more than the margin.
+
+    A and B are commits (anything that git names; "." is the checkout as it is), or tables of results (.csv, or folders
+    of them), which are compared as they are. Of commits, each gets a working tree and a compiled core of its own, and
+    this checkout's benchmarks run on both in turns, after their values were checked.
+
+    A row is slower, or faster, where the 95 % interval of the ratio of times lies beyond the margin, the same where it
+    lies within, undecided otherwise.
+    """
+    from benchmarks import compare as comparing
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    stored = [comparing.tables_of(name) for name in (a, b)]
+    if (stored[0] is None) != (stored[1] is None):
+        raise click.UsageError("A and B must both be commits, or both tables of results")
+    if stored[0] is not None:
+        found = comparing.compare_tables(stored[0], stored[1], only, margin)
+    else:
+        subjects, texts = chosen((), only)
+        files = [file] if file else [Path(__file__).with_name(f"bench_{each}.py") for each in subjects]
+        files = [each for each in files if file or not getattr(plans.module_of(each.stem[6:]), "VALUES", "")]
+        with comparing.trees((a, b), ROOT, say) as pair:
+            variables = held_to(level) if level else {}
+            found = comparing.compare_trees(pair, files, texts, quick, processes, rounds, margin, variables, say)
+        if not found:
+            raise click.ClickException("nothing was measured: no workload has such a name")
+    click.echo((comparing.as_json if machine_readable else comparing.described)(found, (a, b), margin))
+    if wrong := [each.workload for each in found if each.verdict == "failed" and "at B" in each.note]:
+        raise click.ClickException(f"failed at B: {', '.join(wrong)}")
+    if any(each.verdict == "slower" for each in found):
+        raise SystemExit(3)
+
+
 @main.command(hidden=True)
 @click.argument("subject", type=click.Choice(SUBJECTS))
 @click.option("--only", multiple=True)

@@ -30,8 +30,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.load import Load, Meter, cores, wait_until_idle
 from benchmarks.rows import COLUMNS, Row, groups, merge_table, read_table, spread
 
@@ -213,6 +211,8 @@ def machine_slug() -> str:
 @cache
 def isa() -> str:
     """The instruction set that the work is held to: of the compiled core, or of PyTorch where there is none."""
+    import torch
+
     from diffmem.ops.registry import native_module
 
     core = native_module()
@@ -260,6 +260,8 @@ def package_version(package: str) -> str:
 
 def environment() -> Row:
     """Instruction set, threads, machine, versions, commit and date: the same columns in every row."""
+    import torch  # here, so that a process that compares small things need not
+
     versions = map(package_version, ("torch", "numpy", "faiss-cpu", "faiss-gpu", "triton"))
     return {
         "isa": isa(),
