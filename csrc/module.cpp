@@ -20,6 +20,7 @@
 #include "nearest/nearest.h"
 #include "posterior_mean/posterior_mean.h"
 #include "tile_max/tile_max.h"
+#include "vector_scan/vector_scan.h"
 #ifdef DIFFMEM_WITH_CUDA
 #include "nearest/nearest_cuda.h"
 #endif
@@ -389,6 +390,63 @@ void bind_tile_max(py::module_& m) {
       py::arg("others"), py::arg("count"), py::arg("distances"), py::arg("threads"), "Tile maxima of pairs.");
 }
 
+// diffmem::vector_scan: bounds from codes of float vectors (vector_scan.h says what each array holds).
+void bind_vector_scan(py::module_& m) {
+  namespace vs = diffmem::vector_scan;
+  using Address = std::uintptr_t;
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  static const auto check = [](int width, int shift, int threads) {
+    require(width >= vs::kLead && width % vs::kWidthUnit == 0 && width <= vs::kLargestWidth,
+            "vector_scan: width must be a multiple of 64 from 64 to 4096");
+    require(shift >= 0 && shift <= vs::kLargestShift && shift % 2 == 0,
+            "vector_scan: shift must be even, from 0 to 10");
+    require_threads(threads);
+  };
+  py::class_<vs::Work>(m, "VectorScanWork")
+      .def_readonly("bounded", &vs::Work::bounded)
+      .def_readonly("fine", &vs::Work::fine)
+      .def_readonly("dense", &vs::Work::dense)
+      .def_property_readonly("found", [](const vs::Work& work) { return work.query.size(); })
+      .def(
+          "copy",
+          [](const vs::Work& work, Address query, Address row, Address lower) {
+            std::copy(work.query.begin(), work.query.end(), at<std::int32_t>(query));
+            std::copy(work.row.begin(), work.row.end(), at<std::int64_t>(row));
+            std::copy(work.lower.begin(), work.lower.end(), at<float>(lower));
+          },
+          py::arg("query"), py::arg("row"), py::arg("lower"));
+  m.def(
+      "vector_scan_encode",
+      [](Address v, std::int64_t count, std::int64_t d, int width, int shift, bool queries, double eta, Address code,
+         Address terms, int threads) {
+        check(width, shift, threads);
+        require(count >= 0 && d >= 1 && d <= width, "vector_scan: count must be at least 0 and d from 1 to width");
+        if (count == 0) return;
+        require_addresses(v, code, terms);
+        vs::encode(at<const float>(v), count, d, {width, shift}, queries, eta, at<std::uint8_t>(code),
+                   at<vs::Terms>(terms), threads);
+      },
+      unlocked, py::arg("v"), py::arg("count"), py::arg("d"), py::arg("width"), py::arg("shift"), py::arg("queries"),
+      py::arg("eta"), py::arg("code"), py::arg("terms"), py::arg("threads"), "Codes of rotated vectors.");
+  m.def(
+      "vector_scan",
+      [](Address code, Address terms, std::int64_t count, std::int64_t first, Address query_code, Address query_terms,
+         std::int64_t queries, int width, int shift, double stretch, int k, Address upper, int threads) {
+        check(width, shift, threads);
+        require(count >= 0 && queries >= 0 && queries < (std::int64_t{1} << 31),
+                "vector_scan: count and queries must be at least 0");
+        require(k >= 1 && stretch >= 1, "vector_scan: k and stretch must be at least 1");
+        if (count == 0 || queries == 0) return vs::Work{};
+        require_addresses(code, terms, query_code, query_terms, upper);
+        return vs::scan({at<const std::uint8_t>(code), at<const vs::Terms>(terms), count}, first,
+                        {at<const std::uint8_t>(query_code), at<const vs::Terms>(query_terms), queries}, {width, shift},
+                        stretch, k, at<double>(upper), threads);
+      },
+      unlocked, py::arg("code"), py::arg("terms"), py::arg("count"), py::arg("first"), py::arg("query_code"),
+      py::arg("query_terms"), py::arg("queries"), py::arg("width"), py::arg("shift"), py::arg("stretch"), py::arg("k"),
+      py::arg("upper"), py::arg("threads"), "Pairs that may be within reach.");
+}
+
 // diffmem::posterior_mean: integer products and exact pairs (posterior_mean.h says what each array holds).
 void bind_posterior_mean(py::module_& m) {
   namespace pm = diffmem::posterior_mean;
@@ -595,6 +653,7 @@ PYBIND11_MODULE(_C, m) {
   bind_nearest(m);
   bind_posterior_mean(m);
   bind_tile_max(m);
+  bind_vector_scan(m);
 #ifdef DIFFMEM_WITH_CUDA
   m.attr("with_cuda") = true;
   bind_nearest_cuda(m);

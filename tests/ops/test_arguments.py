@@ -267,6 +267,12 @@ calls = [
     lambda: _C.posterior_column_top(a, 0, 16, a, a, 1),
     lambda: _C.posterior_column_top(a, 4, 17, a, a, 1),
     lambda: _C.posterior_weighted_sums(a, 4, 4, 2**17, a, 1, a, 1),
+    lambda: _C.vector_scan_encode(a, 4, 65, 64, 0, False, 0.0, a, a, 1),
+    lambda: _C.vector_scan_encode(a, 4, 64, 65, 0, False, 0.0, a, a, 1),
+    lambda: _C.vector_scan(a, a, 4, 0, a, a, 4, 64, 3, 1.0, 2, a, 1),
+    lambda: _C.vector_scan(a, a, 4, 0, a, a, 4, 8192, 0, 1.0, 2, a, 1),
+    lambda: _C.vector_scan(a, a, 4, 0, a, a, 4, 64, 0, 1.0, 0, a, 1),
+    lambda: _C.vector_scan(a, 0, 4, 0, a, a, 4, 64, 0, 1.0, 2, a, 1),
 ]
 for number, call in enumerate(calls):
     try:
