@@ -19,6 +19,7 @@ from diffmem.cli.options import (
     Source,
     center_crop_option,
     debug_option,
+    decoded_meanwhile,
     gate_options,
     holdout_option,
     in_own_options,
@@ -38,7 +39,9 @@ from diffmem.errors import InputError
 from diffmem.text import printable
 
 if TYPE_CHECKING:
+    from diffmem.data import ImageSet
     from diffmem.evaluation import Generated
+    from diffmem.features import FeatureSet
     from diffmem.memorization import Audit, Gate, Measures
 
     Result = TypeVar("Result", Audit, Measures)
@@ -175,63 +178,69 @@ def audit_command(
       diffmem audit samples.zip training.zip --index ivf             FAISS, for sets too large to search exactly
       torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
     """
-    import torch
-
-    from diffmem.data import load_images
-    from diffmem.features import load_features
-    from diffmem.memorization import audit, parse_threshold
     from diffmem.progress import progress_bars
 
     if split_grid and (resize or center_crop):
         raise click.UsageError(
             "--split-grid cuts images of the training images' size: remove --resize and --center-crop"
         )
-    if rule == "ratio" and threshold is not None:
-        try:
-            parse_threshold(threshold)
-        except InputError as error:
-            raise click.BadParameter(str(error), param_hint="--threshold") from None
-    torch.set_flush_denormal(True)
     if index != "exact" and ranks() > 1:
         raise click.UsageError("--index: FAISS searches in one process, on all visible GPUs: run without torchrun")
-    limits = limits_of(fail_above, require_below, max_copies)
-    reserve_report(out)
-    network = {"weights": weights, "preprocessing": preprocessing, "batch": batch, "precision": precision}
-    network = {name: value for name, value in network.items() if value is not None}
-    compared = compared_of(features, vectors, metric, device, network)
-    with process_group() as distributed, progress_bars(is_first_rank()) as progress:
-        ranges = ranges_by_set(value_range)
+    ranges = ranges_by_set(value_range)
+    sources = {"generated": generated, "training": training, "holdout": holdout}
+    with progress_bars(is_first_rank()) as progress:
 
-        def load(name: str, source: str, first: int | None = None):
-            given = {**reading(name, **options), "value_range": ranges.get(name)}
-            if compared == "precomputed":
-                found = load_features(source, key=given["key"], metric=metric)
-                found = found if first is None else found.select(slice(first))
+        def given(name: str) -> dict[str, Any]:
+            first = limit if name == "generated" else None
+            found = {**reading(name, **options), "value_range": ranges.get(name), "limit": first}
+            return found | {"resize": resize, "center_crop": center_crop, "cache": cache, "progress": progress}
+
+        with decoded_meanwhile({} if features == "precomputed" else sources, given) as loading:
+            import torch
+
+            from diffmem.features import load_features
+            from diffmem.memorization import audit, parse_threshold
+
+            if rule == "ratio" and threshold is not None:
+                try:
+                    parse_threshold(threshold)
+                except InputError as error:
+                    raise click.BadParameter(str(error), param_hint="--threshold") from None
+            torch.set_flush_denormal(True)
+            limits = limits_of(fail_above, require_below, max_copies)
+            reserve_report(out)
+            network = {"weights": weights, "preprocessing": preprocessing, "batch": batch, "precision": precision}
+            network = {name: value for name, value in network.items() if value is not None}
+            compared = compared_of(features, vectors, metric, device, network)
+
+            def load(name: str) -> ImageSet | FeatureSet:
+                if compared == "precomputed":
+                    found = load_features(sources[name], key=given(name)["key"], metric=metric)
+                    found = found if given(name)["limit"] is None else found.select(slice(given(name)["limit"]))
+                else:
+                    found = loading[name].result()
                 say_notes([found], is_first_rank())
                 return found
-            given |= {"resize": resize, "center_crop": center_crop, "cache": cache}
-            images = load_images(source, limit=first, progress=progress, **given)
-            say_notes([images], is_first_rank())
-            return images
 
-        result = audit(
-            load("generated", generated, limit),
-            load("training", training),
-            features=compared,
-            rule=rule,
-            threshold=threshold,
-            alarms=alarms,
-            duplicates=duplicates,
-            duplicate_radius=duplicate_radius,
-            holdout=None if holdout is None else load("holdout", holdout),
-            split_grid=split_grid,
-            flip=flip,
-            device=device,
-            index="sharded" if distributed else index,
-            second_look=not no_second_look,
-            feature_cache=not no_feature_cache,
-            progress=progress,
-        )
+            with process_group() as distributed:
+                result = audit(
+                    load("generated"),
+                    load("training"),
+                    features=compared,
+                    rule=rule,
+                    threshold=threshold,
+                    alarms=alarms,
+                    duplicates=duplicates,
+                    duplicate_radius=duplicate_radius,
+                    holdout=None if holdout is None else load("holdout"),
+                    split_grid=split_grid,
+                    flip=flip,
+                    device=device,
+                    index="sharded" if distributed else index,
+                    second_look=not no_second_look,
+                    feature_cache=not no_feature_cache,
+                    progress=progress,
+                )
     if not is_first_rank():
         return 0
     gate = result.gate(**limits) if limits else None

@@ -12,6 +12,7 @@ from diffmem.cli.options import (
     Source,
     center_crop_option,
     debug_option,
+    decoded_meanwhile,
     in_own_options,
     json_option,
     ranges_by_set,
@@ -104,43 +105,49 @@ def measure_command(
       diffmem measure samples.npz training.zip --measures authenticity,authenticity:fld --json
       diffmem measure samples.npy training.npy --features precomputed    vectors [N, d]
     """
-    import torch
-
-    from diffmem.data import load_images
-    from diffmem.features import load_features
-    from diffmem.memorization import measure
     from diffmem.progress import progress_bars
 
-    torch.set_flush_denormal(True)
-    reserve_report(out)
     sources = {
         "generated": generated, "training": training, "holdout": holdout, "second": second,
         "second_training": second_training,
     }  # fmt: skip
+    sources = {name: source for name, source in sources.items() if source is not None}
     ranges = ranges_by_set(value_range)
     with progress_bars() as progress:
 
-        def load(name: str, source: str) -> Any:
+        def given(name: str) -> dict[str, Any]:
             first = limit if name in ("generated", "second") else None
-            if features == "precomputed":
-                found = load_features(source)
-                return found if first is None else found.select(slice(0, first))
-            given = {**reading(name, **options), "value_range": ranges.get(name, ranges.get("training"))}
-            given |= {"resize": resize, "center_crop": center_crop, "cache": cache}
-            images = load_images(source, limit=first, progress=progress, **given)
-            say_notes([images])
-            return images
+            found = {**reading(name, **options), "value_range": ranges.get(name, ranges.get("training"))}
+            found |= {"limit": first, "resize": resize, "center_crop": center_crop, "cache": cache}
+            return found | {"progress": progress}
 
-        sets = {name: load(name, source) for name, source in sources.items() if source is not None}
-        found = measure(
-            **sets,
-            measures=measures,
-            features="pixels" if features == "precomputed" else features,
-            cells=None if cells == "k-means" else cells,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
+        with decoded_meanwhile({} if features == "precomputed" else sources, given) as loading:
+            import torch
+
+            from diffmem.features import load_features
+            from diffmem.memorization import measure
+
+            torch.set_flush_denormal(True)
+            reserve_report(out)
+
+            def load(name: str, source: str) -> Any:
+                if features == "precomputed":
+                    found, first = load_features(source), given(name)["limit"]
+                    return found if first is None else found.select(slice(0, first))
+                images = loading[name].result()
+                say_notes([images])
+                return images
+
+            sets = {name: load(name, source) for name, source in sources.items()}
+            found = measure(
+                **sets,
+                measures=measures,
+                features="pixels" if features == "precomputed" else features,
+                cells=None if cells == "k-means" else cells,
+                seed=seed,
+                device=device,
+                progress=progress,
+            )
     tell_result(found, out, found.to_json() if as_json else None, print_measures)
 
 

@@ -8,7 +8,8 @@ the form that is asked for. So a message cannot name an option that the command 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from diffmem.text import printable
 
 if TYPE_CHECKING:
     from diffmem.data import ImageSet
+    from diffmem.data.load import Loading
     from diffmem.memorization import Gate
 
 SETS = ("generated", "training", "holdout")
@@ -130,6 +132,27 @@ def in_own_options(message: str) -> str:
     """`message` with the flags of the command that runs."""
     context = click.get_current_context(silent=True)
     return in_options(message, None if context is None else running_command(context))
+
+
+@contextmanager
+def decoded_meanwhile(
+    sources: Mapping[str, str | None], given: Callable[[str], dict[str, Any]]
+) -> Iterator[dict[str, Loading]]:
+    """The sources of a command, which are decoded while the block imports PyTorch; `result` then gives the images.
+
+    sources: by their names; None where there is none. given: a source's options of `load_images`.
+    """
+    from diffmem.data import decode_forks
+    from diffmem.data.load import Loading
+
+    with ExitStack() as cleanup:
+        with decode_forks.allowed():
+            loading = {
+                name: cleanup.enter_context(closing(Loading(source, **given(name))))
+                for name, source in sources.items()
+                if source is not None
+            }
+        yield loading
 
 
 def say_notes(sets: Iterable[ImageSet | None], first_rank: bool = True) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,34 +35,64 @@ _log = logger(__name__)
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 
 
-def load_cached(
-    path: Path, encoded: EncodedImages, settings: dict[str, Any], decode: Callable[[], ImageSet], progress: Progress
-) -> ImageSet:
-    """The images that `decode()` gives, from the cached copy where that is what it would be made from now.
+class CachedCopy:
+    """The cached copy of the source at `path`.
 
-    settings: everything (JSON types) besides the contents of `path` that `decode` depends on.
+    Args:
+        path: Of the source.
+        settings: Everything (JSON types) besides the contents of `path` that its images depend on.
     """
-    text = json.dumps({"version": _VERSION, **settings}, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    target = path.resolve().parent / f"{path.resolve().name}.diffmem-{digest}.safetensors"
-    key = {"settings": text, "source": source_fingerprint(path, encoded, progress)}
-    cached = _read(target, key, str(path))
-    if cached is not None:
-        _log.debug("%s: read from its cached copy, %s", path, target.name)
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._text = json.dumps({"version": _VERSION, **settings}, sort_keys=True)
+        digest = hashlib.sha256(self._text.encode()).hexdigest()[:12]
+        self._target = path.resolve().parent / f"{path.resolve().name}.diffmem-{digest}.safetensors"
+        self._key: dict[str, Any] | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one, perhaps of other contents."""
+        return self._target.exists()
+
+    def examine(self, encoded: EncodedImages | None, progress: Progress) -> None:
+        """Takes down the contents of the source. Call it first: what is decoded later may be something else by then.
+
+        Args:
+            encoded: The opened source; None: it is one file.
+            progress: A callback.
+        """
+        if self._key is None:
+            self._key = {"settings": self._text, "source": source_fingerprint(self._path, encoded, progress)}
+
+    def read(self) -> ImageSet | None:
+        """The images, where there is a copy and it is one of these contents."""
+        assert self._key is not None
+        cached = _read(self._target, self._key, str(self._path))
+        if cached is not None:
+            _log.debug("%s: read from its cached copy, %s", self._path, self._target.name)
+        elif self.exists:
+            _log.info(
+                "%s: the cached copy %s is damaged or belongs to other contents; it is rebuilt",
+                self._path,
+                self._target.name,
+            )
         return cached
-    if target.exists():
-        _log.info("%s: the cached copy %s is damaged or belongs to other contents; it is rebuilt", path, target.name)
-    images = decode()
-    try:
-        if not target.parent.stat().st_mode & 0o222:  # root could write there anyway, against the owner's will
-            raise InputError(f"{target.parent} is marked read-only")
-        _write(target, key, images)
-    except InputError as error:
-        return replace(images, notes=(*images.notes, f"no cached copy was written: {error}"))
-    return images
+
+    def write(self, images: ImageSet) -> ImageSet:
+        """Makes the copy of these images; returns them, with a note where it cannot be written."""
+        assert self._key is not None
+        try:
+            # root could write there anyway, against the owner's will
+            if not self._target.parent.stat().st_mode & 0o222:
+                raise InputError(f"{self._target.parent} is marked read-only")
+            _write(self._target, self._key, images)
+        except InputError as error:
+            return replace(images, notes=(*images.notes, f"no cached copy was written: {error}"))
+        return images
 
 
-def source_fingerprint(path: Path, encoded: EncodedImages, progress: Progress) -> str:
+def source_fingerprint(path: Path, encoded: EncodedImages | None, progress: Progress) -> str:
     """SHA-256 of the bytes of the file `path`, or of names, bytes and labels of the files in a folder."""
     digest = hashlib.sha256()
     if path.is_file():
@@ -74,6 +103,7 @@ def source_fingerprint(path: Path, encoded: EncodedImages, progress: Progress) -
                 done += len(block)
                 progress(_STAGE, done, total)
         return digest.hexdigest()
+    assert encoded is not None
     for index, name in enumerate(encoded.names):
         try:
             data = hashlib.sha256(encoded.read(index)).digest()

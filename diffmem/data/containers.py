@@ -60,6 +60,7 @@ UNREAD_PICTURES = frozenset(
 _MOST_JSON_BYTES, _MOST_JSON_BYTES_PER_IMAGE = 2**24, 2**16
 _PIECES = re.compile(r"[0-9]+|[^0-9]+")
 # A zip entry's own header, of which only the lengths of its name and its extra field are needed.
+_METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 _LOCAL_HEADER = struct.Struct("<26xHH")
 _BAD_ENTRY = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 
@@ -159,6 +160,7 @@ class Folder:
         if not found:
             raise InputError(f"{path}: no images in this folder or its subfolders; {contents(others)}")
         self._files = found
+        self.fork_safe = True
         self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
         self.labels, self.notes = or_note(self._read_labels) if path.is_dir() else (None, ())
@@ -233,6 +235,8 @@ class ZipArchive:
         if not found:
             raise InputError(f"{path}: no images in this archive; {contents(others)}")
         self._entries = [entries[name] for name in found]
+        # Other methods are unpacked by `ZipFile.read`, which moves the one position that processes would share.
+        self.fork_safe = all(entry.compress_type in _METHODS for entry in self._entries)
         self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
         self.labels, self.notes = or_note(lambda: self._read_labels(entries.get(DATASET_JSON)))
@@ -264,7 +268,7 @@ class ZipArchive:
 
     def _unpacked(self, entry: zipfile.ZipInfo) -> bytes:
         """What `ZipFile.read` gives, at a fifth of its cost and without its lock, for the usual two methods."""
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if entry.compress_type not in _METHODS:
             return self._zip.read(entry)
         assert self._zip.fp is not None
         descriptor = self._zip.fp.fileno()
@@ -372,6 +376,7 @@ class HuggingFaceDataset:
         picked = column is not None
         column = column or ("image" if "image" in images else images[0])
         # The mode to which `datasets` converts what it decodes, where the feature names one that images can have here.
+        self.fork_safe = False  # Arrow has threads
         self.mode: str | None = features[column].mode if features[column].mode in ("L", "RGB") else None
         self._rows = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
         self._column = column

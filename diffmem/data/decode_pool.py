@@ -4,7 +4,8 @@ Images are decoded by processes, not threads: a 32×32 JPEG spends more time in 
 threads would wait for each other there (measured on two cores: no gain at all). Each process runs `serve` below: blocks
 of encoded images come in on its standard input, pixels go out on its standard output; it opens no file. They are plain
 Python processes, so that neither a script without a main guard nor a running CUDA context is disturbed, and start only
-where the first block, decoded in this process, shows that the work is worth it.
+where the first block, decoded in this process, shows that the work is worth it. A command that has not imported PyTorch
+yet forks processes instead (`decode_forks`).
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from diffmem.data import decode_forks
 from diffmem.data.decode import Decoded, Outcome, PixelOptions, decode_into
 from diffmem.data.depth import BadImage
 from diffmem.data.image_set import SkippedFile
-from diffmem.data.storage import allocate, discard_rows
+from diffmem.data.storage import allocate, crowds_memory, discard_rows
 from diffmem.errors import InputError
 from diffmem.progress import Progress
 
 STAGE = "reading images"
 # Work that is over sooner than this is done here: processes take a quarter of a second to start.
 IN_PROCESS_SECONDS = 0.6
+IN_FORKS_SECONDS = 0.02  # forked ones in milliseconds
 _BLOCK_BYTES = 2**20
 _BLOCK_IMAGES = 256
 
@@ -46,6 +49,7 @@ class EncodedImages(Protocol):
     mode: str | None
     labels: np.ndarray | None
     notes: tuple[str, ...]
+    fork_safe: bool  # whether a forked process may read on, beside this one
 
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises `BadImage`, and may be called from several threads."""
@@ -70,31 +74,84 @@ def decode_all(
     Raises `InputError` at the first file that cannot be used (unless `skip_bad`), where sizes or channels are mixed,
     and where no image is left.
     """
-    total = len(source.names) if limit is None else min(limit, len(source.names))
-    if total == 0:
-        raise InputError(f"{source.description}: no images in it")
-    tally = _Tally(source, skip_bad, progress, total)
-    first, shape = _first_good(source, options, tally, total)
-    images = allocate((total, *shape))
-    tally.shape = shape
-    size = min(_BLOCK_IMAGES, max(1, _BLOCK_BYTES // (shape[0] * shape[1] * shape[2])))
-    blocks = iter([range(start, min(start + size, total)) for start in range(first, total, size)])
+    with closing(Decoding(source, options, limit=limit, skip_bad=skip_bad, progress=progress)) as decoding:
+        return decoding.result()
 
-    progress(STAGE, 0, total)
-    started = time.monotonic()
-    for block in blocks:
-        data, unread = _read_block(source, block)
-        tally.add(block, unread, decode_into(images[block.start : block.stop], data, options))
-        workers = min(_cores(), -(-(total - block.stop) // size))
-        seconds_left = (time.monotonic() - started) / (block.stop - first) * (total - block.stop)
-        if workers > 1 and seconds_left > IN_PROCESS_SECONDS and sys.executable:
-            _decode_in_processes(source, options, images, blocks, workers, tally)
-            break
-    progress(STAGE, total, total)
 
-    bad = np.array(sorted(tally.bad), dtype=np.int64)
-    skipped = tuple(SkippedFile(source.names[index], tally.bad[index]) for index in bad)
-    return DecodedImages(discard_rows(images, bad), np.setdiff1d(np.arange(total), bad), skipped, tally.turned)
+class Decoding:
+    """A source that is being decoded: small ones are done when this has been made, large ones go on meanwhile where
+    processes may be forked, and begin in `result` where not. See `decode_all`.
+
+    Close it: that ends its processes.
+    """
+
+    def __init__(
+        self, source: EncodedImages, options: PixelOptions, *, limit: int | None, skip_bad: bool, progress: Progress
+    ) -> None:
+        self._source, self._options, self._progress = source, options, progress
+        self._total = total = len(source.names) if limit is None else min(limit, len(source.names))
+        if total == 0:
+            raise InputError(f"{source.description}: no images in it")
+        self._tally = tally = _Tally(source, skip_bad, progress, total)
+        first, shape = _first_good(source, options, tally, total)
+        forks = decode_forks.can_fork() and source.fork_safe
+        self._images = _shared((total, *shape)) if forks else allocate((total, *shape))
+        tally.shape = shape
+        size = min(_BLOCK_IMAGES, max(1, _BLOCK_BYTES // (shape[0] * shape[1] * shape[2])))
+        self._blocks = iter([range(start, min(start + size, total)) for start in range(first, total, size)])
+        self._workers = 0
+        self._forks: decode_forks.Forks | None = None
+
+        progress(STAGE, 0, total)
+        started = time.monotonic()
+        for block in self._blocks:
+            tally.add(block, *self._decode(block))
+            workers = min(_cores(), -(-(total - block.stop) // size))
+            seconds_left = (time.monotonic() - started) / (block.stop - first) * (total - block.stop)
+            if workers > 1 and seconds_left > (IN_FORKS_SECONDS if forks else IN_PROCESS_SECONDS) and sys.executable:
+                self._workers = workers
+                break
+        if self._workers and forks:
+            self._forks = decode_forks.Forks(self._decode, list(self._blocks), self._workers, Decoded(*shape, False))
+
+    def result(self) -> DecodedImages:
+        """The images; waits until all are decoded."""
+        if self._forks is not None:
+            for reply in self._forks.replies():
+                self._tally.add(*reply)
+            if (lost := self._forks.left) is not None:
+                raise _died(self._source, lost)
+        elif self._workers:
+            _decode_in_processes(self._source, self._options, self._images, self._blocks, self._workers, self._tally)
+        self._progress(STAGE, self._total, self._total)
+        tally = self._tally
+        bad = np.array(sorted(tally.bad), dtype=np.int64)
+        skipped = tuple(SkippedFile(self._source.names[index], tally.bad[index]) for index in bad)
+        kept = np.setdiff1d(np.arange(self._total), bad)
+        return DecodedImages(discard_rows(self._images, bad), kept, skipped, tally.turned)
+
+    def close(self) -> None:
+        """Ends what is still going on."""
+        if self._forks is not None:
+            self._forks.close()
+
+    def _decode(self, block: range) -> tuple[dict[int, str], Sequence[Outcome]]:
+        """Pixels of a block into their rows; which files could not be read, and what came out of each."""
+        data, unread = _read_block(self._source, block)
+        return unread, decode_into(self._images[block.start : block.stop], data, self._options)
+
+
+def _shared(shape: tuple[int, ...]) -> np.ndarray:
+    """An array that forked processes write to for this one."""
+    crowding = crowds_memory(int(np.prod(shape, dtype=object)))
+    return allocate(shape) if crowding else decode_forks.shared_array(shape)
+
+
+def _died(source: EncodedImages, block: range) -> InputError:
+    return InputError(
+        f"{source.description}: a decoding process died somewhere between {source.names[block.start]} and "
+        f"{source.names[block.stop - 1]} (out of memory, or a file that crashes its decoder)"
+    )
 
 
 class _Tally:
@@ -247,11 +304,7 @@ def _decode_in_processes(
         for _ in range(expected):
             block, unread, outcomes = results.get()
             if isinstance(unread, (EOFError, OSError)):
-                first, last = source.names[block.start], source.names[block.stop - 1]
-                raise InputError(
-                    f"{source.description}: a decoding process died somewhere between {first} and {last}"
-                    " (out of memory, or a file that crashes its decoder)"
-                )
+                raise _died(source, block)
             if isinstance(unread, Exception):
                 raise unread
             tally.add(block, unread, outcomes)

@@ -52,6 +52,7 @@ class LmdbImages:
     def __init__(self, path: Path, description: str) -> None:
         self.description = description
         self._path = path
+        self.fork_safe = True
         self.mode: str | None = None
         self.labels: np.ndarray | None = None
         self.notes: tuple[str, ...] = ()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -23,7 +25,7 @@ from diffmem.data.arrays import (
     read_safetensors,
     to_numpy,
 )
-from diffmem.data.cache import load_cached
+from diffmem.data.cache import CachedCopy
 from diffmem.data.cifar import is_cifar, read_cifar
 from diffmem.data.containers import (
     HF,
@@ -35,7 +37,8 @@ from diffmem.data.containers import (
     is_saved_dataset,
 )
 from diffmem.data.decode import PixelOptions, image_suffixes
-from diffmem.data.decode_pool import EncodedImages, decode_all
+from diffmem.data.decode_forks import can_fork
+from diffmem.data.decode_pool import Decoding, EncodedImages, decode_all
 from diffmem.data.grid import rows_and_columns, sheets_of_files
 from diffmem.data.hdf5 import HDF5_SUFFIXES, read_hdf5
 from diffmem.data.image_set import ImageRecipe, ImageSet
@@ -48,7 +51,7 @@ from diffmem.data.streams import is_map_dataset, read_stream
 from diffmem.data.tar_shards import TarShards, expand_braces
 from diffmem.data.tiff_stacks import TiffStack, pages
 from diffmem.data.value_range import as_bytes, check_value_range
-from diffmem.errors import InputError
+from diffmem.errors import InputError, MissingExtraError
 from diffmem.logs import logger
 from diffmem.progress import Progress, silent
 from diffmem.recognize import network_kind
@@ -124,12 +127,104 @@ def load_images(
         >>> load_images(np.zeros((2, 3, 32, 32)), value_range=(-1, 1)).images[0, 0, 0, 0]
         np.uint8(128)
     """
+    return _load(
+        source, None, resize=resize, center_crop=center_crop, color=color, alpha=alpha, limit=limit, skip_bad=skip_bad,
+        cache=cache, key=key, layout=layout, value_range=value_range, progress=progress,
+    )  # fmt: skip
+
+
+class Loading:
+    """`load_images` in two steps: files of images are decoded from now on, where processes may be forked for it
+    (`diffmem.data.decode_forks`); all else is done in `result`, which also says what is wrong with the source.
+
+    Close it. Takes what `load_images` takes.
+    """
+
+    def __init__(self, source: ImageSource, **options: Any) -> None:
+        self._source, self._options = source, dict.fromkeys(_DEFAULT_NONE) | _DEFAULTS | options
+        self._begun: _Begun | None = None
+        if can_fork():
+            # Whatever is wrong, `result` meets it again.
+            with suppress(InputError, MissingExtraError, OSError):
+                self._begun = _begin(source, **self._options)
+
+    def result(self) -> ImageSet:
+        """The images."""
+        return _load(self._source, self._begun, **self._options)
+
+    def close(self) -> None:
+        """Ends what is still going on."""
+        if self._begun is not None:
+            self._begun.decoding.close()
+
+
+class _Begun(NamedTuple):
+    """A source that is being decoded."""
+
+    encoded: EncodedImages
+    decoding: Decoding
+    copy: CachedCopy | None
+
+
+_DEFAULT_NONE = ("resize", "color", "alpha", "limit", "key", "layout", "value_range", "progress")
+_DEFAULTS = {"center_crop": False, "skip_bad": False, "cache": False}
+
+
+def _begin(source: Any, **given: Any) -> _Begun | None:
+    """Begins to decode `source` if it is a container of image files without a cached copy."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    text, path = _path_of(source)
+    if text.startswith((builtin.PREFIX, HF)) or network_kind(path) is not None:
+        return None
+    options = _pixel_options(given["color"], given["resize"], given["center_crop"], given["alpha"])
+    limit, skip_bad, key = given["limit"], given["skip_bad"], given["key"]
+    copy = CachedCopy(path, _settings(text, options, limit, skip_bad, key)) if given["cache"] else None
+    if copy is not None and copy.exists:
+        return None
+    encoded = _encoded(path, key)
+    if encoded is None or not encoded.fork_safe:
+        return None
+    progress = given["progress"] or silent
+    if copy is not None:
+        copy.examine(encoded, progress)
+    options = replace(options, mode=encoded.mode)
+    return _Begun(encoded, Decoding(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress), copy)
+
+
+def _path_of(source: str | os.PathLike[str]) -> tuple[str, Path]:
+    """A source as text, and the path in it."""
+    text = os.fspath(source)
+    return text, Path(text.removeprefix(HF).partition("?")[0] if text.startswith(HF) else text).expanduser()
+
+
+def _pixel_options(color: str | None, resize: Any, center_crop: bool, alpha: str | None) -> PixelOptions:
     color = "grey" if color == "gray" else color
     options = PixelOptions(color, _size(resize), center_crop, alpha)
     if color not in (None, "grey", "rgb"):
         raise InputError(f"color must be 'gray', 'rgb' or None, not {color!r}")
     if alpha not in (None, "drop", "white", "black"):
         raise InputError(f"alpha must be 'drop', 'white', 'black' or None, not {alpha!r}")
+    return options
+
+
+def _settings(text: str, options: PixelOptions, limit: int | None, skip_bad: bool, key: str | None) -> dict[str, Any]:
+    """What a cached copy depends on besides the contents of its source."""
+    settings: dict[str, Any] = {
+        "color": options.color, "size": options.size, "limit": limit, "skip_bad": skip_bad, "key": key
+    }  # fmt: skip
+    if options.center_crop:
+        settings["center_crop"] = True
+    settings |= {} if options.alpha is None else {"alpha": options.alpha}
+    return settings | ({"source": text.partition("?")[2]} if text.startswith(HF) else {})
+
+
+def _load(
+    source: Any, begun: _Begun | None, *, resize: Any, center_crop: bool, color: str | None, alpha: str | None,
+    limit: int | None, skip_bad: bool, cache: bool, key: str | None, layout: str | None,
+    value_range: tuple[float, float] | None, progress: Progress | None,
+) -> ImageSet:  # fmt: skip
+    options = _pixel_options(color, resize, center_crop, alpha)
     if layout not in (None, "NCHW", "NHWC"):
         raise InputError(f"layout must be 'NCHW', 'NHWC' or None, got {layout!r}")
     if limit is not None and limit < 1:
@@ -148,27 +243,30 @@ def load_images(
     if isinstance(source, str) and source.startswith(builtin.PREFIX):
         return finish(_image_set(builtin.read_builtin(source, limit), source))
     if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        path = Path(text.removeprefix(HF).partition("?")[0] if text.startswith(HF) else text).expanduser()
+        text, path = _path_of(source)
         if (kind := network_kind(path)) is not None:
             raise InputError(
                 f"{path}: is {kind}, not a set of images: sample it and pass the images (`diffmem sample` samples"
                 " networks of diffmem and snapshots of EDM)"
             )
-        encoded = _hugging_face(text, path, key) if text.startswith(HF) else _encoded(path, key)
+        encoded: EncodedImages | None
+        if begun is not None:
+            encoded, copy = begun.encoded, begun.copy
+        else:
+            copy = CachedCopy(path, _settings(text, options, limit, skip_bad, key)) if cache else None
+            # A file need not be opened to know whether the copy is one of it.
+            if copy is not None and copy.exists and path.is_file():
+                copy.examine(None, report)
+                if (cached := copy.read()) is not None:
+                    return _logged(cached)
+            encoded = _hugging_face(text, path, key) if text.startswith(HF) else _encoded(path, key)
         if encoded is not None:
-
-            def decode() -> ImageSet:
-                return _decoded(encoded, options, limit, skip_bad, report)
-
-            if not cache:
-                return _logged(decode())
-            settings = {"color": color, "size": options.size, "limit": limit, "skip_bad": skip_bad, "key": key}
-            if center_crop:
-                settings["center_crop"] = True
-            settings |= {} if alpha is None else {"alpha": alpha}
-            settings |= {"source": text.partition("?")[2]} if text.startswith(HF) else {}
-            return _logged(load_cached(path, encoded, settings, decode, report))
+            if copy is not None and begun is None:
+                copy.examine(encoded, report)
+                if not path.is_file() and (cached := copy.read()) is not None:
+                    return _logged(cached)
+            images = _decoded(encoded, options, limit, skip_bad, report, begun)
+            return _logged(images if copy is None else copy.write(images))
         slices = medical_files(path.parent, [path.name]) if path.is_file() else _slices_in(path)
         if slices:
             return finish(_image_set(read_medical(slices, path, limit, report), str(path)))
@@ -198,11 +296,15 @@ def _logged(images: ImageSet) -> ImageSet:
 
 
 def _decoded(
-    encoded: EncodedImages, options: PixelOptions, limit: int | None, skip_bad: bool, progress: Progress
-) -> ImageSet:
+    encoded: EncodedImages, options: PixelOptions, limit: int | None, skip_bad: bool, progress: Progress,
+    begun: _Begun | None = None,
+) -> ImageSet:  # fmt: skip
     """The decoded images of a container of files."""
     options = replace(options, mode=encoded.mode)
-    images, kept, skipped, turned = decode_all(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress)
+    if begun is not None:
+        images, kept, skipped, turned = begun.decoding.result()
+    else:
+        images, kept, skipped, turned = decode_all(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress)
     labels = None if encoded.labels is None else encoded.labels[kept]
     sheets = None if options.size is None and not options.center_crop else sheets_of_files(encoded, kept[:8], options)
     notes = encoded.notes if not turned else (*encoded.notes, _turned_note(encoded.description, turned, len(images)))

@@ -65,6 +65,7 @@ class ParquetImages:
         self._column, several = _image_column(schema, column, description)
         features = _features(schema)
         mode = features.get(self._column, {}).get("mode")
+        self.fork_safe = False  # Arrow has threads
         self.mode: str | None = mode if mode in ("L", "RGB") else None
         self._find_images(opened, _name_column(schema))
         if not self.names:

@@ -61,6 +61,7 @@ class TarShards:
 
     def __init__(self, shards: Sequence[Path], description: str, key: str | None) -> None:
         self.description = description
+        self.fork_safe = True
         self.mode: str | None = None
         self._shards = list(shards)
         self._images: list[Member] = []

@@ -36,6 +36,7 @@ class TiffStack:
     def __init__(self, path: Path, count: int) -> None:
         self.description = str(path)
         self.names: Sequence[str] = [f"page-{index:06d}" for index in range(count)]
+        self.fork_safe = False  # pages are sought in one file
         self.mode: str | None = None
         self.labels: np.ndarray | None = None
         self.notes: tuple[str, ...] = ()
