@@ -33,6 +33,7 @@ from diffmem.cli.options import (
     say_notes,
     tell_gate,
     value_range_option,
+    without_collector,
 )
 from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.errors import InputError
@@ -196,10 +197,11 @@ def audit_command(
             return found | {"resize": resize, "center_crop": center_crop, "cache": cache, "progress": progress}
 
         with decoded_meanwhile({} if features == "precomputed" else sources, given) as loading:
-            import torch
+            with without_collector():
+                import torch
 
-            from diffmem.features import load_features
-            from diffmem.memorization import audit, parse_threshold
+                from diffmem.features import load_features
+                from diffmem.memorization import audit, parse_threshold
 
             if rule == "ratio" and threshold is not None:
                 try:

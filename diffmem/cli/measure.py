@@ -22,6 +22,7 @@ from diffmem.cli.options import (
     resize_option,
     say_notes,
     value_range_option,
+    without_collector,
 )
 from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.text import printable
@@ -122,10 +123,11 @@ def measure_command(
             return found | {"progress": progress}
 
         with decoded_meanwhile({} if features == "precomputed" else sources, given) as loading:
-            import torch
+            with without_collector():
+                import torch
 
-            from diffmem.features import load_features
-            from diffmem.memorization import measure
+                from diffmem.features import load_features
+                from diffmem.memorization import measure
 
             torch.set_flush_denormal(True)
             reserve_report(out)

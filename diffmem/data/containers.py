@@ -20,7 +20,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,6 +58,7 @@ UNREAD_PICTURES = frozenset(
 
 # Of dataset.json: a label of many entries takes some kilobytes.
 _MOST_JSON_BYTES, _MOST_JSON_BYTES_PER_IMAGE = 2**24, 2**16
+_NO_DIGITS = str.maketrans("123456789", "0" * 9)
 _PIECES = re.compile(r"[0-9]+|[^0-9]+")
 # A zip entry's own header, of which only the lengths of its name and its extra field are needed.
 _METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
@@ -81,6 +82,14 @@ def _component_key(component: str) -> list[tuple[Any, ...]]:
 _folder_key = lru_cache(maxsize=1024)(_component_key)
 
 
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """The names by `natural_key`, a backslash counting as a slash. The plain order is the same where all names have
+    their digits in the same places."""
+    names = list(names)
+    alike = len({name.translate(_NO_DIGITS) for name in names}) == 1 and "\\" not in names[0]
+    return sorted(names, key=None if alike else lambda name: natural_key(with_slashes(name)))
+
+
 def with_slashes(name: str) -> str:
     """The path `name` with "/" between its folders."""
     return name.replace("\\", "/")
@@ -91,8 +100,13 @@ def is_skipped(name: str) -> bool:
 
     name: with "/" or "\\" between its folders.
     """
-    *folders, base = with_slashes(name).removeprefix("./").split("/")
-    return base.startswith(".") or any(_is_skipped_folder(folder) for folder in folders)
+    folders, _, base = with_slashes(name).removeprefix("./").rpartition("/")
+    return base.startswith(".") or _is_skipped_path(folders)
+
+
+@lru_cache(maxsize=1024)
+def _is_skipped_path(folders: str) -> bool:
+    return any(_is_skipped_folder(folder) for folder in folders.split("/"))
 
 
 def _is_skipped_folder(name: str) -> bool:
@@ -154,8 +168,7 @@ class Folder:
         found = [path.name]
         if path.is_dir():
             files = list(_walk(self._root, "", set()))
-            found = [name for name in files if is_image_name(name)]
-            found.sort(key=lambda name: natural_key(with_slashes(name)))
+            found = in_natural_order(name for name in files if is_image_name(name))
             others = [name for name in files if not is_image_name(name)]
         if not found:
             raise InputError(f"{path}: no images in this folder or its subfolders; {contents(others)}")
@@ -231,7 +244,7 @@ class ZipArchive:
             if name in entries:
                 raise InputError(f"{path}: two entries are named {printable(name)}: create the archive again")
             entries[name] = entry
-        found = sorted((name for name in entries if name != DATASET_JSON), key=natural_key)
+        found = in_natural_order(name for name in entries if name != DATASET_JSON)
         if not found:
             raise InputError(f"{path}: no images in this archive; {contents(others)}")
         self._entries = [entries[name] for name in found]

@@ -141,7 +141,8 @@ class Loading:
     """
 
     def __init__(self, source: ImageSource, **options: Any) -> None:
-        self._source, self._options = source, dict.fromkeys(_DEFAULT_NONE) | _DEFAULTS | options
+        self._source: Any = source
+        self._options: dict[str, Any] = dict.fromkeys(_DEFAULT_NONE) | _DEFAULTS | options
         self._begun: _Begun | None = None
         if can_fork():
             # Whatever is wrong, `result` meets it again.

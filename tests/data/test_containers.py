@@ -9,11 +9,13 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from diffmem.data import ImageSet, decode_pool, load_images
 from diffmem.data.classes import label_dim
-from diffmem.data.containers import natural_key
+from diffmem.data.containers import in_natural_order, natural_key
 from diffmem.errors import InputError
 
 RNG = np.random.default_rng(7)
@@ -372,6 +374,12 @@ def test_natural_order():
     assert sorted(names, key=natural_key) == [
         "1/3.png", "2.png", "010.png", "10.png", "a02b9.png", "a2b9.png", "a2b10.png", "a" + "9" * 5000, "b.png",
     ]  # fmt: skip
+
+
+@given(st.lists(st.text("a/0129", min_size=4, max_size=4), max_size=6))
+def test_names_with_digits_in_the_same_places_are_in_natural_order_as_they_are(names):
+    for some in (names, [name[:2] + "/x07" for name in names], [f"a{i:03}" for i in range(12)]):
+        assert in_natural_order(some) == sorted(some, key=natural_key)
 
 
 @pytest.fixture
