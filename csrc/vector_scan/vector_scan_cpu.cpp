@@ -43,9 +43,10 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b;
 
 constexpr std::int64_t kBlockPanels = 64;  // 1,024 rows: their code fits the L2 cache at d = 512
 constexpr std::int64_t kBlockRows = kBlockPanels * kPanel;
-constexpr std::int64_t kFew = 48;        // queries per thread below which the threads share the rows instead
-constexpr double kDense = 0.25;          // share of pairs beyond level 1 from which products of all pairs are cheaper
-constexpr std::int64_t kLookAgain = 16;  // blocks after which a chunk that was dense tries level 1 again
+constexpr std::int64_t kFew = 48;  // queries per thread below which the threads share the rows instead
+constexpr double kDense = 0.25;    // share of pairs beyond level 1 from which products of all pairs are cheaper
+constexpr std::int64_t kLookAgain =
+    16;  // blocks after which a dense chunk tries level 1 again, and 1, 2, 4, 8 at first
 
 // Queries first … first + count - 1, in strips.
 class Strips {
@@ -248,7 +249,7 @@ class Scanner {
       std::int64_t looked = 0;
       for (std::int64_t s = 0; s < strips_.strips(); ++s) {
         const std::int64_t queries = std::min<std::int64_t>(k_.strip_rows, count_ - s * k_.strip_rows);
-        bool dense = lead_only_ || (passing > kDense && (blocks % kLookAgain != 0 || s > 0));
+        bool dense = lead_only_ || (passing > kDense && (s > 0 || !looks_again(blocks)));
         if (!dense) {
           k_.scan(strips_.strip(s, 1), block_.level(1), masks_.data(), kBlockPanels);
           const std::int64_t there = survivors(queries);
@@ -269,6 +270,10 @@ class Scanner {
   }
 
  private:
+  // The first blocks are seen with the loosest bounds.
+  static bool looks_again(std::int64_t block) {
+    return block % kLookAgain == 0 || std::has_single_bit(static_cast<std::uint64_t>(block));
+  }
   double reach(std::int64_t i) const { return upper_[i * neighbors_ + neighbors_ - 1]; }
 
   std::int64_t survivors(std::int64_t queries) const {
