@@ -133,7 +133,7 @@ def test_ops_under_sanitizers(core, libraries, tmp_path):
     (tmp_path / "test_refusals.py").write_text(REFUSALS)
     status, said = run(
         core, libraries, tmp_path / "report", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-        *(f"tests/ops/{name}" for name in TESTS), "tests/search/test_vectors.py", "-k", "not any_vectors",
+        *(f"tests/ops/{name}" for name in TESTS), "tests/search/test_vectors.py::test_codes_on_every_path",
         str(tmp_path / "test_refusals.py"),
     )  # fmt: skip
     assert status == 0, said
