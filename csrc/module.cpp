@@ -99,18 +99,17 @@ void bind_conv3x3(py::module_& m) {
       unlocked, py::arg("shape"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"), py::arg("threads"),
       "Convolves.");
   m.def(
-      "conv3x3_weight_sums",
-      [](std::array<std::int64_t, 5> shape, Address x, Address y_gradient, std::int64_t splits, Address sums,
-         int threads) {
+      "conv3x3_weight_gradient",
+      [](std::array<std::int64_t, 5> shape, Address x, Address y_gradient, Address gradient,
+         std::array<std::int64_t, 4> strides, int threads) {
         check_shape(shape, threads);
-        require(splits >= 1, "conv3x3: splits must be at least 1");
-        require_addresses(x, y_gradient, sums);
-        conv3x3::weight_sums({shape[0], shape[1], shape[2], shape[3], shape[4]}, reinterpret_cast<const float*>(x),
-                             reinterpret_cast<const float*>(y_gradient), splits, reinterpret_cast<float*>(sums),
-                             threads);
+        require_addresses(x, y_gradient, gradient);
+        conv3x3::weight_gradient({shape[0], shape[1], shape[2], shape[3], shape[4]}, reinterpret_cast<const float*>(x),
+                                 reinterpret_cast<const float*>(y_gradient), reinterpret_cast<float*>(gradient),
+                                 strides.data(), threads);
       },
-      unlocked, py::arg("shape"), py::arg("x"), py::arg("y_gradient"), py::arg("splits"), py::arg("sums"),
-      py::arg("threads"), "The weights' gradient in the transformed domain.");
+      unlocked, py::arg("shape"), py::arg("x"), py::arg("y_gradient"), py::arg("gradient"), py::arg("strides"),
+      py::arg("threads"), "The weights' gradient.");
 }
 
 template <class T>

@@ -7,7 +7,7 @@
 // Layouts (float32, tightly packed unless strides are given):
 //   x    (batch, height, width, channels)          images, channels last
 //   y    (batch, height, width, outputs)
-//   packed (36, outputs/16, channels, 16)          transformed weights, made by `pack`
+//   packed (36, outputs/16, channels, 16)          transformed weights, made by `pack`; 16 more after each point's
 //   weights with element strides (outputs, channels, 3, 3); negative strides flip the kernel
 // Needs an instruction set that has kernels here (`available`); channels a multiple of 8, outputs a multiple of 16.
 #pragma once
@@ -31,36 +31,51 @@ void pack(const float* weight, const std::int64_t strides[4], std::int64_t chann
 // `bias` (outputs) may be null.
 void forward(const Shape& shape, const float* x, const float* packed, const float* bias, float* y, int threads);
 
-// Gradient of the weights in the transformed domain: sums (splits, 36, channels, outputs), zero when it comes in, gets
-// Σ over tiles of (transformed x)·(adjointly transformed gradient of y), each split the sum over its share of the
-// tiles. The gradient of weight (o, c, i, j) is Σ over points p of G(p / 6, i)·G(p % 6, j)·Σ over splits of sums(p, c,
-// o).
-void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t splits, float* sums,
-                 int threads);
+// The gradient of the weights, from that of y: written to (outputs, channels, 3, 3) with element strides.
+void weight_gradient(const Shape& shape, const float* x, const float* y_gradient, float* gradient,
+                     const std::int64_t strides[4], int threads);
 
 // ------------------------------------------------------------------------------------------------ instruction sets
 
-inline constexpr std::int64_t kBlockTiles = 48;
-inline constexpr std::int64_t kSliceChannels = 64, kSliceOutputs = 128;
+// 36 matrices, one per point of the transforms, with a row per tile, rows and matrices the given numbers apart: rows
+// begin at a cache line, and the same element of all points lies in different sets of the cache.
+struct Points {
+  float* values;
+  std::int64_t row, point;
+};
+
+// Numbers from one point's transformed weights, or sums, to the next one's: an odd number of cache lines.
+constexpr std::int64_t packed_point(std::int64_t channels, std::int64_t outputs) { return channels * outputs + 16; }
 
 struct Kernels {
   // The transformed weights of output panel `panel`, 16 outputs.
   void (*pack_panel)(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
                      std::int64_t panel, float* packed);
 
-  // Tiles [first, last) in row-major order of (image, tile row, tile column), at most kBlockTiles; `scratch` holds 36 *
-  // kBlockTiles * (channels + outputs) floats, aligned to 64 bytes.
+  // The outputs of tiles [first, last) in row-major order of (image, tile row, tile column); `inputs` and `products`
+  // hold a row for each, `zeros` as many as there are channels.
   void (*tiles)(const Shape& shape, const float* x, const float* packed, const float* bias, std::int64_t first,
-                std::int64_t last, float* y, float* scratch);
+                std::int64_t last, float* y, const Points& inputs, const Points& products, const float* zeros);
 
-  // weight_sums for tiles [first, last), channels [c_first, c_last) and outputs [o_first, o_last), at most
-  // kSliceChannels and kSliceOutputs of them; `scratch` holds 36 * kBlockTiles * (kSliceChannels + kSliceOutputs)
-  // floats.
-  void (*weight_sums)(const Shape& shape, const float* x, const float* y_gradient, std::int64_t first,
-                      std::int64_t last, std::int64_t c_first, std::int64_t c_last, std::int64_t o_first,
-                      std::int64_t o_last, float* sums, float* scratch);
+  // The transformed inputs of tiles [first, last), from row 0 of `inputs` on, and the (adjointly) transformed
+  // gradients.
+  void (*transform_images)(const Shape& shape, const float* x, std::int64_t first, std::int64_t last,
+                           const Points& inputs, const float* zeros);
+  void (*transform_gradients)(const Shape& shape, const float* y_gradient, std::int64_t first, std::int64_t last,
+                              const Points& gradients, const float* zeros);
+
+  // Of one point, where `inputs` and `gradients` begin: sums over rows [0, count), for channels
+  // [c_first, c_last) in multiples of 8; `begins`: the sums hold nothing yet. They are laid out
+  // as packed weights are.
+  void (*accumulate)(std::int64_t count, bool begins, const Shape& shape, std::int64_t c_first, std::int64_t c_last,
+                     const Points& inputs, const Points& gradients, float* sums);
+
+  // The gradient of the weights of output panel `panel`, 16 outputs, from the sums of all points.
+  void (*weight_gradient)(const float* sums, std::int64_t channels, std::int64_t outputs, std::int64_t panel,
+                          float* gradient, const std::int64_t strides[4]);
 };
 
 const Kernels* avx2_kernels();  // null where this build lacks the instructions
+const Kernels* avx512_kernels();
 
 }  // namespace diffmem::conv3x3

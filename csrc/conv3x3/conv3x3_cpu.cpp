@@ -1,4 +1,4 @@
-// Sharing a convolution's tiles among threads; the kernels of an instruction set do the arithmetic.
+// Sharing a convolution's tiles among threads, and its memory; the kernels of an instruction set do the arithmetic.
 #include <algorithm>
 #include <memory>
 
@@ -13,18 +13,25 @@ namespace {
 
 using cpu::share;
 
-const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), nullptr); }
+const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), avx512_kernels()); }
 
-// Of one thread; shared, so that the worker that holds it can be copied.
-std::shared_ptr<cpu::Aligned<float>> scratch_memory(std::int64_t count) {
-  return std::make_shared<cpu::Aligned<float>>(static_cast<std::size_t>(count));
+constexpr std::int64_t kBlockTiles = 56;    // of one thread at a time: all weights are read for each such block
+constexpr std::int64_t kBlocksOfTiles = 8;  // no thread gets fewer tiles than these
+constexpr std::int64_t kSummed = 2 << 20;   // numbers of transformed inputs and gradients that are held at a time
+
+std::int64_t tile_count(const Shape& shape) { return shape.batch * ((shape.height + 3) / 4) * ((shape.width + 3) / 4); }
+
+// Rows of `width` numbers: whole cache lines, an odd number of them per point.
+Points layout(std::int64_t rows, std::int64_t width) {
+  const std::int64_t row = (width + 15) / 16 * 16;
+  return {nullptr, row, (rows * row / 16 | 1) * 16};
 }
 
 }  // namespace
 
 bool available() { return kernels() != nullptr; }
 
-std::int64_t packed_size(std::int64_t channels, std::int64_t outputs) { return 36 * channels * outputs; }
+std::int64_t packed_size(std::int64_t channels, std::int64_t outputs) { return 36 * packed_point(channels, outputs); }
 
 void pack(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
           float* packed, int threads) {
@@ -36,32 +43,70 @@ void pack(const float* weight, const std::int64_t strides[4], std::int64_t chann
 
 void forward(const Shape& shape, const float* x, const float* packed, const float* bias, float* y, int threads) {
   const Kernels& kernel = *kernels();
-  const std::int64_t count = shape.batch * ((shape.height + 3) / 4) * ((shape.width + 3) / 4);
-  const std::int64_t blocks = (count + kBlockTiles - 1) / kBlockTiles;
+  // As many blocks for each thread, of nearly the same size.
+  const std::int64_t count = tile_count(shape), together = kBlockTiles * threads;
+  const std::int64_t blocks =
+      std::min((count + together - 1) / together * threads, (count + kBlocksOfTiles - 1) / kBlocksOfTiles);
+  const std::int64_t rows = (count + blocks - 1) / blocks;
   share(blocks, threads, [&] {
-    const auto scratch = scratch_memory(36 * kBlockTiles * (shape.channels + shape.outputs));
-    return [&, scratch](std::int64_t block) {
-      const std::int64_t first = block * kBlockTiles;
-      kernel.tiles(shape, x, packed, bias, first, std::min(count, first + kBlockTiles), y, scratch->data());
+    Points inputs = layout(rows, shape.channels), products = layout(rows, shape.outputs);
+    const auto scratch = std::make_shared<cpu::Aligned<float>>(
+        static_cast<std::size_t>(36 * (inputs.point + products.point) + inputs.row));
+    inputs.values = scratch->data();
+    products.values = inputs.values + 36 * inputs.point;
+    float* const zeros = products.values + 36 * products.point;
+    std::fill_n(zeros, inputs.row, 0.0f);
+    return [&, scratch, inputs, products, zeros](std::int64_t block) {
+      kernel.tiles(shape, x, packed, bias, count * block / blocks, count * (block + 1) / blocks, y, inputs, products,
+                   zeros);
     };
   });
 }
 
-void weight_sums(const Shape& shape, const float* x, const float* y_gradient, std::int64_t splits, float* sums,
-                 int threads) {
+void weight_gradient(const Shape& shape, const float* x, const float* y_gradient, float* gradient,
+                     const std::int64_t strides[4], int threads) {
   const Kernels& kernel = *kernels();
-  const std::int64_t tiles = shape.batch * ((shape.height + 3) / 4) * ((shape.width + 3) / 4);
-  const std::int64_t c_slices = (shape.channels + kSliceChannels - 1) / kSliceChannels;
-  const std::int64_t o_slices = (shape.outputs + kSliceOutputs - 1) / kSliceOutputs;
-  share(splits * c_slices * o_slices, threads, [&] {
-    const auto scratch = scratch_memory(36 * kBlockTiles * (kSliceChannels + kSliceOutputs));
-    return [&, scratch](std::int64_t item) {
-      const std::int64_t split = item / (c_slices * o_slices);
-      const std::int64_t c = item / o_slices % c_slices * kSliceChannels, o = item % o_slices * kSliceOutputs;
-      kernel.weight_sums(shape, x, y_gradient, tiles * split / splits, tiles * (split + 1) / splits, c,
-                         std::min(shape.channels, c + kSliceChannels), o, std::min(shape.outputs, o + kSliceOutputs),
-                         sums + split * 36 * shape.channels * shape.outputs, scratch->data());
-    };
+  const std::int64_t channels = shape.channels, outputs = shape.outputs, count = tile_count(shape);
+  const std::int64_t held = std::max<std::int64_t>(kBlockTiles, kSummed / (36 * (channels + outputs)));
+  const std::int64_t chunks = (count + held - 1) / held, rows = (count + chunks - 1) / chunks;
+  Points inputs = layout(rows, channels), gradients = layout(rows, outputs);
+  const std::int64_t longest = std::max(inputs.row, gradients.row);
+  cpu::Aligned<float> scratch(static_cast<std::size_t>(36 * (inputs.point + gradients.point) + longest));
+  cpu::Aligned<float> sums(static_cast<std::size_t>(packed_size(channels, outputs)));
+  inputs.values = scratch.data();
+  gradients.values = inputs.values + 36 * inputs.point;
+  float* const zeros = gradients.values + 36 * gradients.point;
+  std::fill_n(zeros, longest, 0.0f);
+  const std::int64_t eights = (channels + 7) / 8, c_parts = (eights + 7) / 8;
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const std::int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
+    const std::int64_t parts = (last - first + kBlocksOfTiles - 1) / kBlocksOfTiles;
+    share(2 * parts, threads, [&] {
+      return [&](std::int64_t item) {
+        const std::int64_t from = item / 2 * kBlocksOfTiles, to = std::min(last - first, from + kBlocksOfTiles);
+        const Points& into = item % 2 == 0 ? inputs : gradients;
+        const Points rows_of_it = {into.values + from * into.row, into.row, into.point};
+        if (item % 2 == 0) {
+          kernel.transform_images(shape, x, first + from, first + to, rows_of_it, zeros);
+        } else {
+          kernel.transform_gradients(shape, y_gradient, first + from, first + to, rows_of_it, zeros);
+        }
+      };
+    });
+    share(36 * c_parts, threads, [&] {
+      return [&](std::int64_t item) {
+        const std::int64_t point = item / c_parts, part = item % c_parts;
+        const Points in = {inputs.values + point * inputs.point, inputs.row, inputs.point};
+        const Points out = {gradients.values + point * gradients.point, gradients.row, gradients.point};
+        kernel.accumulate(last - first, chunk == 0, shape, eights * part / c_parts * 8,
+                          eights * (part + 1) / c_parts * 8, in, out,
+                          sums.data() + point * packed_point(channels, outputs));
+      };
+    });
+  }
+  share(outputs / 16, threads, [&] {
+    return
+        [&](std::int64_t panel) { kernel.weight_gradient(sums.data(), channels, outputs, panel, gradient, strides); };
   });
 }
 

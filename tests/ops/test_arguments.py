@@ -248,7 +248,7 @@ calls = [
     lambda: _C.conv3x3_forward([1, 4, 4, 8, 2**61], a, a, 0, a, 1),
     lambda: _C.conv3x3_forward([0, 4, 4, 8, 16], a, a, 0, a, 1),
     lambda: _C.conv3x3_forward([1, 4, 4, 8, 16], 0, a, 0, a, 1),
-    lambda: _C.conv3x3_weight_sums([1, 4, 4, 8, 16], a, a, 0, a, 1),
+    lambda: _C.conv3x3_weight_gradient([1, 4, 4, 8, 16], a, a, 0, [72, 9, 3, 1], 1),
     lambda: _C.group_norm_silu_forward([1, 4, 8, 0], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
     lambda: _C.group_norm_silu_forward([1, 4, 8, 3], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
     lambda: _C.group_norm_silu_forward([1, 4, 8, 2], [a, a, a, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),

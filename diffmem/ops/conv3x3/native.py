@@ -92,40 +92,23 @@ def conv3x3_weight_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Te
     batch, channels, height, width = x.shape
     outputs = gradient.shape[1]
     if x.numel() == 0:
-        return torch.zeros(outputs, channels, 3, 3)
+        return torch.zeros(outputs, channels, 3, 3).to(memory_format=torch.channels_last)
     core = available_core("conv3x3", unavailable("cpu"))
     x = x.contiguous(memory_format=torch.channels_last)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
-    threads = torch.get_num_threads()
-    # Channels and outputs are shared among the threads in slices of 64 and 128; where those are too few, tiles are too.
-    splits = -(-threads // (-(-channels // 64) * -(-outputs // 128)))
-    sums = torch.zeros(splits, 36, channels * outputs)
-    core.conv3x3_weight_sums(
-        [batch, height, width, channels, outputs], x.data_ptr(), gradient.data_ptr(), splits, sums.data_ptr(), threads
-    )
-    points = torch.tensor(_WEIGHT_TRANSFORM, dtype=torch.float64)
-    matrix = torch.kron(points, points).to(torch.float32)  # (36, 9)
-    taps = (matrix.t() @ sums.sum(dim=0)).reshape(3, 3, channels, outputs)
-    return taps.permute(3, 2, 0, 1).contiguous()
+    found = torch.empty((outputs, channels, 3, 3), memory_format=torch.channels_last)
+    core.conv3x3_weight_gradient(
+        [batch, height, width, channels, outputs], x.data_ptr(), gradient.data_ptr(), found.data_ptr(),
+        list(found.stride()), torch.get_num_threads(),
+    )  # fmt: skip
+    return found
 
 
 @conv3x3_weight_gradient.register_fake
 def _(x, gradient):
     check_weight_gradient(x, gradient)
-    return x.new_empty((gradient.shape[1], x.shape[1], 3, 3))
-
-
-def _weight_transform() -> list[list[float]]:
-    """The (6, 3) matrix that takes three weights to the points 0, ±a, ±b, ∞ of csrc/conv3x3."""
-    a2, b2 = 0.75**2, 1.5**2
-    rows = [[1 / (a2 * b2), 0.0, 0.0]]
-    for square, other in ((a2, b2), (b2, a2)):
-        factor = 1 / (2 * square * (square - other))
-        rows += [[factor, sign * square**0.5 * factor, square * factor] for sign in (1, -1)]
-    return [*rows, [0.0, 0.0, 1.0]]
-
-
-_WEIGHT_TRANSFORM = _weight_transform()
+    shape = (gradient.shape[1], x.shape[1], 3, 3)
+    return torch.empty_like(x.new_empty(shape), memory_format=torch.channels_last)
 
 
 def _save(ctx, inputs, output):
