@@ -54,5 +54,6 @@ struct Kernels {
 };
 
 const Kernels* avx2_kernels();  // null where this build lacks the instructions
+const Kernels* avx512_kernels();
 
 }  // namespace diffmem::group_norm_silu

@@ -11,9 +11,12 @@ from numerics import CLOSE, assert_as_exact, assert_close, assert_rounded
 
 from diffmem.errors import InputError
 from diffmem.ops.conv3x3 import OP, conv3x3, native
+from diffmem.ops.registry import native_module
 
 AVAILABLE = native.unavailable("cpu")
 needs_native = pytest.mark.skipif(AVAILABLE is not None, reason=str(AVAILABLE))
+LEVELS = ["avx2", "avx512"]
+LEVELS = LEVELS[: 0 if AVAILABLE else 1 + (native_module().cpu_level() == "avx512")]  # of this processor
 
 
 def case(batch, channels, outputs, height, width, seed=0):
@@ -23,12 +26,13 @@ def case(batch, channels, outputs, height, width, seed=0):
     return x, weight, torch.randn(outputs)
 
 
-@needs_native
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(5, 16, 32, 16, 16), (70, 48, 16, 4, 4), (9, 32, 16, 9, 11), (33, 16, 16, 5, 7), (4, 256, 64, 32, 32)]
+    "shape", [(5, 16, 32, 16, 16), (70, 40, 16, 4, 4), (9, 32, 48, 9, 11), (33, 8, 16, 6, 7), (4, 256, 64, 32, 32)]
 )
-def test_within_twice_the_error_of_the_direct_sum(shape, bias):
+def test_within_twice_the_error_of_the_direct_sum(shape, bias, level, monkeypatch):
+    monkeypatch.setenv("DIFFMEM_CPU", level)
     x, weight, offset = case(*shape)
     offset = offset if bias else None
     exact = conv3x3(x.double(), weight.double(), None if offset is None else offset.double(), impl="reference")
@@ -73,11 +77,12 @@ def test_opcheck(transposed):
     torch.library.opcheck(torch.ops.diffmem.conv3x3_weight_gradient, (x.detach(), torch.randn(4, 32, 16, 16)))
 
 
-@needs_native
-@pytest.mark.parametrize("channels", [16, 24, 80])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("batch", "channels"), [(6, 16), (6, 24), (6, 80), (80, 48)])  # the last: more tiles than are held
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_against_float64(transposed, channels):
-    x, weight, bias = case(6, channels, 32, 13, 16)
+def test_gradients_against_float64(transposed, batch, channels, level, monkeypatch):
+    monkeypatch.setenv("DIFFMEM_CPU", level)
+    x, weight, bias = case(batch, channels, 32, 13, 16)
     kernel = weight.transpose(0, 1).contiguous() if transposed else weight
     leaves = [value.clone().requires_grad_() for value in (x, kernel, bias)]
     exact = [value.detach().double().requires_grad_() for value in leaves]
@@ -101,6 +106,22 @@ def test_other_implementations(impl):
     assert conv3x3(x[:0], weight, bias, impl=impl).shape == (0, 5, 4, 6)
 
 
+@needs_native
+def test_any_number_of_threads():
+    """A block of tiles is some thread's, and none is left out or done twice, however many threads there are."""
+    x, weight, bias = case(37, 16, 32, 6, 10)
+    gradient = torch.randn(37, 32, 6, 10)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append((conv3x3(x, weight, bias, impl="native"), native.conv3x3_weight_gradient(x, gradient)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(ours, first) for each in found[1:] for ours, first in zip(each, found[0], strict=True))
+
+
 def test_problems_that_winograd_cannot_take():
     x, weight, bias = case(64, 12, 16, 8, 8)  # 12 channels
     torch.testing.assert_close(conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
@@ -110,3 +131,7 @@ def test_problems_that_winograd_cannot_take():
         with pytest.raises(InputError, match="multiples of 8"):
             conv3x3(x, weight, bias, impl="native")
         assert OP.select("cpu", None).name == "native"
+        for shape, why in (((300, 16, 16, 2, 2), "save too little"), ((31, 16, 16, 4, 4), "fewer than 32 tiles")):
+            x, weight, bias = case(*shape)
+            with pytest.raises(InputError, match=why):
+                conv3x3(x, weight, bias, impl="native")

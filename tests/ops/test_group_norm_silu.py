@@ -8,7 +8,10 @@ from numerics import assert_as_exact, assert_close, assert_rounded
 
 from diffmem.errors import InputError
 from diffmem.ops.group_norm_silu import OP, group_norm_silu
+from diffmem.ops.registry import native_module
 
+LEVELS = ["avx2", "avx512"]
+LEVELS = LEVELS[: 0 if OP["native"].supports("cpu") else 1 + (native_module().cpu_level() == "avx512")]  # of this processor
 IMPLS = ["torch", "reference"]  # those that take everything; `native` has its own tests below, `triton` its own file
 native = pytest.mark.skipif(
     (reason := OP["native"].supports("cpu")) is not None, reason=f"no compiled normalization: {reason}"
@@ -153,13 +156,14 @@ def gradients(x, rest, added, dy, silu, impl):
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
-@native
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("mean", [0.0, 300.0])
 @pytest.mark.parametrize(
     ("adaptive", "added", "silu"), [(False, True, True), (True, False, True), (False, False, False)]
 )
 @pytest.mark.parametrize(("shape", "groups"), NATIVE_SHAPES)
-def test_native_is_as_exact_as_pytorch(shape, groups, adaptive, added, silu, mean):
+def test_native_is_as_exact_as_pytorch(shape, groups, adaptive, added, silu, mean, level, monkeypatch):
+    monkeypatch.setenv("DIFFMEM_CPU", level)
     x, *rest = case(shape, groups, adaptive, mean=mean)
     x, dy = as_channels_last(x), as_channels_last(case(shape, groups, seed=1)[0])
     rows = case(shape, groups, adaptive=True, seed=2)[-1][:1] if added else None
@@ -172,9 +176,10 @@ def test_native_is_as_exact_as_pytorch(shape, groups, adaptive, added, silu, mea
     assert_as_exact("group_norm_silu", found, plain, exact)
 
 
-@native
-def test_native_at_the_ends_of_the_range():
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_at_the_ends_of_the_range(level, monkeypatch):
     """SiLU where exp overflows, and of what is not a number."""
+    monkeypatch.setenv("DIFFMEM_CPU", level)
     x = as_channels_last(torch.zeros(1, 8, 3, 3))
     values = torch.tensor([torch.nan, torch.inf, 1e30, 200.0, 88.0, -20.0, -88.0, -200.0])
     y = group_norm_silu(x, 1, torch.ones(8), values, 1e-5, impl="native")[0, :, 1, 1]

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from diffmem.ops.conv3x3.arguments import check_weight_gradient, check_winograd
 from diffmem.ops.registry import available_core, native_kernel_unavailable
 
-# Below this many 4×4 tiles the transformed weights cost more than they save.
-_MIN_TILES = 64
+# Below this many 4×4 tiles the transformed weights cost more than they save: to transform and to read them takes as long
+# as the products of 7 tiles.
+_MIN_TILES = 32
+# Products of the direct sum for each of Winograd's, at least: 4 where the tiles fill the image, 1 for 2×2 pixels.
+_MIN_SAVED = 2.5
 
 
 def unavailable(device_type: str) -> str | None:
@@ -31,8 +34,11 @@ def unfit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> s
         return "autocast asks for a narrower dtype"
     if channels % 8 or weight.shape[0] % 16:
         return f"{channels} channels and {weight.shape[0]} outputs are not multiples of 8 and 16"
-    if min(height, width) < 4 or batch * -(-height // 4) * -(-width // 4) < _MIN_TILES:
+    tiles = -(-height // 4) * -(-width // 4)
+    if batch * tiles < _MIN_TILES:
         return f"{batch} images of {height}×{width} pixels are fewer than {_MIN_TILES} tiles of 4×4 pixels"
+    if 9 * height * width < _MIN_SAVED * 36 * tiles:
+        return f"tiles of 4×4 pixels save too little on images of {height}×{width} pixels"
     return None
 
 

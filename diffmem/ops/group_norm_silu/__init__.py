@@ -30,7 +30,7 @@ OP = register(
             ),
             Backend(
                 "native",
-                "AVX2, for float32 channels_last maps with channels in multiples of 8; torch for others",
+                "vectorized, for float32 channels_last maps with channels in multiples of 8; torch for others",
                 native.group_norm_silu,
                 native.unavailable,
                 lambda x, num_groups, *others: native.unfit(x, num_groups),
