@@ -17,7 +17,8 @@ namespace {
 
 constexpr float a = 0.75f, b = 1.5f;
 constexpr float a2 = a * a, b2 = b * b;
-constexpr int kTransposed = 16;  // channels that are brought into another order at a time: a cache line
+constexpr std::int64_t kRun = 64;  // tiles whose products are summed in registers
+constexpr int kTransposed = 16;    // channels that are brought into another order at a time: a cache line
 
 inline void transform_inputs(const Floats d[6], Floats r[6]) {
   const Floats even_b = negative_multiply_add(set1(b2), d[2], d[4]);
@@ -131,29 +132,38 @@ inline void multiply(std::int64_t rows, std::int64_t channels, const float* inpu
 }
 
 // sums[panel][r][…] (+)= Σ_t inputs[t][r]·gradients[t][16·panel …] for ROWS channels and PANELS panels of 16 outputs.
+// The sum of each run of kRun tiles starts from zero, so that the error grows with its root only: 8 instead of 36
+// epsilons where 2,048 tiles are summed.
 template <int ROWS, int PANELS>
 void accumulate_rows(std::int64_t count, bool begins, const float* inputs, std::int64_t input_stride,
                      const float* gradients, std::int64_t gradient_stride, float* sums, std::int64_t panel_stride) {
   constexpr int vectors = PANELS * 16 / kLanes, each = 16 / kLanes;
-  Floats sum[ROWS][vectors];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < vectors; ++v) {
-      sum[r][v] = begins ? zero() : load(sums + v / each * panel_stride + r * 16 + v % each * kLanes);
+  for (std::int64_t start = 0; start < count; start += kRun) {
+    const std::int64_t stop = simd::min(count, start + kRun);
+    Floats sum[ROWS][vectors];
+    for (auto& row : sum) {
+      for (Floats& one : row) one = zero();
     }
-  }
-  for (std::int64_t t = 0; t < count; ++t) {
-    Floats gradient[vectors];
+    for (std::int64_t t = start; t < stop; ++t) {
+      Floats gradient[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) gradient[v] = load(gradients + t * gradient_stride + v * kLanes);
+      for (int v = 0; v < vectors; ++v) gradient[v] = load(gradients + t * gradient_stride + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const Floats value = set1(inputs[t * input_stride + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(value, gradient[v], sum[r][v]);
+      }
+    }
+    const bool stored = begins && start == 0;
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const Floats value = set1(inputs[t * input_stride + r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(value, gradient[v], sum[r][v]);
+      for (int v = 0; v < vectors; ++v) {
+        float* const total = sums + v / each * panel_stride + r * 16 + v % each * kLanes;
+        store(total, stored ? sum[r][v] : add(load(total), sum[r][v]));
+      }
     }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < vectors; ++v) store(sums + v / each * panel_stride + r * 16 + v % each * kLanes, sum[r][v]);
   }
 }
 

@@ -78,7 +78,9 @@ def test_opcheck(transposed):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("batch", "channels"), [(6, 16), (6, 24), (6, 80), (80, 48)])  # the last: more tiles than are held
+@pytest.mark.parametrize(
+    ("batch", "channels"), [(6, 16), (6, 24), (6, 80), (80, 48)]
+)  # the last: more tiles than are held
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_against_float64(transposed, batch, channels, level, monkeypatch):
     monkeypatch.setenv("DIFFMEM_CPU", level)

@@ -11,7 +11,9 @@ from diffmem.ops.group_norm_silu import OP, group_norm_silu
 from diffmem.ops.registry import native_module
 
 LEVELS = ["avx2", "avx512"]
-LEVELS = LEVELS[: 0 if OP["native"].supports("cpu") else 1 + (native_module().cpu_level() == "avx512")]  # of this processor
+LEVELS = LEVELS[
+    : 0 if OP["native"].supports("cpu") else 1 + (native_module().cpu_level() == "avx512")
+]  # of this processor
 IMPLS = ["torch", "reference"]  # those that take everything; `native` has its own tests below, `triton` its own file
 native = pytest.mark.skipif(
     (reason := OP["native"].supports("cpu")) is not None, reason=f"no compiled normalization: {reason}"

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from diffmem.ops.conv3x3.arguments import check_weight_gradient, check_winograd
 from diffmem.ops.registry import available_core, native_kernel_unavailable
 
-# Below this many 4×4 tiles the transformed weights cost more than they save: to transform and to read them takes as long
-# as the products of 7 tiles.
+# Below this many 4×4 tiles the transformed weights cost more than they save.
 _MIN_TILES = 32
 # Products of the direct sum for each of Winograd's, at least: 4 where the tiles fill the image, 1 for 2×2 pixels.
 _MIN_SAVED = 2.5
