@@ -17,6 +17,7 @@ EVERYBODY = {
     "devices",
     "errors",
     "executors",
+    "histogram",
     "html_report",
     "logs",
     "inert",

@@ -10,9 +10,10 @@ import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.errors import MissingExtraError
+from diffmem.histogram import histogram
 from diffmem.html_report import percent, template, write_texts
 from diffmem.memorization.criteria import CRITERIA
-from diffmem.plotting import data_url, plot, svg
+from diffmem.plotting import data_url
 from diffmem.text import write_table
 
 if TYPE_CHECKING:
@@ -150,18 +151,8 @@ def _charts(found: Measures) -> list[str]:
             continue
         low, high = min(float(values.min()) for values in sets), max(float(values.max()) for values in sets)
         edges = np.linspace(low, high if high > low else low + 1, 51)
-        with plot() as figure:
-            axes = figure.add_subplot()
-            held = "holdout images"
-            looks: Any = ({"color": "#3866a8", "label": "generated"},
-                     {"color": "#c2571a", "label": held, "histtype": "step", "linewidth": 1.4})  # fmt: skip
-            for values, look in zip(sets, looks, strict=False):
-                axes.hist(values, edges, weights=np.full(len(values), 1 / len(values)), **look)
-            axes.set_xlabel(label)
-            axes.set_ylabel("share of images")
-            if len(sets) > 1:
-                axes.legend()
-            drawn.append(svg(figure))
+        others = sets[1] if len(sets) > 1 else None
+        drawn.append(histogram(sets[0], edges, label, others=others, others_name="holdout images"))
     return drawn
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.errors import MissingExtraError
+from diffmem.histogram import Line, histogram
 from diffmem.html_report import template, write_texts
 from diffmem.memorization.gallery import Gallery, beside_threshold, most_alike_near, surest_first
-from diffmem.plotting import plot, svg
 from diffmem.text import write_table
 
 if TYPE_CHECKING:
@@ -215,29 +215,12 @@ def _histogram(audit: Audit, values: Callable[[Audit], np.ndarray], label: str, 
         left = max(1, round(60 * threshold / highest))
         edges = np.concatenate([np.linspace(0, threshold, left + 1), np.linspace(threshold, highest, 61 - left)[1:]])
     few = 0 < audit.ratio < 0.02
-    with plot() as figure:
-        axes = figure.add_subplot()
-        axes.hist(ours, edges, weights=np.full(len(ours), 1 / len(ours)), color="#3866a8", label="generated")
-        if unseen is not None:
-            weights = np.full(len(unseen), 1 / len(unseen))
-            axes.hist(
-                unseen,
-                edges,
-                weights=weights,
-                histtype="step",
-                color="#c2571a",
-                linewidth=1.4,
-                label="unseen real images",
-            )
-        if threshold is not None:
-            axes.axvline(
-                threshold, color="#a11", linestyle="--", linewidth=1, label=f"threshold {_threshold_text(audit)}"
-            )
-        if few:
-            axes.set_yscale("log")
-        axes.set_xlim(0, highest)
-        axes.set_xlabel(label)
-        axes.set_ylabel("share of images" + (" (log scale)" if few else ""))
-        if unseen is not None or threshold is not None:
-            axes.legend()
-        return svg(figure)
+    return histogram(
+        ours,
+        edges,
+        label,
+        others=unseen,
+        others_name="unseen real images",
+        line=None if threshold is None else Line(threshold, f"threshold {_threshold_text(audit)}"),
+        log=few,
+    )
