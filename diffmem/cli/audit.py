@@ -141,7 +141,16 @@ class Threshold(click.ParamType):
 @click.option(
     "--index", default="exact", show_default=True, metavar="NAME",
     help="How neighbors are searched: exact, or with FAISS (on GPUs where available): flat, ivf, ivf1024, hnsw, or a "
-    "FAISS factory string. The recall of FAISS is measured on a sample and reported.",
+    "FAISS factory string. FAISS may miss neighbors; the interval covers that.",
+)  # fmt: skip
+@click.option(
+    "--verify", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N",
+    help="Images searched exactly, too, where the index may miss neighbors: the more, the narrower the interval.",
+)  # fmt: skip
+@click.option(
+    "--recall", type=Share(), default="0.99", show_default=True, metavar="SHARE",
+    help="Share of the nearest training images that an index which may miss some is to find; how widely it searches is "
+    "chosen by that.",
 )  # fmt: skip
 @device_option
 @folder_option("a folder for report.html, samples.csv and report.json.")
@@ -151,7 +160,7 @@ class Threshold(click.ParamType):
 def audit_command(
     generated, training, holdout, features, vectors, metric, weights, preprocessing, batch, precision, no_feature_cache,
     rule, threshold, alarms, no_second_look, duplicates, duplicate_radius, flip, resize, center_crop, split_grid,
-    value_range, limit, cache, index, device, out, as_json,
+    value_range, limit, cache, index, verify, recall, device, out, as_json,
     fail_above, require_below, max_copies, **options,
 ) -> int:  # fmt: skip
     """Which of the GENERATED images are copies of TRAINING images?
@@ -239,6 +248,8 @@ def audit_command(
                     flip=flip,
                     device=device,
                     index="sharded" if distributed else index,
+                    verify=verify,
+                    recall=recall,
                     second_look=not no_second_look,
                     feature_cache=not no_feature_cache,
                     progress=progress,
@@ -314,10 +325,8 @@ def print_verdict(result: Audit) -> None:
         click.echo(f"  warning: {in_own_options(warning)}")
     for line in explained(result):
         click.echo(f"  {in_own_options(line)}")
-    if (search := result.settings["search"])["method"] == "faiss":
-        recalls = f"{percent(search['recall_nearest'])} and {percent(search['recall_second'])}"
-        sample = f"measured on {search['recall_sample']:,} images"
-        click.echo(f"  FAISS ({search['index']}): recall of the nearest and second nearest {recalls}, {sample}")
+    for line in searched(result):
+        click.echo(f"  {line}")
     if result.holdout is not None:
         if result.calibration is None:
             alarms = f"{result.holdout.count:,} of {result.holdout.total:,} ({percent(result.holdout.ratio)}"
@@ -345,6 +354,27 @@ def print_verdict(result: Audit) -> None:
         click.echo(f"  copied most often: {most}")
     for blind_spot in result.blind_spots:
         click.echo(f"  not covered: {in_own_options(blind_spot)}")
+
+
+def searched(result: Audit) -> Iterator[str]:
+    """How an index that may miss neighbors was searched, and what that does to the count."""
+    from diffmem.html_report import percent
+
+    checked, search = result.verification, result.settings["search"]
+    if checked is None:
+        return
+    widely = f"{search['nprobe']:,} of {search['lists']:,} lists, " if search.get("lists") else ""
+    recalls = f"{percent(checked.recall_nearest)} and {percent(checked.recall_second)}"
+    yield (
+        f"index {search['index']} ({widely}{search['candidates']:,} candidates per image re-ranked exactly): recall of "
+        f"the nearest and second nearest {recalls}"
+    )
+    low, high = checked.count_interval
+    count = f"{low:,}" if low == high else f"{low:,} to {high:,} (95 %)"
+    yield (
+        f"verdicts proven to be those of exact search: {checked.settled:,}; searched exactly: {checked.verified:,}; "
+        f"copies by exact search: {count}"
+    )
 
 
 def explained(result: Audit) -> Iterator[str]:

@@ -62,6 +62,7 @@ NAMED_PARAMETERS = {
     "precision": ("precision",),
     "preprocessing": ("preprocessing",),
     "protocol": ("ema_protocol",),
+    "recall": ("recall",),
     "resize": ("resize", "resolution"),
     "resolution": ("resize", "resolution"),
     "restart": ("restart",),
@@ -76,6 +77,7 @@ NAMED_PARAMETERS = {
     "target": ("ema_target",),
     "threshold": ("threshold",),
     "value_range": ("value_range",),
+    "verify": ("verify",),
     "weights": ("weights",),
 }
 _NAMED = re.compile(rf"\b({'|'.join(NAMED_PARAMETERS)})=('[^']*'|\"[^\"]*\"|…|\([^()]*\)|\{{[^{{}}]*\}}|[\w.]*)")

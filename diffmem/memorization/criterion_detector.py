@@ -93,7 +93,9 @@ class CriterionDetector(CopyDetector):
         if self.flip:
             verdicts.append(self._verdict(mirror(images.images)))
         memorized = np.logical_or.reduce(verdicts)
-        return replace(detection, memorized=memorized, near=detection.near & ~memorized)
+        # A criterion has its own search, which is exact.
+        settled = np.ones(len(memorized), bool)
+        return replace(detection, memorized=memorized, near=detection.near & ~memorized, settled=settled)
 
     def _verdict(self, images: np.ndarray) -> np.ndarray:
         """bool [n]: which images are copies."""

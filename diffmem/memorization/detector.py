@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,21 +16,22 @@ from diffmem.data.grid import rows_and_columns
 from diffmem.data.grid import split_grid as cut_sheets
 from diffmem.errors import InputError
 from diffmem.features import FeatureSet, check_comparable, extract, load_features
-from diffmem.html_report import percent
 from diffmem.logs import logger
 from diffmem.memorization.blind_spots import blind_spots
 from diffmem.memorization.calibration import Calibration
 from diffmem.memorization.compared import ALIGNED, Compared, Features
+from diffmem.memorization.drawing import Drawn, check_verifying, missed, strata_of, verification_of
 from diffmem.memorization.hidden import hidden_copies, hidden_radii
 from diffmem.memorization.inputs import check_sets, in_one_precision, value_ranges
-from diffmem.memorization.matching import AlignedMatching, Matches, Matching, RowMatching
+from diffmem.memorization.matching import RECALL, AlignedMatching, Matches, Matching, RowMatching
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
 from diffmem.memorization.result import Audit, SeenImage, UnkeptImages
 from diffmem.memorization.rules import Rule
 from diffmem.memorization.second_look import LEAST_SIDE, NearRule, SecondLook, look_again
 from diffmem.memorization.statistics import CopyRate, ReportsRate
+from diffmem.memorization.verification import VERIFIED, Verification
 from diffmem.progress import Progress, silent
-from diffmem.search import FaissIndex, FaissStats, Neighbors, SearchIndex, Views
+from diffmem.search import Neighbors, SearchIndex, Views
 from diffmem.search.rows import as_rows, fingerprint, mirror
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _log = logger(__name__)
 LOOKED_AT = 16  # images at the beginning that may turn out to be sheets
 MOST_TWINS = 0.1  # share of a holdout set that may be training images in disguise before that is remarkable
-LEAST_RECALL = 0.95  # of an approximate search, below which the verdict is not to be relied on
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,10 @@ class Detection(ReportsRate):
             (`diffmem.memorization.hidden`), else NaN.
         scores: float64 [n], lower = more like a copy.
         near: bool [n], no copies by the rule, but to be looked at; all False without the second look.
+        settled: bool [n], of which images exact search is proven to give the same verdict; all of them where the search
+            was exact.
+        certified: bool [n], of which the neighbors are proven to be the true ones.
         look: What the second look saw, or None.
-        recall: What an index that may miss neighbors measured of itself, for each search and orientation.
     """
 
     memorized: np.ndarray
@@ -68,8 +69,9 @@ class Detection(ReportsRate):
     hidden: np.ndarray
     scores: np.ndarray
     near: np.ndarray
+    settled: np.ndarray
+    certified: np.ndarray
     look: SecondLook | None = None
-    recall: tuple[tuple[FaissStats, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.memorized)
@@ -91,9 +93,7 @@ class Detection(ReportsRate):
                 return np.concatenate(values)
             return None if values[0] is None else type(values[0]).join(values)
 
-        names = [each.name for each in fields(cls) if each.name != "recall"]
-        recall = tuple(search for part in parts for search in part.recall)
-        return cls(**{name: joined(name) for name in names}, recall=recall)
+        return cls(**{each.name: joined(each.name) for each in fields(cls)})
 
     def select(self, rows: np.ndarray) -> Detection:
         """The decisions about the images of `rows`."""
@@ -101,16 +101,18 @@ class Detection(ReportsRate):
         def taken(values: Any) -> Any:
             return values[rows] if values is None or isinstance(values, np.ndarray) else values.select(rows)
 
-        names = [each.name for each in fields(self) if each.name != "recall"]
-        values = {name: getattr(self, name) for name in names}
-        return Detection(
-            **{name: None if each is None else taken(each) for name, each in values.items()}, recall=self.recall
-        )
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Detection(**{name: None if each is None else taken(each) for name, each in values.items()})
+
+    def replaced(self, rows: np.ndarray, others: Detection) -> Detection:
+        """The same with other decisions about the images of `rows`."""
+        order = np.arange(len(self))
+        order[rows] = len(self) + np.arange(len(rows))
+        return Detection.join([self, others]).select(order)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Everything as arrays by name, for a file; `from_arrays` reads them."""
-        recall = [[asdict(stats) for stats in search] for search in self.recall]
-        arrays = {"recall": np.array(json.dumps(recall))}
+        arrays: dict[str, np.ndarray] = {}
         for each in fields(self):
             values = getattr(self, each.name)
             if isinstance(values, (Neighbors, SecondLook)):
@@ -127,9 +129,8 @@ class Detection(ReportsRate):
         def neighbors(name: str) -> Neighbors:
             mirrored = arrays.get(f"{name}.mirrored")
             indices, squared = (arrays[f"{name}.{part}"] for part in ("indices", "squared_distances"))
-            return Neighbors(indices, squared, int(arrays[f"{name}.dimension"]), mirrored)
+            return Neighbors(indices, squared, int(arrays[f"{name}.dimension"]), mirrored, arrays.get(f"{name}.unseen"))
 
-        recall = json.loads(str(arrays["recall"]))
         look = [f"look.{each.name}" for each in fields(SecondLook)]
         return cls(
             arrays["memorized"],
@@ -139,8 +140,10 @@ class Detection(ReportsRate):
             arrays["hidden"],
             arrays["scores"],
             arrays["near"],
+            # Stores written before know exact searches alone.
+            arrays.get("settled", np.ones(len(arrays["memorized"]), bool)),
+            arrays.get("certified", np.ones(len(arrays["memorized"]), bool)),
             SecondLook(*(arrays[name] for name in look)) if look[0] in arrays else None,
-            tuple(tuple(FaissStats(**stats) for stats in search) for search in recall),
         )
 
 
@@ -150,9 +153,10 @@ class CopyDetector(ReportsRate):
     It holds all that decides a verdict: the training set's index and duplicates, features, rule and mirroring. By
     default an image is a copy where d1/d2, the distances of its pixels to those of the nearest and the second nearest
     training image, is below the threshold (see `diffmem.memorization.rules` for the others). Each image is searched
-    once. `compute` is the `diffmem.audit` of all images so far, whatever batches they came in; only the recall of an
-    index that may miss neighbors is measured batch by batch. A detector can be pickled; a progress callback does not
-    travel with it.
+    once. `compute` is the `diffmem.audit` of all images so far, whatever batches they came in. Where the index may miss
+    neighbors, `compute` searches some of the images exactly (`diffmem.memorization.verification`), of which up to twice
+    `verify` are kept until then; how widely such an index searches is chosen by the first batch. A detector can be
+    pickled; a progress callback does not travel with it.
 
     Args:
         training: The training images: anything that `diffmem.load_images` reads.
@@ -169,6 +173,8 @@ class CopyDetector(ReportsRate):
         flip: Whether mirrored generated images are compared too, for models trained with horizontal flips.
         holdout: Real images that the model has not seen; see `diffmem.audit`. They are audited at once.
         index: An index of the training set made before, or a name; see `diffmem.audit`.
+        verify: Of an index that may miss neighbors: how many images are searched exactly; see `diffmem.audit`.
+        recall: Of such an index: the share of neighbors that it is to find; see `diffmem.audit`.
         device: "cpu", "cuda", or "auto".
         value_range: The values of black and white in sets of floats; see `diffmem.audit`.
         second_look: Whether images that are not copies are aligned with their nearest training images; see
@@ -204,6 +210,8 @@ class CopyDetector(ReportsRate):
         flip: bool = False,
         holdout: ImageSource | None = None,
         index: SearchIndex | str | None = None,
+        verify: int = VERIFIED,
+        recall: float = RECALL,
         device: str = "auto",
         value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
         second_look: bool = True,
@@ -211,6 +219,7 @@ class CopyDetector(ReportsRate):
         keep_images: bool = False,
         progress: Progress | None = None,
     ):
+        self.verify, self.recall = check_verifying(verify, recall)
         self.duplicates, self.duplicate_radius, self.flip = duplicates, duplicate_radius, flip
         self.keep_images, self.feature_cache, self.progress = keep_images, feature_cache, progress or silent
         self.compared = features if isinstance(features, Compared) else Compared.of(features, device)
@@ -250,6 +259,11 @@ class CopyDetector(ReportsRate):
         return self.rule.threshold if self.rule.threshold is not None else self.calibration.threshold
 
     @property
+    def score_threshold(self) -> float:
+        """The score below which an image is a copy."""
+        return self.rule.score_threshold(self.calibration)
+
+    @property
     def index(self) -> SearchIndex | None:
         """The index of the training set, or None where it is searched in another way."""
         return self._matching.index
@@ -270,7 +284,7 @@ class CopyDetector(ReportsRate):
         else:
             rows = training if self._vectors is None else self._vectors
             self._matching = RowMatching(
-                rows, index, device, self.duplicates, self.duplicate_radius, self.flip, self.progress
+                rows, index, device, self.duplicates, self.duplicate_radius, self.flip, self.progress, self.recall
             )
         self.duplicate_groups = self._matching.groups
         self._training_figures = SetFigures.of(training.images) if images else None
@@ -312,6 +326,8 @@ class CopyDetector(ReportsRate):
     def reset(self) -> None:
         """Forgets the generated images; training set, index and the audit of the holdout set stay."""
         self._detections: list[Detection] = []
+        self._drawn = Drawn(self.verify)
+        self._verified: tuple[np.ndarray, Detection] | None = None
         self._sets: list[ImageSet | UnkeptImages] = []
         self._figures = SetFigures(count_identical=True)
         self._first: list[np.ndarray] = []
@@ -353,10 +369,17 @@ class CopyDetector(ReportsRate):
         """
         own = isinstance(images, ImageSet)
         images = self._fitting(images)
+        rows = None
         if detection is None:
-            detection = self._judge(images, vectors)
+            rows = self._rows_of(images, "generated", vectors)
+            detection = self._decide(images, self._matching.match(rows))
         elif len(detection) != len(images):
             raise InputError(f"detection is of {len(detection):,} images, but {len(images):,} are given")
+        start = sum(map(len, self._detections))
+        if self._matching.approximate and not (detection.settled & detection.certified).all():
+            if rows is None:
+                rows = self._rows_of(images, "generated", vectors)
+            self._drawn.add(start, strata_of(detection, self.score_threshold), images, rows)
         if isinstance(images, FeatureSet):
             self._sets.append(UnkeptImages.of(images))
             self._detections.append(detection)
@@ -379,14 +402,35 @@ class CopyDetector(ReportsRate):
         """
         if not self._detections:
             raise InputError("no generated images to audit: call update() before compute()")
-        joined = Detection.join(self._detections)
-        self._detections = [joined]
+        found = Detection.join(self._detections)
+        self._detections = [found]
         generated = _joined(self._sets)
         self._sets = [generated]
+        joined, checked = self._verify(found)
+        more: dict[str, Any] = {"holdout": self.holdout, "verification": checked}
         if self._training_figures is None:
-            return self._audit(generated, joined, None, "generated", holdout=self.holdout)
+            return self._audit(generated, joined, None, "generated", **more)
         sheets = self._suspected_sheets()
-        return self._audit(generated, joined, self._figures, "generated", warnings=sheets, holdout=self.holdout)
+        return self._audit(generated, joined, self._figures, "generated", warnings=sheets, **more)
+
+    def _verify(self, found: Detection) -> tuple[Detection, Verification | None]:
+        """What exact search says of some of the images so far, and what that says of the others; None where the search
+        was exact."""
+        if not self._matching.approximate:
+            return found, None
+        strata = strata_of(found, self.score_threshold)
+        rows = self._drawn.chosen(strata)
+        known, decided = (np.empty(0, np.int64), found.select(np.empty(0, np.int64)))
+        if self._verified is not None:
+            known, decided = self._verified
+        new = np.setdiff1d(rows, known)
+        if len(new):
+            exactly = self._decide(*self._exactly(self._drawn, new))
+            known, decided = np.concatenate([known, new]), Detection.join([decided, exactly])
+            self._verified = known, decided
+        order = np.argsort(known, kind="stable")
+        truth = decided.select(order[np.searchsorted(known[order], rows)])
+        return found.replaced(rows, truth), verification_of(found, strata, rows, truth)
 
     def _suspected_sheets(self) -> tuple[str, ...]:
         """The warning where the images, though brought to the training images' size, look like sheets of many."""
@@ -432,19 +476,19 @@ class CopyDetector(ReportsRate):
         return self.compared.beside(which, images, vectors)
 
     def _judge(self, images: ImageSet | FeatureSet, vectors: Any = None) -> Detection:
-        return self._decide(images, self._match(images, "generated", vectors))
+        return self._decide(images, self._matching.match(self._rows_of(images, "generated", vectors)))
 
-    def _match(self, images: ImageSet | FeatureSet, which: str, vectors: Any = None) -> Matches:
-        """The training images that are nearest in what is compared."""
+    def _rows_of(self, images: ImageSet | FeatureSet, which: str, vectors: Any = None) -> np.ndarray | Views:
+        """What is compared with the training images."""
         found = self._vectors_of(images, which, vectors)
         if found is None:
-            return self._matching.match(images.images)
+            return images.images
         check_comparable(found, self._vectors, which)
         mirrored = None
         if self.flip:
             turned = replace(images, images=mirror(images.images), source="array")
             mirrored = self._vectors_of(turned, which).rows
-        return self._matching.match(Views(found.rows, mirrored))
+        return Views(found.rows, mirrored)
 
     def _decide(self, images: ImageSet | FeatureSet, found: Matches, look: SecondLook | None = None) -> Detection:
         rule = self.rule
@@ -457,7 +501,13 @@ class CopyDetector(ReportsRate):
         if look is None:
             look = self._look(images, found, ~memorized)
         near = np.zeros(len(scores), bool) if look is None else ~memorized & self._near.near(look)
-        return Detection(memorized, raw, found.neighbors, found.raw, hidden, scores, near, look, found.recall)
+        identical = self.duplicates == "keep" or self.duplicate_radius == 0
+        settled = rule.settled(found.neighbors, scores, memorized, self.calibration, identical=identical)
+        unseen = found.neighbors.unseen
+        certified = np.ones(len(scores), bool) if unseen is None else found.neighbors.distances[:, 1] <= unseen
+        return Detection(
+            memorized, raw, found.neighbors, found.raw, hidden, scores, near, settled, certified, look
+        )  # fmt: skip
 
     def _look(self, images: ImageSet | FeatureSet, found: Matches, wanted: np.ndarray) -> SecondLook | None:
         """What the second look sees of the images that are `wanted`."""
@@ -468,7 +518,9 @@ class CopyDetector(ReportsRate):
         return look_again(images.images, self.training.images, found.nearest.indices, wanted, self.progress)
 
     def _judge_holdout(self, unseen: ImageSet | FeatureSet) -> Audit:
-        found = self._match(unseen, "holdout")
+        # A threshold is learned from exact distances; then the alarms are those of exact search.
+        rows = self._rows_of(unseen, "holdout")
+        found = self._matching.match(rows, exactly=self.rule.name == "calibrated")
         originals = self._in_training(unseen, found)
         identical = originals >= 0
         seen = identical
@@ -503,11 +555,29 @@ class CopyDetector(ReportsRate):
             if look is not None:
                 self._near = self._near.calibrated(look.scores[kept], self.rule.alarms)
         detection = self._decide(unseen, found, look).select(kept)
+        checked = None
+        if self._matching.approximate and self.rule.name != "calibrated":
+            strata = strata_of(detection, self.score_threshold)
+            drawn = Drawn(self.verify)
+            drawn.add(0, strata, unseen.select(kept), rows[kept])
+            chosen = drawn.chosen(strata)
+            truth = detection.select(chosen)
+            if len(chosen):
+                truth = self._decide(*self._exactly(drawn, chosen))
+            checked = verification_of(detection, strata, chosen, truth)
+            detection = detection.replaced(chosen, truth)
         images = unseen.select(kept) if left_out else unseen
         figures = SetFigures.of(images.images, count_identical=True) if isinstance(images, ImageSet) else None
         images = UnkeptImages.of(images) if isinstance(images, FeatureSet) else images
         doubts = _doubtful_twins(int((seen & ~identical).sum()), len(unseen))
-        return self._audit(images, detection, figures, "holdout", warnings=doubts, left_out=left_out)
+        return self._audit(
+            images, detection, figures, "holdout", warnings=doubts, left_out=left_out, verification=checked
+        )
+
+    def _exactly(self, drawn: Drawn, rows: np.ndarray) -> tuple[ImageSet | FeatureSet, Matches]:
+        """Some of the images drawn, and what exact search finds."""
+        images, views = drawn.take(rows)
+        return images, self._matching.match(views, exactly=True)
 
     def _in_training(self, images: ImageSet | FeatureSet, found: Matches) -> np.ndarray:
         """int64 [n], the training image that an image is, pixel for pixel (or mirrored, with `flip`); −1: none."""
@@ -526,15 +596,18 @@ class CopyDetector(ReportsRate):
 
     def _audit(
         self, images: ImageSet | UnkeptImages, detection: Detection, figures: SetFigures | None, what: str,
-        warnings: tuple[str, ...] = (), **others: Any,
+        warnings: tuple[str, ...] = (), verification: Verification | None = None, **others: Any,
     ) -> Audit:  # fmt: skip
         if figures is not None:
             sources = (images.source, self.training.source)
             share = float(detection.raw_memorized.mean())
             check_scale(figures, self._training_figures, what, sources, copies=share)
             warnings = (*warnings, *suspicions(figures, self._training_figures))
-        found = _describe_search(self.index, detection.recall, self.rule.metric)
-        warnings = (*warnings, *_missed(found), *hidden_copies(detection.hidden))
+        found = self._matching.describe()
+        if verification is not None:
+            found |= {"target_recall": self.recall, **verification.to_dict()}
+            warnings = (*warnings, *missed(found))
+        warnings = (*warnings, *hidden_copies(detection.hidden))
         for warning in warnings:
             _log.warning("%s: %s", images.source, warning)
         if figures is not None and isinstance(images, ImageSet):
@@ -560,6 +633,7 @@ class CopyDetector(ReportsRate):
             generated=images,
             training=self.training,
             settings={**self.settings, "generated": described, "search": found},
+            verification=verification,
             warnings=warnings,
             **others,
         )
@@ -579,6 +653,8 @@ def audit(
     flip: bool = False,
     device: str = "auto",
     index: SearchIndex | str | None = None,
+    verify: int = VERIFIED,
+    recall: float = RECALL,
     split_grid: bool = False,
     value_range: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
     second_look: bool = True,
@@ -617,8 +693,15 @@ def audit(
         device: "cpu", "cuda", or "auto".
         index: An index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`), or a name:
             "exact", the default, a new `TrainingIndex`; "flat", "ivf", "ivf1024", "hnsw" or a factory string of FAISS,
-            a new `FaissIndex`, which may miss neighbors: how many is measured on a sample and is in
-            `settings["search"]`. An index of other images, or of another order, is refused.
+            a new `FaissIndex`, which may miss neighbors: the interval covers that (`Audit.verification`). An index of
+            other images, or of another order, is refused.
+        verify: Of an index that may miss neighbors: how many images are searched exactly, too. What exact search says
+            of them is their verdict, and what it says of them as a sample widens the interval of the share of copies
+            (`diffmem.memorization.verification`); where all whose verdict is open are searched exactly, the audit is
+            exact.
+        recall: Of such an index, where it is not fixed how widely it searches: the share of the nearest and second
+            nearest training images that it is to find, by which the number of lists and of candidates is chosen on a
+            sample of the images.
         split_grid: The generated images are sheets of images in a grid, to be cut into images of the training images'
             size.
         value_range: The values of black and white in sets of floats, such as (-1, 1) or (0, 1), which become gray
@@ -647,7 +730,8 @@ def audit(
     compared = Compared.of(features, device)
     detecting: dict[str, Any] = {
         "features": compared, "rule": rule, "threshold": threshold, "alarms": alarms, "duplicates": duplicates,
-        "duplicate_radius": duplicate_radius, "flip": flip, "index": index, "device": device,
+        "duplicate_radius": duplicate_radius, "flip": flip, "index": index, "device": device, "verify": verify,
+        "recall": recall,
         "second_look": second_look, "feature_cache": feature_cache, "keep_images": True, "progress": progress,
     }  # fmt: skip
     if compared.vectors_only:
@@ -683,31 +767,6 @@ def check_rule(
     return Rule.of(rule, compared.name, compared.metric, threshold, alarms, holdout)
 
 
-def _describe_search(
-    index: SearchIndex | None, recall: Sequence[tuple[FaissStats, ...]], metric: str
-) -> dict[str, Any]:
-    """How the neighbors were found, and what share of them where some may have been missed: over all searches, in the
-    orientation where it is least."""
-    if not isinstance(index, FaissIndex):
-        return {"method": "exact" if metric != ALIGNED else ALIGNED}
-    samples = [[stats.sample for stats in orientation] for orientation in zip(*recall, strict=True)]
-
-    def share(name: str) -> float:
-        found = [
-            sum(round(getattr(stats, name) * stats.sample) for stats in orientation)
-            for orientation in zip(*recall, strict=True)
-        ]
-        return min(count / sum(sample) for count, sample in zip(found, samples, strict=True))
-
-    return {
-        "method": "faiss",
-        "index": index.factory,
-        "recall_nearest": share("recall_nearest"),
-        "recall_second": share("recall_second"),
-        "recall_sample": min(map(sum, samples)),
-    }
-
-
 def _doubtful_twins(twins: int, total: int) -> tuple[str, ...]:
     """The warning where so many holdout images were taken for training images that some may be none."""
     if twins <= MOST_TWINS * total:
@@ -716,18 +775,6 @@ def _doubtful_twins(twins: int, total: int) -> tuple[str, ...]:
         f"{twins:,} of {total:,} holdout images resemble a training image once they are aligned, and do not "
         "calibrate: where they are not copies, the rule raises more alarms than were asked for; look at them, or "
         "calibrate with second_look=False",
-    )
-
-
-def _missed(search: dict[str, Any]) -> tuple[str, ...]:
-    """The warning where so many neighbors were missed that the verdict hangs on it."""
-    if search["method"] != "faiss" or min(search["recall_nearest"], search["recall_second"]) >= LEAST_RECALL:
-        return ()
-    return (
-        f"FAISS ({search['index']}) found {percent(search['recall_nearest'])} of the nearest and "
-        f"{percent(search['recall_second'])} of the second nearest training images ({search['recall_sample']:,} "
-        "images searched exactly): a missed nearest image hides a copy, a missed second one makes a false alarm; "
-        "search exactly, or use an index with higher recall",
     )
 
 

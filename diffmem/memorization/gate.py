@@ -12,12 +12,16 @@ from xml.etree import ElementTree
 from diffmem.atomic_io import atomic_file, check_output_file
 from diffmem.errors import InputError
 from diffmem.html_report import level, percent, percent_range
+from diffmem.memorization.statistics import wilson_interval
+from diffmem.memorization.verification import Verification
 from diffmem.text import printable
 
 PASSED, CLOSED, UNDECIDED = 0, 3, 4  # exit statuses
 
 
 State = Literal["passed", "closed", "undecided"]
+_BY_MISSES = "widened by what the search may have missed,"
+_EXACTLY = "search exactly, or verify=… more images"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Gate:
         state: "passed", "closed" or "undecided".
         reasons: Why, a sentence for each limit that does not pass.
         checks: What was asked: (name, state, reason) of each limit, and of the audit's warnings.
-        figures: What it was decided by: count, and the interval's ends low and high.
+        figures: What it was decided by: count, and the interval's ends low and high; of a search that may miss
+            neighbors also its recall, how many images were verified, and how many copies exact search would find.
     """
 
     state: State
@@ -98,6 +103,7 @@ def decide_gate(
     require_below: float | None = None,
     max_copies: int | None = None,
     warnings: Sequence[str] = (),
+    verification: Verification | None = None,
 ) -> Gate:
     """Whether `count` copies, a share within `interval`, pass the limits that are given.
 
@@ -110,6 +116,8 @@ def decide_gate(
             kept; closed where the whole interval lies at or above it; undecided where the interval straddles it.
         max_copies: Closed where there are more copies than this, whatever the share.
         warnings: Why the audit must not be relied on: a gate that would pass is undecided.
+        verification: Of a search that may miss neighbors: `interval` is then the wider one that covers this, and a
+            limit that lies between its end and that of the interval without is undecided, for that reason.
 
     Raises:
         InputError: No limit is given, or one that is no share or number of images.
@@ -124,24 +132,51 @@ def decide_gate(
         raise InputError(f"gate: max_copies is {max_copies!r}, but must be a whole number from 0")
     checks: list[tuple[str, State, str]] = []
     ends = f"the 95 % interval, {percent_range(interval)},"
+    # Without what the search may have missed: what exact search would be expected to say.
+    expected, fewest, most = interval, count, count
+    if verification is not None and not verification.complete:
+        expected = wilson_interval(round(verification.estimate), verification.images)
+        fewest, most = verification.count_interval
+    state: State
     if fail_above is not None:
-        above = low > fail_above
-        reason = f"{ends} is above {percent(fail_above)}" if above else ""
-        checks.append((f"fail above {level(fail_above)}", "closed" if above else "passed", reason))
+        state, reason = "passed", ""
+        if low > fail_above:
+            state, reason = "closed", f"{ends} is above {percent(fail_above)}"
+        elif expected[0] > fail_above:
+            state, reason = "undecided", f"{ends} {_BY_MISSES} is not above {percent(fail_above)}: {_EXACTLY}"
+        checks.append((f"fail above {level(fail_above)}", state, reason))
     if require_below is not None:
-        state: State = "passed"
-        reason = ""
+        state, reason = "passed", ""
         if low >= require_below:
             state, reason = "closed", f"{ends} is not below {percent(require_below)}"
         elif high >= require_below:
-            state, reason = "undecided", f"{ends} straddles {percent(require_below)}: audit more images"
+            missed = not expected[0] < require_below <= expected[1]
+            way_out = _EXACTLY if missed else "audit more images"
+            why = f" {_BY_MISSES}" if missed else ""
+            state, reason = "undecided", f"{ends}{why} straddles {percent(require_below)}: {way_out}"
         checks.append((f"require below {level(require_below)}", state, reason))
     if max_copies is not None:
-        more = count > max_copies
-        reason = f"{count:,} copies exceed the limit of {max_copies:,}" if more else ""
-        checks.append((f"at most {max_copies:,} copies", "closed" if more else "passed", reason))
+        state, reason = "passed", ""
+        if fewest > max_copies:
+            state, reason = "closed", f"{_number(fewest, count)} copies exceed the limit of {max_copies:,}"
+        elif most > max_copies:
+            state, reason = (
+                "undecided",
+                (f"exact search would find {fewest:,} to {most:,} copies, and the limit is {max_copies:,}: {_EXACTLY}"),
+            )
+        checks.append((f"at most {max_copies:,} copies", state, reason))
     for number, warning in enumerate(warnings, 1):
         checks.append((f"warning {number}", "undecided", f"the audit carries a warning: {warning}"))
     closed, undecided = ([reason for _, state, reason in checks if state == kind] for kind in ("closed", "undecided"))
     decided: State = "closed" if closed else "undecided" if undecided else "passed"
-    return Gate(decided, (*closed, *undecided), tuple(checks), {"count": count, "low": low, "high": high})
+    figures: dict[str, float] = {"count": count, "low": low, "high": high}
+    if verification is not None:
+        figures |= {
+            "recall_nearest": verification.recall_nearest, "recall_second": verification.recall_second,
+            "verified": verification.verified, "fewest_copies": fewest, "most_copies": most,
+        }  # fmt: skip
+    return Gate(decided, (*closed, *undecided), tuple(checks), figures)
+
+
+def _number(fewest: int, count: int) -> str:
+    return f"{count:,}" if fewest >= count else f"at least {fewest:,}"

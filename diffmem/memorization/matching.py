@@ -15,7 +15,6 @@ from diffmem.search import (
     DistinctNeighbors,
     DuplicateGroups,
     FaissIndex,
-    FaissStats,
     Neighbors,
     SearchIndex,
     ShardedIndex,
@@ -28,6 +27,8 @@ from diffmem.search import (
 
 NEIGHBORS = 8  # training images looked at: copies of images that the set holds in up to seven versions are seen
 SHARDED = "sharded"
+RECALL = 0.99  # share of the neighbors that an index which may miss some is to find, where nothing else is asked for
+TUNED_ON = 128  # images by which it chooses how widely it searches
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,12 @@ class Matches:
         raw: The two nearest, duplicates counted as neighbors.
         nearest: Up to `NEIGHBORS` nearest, duplicates counted as neighbors.
         scores: float64 [n], the matching's own score where it is none of distances; else None.
-        recall: What an index that may miss neighbors measured of itself.
     """
 
     neighbors: Neighbors
     raw: Neighbors
     nearest: Neighbors
     scores: np.ndarray | None = None
-    recall: tuple[tuple[FaissStats, ...], ...] = ()
 
 
 class Matching(Protocol):
@@ -60,6 +59,7 @@ class Matching(Protocol):
         search: Its neighbors outside duplicates, or None.
         metric: "euclidean", "cosine", "hamming" or "aligned".
         device: Where it is searched.
+        approximate: Whether the index may miss neighbors.
     """
 
     groups: DuplicateGroups
@@ -68,8 +68,18 @@ class Matching(Protocol):
     metric: str
     device: str
 
-    def match(self, queries: np.ndarray | Views) -> Matches:
-        """The nearest training images of images [n, C, H, W], or of their vectors."""
+    @property
+    def approximate(self) -> bool: ...
+
+    def match(self, queries: np.ndarray | Views, *, exactly: bool = False) -> Matches:
+        """The nearest training images of images [n, C, H, W], or of their vectors.
+
+        exactly: Also where the index may miss neighbors.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """How neighbors are searched, in JSON types: "method", and of an index that may miss some which it is."""
         ...
 
 
@@ -85,6 +95,8 @@ class RowMatching:
         duplicate_radius: Root mean square per value within which two training images are duplicates.
         flip: Whether mirrored images are compared too; of vectors, queries then hold both.
         progress: A callback.
+        recall: Of an index that may miss neighbors and chooses itself how widely it searches: the share of the nearest
+            and second nearest that it is to find.
 
     Raises:
         InputError: An index of other rows, or fewer than two distinct training images.
@@ -99,7 +111,9 @@ class RowMatching:
         duplicate_radius: float,
         flip: bool,
         progress: Progress,
+        recall: float = RECALL,
     ):
+        self.recall = recall
         self.rows = training.images if isinstance(training, ImageSet) else training.rows
         self.metric = "euclidean" if isinstance(training, ImageSet) else training.metric
         self.collapse, self.radius, self.flip, self.progress = (
@@ -132,13 +146,30 @@ class RowMatching:
             self.index, self.rows, self.groups, radius=self.radius, flip=self.flip, progress=self.progress
         )
 
-    def match(self, queries: np.ndarray | Views) -> Matches:
-        # More than the rule's two: copies of images that the training set holds in several versions show there.
-        nearest = self.search.nearest(queries, min(NEIGHBORS, len(self.rows)))
-        recall = (self.search.recall,) if isinstance(self.index, FaissIndex) else ()
-        raw = nearest.first(2)
-        chosen = self.search.outside_duplicates(queries, raw) if self.collapse else raw
-        return Matches(chosen, raw.copy(), nearest, recall=recall)
+    def match(self, queries: np.ndarray | Views, *, exactly: bool = False) -> Matches:
+        if self._faiss is not None and not exactly:
+            images = queries.straight if isinstance(queries, Views) else queries
+            self._faiss.tune(images[evenly_spaced(len(images), TUNED_ON)], self.recall, progress=self.progress)
+        return match_rows(self.search.exactly() if exactly else self.search, queries, len(self.rows), self.collapse)
+
+    @property
+    def _faiss(self) -> FaissIndex | None:
+        found = self.index if isinstance(self.index, FaissIndex) else getattr(self.index, "_faiss", None)
+        return found if isinstance(found, FaissIndex) else None
+
+    @property
+    def approximate(self) -> bool:
+        return self._faiss is not None
+
+    def describe(self) -> dict[str, Any]:
+        faiss = self._faiss
+        if faiss is None:
+            return {"method": "exact"}
+        candidates = None if faiss.stats is None else faiss.stats.candidates
+        return {
+            "method": "faiss", "index": faiss.factory, "lists": faiss.lists, "nprobe": faiss.nprobe,
+            "candidates": candidates,
+        }  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         # The search holds the rows once more.
@@ -147,6 +178,21 @@ class RowMatching:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.search = self._new_search()
+
+
+def match_rows(search: DistinctNeighbors, queries: np.ndarray | Views, rows: int, collapse: bool) -> Matches:
+    """What a search over so many rows finds."""
+    # More than the rule's two: copies of images that the training set holds in several versions show there.
+    nearest = search.nearest(queries, min(NEIGHBORS, rows))
+    raw = nearest.first(2)
+    chosen = search.outside_duplicates(queries, raw) if collapse else raw
+    return Matches(chosen, raw.copy(), nearest)
+
+
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """`count` of `total` row numbers, all of them where there are fewer."""
+    count = min(count, total)
+    return np.arange(count) * total // max(count, 1)
 
 
 class AlignedMatching:
@@ -160,7 +206,7 @@ class AlignedMatching:
         InputError: Fewer than two distinct training images.
     """
 
-    index, search, metric = None, None, "aligned"
+    index, search, metric, approximate = None, None, "aligned", False
 
     def __init__(self, training: ImageSet, progress: Progress) -> None:
         self.groups = find_duplicates(training.images, 0, progress=progress)
@@ -170,7 +216,10 @@ class AlignedMatching:
         self.matcher = AlignedMatcher(training, progress=progress)
         self.device = "cpu"
 
-    def match(self, queries: np.ndarray | Views) -> Matches:
+    def describe(self) -> dict[str, Any]:
+        return {"method": "aligned"}
+
+    def match(self, queries: np.ndarray | Views, *, exactly: bool = False) -> Matches:
         found = self.matcher.match(queries)
         squared = np.square(found.residuals.astype(np.float64))
         mirrored = np.repeat(found.mirrored[:, None], squared.shape[1], axis=1)

@@ -21,6 +21,7 @@ from diffmem.memorization.gate import Gate, decide_gate
 from diffmem.memorization.rules import Rule
 from diffmem.memorization.second_look import SecondLook
 from diffmem.memorization.statistics import CopyRate, ReportsRate
+from diffmem.memorization.verification import Verification
 from diffmem.search import DuplicateGroups, Neighbors
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class Audit(ReportsRate):
         settings: features, rule, threshold, duplicates, duplicate_radius, flip, device, how neighbors were searched,
             and what the sets were.
         look: What the second look saw, or None.
+        verification: What exact search said of images where the search may miss neighbors, and the strata that this
+            stands for; None where it was exact.
         calibration: For rule="calibrated": what the holdout set says; else None.
         blind_spots: What the verdict does not cover, one sentence each.
         holdout: The same audit of real images that the model never saw; its ratio is the rule's false-alarm rate. None
@@ -155,6 +158,7 @@ class Audit(ReportsRate):
     rule: Rule
     settings: dict[str, Any]
     look: SecondLook | None = None
+    verification: Verification | None = None
     calibration: Calibration | None = None
     blind_spots: tuple[str, ...] = ()
     holdout: Audit | None = None
@@ -165,7 +169,7 @@ class Audit(ReportsRate):
     @property
     def rate(self) -> CopyRate:
         """How many of the generated images are copies."""
-        return CopyRate.of(self.memorized)
+        return CopyRate.of(self.memorized, self.verification)
 
     @property
     def near_count(self) -> int:
@@ -274,6 +278,7 @@ class Audit(ReportsRate):
             "count": self.count,
             "total": self.total,
             "interval": list(self.interval),
+            **({} if self.verification is None else {"verification": self.verification.to_dict()}),
             "near_count": self.near_count,
             "blind_spots": list(self.blind_spots),
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
@@ -341,7 +346,7 @@ class Audit(ReportsRate):
             >>> assert gate.passed, gate  # doctest: +SKIP
         """
         limits = {"fail_above": fail_above, "require_below": require_below, "max_copies": max_copies}
-        gate = decide_gate(self.count, self.interval, **limits, warnings=self.warnings)
+        gate = decide_gate(self.count, self.interval, **limits, warnings=self.warnings, verification=self.verification)
         share = require_below if require_below is not None else fail_above
         if gate.passed or self.calibration is None or share is None or share > self.rule.alarms:
             return gate
@@ -365,12 +370,19 @@ class Audit(ReportsRate):
     def __repr__(self) -> str:
         return f"<Audit: {self.verdict()}>"
 
+    def missed(self) -> str:
+        """What the search may have missed, as the end of a sentence; empty where that is nothing."""
+        if self.verification is None or self.verification.complete:
+            return ""
+        low, high = self.verification.count_interval
+        return f"; exact search would find {low:,} to {high:,}" if low < high else ""
+
     def verdict(self) -> str:
         """One sentence for a person."""
         near = f"; {self.near_count:,} more are near one and worth a look" if self.near_count else ""
         return (
             f"{self.count:,} of {self.total:,} images are copies of one of {self.training_size:,} training images: "
-            f"{percent(self.ratio)} (95 % interval {percent_range(self.interval)}){near}"
+            f"{percent(self.ratio)} (95 % interval {percent_range(self.interval)}){near}{self.missed()}"
         )
 
 

@@ -28,6 +28,7 @@ from diffmem.memorization.matching import Matches
 from diffmem.search import Neighbors
 
 RULES = ("ratio", "similarity", "calibrated")
+_ROUNDED = 1 + 1e-9  # what is decided in floats allows for their rounding
 PUBLISHED = Fraction(1, 3)  # the paper's threshold on d1/d2
 ALIGNED = Fraction(1, 2)  # on the score of aligned images
 
@@ -120,6 +121,47 @@ class Rule:
         if self.metric == "aligned":
             return scores < float(self.threshold)
         return ratio_rule(neighbors.squared_distances, self.threshold)
+
+    def settled(
+        self,
+        neighbors: Neighbors,
+        scores: np.ndarray,
+        memorized: np.ndarray,
+        calibration: Calibration | None,
+        *,
+        identical: bool,
+    ) -> np.ndarray:
+        """bool [n], of which images exact search gives the same verdict, whatever the search has missed.
+
+        What it did not look at is at least u = `Neighbors.unseen` away, and the distances it found, d1 and d2, are not
+        too small. By a ratio with threshold t: a copy stays one where d1 = 0 or d1 < t·u, since then the nearest is
+        known, and the second is min(d2, u) away at least. An image that is none becomes one only if its nearest was
+        missed, at a distance of x ≥ u; where duplicates are identical images, the nearest one found is then no
+        duplicate of it, so that x < t·d1: it stays none where u ≥ t·d1, and, whatever duplicates are, where u ≥ d1. By
+        a distance: a copy stays one, and another image stays none where u is not below the threshold.
+
+        Args:
+            neighbors: As the rule wants them.
+            scores: Of the images.
+            memorized: bool [n], the verdicts.
+            calibration: Of a calibrated rule.
+            identical: Whether only identical training images are duplicates.
+        """
+        if neighbors.unseen is None:
+            return np.ones(len(memorized), bool)
+        unseen, nearest = neighbors.unseen, neighbors.distances[:, 0]
+        threshold = self.score_threshold(calibration)
+        if self.on_ratio:
+            stays = (nearest == 0) | (nearest * _ROUNDED < threshold * unseen)
+            other = unseen >= nearest * _ROUNDED
+            if identical:
+                other |= unseen >= threshold * nearest * _ROUNDED
+            return np.where(memorized, stays, other)
+        lowest = {
+            "cosine": np.square(unseen) / 2,
+            "hamming": np.square(unseen),
+        }.get(self.metric, unseen / math.sqrt(neighbors.dimension))
+        return memorized | (lowest >= threshold * _ROUNDED)
 
     def score_threshold(self, calibration: Calibration | None) -> float:
         """The score below which an image is a copy."""

@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import exp, inf, lgamma, log, log1p, nan, sqrt
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from diffmem.errors import InputError
 from diffmem.html_report import percent, percent_range
+
+
+class CoversMisses(Protocol):
+    """What knows an interval that also covers what a search may have missed."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]: ...
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,8 @@ class CopyRate:
     Attributes:
         count: Number of copies.
         total: Number of images.
+        verification: What is known of the copies that a search may have missed or invented (`Verification`); its
+            interval is that of the share. None: the search was exact.
 
     Raises:
         InputError: Unless 0 ≤ count ≤ total.
@@ -35,15 +43,16 @@ class CopyRate:
 
     count: int
     total: int
+    verification: CoversMisses | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.count <= self.total:
             raise InputError(f"no rate: {self.count} of {self.total} images")
 
     @classmethod
-    def of(cls, memorized: np.ndarray) -> CopyRate:
+    def of(cls, memorized: np.ndarray, verification: CoversMisses | None = None) -> CopyRate:
         """Of the verdicts about images, bool [n]."""
-        return cls(int(memorized.sum()), len(memorized))
+        return cls(int(memorized.sum()), len(memorized), verification)
 
     @property
     def ratio(self) -> float:
@@ -52,7 +61,9 @@ class CopyRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of the share."""
+        """The 95 % interval of the share: Wilson's, or the wider one that covers what the search may have missed."""
+        if self.verification is not None:
+            return self.verification.interval()
         return wilson_interval(self.count, self.total)
 
     @property
@@ -100,7 +111,7 @@ class ReportsRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of the ratio."""
+        """The 95 % interval of the ratio: Wilson's; wider where the search may have missed neighbors."""
         return self.rate.interval
 
 

@@ -3,8 +3,9 @@ no duplicate of the first."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ import torch
 from diffmem.errors import InputError
 from diffmem.ops.nearest import exact_squared_distances, pairs_within
 from diffmem.progress import Progress, silent
-from diffmem.search.duplicates import DuplicateGroups, squared_radius
-from diffmem.search.faiss_index import FaissIndex, FaissStats
+from diffmem.search.duplicates import squared_radius
+from diffmem.search.faiss_index import FaissIndex
 from diffmem.search.index import TrainingIndex
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import as_rows, mirror
@@ -44,41 +45,80 @@ class Views:
         return Views(self.straight[rows], None if self.mirrored is None else self.mirrored[rows])
 
 
+class StoredRows(Protocol):
+    """Training rows that are not held in memory: those of an index in its folder."""
+
+    dimension: int
+    dtype: np.dtype
+    groups_hold: bool  # whether the duplicates known are all there are within the radius, with `flip`
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by number, as they are compared: [n, d], or images [n, C, H, W]."""
+        ...
+
+    def within(self, view: np.ndarray, limit: int | float) -> np.ndarray:
+        """The rows within a squared distance of one row [1, …], ascending."""
+        ...
+
+
+class Groups(Protocol):
+    """Duplicates of a training set, as `DuplicateGroups` has them."""
+
+    @property
+    def distinct(self) -> int: ...
+
+    def sizes_of(self, rows: np.ndarray) -> np.ndarray: ...
+
+
 class DistinctNeighbors:
     """The two nearest training images of any images, duplicates counted as neighbors or taken out.
 
     Args:
         index: An index of the training images.
-        training: The training images, [N, C, H, W], or vectors [N, d]; queries are then `Views`.
+        training: The training images, [N, C, H, W], or vectors [N, d]; queries are then `Views`. Or where these lie.
         groups: The training set's duplicates, found with the same radius and flip.
         radius: Root mean square difference per value within which two training images are duplicates.
         flip: A training image counts at the smaller of its distances to the image and to the mirrored image; of
             vectors, two training images' do not.
         progress: Called as `progress(stage, done, total)`.
-
-    Attributes:
-        recall: Recall of the last call of `nearest`, if the index may miss neighbors: what it measured of itself, for
-            each orientation.
     """
 
     def __init__(
         self,
         index: SearchIndex,
-        training: np.ndarray,
-        groups: DuplicateGroups,
+        training: np.ndarray | StoredRows,
+        groups: Groups,
         *,
         radius: float | Fraction = 0,
         flip: bool = False,
         progress: Progress = silent,
     ):
         self.index, self.training, self.groups, self.flip, self.progress = index, training, groups, flip, progress
-        self.recall: tuple[FaissStats, ...] = ()
-        self.radius, self._rows = radius, as_rows(training)
-        self._limit = squared_radius(radius, self._rows.shape[1], self._rows.dtype == torch.uint8)
+        self._exact: DistinctNeighbors | None = None
+        self.radius = radius
+        self._rows = as_rows(training) if isinstance(training, np.ndarray) else None
+        dimension = training.dimension if self._rows is None else self._rows.shape[1]  # type: ignore[union-attr]
+        integer = training.dtype == np.uint8
+        self._limit = squared_radius(radius, dimension, integer)
+
+    def exactly(self) -> DistinctNeighbors:
+        """The same through an exact index, where this one may miss neighbors."""
+        if self._exact is None:
+            index: Any
+            if isinstance(self.index, FaissIndex) or getattr(self.index, "method", None) == "faiss":
+                rows = self.index.rows  # type: ignore[union-attr]
+                index = TrainingIndex(rows, device=str(self.index.device))
+            else:
+                index = getattr(self.index, "exact", self.index)
+            self._exact = DistinctNeighbors(
+                index, self.training, self.groups, radius=self.radius, flip=self.flip, progress=self.progress
+            )
+        return self._exact
 
     def nearest(self, images: np.ndarray | Views, k: int = 2) -> Neighbors:
         """The k nearest training images, duplicates counted as neighbors."""
-        self.recall = ()
         return self._nearest(self.index, images, k)
 
     def outside_duplicates(self, images: np.ndarray | Views, nearest: Neighbors) -> Neighbors:
@@ -89,8 +129,10 @@ class DistinctNeighbors:
         """
         result = nearest.copy()
         firsts = nearest.indices[:, 0]
-        # An image that is alone in its group has no other within the radius.
-        open_rows = np.flatnonzero(self.groups.sizes[firsts] > 1)
+        open_rows = np.arange(len(firsts))
+        if isinstance(self.training, np.ndarray) or self.training.groups_hold:
+            # An image that is alone in its group has no other within the radius.
+            open_rows = np.flatnonzero(self.groups.sizes_of(firsts) > 1)
         open_rows = open_rows[self.are_duplicates(firsts[open_rows], nearest.indices[open_rows, 1])]
         for k in (8, WIDEST_QUERY):
             if len(open_rows) == 0 or k > len(self.training):
@@ -104,10 +146,13 @@ class DistinctNeighbors:
         # Images with so many duplicates that they fill the widest query: leave each one's out of the training set.
         for first in np.unique(firsts[open_rows]):
             rows = open_rows[firsts[open_rows] == first]
+            if not isinstance(self.training, np.ndarray):
+                self._set_beyond(result, images, int(first), rows)
+                continue
             others = self._outside(first)
             index = TrainingIndex(self.training[others], device=str(self.index.device))
             near = self._nearest(index, images[rows], 1)
-            near = Neighbors(others[near.indices], near.squared_distances, near.dimension, near.mirrored)
+            near = replace(near, indices=others[near.indices])
             _set_second(result, rows, near, np.arange(len(rows)), np.zeros(len(rows), np.int64))
         return result
 
@@ -119,25 +164,46 @@ class DistinctNeighbors:
         """[n]: the squared distances of training images some[i] and others[i], the smaller one of the two orientations
         with `flip`; int64 for uint8 images."""
         columns = torch.from_numpy(others)
-        squared = exact_squared_distances(self._rows, self._rows, torch.from_numpy(some), columns).numpy()
-        if self.flip and self.training.ndim == 4 and len(some):
-            unique, rows = np.unique(some, return_inverse=True)
-            mirrored = as_rows(mirror(self.training[unique]))
-            flipped = exact_squared_distances(mirrored, self._rows, torch.from_numpy(rows), columns).numpy()
+        if self._rows is None:
+            which, columns = (torch.from_numpy(each) for each in np.unique(others, return_inverse=True))
+            right = as_rows(self._take(which.numpy()))
+        else:
+            right = self._rows
+        unique, rows = np.unique(some, return_inverse=True)
+        left = self._take(unique)
+        squared = exact_squared_distances(as_rows(left), right, torch.from_numpy(rows), columns).numpy()
+        if self.flip and left.ndim == 4 and len(some):
+            mirrored = as_rows(mirror(left))
+            flipped = exact_squared_distances(mirrored, right, torch.from_numpy(rows), columns).numpy()
             squared = np.minimum(squared, flipped)
         return squared
 
+    def _take(self, rows: np.ndarray) -> np.ndarray:
+        return self.training[rows] if isinstance(self.training, np.ndarray) else self.training.take(rows)
+
+    def _set_beyond(self, result: Neighbors, images: np.ndarray | Views, first: int, rows: np.ndarray) -> None:
+        """Sets the second neighbors of `rows`, whose first one has very many duplicates, without leaving these out: by
+        as many neighbors as there are duplicates, and one more."""
+        assert not isinstance(self.training, np.ndarray)
+        image = self.training.take(np.array([first]))
+        views = (image, mirror(image)) if self.flip and image.ndim == 4 else (image,)
+        near = np.unique(np.concatenate([self.training.within(view, self._limit) for view in views]))
+        if len(near) == len(self.training):
+            raise InputError(_all_within(len(near), float(self.radius), first))
+        found = self._nearest(self.exactly().index, images[rows], len(near) + 1)
+        outside = ~np.isin(found.indices, near)
+        _set_second(result, rows, found, np.arange(len(rows)), outside.argmax(axis=1))
+
     def _outside(self, first: int) -> np.ndarray:
         """The training images that are farther than the radius from training image `first`."""
+        assert isinstance(self.training, np.ndarray)
+        assert self._rows is not None
         image = self.training[first : first + 1]
         near = np.zeros(len(self.training), bool)
         for view in (image, mirror(image)) if self.flip and image.ndim == 4 else (image,):
             near[pairs_within(as_rows(view), self._rows, self._limit)[1].numpy()] = True
         if near.all():
-            raise InputError(
-                f"all {len(near):,} training images lie within the duplicate radius {float(self.radius):g} of training "
-                f"image {first}: choose a smaller duplicate radius"
-            )
+            raise InputError(_all_within(len(near), float(self.radius), first))
         return np.flatnonzero(~near)
 
     def _nearest(self, index: SearchIndex, images: np.ndarray | Views, k: int) -> Neighbors:
@@ -151,10 +217,14 @@ class DistinctNeighbors:
         return _merge_orientations(straight, self._query(index, views.mirrored, k))
 
     def _query(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
-        found = index.query(images, k, progress=self.progress)
-        if isinstance(index, FaissIndex) and index.stats is not None:
-            self.recall = (*self.recall, index.stats)
-        return found
+        return index.query(images, k, progress=self.progress)
+
+
+def _all_within(images: int, radius: float, first: int) -> str:
+    return (
+        f"all {images:,} training images lie within the duplicate radius {radius:g} of training image {first}: choose "
+        "a smaller duplicate radius"
+    )
 
 
 def _set_second(
@@ -164,6 +234,8 @@ def _set_second(
     target.squared_distances[rows, 1] = source.squared_distances[source_rows, columns]
     if target.mirrored is not None and source.mirrored is not None:
         target.mirrored[rows, 1] = source.mirrored[source_rows, columns]
+    if target.unseen is not None and source.unseen is not None:
+        target.unseen[rows] = np.minimum(target.unseen[rows], source.unseen[source_rows])
 
 
 def _merge_orientations(straight: Neighbors, mirrored: Neighbors) -> Neighbors:
@@ -181,4 +253,7 @@ def _merge_orientations(straight: Neighbors, mirrored: Neighbors) -> Neighbors:
         repeated[:, column] = (indices[:, :column] == indices[:, column : column + 1]).any(axis=1)
     keep = np.argsort(repeated, axis=1, kind="stable")[:, :k]
     indices, squared, flags = (np.take_along_axis(values, keep, 1) for values in (indices, squared, flags))
-    return Neighbors(indices, squared, straight.dimension, flags)
+    unseen = None
+    if straight.unseen is not None and mirrored.unseen is not None:
+        unseen = np.minimum(straight.unseen, mirrored.unseen)
+    return Neighbors(indices, squared, straight.dimension, flags, unseen)

@@ -47,6 +47,10 @@ class DuplicateGroups:
         """int64 [N]: the size of each image's group."""
         return np.bincount(self.group_of, minlength=len(self.group_of))[self.group_of]
 
+    def sizes_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n]: the size of the groups of some images."""
+        return self.sizes[rows]
+
     @cached_property
     def groups(self) -> list[np.ndarray]:
         """The groups of two or more, each a sorted array of indices, largest first, then by first index."""

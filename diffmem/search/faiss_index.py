@@ -3,8 +3,8 @@ its GPUs.
 
 FAISS proposes candidates; they are re-ranked exactly, so every distance that comes back is exact. What an
 approximate index can still do is miss a neighbor: a missed second neighbor makes a false alarm, a missed first
-hides a copy. So each query measures the recall of both on a sample of its images, against the exact search, and
-reports it in `stats`.
+hides a copy. So each answer says how far away everything is at least that was not looked at (`Neighbors.unseen`), and
+an audit searches a sample of its images exactly (`diffmem.memorization.verification`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from diffmem.integrity import check_file, file_sha256
 from diffmem.ops.nearest import exact_squared_distances, nearest
 from diffmem.progress import Progress, silent
 from diffmem.search import stored
+from diffmem.search.candidates import Candidates
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import Images, as_rows, fingerprint, same_images
 
 BLOCK = 4096
-FORMAT = "diffmem-faiss-index-2"
+MOST_CANDIDATES = 1024
+FORMAT = "diffmem-faiss-index-3"
 FAISS_FILE = "index.faiss"
 
 
@@ -44,20 +46,15 @@ class FaissStats:
         factory: FAISS's factory string.
         device: "cpu" or "cuda".
         candidates: Proposals per image that were re-ranked.
-        recall_nearest: Share of the sample's images whose nearest distance is the true one (equal distances count as
-            found, whichever image has them).
-        recall_second: The same of the second nearest.
-        sample: Images searched exactly, too, to measure that.
+        nprobe: Inverted lists visited, or None where there are none.
         completed: Images for which FAISS proposed fewer than k candidates and which were searched exactly.
-        seconds: Seconds of the search, re-ranking included, without the measurement.
+        seconds: Seconds of the search, re-ranking included.
     """
 
     factory: str
     device: str
     candidates: int
-    recall_nearest: float
-    recall_second: float
-    sample: int
+    nprobe: int | None
     completed: int
     seconds: float
 
@@ -94,8 +91,8 @@ class FaissIndex:
         images: [N, ...] uint8 or float32.
         factory: FAISS's factory string: "Flat", "IVF1024,Flat", "PCA128,IVF4096,PQ64", …
         float16: Store vectors in half precision (half the memory); for "Flat" and "IVF…,Flat".
-        nprobe: Inverted lists visited per query; default a 32nd of them, at least 8.
-        candidates: Proposals per image that are re-ranked; default 8 k, at least 32.
+        nprobe: Inverted lists visited per query; default a 32nd of them, at least 8, until `tune` chooses.
+        candidates: Proposals per image that are re-ranked; default 8 k, at least 32, until `tune` chooses.
         device: "cpu", "cuda" (all GPUs, the vectors divided among them) or "auto" (GPUs where FAISS has them).
         progress: Called as `progress(stage, done, total)`.
 
@@ -121,6 +118,7 @@ class FaissIndex:
         self.device = _pick_device(faiss, device)
         self.factory = _with_float16(factory) if float16 and self.device == "cpu" else factory
         self.candidates = candidates
+        self.tunable = nprobe is None and candidates is None
         self.stats: FaissStats | None = None
         try:
             index = faiss.index_factory(self.rows.shape[1], self.factory, faiss.METRIC_L2)
@@ -128,9 +126,13 @@ class FaissIndex:
                 index = _to_gpus(faiss, index, float16)
             if not index.is_trained:
                 index.train(_floats(self.rows[_sample(len(self.rows), _training_points(faiss, index))]))
+            index_on_cpu = faiss.index_gpu_to_cpu(index) if self.device == "cuda" else index
+            self._bounds = Candidates(faiss, index_on_cpu)
             for start in range(0, len(self.rows), BLOCK):
                 progress("building the FAISS index", start, len(self.rows))
-                index.add(_floats(self.rows[start : start + BLOCK]))
+                block = _floats(self.rows[start : start + BLOCK])
+                index.add(block)
+                self._bounds.note(block)
         except RuntimeError as error:
             raise InputError(
                 f"FAISS cannot build {self.factory!r} for {len(self.rows):,} images: {_reason(error)}"
@@ -142,6 +144,11 @@ class FaissIndex:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lists(self) -> int | None:
+        """How many inverted lists there are; None: none."""
+        return self._bounds.lists
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the images that the index was made of, in their order."""
@@ -151,10 +158,9 @@ class FaissIndex:
         """Whether the index was made of exactly these images [N, ...], in this order."""
         return same_images(images, self.rows, self.fingerprint)
 
-    def query(self, images: Images, k: int = 2, *, recall_sample: int = 64, progress: Progress = silent) -> Neighbors:
+    def query(self, images: Images, k: int = 2, *, progress: Progress = silent) -> Neighbors:
         """The k nearest training images that FAISS finds for each image, with exact distances, nearest first.
 
-        recall_sample: images on which the recall is measured (evenly spaced; 0 measures nothing and reports NaN).
         Raises InputError for images of another size or dtype, and for k > N.
         """
         queries = _checked_rows(images, "query images")
@@ -167,25 +173,62 @@ class FaissIndex:
             raise InputError(f"k must be between 1 and the number of training images, {len(self)}; got {k}")
         width = min(len(self), max(k, self.candidates or max(8 * k, 32)))
         started = time.perf_counter()
-        squared, indices, completed = [], [], 0
+        squared, indices, unseen, completed = [], [], [], 0
         for start in range(0, len(queries), BLOCK):
             progress("searching with FAISS", start, len(queries))
             block = queries[start : start + BLOCK]
-            _, proposed = self._index.search(_floats(block), width)
+            floats = _floats(block)
+            coded, proposed = self._index.search(floats, width)
+            bound = self._bounds.unseen(floats, proposed, coded, self.nprobe, len(self))
             block_squared, block_indices, short = self._rerank(block, torch.from_numpy(proposed), k)
+            bound[short.numpy()] = np.inf
             squared.append(block_squared)
             indices.append(block_indices)
-            completed += short
+            unseen.append(bound)
+            completed += len(short)
         progress("searching with FAISS", len(queries), len(queries))
         seconds = time.perf_counter() - started
         integer = self.rows.dtype == torch.uint8
         empty = torch.empty(0, k, dtype=torch.int64 if integer else torch.float64)
         answer = Neighbors(
-            torch.cat([*indices, empty.long()]).numpy(), torch.cat([*squared, empty]).numpy(), queries.shape[1]
+            torch.cat([*indices, empty.long()]).numpy(),
+            torch.cat([*squared, empty]).numpy(),
+            queries.shape[1],
+            unseen=np.concatenate([*unseen, np.empty(0)]),
         )
-        first, second, sample = self._recall(queries, answer, recall_sample)
-        self.stats = FaissStats(self.factory, self.device, width, first, second, sample, completed, seconds)
+        self.stats = FaissStats(self.factory, self.device, width, self.nprobe, completed, seconds)
         return answer
+
+    def tune(self, images: Images, recall: float, *, progress: Progress = silent) -> None:
+        """Chooses the least `nprobe` and `candidates` with which the nearest and the second nearest training image of
+        these images are among the candidates for at least the share `recall` of them each, as exact search says; or the
+        largest there are. Not where they were given.
+
+        Args:
+            images: [Q, ...], such as those that come: a hundred will do.
+            recall: From 0 to 1.
+            progress: Called as `progress(stage, done, total)`.
+        """
+        if not self.tunable or not len(images):
+            return
+        self.tunable = False
+        queries = _checked_rows(images, "query images")
+        progress("choosing how widely FAISS searches", 0, 1)
+        truth = nearest(queries, self.rows, min(2, len(self)))[1].numpy()
+        floats, most = _floats(queries), min(len(self), MOST_CANDIDATES)
+        probes: int | None = None if self.nprobe is None else 1
+        while True:
+            self.nprobe = self._set_nprobe(_faiss(), probes)
+            _, proposed = self._index.search(floats, most)
+            hits = proposed[:, :, None] == truth[:, None, :]
+            places = np.where(hits.any(axis=1), hits.argmax(axis=1), most)
+            lists = self._bounds.lists
+            if (places < most).mean(axis=0).min() >= recall or probes is None or lists is None or probes >= lists:
+                break
+            probes *= 2
+        needed = np.sort(places, axis=0)[min(len(places) - 1, int(np.ceil(recall * len(places))) - 1)].max()
+        self.candidates = int(min(most, max(32, 2 * (needed + 1))))
+        progress("choosing how widely FAISS searches", 1, 1)
 
     def save(self, folder: str | Path) -> None:
         """Write the index, training images included, to `folder`: beside it first, renamed when complete.
@@ -199,12 +242,14 @@ class FaissIndex:
             "factory": self.factory,
             "nprobe": self.nprobe,
             "candidates": self.candidates,
+            "tunable": self.tunable,
             "fingerprint": self.fingerprint,
         }
         with stored.new_index_folder(Path(folder), description) as beside:
             np.save(beside / "images.npy", np.ascontiguousarray(self.rows.numpy()))
             faiss.write_index(on_cpu, str(beside / FAISS_FILE))
             description["files"] = {FAISS_FILE: file_sha256(beside / FAISS_FILE)}
+            description["bounds"] = {"error": self._bounds.error, "largest": self._bounds.largest}
 
     @staticmethod
     def is_saved_in(folder: str | Path) -> bool:
@@ -233,15 +278,19 @@ class FaissIndex:
             self = cls.__new__(cls)
             self.rows, self.stats, self.factory = rows, None, description["factory"]
             self.candidates, probes = description["candidates"], description["nprobe"]
+            self.tunable = bool(description["tunable"])
             self.fingerprint = description["fingerprint"]
+            self._bounds = Candidates(faiss, index, **description["bounds"])
         self.device = _pick_device(faiss, device)
         self._index = _to_gpus(faiss, index, False) if self.device == "cuda" else index
         self.nprobe = self._set_nprobe(faiss, probes)
         return self
 
-    def _rerank(self, queries: torch.Tensor, proposed: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The k best of the proposed indices [q, width] (−1: none) by exact (distance, index); short rows searched
-        exactly."""
+    def _rerank(
+        self, queries: torch.Tensor, proposed: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The k best of the proposed indices [q, width] (−1: none) by exact (distance, index), and the rows for which
+        there were fewer than k, which were searched exactly."""
         valid = proposed >= 0
         rows, columns = valid.nonzero(as_tuple=True)
         exact = exact_squared_distances(queries, self.rows, rows, proposed[rows, columns])
@@ -254,17 +303,7 @@ class FaissIndex:
         short = (valid.sum(dim=1) < k).nonzero().flatten()
         if len(short):
             squared[short], indices[short] = nearest(queries[short], self.rows, k)
-        return squared, indices, len(short)
-
-    def _recall(self, queries: torch.Tensor, answer: Neighbors, size: int) -> tuple[float, float, int]:
-        chosen = _sample(len(queries), size)
-        k = answer.squared_distances.shape[1]
-        if len(chosen) == 0:
-            return float("nan"), float("nan"), 0
-        truth, _ = nearest(queries[chosen], self.rows, k)
-        found = answer.squared_distances[chosen] == truth.numpy()
-        second = float(found[:, 1].mean()) if k > 1 else float("nan")
-        return float(found[:, 0].mean()), second, len(chosen)
+        return squared, indices, short
 
     def _set_nprobe(self, faiss: Any, nprobe: int | None) -> int | None:
         if "IVF" not in self.factory:

@@ -17,12 +17,15 @@ class Neighbors:
         squared_distances: [Q, k] squared Euclidean distances, int64 and exact for uint8 images, float64 for floats.
         dimension: d, the number of values of one image.
         mirrored: bool [Q, k], True where the mirrored query was the nearer one; None where mirroring was not asked for.
+        unseen: float64 [Q], from a search that may miss neighbors: no training image that it did not look at is nearer
+            than this (Euclidean); None: it looked at all.
     """
 
     indices: np.ndarray
     squared_distances: np.ndarray
     dimension: int
     mirrored: np.ndarray | None = None
+    unseen: np.ndarray | None = None
 
     @property
     def distances(self) -> np.ndarray:
@@ -43,12 +46,13 @@ class Neighbors:
     def first(self, k: int) -> Neighbors:
         """The k nearest alone."""
         mirrored = None if self.mirrored is None else self.mirrored[:, :k]
-        return Neighbors(self.indices[:, :k], self.squared_distances[:, :k], self.dimension, mirrored)
+        return Neighbors(self.indices[:, :k], self.squared_distances[:, :k], self.dimension, mirrored, self.unseen)
 
     def select(self, rows: np.ndarray) -> Neighbors:
         """The answers to the queries of `rows`."""
         mirrored = None if self.mirrored is None else self.mirrored[rows]
-        return Neighbors(self.indices[rows], self.squared_distances[rows], self.dimension, mirrored)
+        unseen = None if self.unseen is None else self.unseen[rows]
+        return Neighbors(self.indices[rows], self.squared_distances[rows], self.dimension, mirrored, unseen)
 
     @classmethod
     def join(cls, parts: Sequence[Neighbors]) -> Neighbors:
@@ -57,12 +61,17 @@ class Neighbors:
             return parts[0]
         arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "squared_distances")]
         mirrored = None if parts[0].mirrored is None else np.concatenate([part.mirrored for part in parts])
-        return cls(arrays[0], arrays[1], parts[0].dimension, mirrored)
+        unseen = None
+        if any(part.unseen is not None for part in parts):
+            looked_at_all = [np.full(len(part), np.inf) if part.unseen is None else part.unseen for part in parts]
+            unseen = np.concatenate(looked_at_all)
+        return cls(arrays[0], arrays[1], parts[0].dimension, mirrored, unseen)
 
     def copy(self) -> Neighbors:
         """The same with arrays of its own."""
         mirrored = None if self.mirrored is None else self.mirrored.copy()
-        return Neighbors(self.indices.copy(), self.squared_distances.copy(), self.dimension, mirrored)
+        unseen = None if self.unseen is None else self.unseen.copy()
+        return Neighbors(self.indices.copy(), self.squared_distances.copy(), self.dimension, mirrored, unseen)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -278,7 +278,8 @@ def test_faiss_from_the_command_line(monkeypatch):
     result = run(*arguments, "--index", "flat")
     assert result.returncode == 0, result.stderr
     assert "40 of 40 images are copies" in result.stdout
-    assert "FAISS (Flat): recall of the nearest and second nearest 100 % and 100 %, measured on 40" in result.stdout
+    assert "index Flat (32 candidates per image re-ranked exactly): recall of the nearest and second" in result.stdout
+    assert "copies by exact search: 40\n" in result.stdout
     result = run(*arguments, "--index", "ivf16", "--json")
     assert json.loads(result.stdout)["settings"]["search"]["index"] == "IVF16,Flat"
     monkeypatch.setenv("WORLD_SIZE", "2")

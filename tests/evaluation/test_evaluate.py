@@ -80,8 +80,6 @@ def test_decisions_there_and_back(options, tmp_path):
     store.begin()
     store.write(SeedRecords.of(np.arange(COUNT), IMAGES, None, found), "ours")
     (read,) = store.read("ours")
-    assert read.detection.recall == found.recall
-    assert len(found.recall) == (1 if "index" in options else 0)
     for name, values in found.to_arrays().items():
         np.testing.assert_array_equal(read.detection.to_arrays()[name], values, err_msg=name)
     audits = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import diffmem
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
-from diffmem.search import TrainingIndex, distinct, find_duplicates
+from diffmem.search import FaissIndex, TrainingIndex, distinct, find_duplicates
 
 
 def plain_audit(generated, training, threshold, duplicates, radius, flip):
@@ -244,8 +244,9 @@ def test_faiss_by_name_reports_its_recall(tmp_path):
     assert not flat.warnings
     search = flat.settings["search"]
     assert (search["index"], search["recall_nearest"], search["recall_second"]) == ("Flat", 1.0, 1.0)
-    assert "it found 100 % of the nearest" in flat.save(tmp_path).read_text()
-    poor = diffmem.audit(copies, training, index="PCA1,IVF64,PQ1x1")
+    assert "It found 100 % of the nearest" in flat.save(tmp_path).read_text()
+    poor = FaissIndex(training, "PCA1,IVF64,PQ1x1", nprobe=1, candidates=2)
+    poor = diffmem.audit(copies, training, index=poor)
     assert poor.settings["search"]["recall_second"] < 0.95
     assert any("of the second nearest training images" in warning for warning in poor.warnings)
     assert not poor.reliable
