@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         errors,
         evaluation,
         features,
+        indexes,
         integrations,
         memorization,
         models,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
     from diffmem.data import ImageSet, load_images
     from diffmem.errors import InputError
+    from diffmem.indexes import build_index, open_index
     from diffmem.memorization import Audit, CopyDetector, Measures, audit, measure
     from diffmem.search import Neighbors, TrainingIndex
 
@@ -46,14 +48,17 @@ _NAMES = {
     "Neighbors": "diffmem.search",
     "TrainingIndex": "diffmem.search",
     "audit": "diffmem.memorization",
+    "build_index": "diffmem.indexes",
     "load_images": "diffmem.data",
     "measure": "diffmem.memorization",
+    "open_index": "diffmem.indexes",
 }
 _SUBPACKAGES = (
     "data",
     "errors",
     "evaluation",
     "features",
+    "indexes",
     "integrations",
     "memorization",
     "models",
@@ -74,15 +79,18 @@ __all__ = [
     "TrainingIndex",
     "__version__",
     "audit",
+    "build_index",
     "data",
     "errors",
     "evaluation",
     "features",
+    "indexes",
     "integrations",
     "load_images",
     "measure",
     "memorization",
     "models",
+    "open_index",
     "optimum",
     "sampling",
     "search",

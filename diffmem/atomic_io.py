@@ -235,6 +235,13 @@ def _partial_folder(place: Path, target: Path) -> Iterator[Path]:
             os.close(handle)
 
 
+def remove_dead(path: str | os.PathLike[str]) -> None:
+    """Removes what writers of `path` that are no more left half-written beside it."""
+    target = output_path(path)
+    with _errors_of(path):
+        _remove_dead(target.parent, target)
+
+
 def _remove_dead(place: Path, target: Path) -> None:
     """Removes the partial folders (or files) in `place` of writers of `target` that are no more."""
     pattern = re.compile(rf"\.{re.escape(_short(target.name))}\.[0-9a-f]{{8}}\.partial", re.DOTALL)

@@ -38,6 +38,7 @@ ALLOWED = {
     "training": {"models", "ops", "data", "sampling"},
     "search": {"ops", "data"},
     "features": {"data", "search", "ops"},
+    "indexes": {"search", "data", "features"},
     "memorization": {"search", "data", "features"},
     "evaluation": {"training", "models", "sampling", "data", "memorization"},
     "studies": {"evaluation", "optimum", "training", "sampling", "models", "memorization", "data"},
@@ -48,6 +49,7 @@ ALLOWED = {
         "data",
         "search",
         "features",
+        "indexes",
         "memorization",
         "models",
         "evaluation",
@@ -61,6 +63,7 @@ ALLOWED = {
 }
 LAZY = {
     "faiss",
+    "fsspec",
     "h5py",
     "lmdb",
     "nibabel",

@@ -143,7 +143,7 @@ def map_npy(path: Path) -> np.ndarray:
     """The array in an `.npy` file, memory-mapped; raises InputError where there is no plain, complete one."""
     with parsing(path, "a complete .npy array of numbers"):
         with open(path, "rb") as file:
-            shape, fortran, dtype = _npy_header(file)
+            shape, fortran, dtype = read_npy_header(file)
             start = file.tell()
         size, there = _bytes_of(shape, dtype), path.stat().st_size - start
         if size > there:
@@ -155,7 +155,7 @@ def map_npy(path: Path) -> np.ndarray:
         return np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")
 
 
-def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype of an `.npy` file; raises ValueError and others where there is no plain header.
 
     The header is read here, since numpy reads as many bytes as a file claims; parsing it is numpy's.
@@ -264,7 +264,7 @@ def npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     with parsing(f"{path}: {name}", "a readable array"):
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as stream:
-            shape, fortran, dtype = _npy_header(stream)
+            shape, fortran, dtype = read_npy_header(stream)
             size, there = _bytes_of(shape, dtype), entry.file_size - stream.tell()
             if there != size:
                 raise ValueError(

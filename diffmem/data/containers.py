@@ -172,7 +172,7 @@ class Folder:
             others = [name for name in files if not is_image_name(name)]
         if not found:
             raise InputError(f"{path}: no images in this folder or its subfolders; {contents(others)}")
-        self._files = found
+        self.files: Sequence[str] = found  # as the system names them
         self.fork_safe = True
         self.mode: str | None = None
         self.names: Sequence[str] = [printable(name) for name in found]
@@ -190,12 +190,12 @@ class Folder:
             raise InputError(f"{path}: cannot be read: {error}") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        return parse_dataset_json(data, [printable(with_slashes(name)) for name in self._files], self.description)
+        return parse_dataset_json(data, [printable(with_slashes(name)) for name in self.files], self.description)
 
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises `BadImage`."""
         try:
-            with open(self._root / self._files[index], "rb", opener=_open_without_waiting) as file:
+            with open(self._root / self.files[index], "rb", opener=_open_without_waiting) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise BadImage("is not a regular file")

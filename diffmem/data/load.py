@@ -347,6 +347,13 @@ def _encoded(path: Path, key: str | None) -> EncodedImages | None:
     return Folder(path) if suffix in image_suffixes() else None
 
 
+def encoded_images(source: str, key: str | None) -> EncodedImages | None:
+    """The container of image files that `source`, a path or "hf:PATH?…", is; None where it is an array file."""
+    if source.startswith(HF):
+        return _hugging_face(source, Path(source.removeprefix(HF).partition("?")[0]).expanduser(), key)
+    return _encoded(Path(source).expanduser(), key)
+
+
 def _hugging_face(source: str, path: Path, key: str | None) -> EncodedImages:
     """The images that `hf:PATH?split=…&column=…&label=…` names: a saved dataset, parquet, or a folder of it."""
     query = source.partition("?")[2]

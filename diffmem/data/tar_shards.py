@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -154,22 +154,81 @@ def _samples(number: int, path: Path) -> dict[str, dict[str, Member]]:
 
 
 def _members(number: int, path: Path) -> Iterator[tuple[str, Member]]:
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        if file.read(3)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
-            raise InputError(f"{path}: is packed as a whole, so that nothing in it can be found: unpack it to a .tar")
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (entry := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined] # it keeps them all
-                if entry.isreg() and not entry.issparse():
-                    if entry.size < 0 or entry.offset_data + entry.size > size:
-                        raise ValueError(f"{printable(entry.name)} reaches beyond its end")
-                    yield entry.name.removeprefix("./"), Member(number, entry.offset_data, entry.size)
-            # tarfile takes a header that is damaged or cut short for the end.
-            file.seek(archive.offset)
-            if file.read(512) != bytes(512):
-                raise ValueError("damaged or cut short behind its last readable member")
+        yield from _members_of(file, number, path, path.stat().st_size)
+
+
+def _members_of(file: IO[bytes], number: int, path: object, size: int) -> Iterator[tuple[str, Member]]:
+    if file.read(3)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
+        raise InputError(f"{path}: is packed as a whole, so that nothing in it can be found: unpack it to a .tar")
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (entry := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined] # it keeps them all
+            if entry.isreg() and not entry.issparse():
+                if entry.size < 0 or entry.offset_data + entry.size > size:
+                    raise ValueError(f"{printable(entry.name)} reaches beyond its end")
+                yield entry.name.removeprefix("./"), Member(number, entry.offset_data, entry.size)
+        # tarfile takes a header that is damaged or cut short for the end.
+        file.seek(archive.offset)
+        if file.read(512) != bytes(512):
+            raise ValueError("damaged or cut short behind its last readable member")
+
+
+def stream_samples(file: IO[bytes], where: str, key: str | None) -> Iterator[tuple[str, bytes | str]]:
+    """The images of one archive as they come, in one pass from its beginning: name, and bytes or why there are none.
+
+    Names are as `TarShards` has them. The members of a sample must lie together, as webdataset wants it.
+
+    Args:
+        file: Open at its beginning, seekable; read from its beginning to its end, members without images skipped.
+        where: What to call it.
+        key: The ending of the images, where samples hold several.
+    """
+    seen: set[str] = set()
+    sample, files, found = "", dict[str, Member](), False
+    data: dict[str, bytes | str] = {}
+    size = file.seek(0, 2)
+    file.seek(0)
+
+    def ended() -> Iterator[tuple[str, bytes | str]]:
+        image = _choose_image(files, key, f"{where}: sample {printable(sample)}")
+        if image is not None:
+            yield printable(f"{sample}.{image}"), data[image]
+
+    with parsing(where, "a complete tar archive", _ADVICE):
+        for name, member in _members_of(file, 0, where, size):
+            folder, slash, base = name.rpartition("/")
+            stem, dot, ending = base.partition(".")
+            if not stem or not dot or is_skipped(name):
+                continue
+            if f"{folder}{slash}{stem}" != sample:
+                for each in ended():
+                    found = True
+                    yield each
+                seen.add(sample)
+                sample, files, data = f"{folder}{slash}{stem}", {}, {}
+                if sample in seen:
+                    raise InputError(
+                        f"{where}: the members of sample {printable(sample)} do not lie together: pack the archive "
+                        "again"
+                    )
+            if files.setdefault(ending.lower(), member) is not member:
+                raise InputError(f"{where}: two members are named {printable(name)}: pack the archive again")
+            if is_image_name(f"x.{ending.lower()}"):
+                if member.size > MAX_FILE_BYTES:
+                    data[ending.lower()] = f"declares {member.size / 1e6:,.0f} MB, more than any image that is read"
+                else:
+                    place = file.tell()
+                    file.seek(member.start)
+                    data[ending.lower()] = file.read(member.size)
+                    file.seek(place)
+        for each in ended():
+            found = True
+            yield each
+    if not found:
+        wanted = "no images" if key is None else f"no images {key!r} (key=…)"
+        raise InputError(f"{where}: {wanted} in this archive")
 
 
 def _choose_image(files: dict[str, Member], key: str | None, where: str) -> str | None:

@@ -163,13 +163,8 @@ def _read_parquet(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | 
     pyarrow, parquet = _pyarrow(path)
     with parsing(path, "a complete parquet file"):
         schema = parquet.read_schema(path)
-        lists = [
-            field.name for field in schema
-            if isinstance(field.type, (pyarrow.ListType, pyarrow.LargeListType, pyarrow.FixedSizeListType))
-            and (pyarrow.types.is_floating(field.type.value_type) or field.type.value_type == pyarrow.uint8())
-        ]  # fmt: skip
-        chosen = _pick(lists, key, path, "column of lists of numbers")
-        beside = next((name for name in _NAMES if name in schema.names and name != chosen), None)
+        chosen = vector_column(schema, key, path)
+        beside = name_column(schema, chosen)
         table = parquet.read_table(path, columns=[chosen] if beside is None else [chosen, beside])
         column = table.column(chosen).combine_chunks()
         if column.null_count:
@@ -179,6 +174,26 @@ def _read_parquet(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | 
             raise InputError(f"{path}: the lists in column {chosen} are not all of the same length")
         names = None if beside is None else [str(value) for value in table.column(beside).to_pylist()]
         return values.reshape(len(column), -1), names, ()
+
+
+def vector_column(columns: Any, key: str | None, where: object, what: str = "column of lists of numbers") -> str:
+    """Which column of a parquet file's schema, or which of the arrays so named, holds the vectors; raises
+    InputError where none does, or several could."""
+    if isinstance(columns, list):
+        return _pick(columns, key, where, what)
+    import pyarrow
+
+    lists = [
+        field.name for field in columns
+        if isinstance(field.type, (pyarrow.ListType, pyarrow.LargeListType, pyarrow.FixedSizeListType))
+        and (pyarrow.types.is_floating(field.type.value_type) or field.type.value_type == pyarrow.uint8())
+    ]  # fmt: skip
+    return _pick(lists, key, where, what)
+
+
+def name_column(schema: Any, beside: str) -> str | None:
+    """The column that names the images, other than `beside`; None where there is none."""
+    return next((name for name in _NAMES if name in schema.names and name != beside), None)
 
 
 def _equal_lists(column: Any, pyarrow: Any) -> bool:
@@ -265,7 +280,7 @@ def _fitting(names: list[str] | None, vectors: np.ndarray) -> list[str] | None:
     return names if names is not None and len(names) == len(vectors) else None
 
 
-def _pick(names: Sequence[str], key: str | None, path: Path, what: str = "array") -> str:
+def _pick(names: Sequence[str], key: str | None, path: object, what: str = "array") -> str:
     """Which of the arrays `names` holds the vectors."""
     if key is not None:
         candidates = [key] if key in names else []

@@ -1,0 +1,462 @@
+"""`build_index`: an index of a training set, shard by shard, wherever workers are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmem.atomic_io import atomic_write, check_output_folder, output_lock
+from diffmem.errors import InputError
+from diffmem.executors import Executor, InProcess, Processes
+from diffmem.features.feature_set import Metric
+from diffmem.indexes import remote
+from diffmem.indexes.duplicates import StoredDuplicates, find_identical, write_duplicates
+from diffmem.indexes.folder import FORMAT, INDEX, UNFINISHED, IndexFolder, open_index, read_index
+from diffmem.indexes.planning import (
+    MemoryPlan,
+    first_rows,
+    parse_memory,
+    plan_memory,
+    warn_of_machine,
+    with_metric,
+)
+from diffmem.indexes.reading import Features, Reading, features_of
+from diffmem.indexes.shards import DESCRIPTION, SHARDS
+from diffmem.indexes.sources import Identities, Part, parts_of
+from diffmem.indexes.work import Job, make_shard
+from diffmem.integrity import file_sha256, sealed
+from diffmem.logs import logger
+from diffmem.progress import Progress, silent
+
+_log = logger(__name__)
+LOSSES = 3  # workers that may die over one shard before the build ends
+SMALL = 64e6  # bytes of sources that one process indexes sooner than others would have started
+SORT_BYTES = 2e9  # to find duplicates in, where no memory is given
+_PARTIAL = re.compile(r"\.([0-9a-f]{32})\.[0-9a-f]{8}\.partial")
+Say = Callable[[str], None]
+
+
+def build_index(
+    sources: Sequence[Any] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    features: str = "pixels",
+    *,
+    metric: Metric | None = None,
+    dtype: str | None = None,
+    weights: str | None = None,
+    preprocessing: str | None = None,
+    batch: int | None = None,
+    precision: str | None = None,
+    shards: int | None = None,
+    memory: str | float | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    device: str = "auto",
+    say: Say | None = None,
+    progress: Progress | None = None,
+    **reading: Any,
+) -> IndexFolder:
+    """An index of a training set of any size, in a folder.
+
+    What is finished there is kept, whoever made it: a build that was killed continues, and one of more sources adds the
+    shards that are missing. Sources are read as streams; the memory does not depend on how large they are.
+
+    Args:
+        sources: Paths, URLs (`s3://`, `gs://`, `hf://`, `https://`, …: extra `remote`), brace patterns and globs of
+            whatever `load_images` reads, or, with features "precomputed", `load_features`.
+        out: The folder, on this disk or one that all workers share.
+        features: What images are compared by: "pixels", "hash" or a network, as for `diffmem.features.extractor`;
+            "precomputed": the sources are vectors.
+        metric: "euclidean", "cosine" or "hamming"; default the features' own.
+        dtype: "float16" stores vectors in half the space, rounded; "float32"; default as they are.
+        weights: The file of a network's weights, as for `diffmem.features.extractor`.
+        preprocessing: Of images for a network, by name.
+        batch: Images per call of a network.
+        precision: In which a network computes.
+        shards: Into about how many shards sources that can be divided are; default by the size of each file. A tar
+            archive is always one.
+        memory: Of one worker at most, in bytes or as "2GB"; default what a block of rows needs.
+        workers: Processes of this machine; default its cores, or this process alone where there is little to do.
+        executor: Where else to work (`diffmem.executors`), in place of `workers`.
+        device: Where networks compute.
+        say: Called with lines about what is planned.
+        progress: Called as `progress(stage, done, total)`.
+        **reading: As for `diffmem.load_images`: resize, center_crop, color, alpha, key, layout, value_range, skip_bad.
+
+    Raises:
+        InputError: A source cannot be read, holds other images than the rest, or `out` holds an index of other things.
+        OutputInUseError: Another process builds there.
+
+    Example:
+        >>> import diffmem
+        >>> diffmem.build_index("builtin:digits", "digits.index").duplicates.number_of_groups
+        0
+    """
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    texts = [os.fspath(each) for each in given]
+    asked = features_of(
+        features, metric, dtype, device, weights=weights, preprocessing=preprocessing, batch=batch, precision=precision
+    )
+    settings = Settings(
+        asked,
+        _reading(reading),
+        shards,
+        parse_memory(memory),
+        workers,
+        executor,
+        device,
+        say or _quiet,
+        progress or silent,
+    )
+    return build(texts, Path(out).expanduser(), settings)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an index is built; see `build_index`."""
+
+    features: Features
+    reading: Reading
+    shards: int | None = None
+    memory: int | None = None
+    workers: int | None = None
+    executor: Executor | None = None
+    device: str = "auto"
+    say: Say = print
+    progress: Progress = silent
+
+
+def _quiet(line: str) -> None:
+    _log.info("%s", line)
+
+
+def _reading(options: dict[str, Any]) -> Reading:
+    if unknown := options.keys() - Reading().__dict__.keys():
+        raise InputError(f"build_index takes no {min(unknown)}=…: there are {', '.join(Reading().__dict__)}")
+    resize = options.pop("resize", None)
+    size = (resize, resize) if isinstance(resize, int) else resize
+    color = {"grey": "gray"}.get(options.pop("color", None) or "") or options.get("color")
+    return Reading(resize=None if size is None else tuple(size), color=color, **options)
+
+
+def absolute(source: str) -> str:
+    """A source by a name that is the same in every folder and process."""
+    if remote.is_remote(source) or source.startswith(("builtin:", "hf:")):
+        return source
+    return os.path.abspath(os.path.expanduser(source.removeprefix("file://")))
+
+
+def build(sources: Sequence[str], out: Path, settings: Settings) -> IndexFolder:
+    """`build_index`, with everything said."""
+    if not sources:
+        raise InputError("sources is empty, but must name at least one")
+    sources = [absolute(source) for source in sources]
+    _check_place(out)
+    check_output_folder(out)
+    with output_lock(out):
+        before = read_index(out) if (out / INDEX).is_file() else None
+        sweep(out)
+        parts = _listed(sources, 0, settings, before)
+        settings, plan = _planned(parts, settings)
+        if before is not None:
+            _check_same(before, sources, settings, out)
+        jobs = _jobs(parts, out, settings, plan)
+        _write(out / UNFINISHED, {"sources": _public(sources), "shards": [job.address for job in jobs]})
+        entries = _make(jobs, settings, plan)
+        return _finish(out, sources, entries, settings, before)
+
+
+def add(out: Path, sources: Sequence[str], settings: Settings) -> IndexFolder:
+    """The index with more sources behind those that it has; of `settings` only where and with how much to work."""
+    before = read_index(out)
+    with output_lock(out):
+        before = read_index(out)
+        sweep(out)
+        known = list(before["sources"])
+        fresh = [absolute(source) for source in sources]
+        if again := [source for source in fresh if _public([source])[0] in known]:
+            raise InputError(f"{again[0]}: is in this index already")
+        settings = _as_before(before, settings)
+        parts = _listed(fresh, len(known), settings, before)
+        settings, plan = _planned(parts, settings)
+        jobs = _jobs(parts, out, settings, plan)
+        entries = [*before["shards"], *_make(jobs, settings, plan)]
+        return _finish(out, [*known, *fresh], entries, settings, before)
+
+
+def _check_place(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (INDEX, UNFINISHED, SHARDS)):
+        raise InputError(f"{out}: exists and is not an index: choose another folder")
+
+
+def sweep(out: Path) -> None:
+    """Removes what killed workers left half-written."""
+    from diffmem.atomic_io import remove_dead
+
+    folder = out / SHARDS
+    folder.mkdir(exist_ok=True)
+    for name in os.listdir(folder):
+        if (match := _PARTIAL.fullmatch(name)) is not None:
+            remove_dead(folder / match[1])
+
+
+def _listed(sources: Sequence[str], first: int, settings: Settings, before: dict[str, Any] | None) -> list[Part]:
+    parts: list[Part] = []
+    rows = before["rows_per_shard"] if before is not None else None
+    for number, source in enumerate(sources, first):
+        settings.progress("listing sources", number - first, len(sources))
+        parts += parts_of(source, number, settings.reading, settings.features.precomputed, rows)
+    if before is None and settings.shards is not None:
+        total = sum(part.stop or 0 for part in whole_files(parts))
+        rows = max(1, -(-total // settings.shards)) if total else None
+        parts = [
+            part
+            for number, source in enumerate(sources, first)
+            for part in parts_of(source, number, settings.reading, settings.features.precomputed, rows)
+        ]
+    settings.progress("listing sources", len(sources), len(sources))
+    return parts
+
+
+def whole_files(parts: Sequence[Part]) -> list[Part]:
+    """The last part of each file that was divided: its `stop` is the number of the file's rows."""
+    last: dict[tuple[int, str], Part] = {}
+    for part in parts:
+        last[part.source, part.file] = part
+    return list(last.values())
+
+
+def _planned(parts: Sequence[Part], settings: Settings) -> tuple[Settings, MemoryPlan]:
+    from dataclasses import replace
+
+    first = first_rows(parts[0], settings.features, settings.reading)
+    settings = replace(settings, features=with_metric(settings.features, first))
+    plan = plan_memory(parts, settings.features, settings.reading, first, settings.memory, settings.device)
+    return settings, plan
+
+
+def _jobs(parts: Sequence[Part], out: Path, settings: Settings, plan: MemoryPlan) -> list[Job]:
+    identities = Identities(out)
+    known = identities.identify(parts, settings.progress)
+    identities.save()
+    folder = str(out.absolute())
+    return [Job(folder, part, settings.features, settings.reading, plan.rows) for part in known]
+
+
+def _make(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[dict[str, Any]]:
+    """The shards of all jobs, as the index's description lists them."""
+    missing = {job.address: job for job in jobs if not (job.target / DESCRIPTION).is_file()}
+    there = len({job.address for job in jobs}) - len(missing)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    executor, own = settings.executor, False
+    if executor is None:
+        size = sum(job.part.bytes for job in missing.values())
+        workers = settings.workers or (1 if size < SMALL else cores)
+        workers = max(1, min(workers, len(missing)))
+        own = True
+        executor = InProcess(settings.device)
+        if workers > 1:
+            executor = Processes(workers, threads=1, device=settings.device)
+    settings.say(
+        f"{len(missing) + there:,} shards from {len({job.part.file for job in jobs}):,} files"
+        + (f", {there:,} of them finished" if there else "")
+        + (f"; {executor.slots} at a time" if missing and executor.slots > 1 else "")
+    )
+    if missing:
+        settings.say(f"memory: {plan}")
+        if not hasattr(executor, "_ray") and (note := warn_of_machine(plan, executor.slots)):
+            settings.say(f"note: {note}")
+    try:
+        run_jobs(executor, make_shard, list(missing.values()), settings.progress, there)
+    except BaseException:
+        executor.close()
+        raise
+    if own:
+        executor.close()
+    return [_entry(job) for job in jobs]
+
+
+def _entry(job: Job) -> dict[str, Any]:
+    from diffmem.integrity import read_sealed
+
+    found = read_sealed(job.target / DESCRIPTION, "run the same command again")
+    return {
+        "address": job.address,
+        "rows": found["rows"],
+        "label": job.part.label,
+        "skipped": found["skipped"],
+        "unit_rows": found["unit_rows"],
+        "dimension": found["dimension"],
+        "dtype": found["dtype"],
+        "image_shape": found["image_shape"],
+        "vectors": found["files"].get("vectors.npy"),
+        "description": file_sha256(job.target / DESCRIPTION),
+        "bytes": sum((job.target / name).stat().st_size for name in found["files"]),
+        "part": job.part.to_json(),
+    }
+
+
+def run_jobs(
+    executor: Executor, function: Callable[..., Any], jobs: Sequence[Job], progress: Progress, before: int = 0
+) -> None:
+    """All jobs through an executor. One whose worker dies goes to another; one that fails does not keep the others.
+
+    Raises:
+        InputError: Some failed: the first one's reason, once all others are done.
+    """
+    waiting, total = list(reversed(jobs)), len(jobs) + before
+    running: dict[Future[Any], Job] = {}
+    losses: dict[str, int] = {}
+    errors: list[Exception] = []
+    done = before
+    progress("building shards", done, total)
+    while waiting or running:
+        while waiting and len(running) < executor.slots:
+            job = waiting.pop()
+            running[executor.submit(function, job)] = job
+            if executor.slots == 1:
+                break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            error = future.exception()
+            if error is None:
+                done += 1
+                progress("building shards", done, total)
+            elif _is_loss(error) and losses.get(job.address, 0) < LOSSES:
+                losses[job.address] = losses.get(job.address, 0) + 1
+                _log.warning("%s: the worker that indexed it was lost; another one does it", job.part.where)
+                waiting.append(job)
+            elif _is_loss(error):
+                errors.append(
+                    InputError(
+                        f"{job.part.where}: {LOSSES + 1} workers died over it (out of memory, or a file that crashes "
+                        "its "
+                        "decoder): give each less with memory=…, or remove it"
+                    )
+                )
+            elif isinstance(error, Exception):
+                errors.append(error)
+            else:
+                raise error
+    if errors:
+        if len(jobs) == 1 or not isinstance(errors[0], InputError):
+            raise errors[0]
+        kept = done
+        raise InputError(f"{errors[0]} ({len(errors):,} of {total:,} shards failed; the other {kept:,} are kept)")
+
+
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(error, BrokenProcessPool) or type(error).__module__.startswith("ray.")
+
+
+def _finish(
+    out: Path, sources: Sequence[str], entries: list[dict[str, Any]], settings: Settings, before: dict[str, Any] | None
+) -> IndexFolder:
+    """Derives what is derived from all shards, and writes the description."""
+    form = _common_form(entries, settings.features)
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "features": settings.features.to_json(),
+        "reading": settings.reading.to_json(),
+        **form,
+        "rows": sum(entry["rows"] for entry in entries),
+        "rows_per_shard": before["rows_per_shard"] if before is not None else _rows_asked(entries, settings),
+        "sources": _public(sources),
+        "shards": entries,
+        "quantizer": None,
+        "duplicates": {"radius": 0.0},
+    }
+    shards = IndexFolder(out, description).shards
+    members, roots = find_identical(shards, int(settings.memory or SORT_BYTES), settings.progress)
+    distinct = description["rows"] - (len(members) - len(set(roots.tolist())))
+    found = StoredDuplicates(0.0, members, roots, description["rows"], distinct)
+    description["duplicates"] = write_duplicates(out, found)
+    _write(out / INDEX, description)
+    (out / UNFINISHED).unlink(missing_ok=True)
+    return open_index(out, device=settings.device)
+
+
+def _rows_asked(entries: Sequence[dict[str, Any]], settings: Settings) -> int | None:
+    if settings.shards is None:
+        return None
+    return max((entry["part"]["stop"] or 0) - entry["part"]["start"] for entry in entries) or None
+
+
+def _common_form(entries: Sequence[dict[str, Any]], features: Features) -> dict[str, Any]:
+    """Dimension, dtype and image shape of all shards; raises InputError where they differ."""
+    full = [entry for entry in entries if entry["rows"]]
+    if not full:
+        raise InputError("none of the sources holds anything that can be used: see what was skipped in the shards")
+    first = full[0]
+    for entry in full:
+        for name in ("dimension", "dtype", "image_shape"):
+            if entry[name] != first[name] and (name != "image_shape" or features.name == "pixels"):
+                files = [Path(each["part"]["file"]).name for each in (first, entry)]
+                way = (
+                    "resize=N and color='rgb' bring them to one" if not features.precomputed else "index one kind alone"
+                )
+                raise InputError(
+                    f"{files[1]} has {name.replace('_', ' ')} {entry[name]}, {files[0]} has {first[name]}: {way}"
+                )
+    rows, unit = (sum(entry[name] for entry in full) for name in ("rows", "unit_rows"))
+    if features.precomputed and features.metric == "cosine" and 0.5 * rows < unit < rows:
+        where = next(entry for entry in full if entry["unit_rows"] < entry["rows"])
+        _log.warning(
+            "%s: %d of %d vectors do not have the length 1 of the others", where["part"]["file"], rows - unit, rows
+        )
+    shapes = {json.dumps(entry["image_shape"]) for entry in full}
+    return {
+        "dimension": first["dimension"],
+        "dtype": first["dtype"],
+        "image_shape": first["image_shape"] if len(shapes) == 1 else None,
+    }
+
+
+def _check_same(before: dict[str, Any], sources: Sequence[str], settings: Settings, out: Path) -> None:
+    """Raises InputError where `out` holds an index of other things than is asked for, and more."""
+    same = before["features"] == json.loads(json.dumps(settings.features.to_json())) and before[
+        "reading"
+    ] == json.loads(json.dumps(settings.reading.to_json()))
+    if not same:
+        raise InputError(
+            f"{out}: holds an index of {before['features']['name']} features, made or read in another way: choose "
+            "another "
+            "folder, or give the same options"
+        )
+    known = before["sources"]
+    if list(_public(sources))[: len(known)] != known:
+        raise InputError(
+            f"{out}: holds an index of other sources ({', '.join(known[:3])}{', …' if len(known) > 3 else ''}): name "
+            "these first, add to them with `diffmem index add`, or choose another folder"
+        )
+
+
+def _as_before(before: dict[str, Any], settings: Settings) -> Settings:
+    """The settings of an index that is there."""
+    from dataclasses import replace
+
+    features, reading = Features.from_json(before["features"]), Reading.from_json(before["reading"])
+    if not features.precomputed:
+        made = features.extractor(settings.device)
+        if made.fingerprint != features.fingerprint:
+            raise InputError(
+                f"features={features.name!r}: the index was made with {features.fingerprint}, here is "
+                f"{made.fingerprint}: "
+                "give the network that it was made with"
+            )
+    return replace(settings, features=features, reading=reading)
+
+
+def _public(sources: Sequence[str]) -> list[str]:
+    return [remote.without_secrets(source) for source in sources]
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(sealed(document), indent=1) + "\n")

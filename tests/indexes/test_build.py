@@ -1,0 +1,181 @@
+"""Indexes of training sets built shard by shard: the same rows as the sets read at once, nothing made twice."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import diffmem
+from diffmem.errors import InputError
+from diffmem.features import extract, load_features
+from diffmem.indexes import build_index, open_index
+from diffmem.indexes.duplicates import united
+from diffmem.search import find_duplicates
+
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(np.moveaxis(image, 0, -1).squeeze()).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, images, first=0, damaged=()):
+    with tarfile.open(path, "w") as archive:
+        for number, image in enumerate(images, first):
+            for ending, data in (("png", png(image)), ("json", b'{"label": 1}')):
+                if number in damaged and ending == "png":
+                    data = data[:20]
+                member = tarfile.TarInfo(f"{number:05d}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return diffmem.load_images("builtin:digits", limit=230)
+
+
+@pytest.fixture
+def shards(tmp_path, digits):
+    """A folder of webdataset's tars: 100, 100 and 30 digits."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number, start in enumerate((0, 100, 200)):
+        write_tar(folder / f"train-{number:03d}.tar", digits.images[start : start + 100], start)
+    return folder
+
+
+def made(index):
+    """When each shard was made."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in index.path.glob("shards/*/shard.json")}
+
+
+def everything(index):
+    """What must not depend on how an index came about."""
+    rows = [shard.vectors.tobytes() for shard in index.shards]
+    found = index.duplicates
+    return index.fingerprint, rows, list(index.names), found.members.tolist(), found.roots.tolist()
+
+
+def test_rows_names_and_answers_are_those_of_the_set_read_at_once(tmp_path, shards, digits):
+    index = build_index(shards, tmp_path / "index")
+    at_once = diffmem.load_images(shards)
+    assert index.holds(at_once)
+    assert list(index.names) == list(at_once.names)
+    assert index.names[105] == index.name(105) == at_once.names[105]
+    assert len(index) == 230
+    assert (len(index.shards), index.image_shape, index.dimension) == (3, (1, 8, 8), 64)
+    queries = digits.images[::7] ^ np.uint8(3)
+    found, expected = index.query(queries, 5), diffmem.TrainingIndex(at_once).query(queries, 5)
+    assert np.array_equal(found.indices, expected.indices)
+    assert np.array_equal(found.squared_distances, expected.squared_distances)
+    rows = np.array([229, 0, 100, 99, 0])
+    assert np.array_equal(index.take(rows), digits.images[rows].reshape(5, -1))
+    assert diffmem.open_index(index.path).fingerprint == index.fingerprint
+    with pytest.raises(InputError, match="k must be between"):
+        index.query(queries, 231)
+
+
+def test_what_is_finished_is_never_made_again(tmp_path, shards, digits):
+    index = build_index([shards / "train-000.tar", shards / "train-001.tar"], tmp_path / "index")
+    before = made(index)
+    more = build_index("".join([str(shards), "/train-{000..002}.tar"]).split(), tmp_path / "other")
+    again = build_index([shards / f"train-{n:03d}.tar" for n in range(3)], index.path)
+    assert {name: made(again)[name] for name in before} == before
+    assert everything(again)[:2] == everything(more)[:2]
+    # The same contents under another name, in another place.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "other.tar").write_bytes((shards / "train-001.tar").read_bytes())
+    (tmp_path / "third" / "shards").mkdir(parents=True)
+    for address in before:
+        (index.path / "shards" / address).rename(tmp_path / "third" / "shards" / address)
+    third = build_index([moved / "other.tar"], tmp_path / "third")
+    assert made(third) == before
+    # A file that changed is another one.
+    write_tar(moved / "other.tar", digits.images[:5])
+    assert len(build_index([moved / "other.tar"], tmp_path / "fourth")) == 5
+
+
+def test_duplicates_are_those_of_the_set_read_at_once(tmp_path, digits):
+    images = np.concatenate([digits.images[:40], digits.images[10:20], digits.images[15:16], digits.images[:40]])
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", images[number * 31 : number * 31 + 31])
+    index = build_index([tmp_path / f"{number}.npy" for number in range(3)], tmp_path / "index", memory="500MB")
+    expected = find_duplicates(images[:91])
+    assert index.duplicates.as_groups().group_of.tolist() == expected.group_of.tolist()
+    assert index.duplicates.distinct == expected.distinct
+    assert index.duplicates.group_of(np.arange(91)).tolist() == expected.group_of.tolist()
+    assert [group.tolist() for group in index.duplicates.groups] == [group.tolist() for group in expected.groups]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=40))
+@settings(max_examples=50)
+def test_united_links_are_connected_components(links):
+    pairs = np.array([link for link in links if link[0] != link[1]], np.int64).reshape(-1, 2)
+    members, roots = united([pairs] if len(pairs) else [])
+    group = {node: {node} for node in set(pairs.ravel().tolist())}
+    for one, other in pairs.tolist():
+        merged = group[one] | group[other]
+        for node in merged:
+            group[node] = merged
+    assert dict(zip(members.tolist(), roots.tolist(), strict=True)) == {node: min(group[node]) for node in group}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_vectors_from_elsewhere_are_compared_as_the_audit_does(tmp_path, dtype):
+    vectors = np.random.default_rng(0).normal(size=(90, 16)).astype(dtype)
+    folder = tmp_path / "vectors" / "img_emb"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        np.save(folder / f"img_emb_{number}.npy", vectors[number * 30 : number * 30 + 30])
+    index = build_index(folder.parent, tmp_path / "index", "precomputed", shards=9)
+    at_once = load_features(folder.parent)
+    assert (index.metric, index.dtype, len(index.shards)) == ("cosine", np.dtype(dtype), 9)
+    assert np.array_equal(index.take(np.arange(90)), at_once.rows)
+    queries = load_features(vectors[::5] + np.float16(0.01))
+    found = index.query(index.rows_of(queries), 3)
+    assert np.array_equal(found.indices, diffmem.TrainingIndex(at_once.rows).query(queries.rows, 3).indices)
+    with pytest.raises(InputError, match="have 8 values each"):
+        index.rows_of(load_features(vectors[:, :8]))
+
+
+def test_features_of_images(tmp_path, shards, digits):
+    index = build_index(shards, tmp_path / "index", "hash")
+    expected = extract(digits, "hash")
+    assert np.array_equal(np.concatenate([shard.vectors for shard in index.shards]), expected.vectors)
+    assert (index.metric, index.features.fingerprint) == ("hamming", expected.fingerprint)
+
+
+def test_unusable_files_are_refused_or_skipped_and_counted(tmp_path, shards, digits):
+    write_tar(shards / "train-001.tar", digits.images[100:200], 100, damaged=(103, 177))
+    with pytest.raises(InputError, match=r"train-001\.tar: 00103\.png .*skip_bad=True.*the other 2 are kept"):
+        build_index(shards, tmp_path / "index")
+    index = build_index(shards, tmp_path / "other", skip_bad=True)
+    assert (len(index), index.skipped) == (228, 2)
+    documents = [json.loads(path.read_text()) for path in index.path.glob("shards/*/skipped.json")]
+    assert [name for name, _ in documents[0]["skipped"]] == ["00103.png", "00177.png"]
+
+
+def test_another_index_is_not_overwritten(tmp_path, shards):
+    index = build_index(shards, tmp_path / "index")
+    with pytest.raises(InputError, match="holds an index of other sources"):
+        build_index("builtin:digits", index.path)
+    with pytest.raises(InputError, match="holds an index of pixels features, made or read in another way"):
+        build_index(shards, index.path, "hash")
+    with pytest.raises(InputError, match="exists and is not an index"):
+        build_index(shards, shards)
+    with pytest.raises(InputError, match="no index: make one with"):
+        open_index(shards)
+    text = (index.path / "index.json").read_text()
+    (index.path / "index.json").write_text(text.replace('"rows": 230', '"rows": 231'))
+    with pytest.raises(InputError, match="damaged or edited"):
+        open_index(index.path)
+    assert Path(index.path / "sources.json").is_file()
