@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar, cast
@@ -206,6 +206,48 @@ class Ray:
         self._references.clear()
         if self._started:
             self._ray.shutdown()
+
+
+class Ranks(InProcess):
+    """The processes that torchrun started, of which this is one: each does its share of the calls, in itself. A process
+    group must be there (`torch.distributed`), by whose end the others learn that one has died.
+
+    Args:
+        device: Handed to each call.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        import torch.distributed as dist
+
+        super().__init__(device)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that plans, and writes what is not shared out."""
+        return self.rank == 0
+
+    def share(self, calls: Sequence[T]) -> Sequence[T]:
+        """The calls that are this rank's: one in as many as there are ranks."""
+        return calls[self.rank :: self.ranks]
+
+    def together(self, error: str | None = None) -> list[str]:
+        """Waits until all ranks are here, and returns the errors that they bring.
+
+        Raises:
+            InputError: One of them has ended.
+        """
+        import torch.distributed as dist
+
+        told: list[Any] = [None] * self.ranks
+        try:
+            dist.all_gather_object(told, error)
+        except RuntimeError as failure:
+            reason = " ".join(str(failure).split())[:120]
+            raise InputError(
+                f"another rank has ended ({reason}): start all of them again, what is finished is kept"
+            ) from None
+        return [each for each in told if each is not None]
 
 
 def _run_on_cluster(cpus: float, function: Callable[..., T], *arguments: Any) -> T:

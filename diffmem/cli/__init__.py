@@ -16,6 +16,7 @@ from diffmem.cli.dataset import dataset_command
 from diffmem.cli.demo import demo_command
 from diffmem.cli.distributed import is_first_rank
 from diffmem.cli.emm import emm_command
+from diffmem.cli.index import index_command
 from diffmem.cli.info import info_command
 from diffmem.cli.measure import measure_command
 from diffmem.cli.optimum import optimum_command
@@ -69,6 +70,7 @@ for command in (
     optimum_command,
     import_edm_command,
     demo_command,
+    index_command,
     info_command,
 ):
     cli.add_command(command)

@@ -18,7 +18,8 @@ _OPTIONS = [
         "--workers",
         type=click.IntRange(min=1),
         metavar="W",
-        help="Number of concurrent runs, each in its own process.  [default: one, in this process]",
+        help="Number of concurrent runs, each in its own process; of an index: shards made at a time.  [default: one, "
+        "in this process; of an index: the cores, where that is worth it]",
     ),
     click.option(
         "--ray",

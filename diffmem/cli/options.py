@@ -45,6 +45,7 @@ NAMED_PARAMETERS = {
     "criterion": ("criterion",),
     "data": ("data", "source"),
     "duplicate_radius": ("duplicate_radius",),
+    "dtype": ("dtype",),
     "duration": ("duration",),
     "epochs": ("epochs",),
     "features": ("features",),
@@ -58,6 +59,7 @@ NAMED_PARAMETERS = {
     "layout": ("layout",),
     "limit": ("limit",),
     "measures": ("measures",),
+    "memory": ("memory",),
     "metric": ("metric",),
     "precision": ("precision",),
     "preprocessing": ("preprocessing",),
@@ -79,6 +81,7 @@ NAMED_PARAMETERS = {
     "value_range": ("value_range",),
     "verify": ("verify",),
     "weights": ("weights",),
+    "workers": ("workers",),
 }
 _NAMED = re.compile(rf"\b({'|'.join(NAMED_PARAMETERS)})=('[^']*'|\"[^\"]*\"|…|\([^()]*\)|\{{[^{{}}]*\}}|[\w.]*)")
 
@@ -373,6 +376,15 @@ class Source(click.ParamType):
         if not named and not Path(value).exists():
             self.fail(f"{value} does not exist", parameter, context)
         return value
+
+
+class StreamedSource(Source):
+    """The same, or a URL, or a glob: what an index is built from."""
+
+    def convert(self, value, parameter, context) -> str:
+        if "://" in str(value) or any(sign in str(value) for sign in "*["):
+            return str(value)
+        return super().convert(value, parameter, context)
 
 
 class Checkpoint(click.ParamType):

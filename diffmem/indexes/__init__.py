@@ -21,7 +21,18 @@ again, whoever needs it, and no shard is ever changed. Rows are numbered through
 `index.json`, which is that of the sources as they were given and of the files in each.
 """
 
-from diffmem.indexes.build import build_index
+from diffmem.indexes.build import add_to_index, build_index
+from diffmem.indexes.duplicates import StoredDuplicates
 from diffmem.indexes.folder import IndexFolder, Shard, open_index
+from diffmem.indexes.verify import Verified, verify_index
 
-__all__ = ["IndexFolder", "Shard", "build_index", "open_index"]
+__all__ = [
+    "IndexFolder",
+    "Shard",
+    "StoredDuplicates",
+    "Verified",
+    "add_to_index",
+    "build_index",
+    "open_index",
+    "verify_index",
+]

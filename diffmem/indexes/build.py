@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffmem.atomic_io import atomic_write, check_output_folder, output_lock
 from diffmem.errors import InputError
-from diffmem.executors import Executor, InProcess, Processes
+from diffmem.executors import Executor, InProcess, Processes, Ranks, Ray
 from diffmem.features.feature_set import Metric
 from diffmem.indexes import remote
 from diffmem.indexes.duplicates import StoredDuplicates, find_identical, write_duplicates
@@ -118,12 +118,47 @@ def build_index(
     return build(texts, Path(out).expanduser(), settings)
 
 
+def add_to_index(
+    path: str | os.PathLike[str],
+    sources: Sequence[Any] | str | os.PathLike[str],
+    *,
+    memory: str | float | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    device: str = "auto",
+    say: Say | None = None,
+    progress: Progress | None = None,
+) -> IndexFolder:
+    """An index with more sources behind those that it has, read in the same way.
+
+    Args:
+        path: Folder of the index.
+        sources: As for `build_index`.
+        memory: As for `build_index`.
+        workers: As for `build_index`.
+        executor: As for `build_index`.
+        device: As for `build_index`.
+        say: As for `build_index`.
+        progress: As for `build_index`.
+
+    Raises:
+        InputError: As `build_index` does; a source that the index has already.
+        OutputInUseError: Another process builds there.
+    """
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    settings = Settings(
+        memory=parse_memory(memory), workers=workers, executor=executor, device=device, say=say or _quiet,
+        progress=progress or silent,
+    )  # fmt: skip
+    return add(Path(path).expanduser(), [os.fspath(each) for each in given], settings)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How an index is built; see `build_index`."""
 
-    features: Features
-    reading: Reading
+    features: Features = field(default_factory=Features)
+    reading: Reading = field(default_factory=Reading)
     shards: int | None = None
     memory: int | None = None
     workers: int | None = None
@@ -158,19 +193,37 @@ def build(sources: Sequence[str], out: Path, settings: Settings) -> IndexFolder:
     if not sources:
         raise InputError("sources is empty, but must name at least one")
     sources = [absolute(source) for source in sources]
-    _check_place(out)
-    check_output_folder(out)
-    with output_lock(out):
-        before = read_index(out) if (out / INDEX).is_file() else None
-        sweep(out)
-        parts = _listed(sources, 0, settings, before)
-        settings, plan = _planned(parts, settings)
-        if before is not None:
-            _check_same(before, sources, settings, out)
-        jobs = _jobs(parts, out, settings, plan)
-        _write(out / UNFINISHED, {"sources": _public(sources), "shards": [job.address for job in jobs]})
-        entries = _make(jobs, settings, plan)
-        return _finish(out, sources, entries, settings, before)
+    ranks = settings.executor if isinstance(settings.executor, Ranks) else None
+    if ranks is None or ranks.first:
+        _check_place(out)
+        check_output_folder(out)
+        with output_lock(out):
+            sweep(out)
+            return _build(sources, out, settings, ranks)
+    return _build(sources, out, settings, ranks)
+
+
+def _build(sources: Sequence[str], out: Path, settings: Settings, ranks: Ranks | None) -> IndexFolder:
+    if ranks is not None and not ranks.first:
+        ranks.together()  # the first rank has read the sources' files; their hashes are known then
+    before = read_index(out) if (out / INDEX).is_file() else None
+    parts = _listed(sources, 0, settings, before)
+    settings, plan = _planned(parts, settings)
+    if before is not None:
+        _check_same(before, sources, settings, out)
+    jobs = _jobs(parts, out, settings, plan)
+    first = ranks is None or ranks.first
+    if first:
+        document = {"sources": _public(sources), "shards": [job.address for job in jobs]}
+        _write(out / UNFINISHED, document)
+    if ranks is not None and ranks.first:
+        ranks.together()
+    entries = make_all(jobs, settings, plan)
+    if first:
+        finish(out, sources, entries, settings, before)
+    if ranks is not None:
+        ranks.together()
+    return open_index(out, device=settings.device)
 
 
 def add(out: Path, sources: Sequence[str], settings: Settings) -> IndexFolder:
@@ -183,12 +236,11 @@ def add(out: Path, sources: Sequence[str], settings: Settings) -> IndexFolder:
         fresh = [absolute(source) for source in sources]
         if again := [source for source in fresh if _public([source])[0] in known]:
             raise InputError(f"{again[0]}: is in this index already")
-        settings = _as_before(before, settings)
+        settings = as_before(before, settings)
         parts = _listed(fresh, len(known), settings, before)
-        settings, plan = _planned(parts, settings)
-        jobs = _jobs(parts, out, settings, plan)
-        entries = [*before["shards"], *_make(jobs, settings, plan)]
-        return _finish(out, [*known, *fresh], entries, settings, before)
+        jobs, plan = plan_jobs(parts, out, settings)
+        entries = [*before["shards"], *make_all(jobs, settings, plan)]
+        return finish(out, [*known, *fresh], entries, settings, before)
 
 
 def _check_place(out: Path) -> None:
@@ -234,12 +286,16 @@ def whole_files(parts: Sequence[Part]) -> list[Part]:
 
 
 def _planned(parts: Sequence[Part], settings: Settings) -> tuple[Settings, MemoryPlan]:
-    from dataclasses import replace
-
     first = first_rows(parts[0], settings.features, settings.reading)
     settings = replace(settings, features=with_metric(settings.features, first))
     plan = plan_memory(parts, settings.features, settings.reading, first, settings.memory, settings.device)
     return settings, plan
+
+
+def plan_jobs(parts: Sequence[Part], out: Path, settings: Settings) -> tuple[list[Job], MemoryPlan]:
+    """The shards to make of some parts, and the memory that this takes."""
+    settings, plan = _planned(parts, settings)
+    return _jobs(parts, out, settings, plan), plan
 
 
 def _jobs(parts: Sequence[Part], out: Path, settings: Settings, plan: MemoryPlan) -> list[Job]:
@@ -250,7 +306,7 @@ def _jobs(parts: Sequence[Part], out: Path, settings: Settings, plan: MemoryPlan
     return [Job(folder, part, settings.features, settings.reading, plan.rows) for part in known]
 
 
-def _make(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[dict[str, Any]]:
+def make_all(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[dict[str, Any]]:
     """The shards of all jobs, as the index's description lists them."""
     missing = {job.address: job for job in jobs if not (job.target / DESCRIPTION).is_file()}
     there = len({job.address for job in jobs}) - len(missing)
@@ -271,16 +327,34 @@ def _make(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[dic
     )
     if missing:
         settings.say(f"memory: {plan}")
-        if not hasattr(executor, "_ray") and (note := warn_of_machine(plan, executor.slots)):
+        if not isinstance(executor, Ray) and (note := warn_of_machine(plan, executor.slots)):
             settings.say(f"note: {note}")
+    waiting = list(missing.values())
     try:
-        run_jobs(executor, make_shard, list(missing.values()), settings.progress, there)
+        if isinstance(executor, Ranks):
+            _make_share(executor, waiting, settings, there)
+        else:
+            run_jobs(executor, make_shard, waiting, settings.progress, there)
     except BaseException:
         executor.close()
         raise
     if own:
         executor.close()
     return [_entry(job) for job in jobs]
+
+
+def _make_share(ranks: Ranks, jobs: Sequence[Job], settings: Settings, before: int) -> None:
+    """This rank's share of the shards; then all wait for each other."""
+    error: Exception | None = None
+    try:
+        run_jobs(ranks, make_shard, ranks.share(jobs), settings.progress, before)
+    except Exception as failure:
+        error = failure
+    others = ranks.together(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if others:
+        raise InputError(f"another rank failed: {others[0]}")
 
 
 def _entry(job: Job) -> dict[str, Any]:
@@ -356,7 +430,7 @@ def _is_loss(error: BaseException) -> bool:
     return isinstance(error, BrokenProcessPool) or type(error).__module__.startswith("ray.")
 
 
-def _finish(
+def finish(
     out: Path, sources: Sequence[str], entries: list[dict[str, Any]], settings: Settings, before: dict[str, Any] | None
 ) -> IndexFolder:
     """Derives what is derived from all shards, and writes the description."""
@@ -438,10 +512,8 @@ def _check_same(before: dict[str, Any], sources: Sequence[str], settings: Settin
         )
 
 
-def _as_before(before: dict[str, Any], settings: Settings) -> Settings:
+def as_before(before: dict[str, Any], settings: Settings) -> Settings:
     """The settings of an index that is there."""
-    from dataclasses import replace
-
     features, reading = Features.from_json(before["features"]), Reading.from_json(before["reading"])
     if not features.precomputed:
         made = features.extractor(settings.device)

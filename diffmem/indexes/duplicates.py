@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FILE = "duplicates.npz"
 _ENTRY = 48  # bytes of a digest while it is sorted, with its row
-_ADVICE = "run `diffmem index verify --rebuild`"
+_ADVICE = "run `diffmem index verify`, which says how to repair it"
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmem.data import load_images
+from diffmem.data import ImageSet, load_images
+from diffmem.data.arrays import read_npy
 from diffmem.data.containers import natural_key
 from diffmem.data.decode import Decoded, PixelOptions, decode_into
 from diffmem.data.decode_pool import EncodedImages
@@ -64,6 +66,16 @@ def _files(encoded: EncodedImages, start: int, stop: int) -> Iterator[tuple[str,
 
 def _array_blocks(part: Part, reading: Reading, rows: int) -> Iterator[ImageBlock]:
     color = "grey" if reading.color == "gray" else reading.color
+    if part.stop is not None:  # an array that is mapped: block by block
+        mapped = read_npy(Path(part.file), reading.layout).images
+        for start in range(part.start, part.stop, rows):
+            block = ImageSet(mapped[start : min(start + rows, part.stop)], source=part.where)
+            found = load_images(
+                block, resize=reading.resize, center_crop=reading.center_crop, color=color, alpha=reading.alpha,
+                value_range=reading.value_range,
+            )  # fmt: skip
+            yield ImageBlock(found.images, None, [], 0)
+        return
     images = load_images(
         part.file, resize=reading.resize, center_crop=reading.center_crop, color=color, alpha=reading.alpha,
         skip_bad=reading.skip_bad, key=part.key, layout=reading.layout, value_range=reading.value_range,

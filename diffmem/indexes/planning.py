@@ -105,7 +105,7 @@ def plan_memory(
     else:
         # The file's bytes, rarely more than the pixels; these in Pillow's image, in the block and without bad ones.
         per_row = 5 * row
-        whole = [part.bytes for part in parts if part.kind == "images" and not part.file.lower().endswith(".npy")]
+        whole = [part.bytes for part in parts if part.kind == "images" and part.stop is None]
         fixed = None
         if features.name not in ("pixels", "hash"):
             # Its batch is the block, since the last bits of a vector depend on what else is in the batch.

@@ -15,6 +15,7 @@ from typing import Any
 
 from diffmem.atomic_io import atomic_write
 from diffmem.data import builtin
+from diffmem.data.arrays import map_npy
 from diffmem.data.cifar import is_cifar
 from diffmem.data.containers import HF, Folder, files_without_images, is_saved_dataset, natural_key
 from diffmem.data.load import encoded_images
@@ -183,7 +184,9 @@ def _files_part(file: str, number: int, label: str, key: str | None) -> Part:
     encoded = encoded_images(file, key)
     if encoded is None:
         path = Path(file)
-        return Part(number, file, "images", label, key=key, bytes=path.stat().st_size if path.is_file() else 0)
+        size = path.stat().st_size if path.is_file() else 0
+        rows = len(map_npy(path)) if path.suffix.lower() == ".npy" else None
+        return Part(number, file, "images", label, stop=rows, key=key, bytes=size)
     path = Path(file.removeprefix(HF).partition("?")[0])
     size = path.stat().st_size if path.is_file() else 0
     kind = "folder" if isinstance(encoded, Folder) and path.is_dir() else "files"

@@ -14,7 +14,7 @@ from PIL import Image
 import diffmem
 from diffmem.errors import InputError
 from diffmem.features import extract, load_features
-from diffmem.indexes import build_index, open_index
+from diffmem.indexes import add_to_index, build_index, open_index, verify_index
 from diffmem.indexes.duplicates import united
 from diffmem.search import find_duplicates
 
@@ -179,3 +179,44 @@ def test_another_index_is_not_overwritten(tmp_path, shards):
     with pytest.raises(InputError, match="damaged or edited"):
         open_index(index.path)
     assert Path(index.path / "sources.json").is_file()
+
+
+def test_more_sources_are_added_behind_those_that_are_there(tmp_path, shards, digits):
+    index = build_index([shards / "train-000.tar"], tmp_path / "index")
+    before = made(index)
+    more = add_to_index(index.path, [shards / "train-001.tar", shards / "train-002.tar"])
+    assert {name: made(more)[name] for name in before} == before
+    assert everything(more) == everything(
+        build_index([shards / f"train-{n:03d}.tar" for n in range(3)], tmp_path / "x")
+    )
+    with pytest.raises(InputError, match="is in this index already"):
+        add_to_index(index.path, shards / "train-001.tar")
+
+
+def test_damage_is_named_and_repaired(tmp_path, shards):
+    index = build_index(shards, tmp_path / "index")
+    whole = everything(index)
+    assert verify_index(index.path).intact
+    kinds = ["vectors.npy", "digests.npy", "names.npy", "shard.json"]
+    for shard, name in zip([*index.shards, index.shards[0]], kinds, strict=True):
+        path = shard.folder / name
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+        found = verify_index(index.path)
+        assert [address for address, _, _ in found.damaged] == [shard.address]
+        assert name in found.damaged[0][1]
+        assert "train-00" in found.damaged[0][2]
+        assert verify_index(index.path, rebuild=True).rebuilt == (shard.address,)
+        assert verify_index(index.path).intact
+    assert everything(open_index(index.path)) == whole
+    # A source that is another one by now is not taken for what it was.
+    index.shards[2].folder.rename(tmp_path / "aside")
+    write_tar(shards / "train-002.tar", np.zeros((3, 1, 8, 8), np.uint8))
+    with pytest.raises(InputError, match=r"train-002\.tar: is not the file that shard .* was made from"):
+        verify_index(index.path, rebuild=True)
+    (tmp_path / "aside").rename(index.shards[2].folder)
+    data = bytearray((index.path / "duplicates.npz").read_bytes())
+    data[40] ^= 1
+    (index.path / "duplicates.npz").write_bytes(data)
+    assert "duplicates.npz is damaged" in verify_index(index.path).derived[0]
