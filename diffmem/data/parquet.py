@@ -174,11 +174,14 @@ class ParquetImages:
         self._next = (number, begin)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Any) -> Any:
     import pyarrow.parquet
 
     with parsing(path, "a complete parquet file", _ADVICE):
-        return pyarrow.parquet.ParquetFile(path)
+        if isinstance(path, Path):
+            return pyarrow.parquet.ParquetFile(path)
+        # Elsewhere: some pages at a time, rather than whole row groups.
+        return pyarrow.parquet.ParquetFile(path.open(), buffer_size=2**20, pre_buffer=False)
 
 
 def _image_column(schema: Any, wanted: str | None, where: str) -> tuple[str, list[str]]:

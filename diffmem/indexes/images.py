@@ -14,11 +14,9 @@ from diffmem.data import ImageSet, load_images
 from diffmem.data.arrays import read_npy
 from diffmem.data.containers import natural_key
 from diffmem.data.decode import Decoded, PixelOptions, decode_into
-from diffmem.data.decode_pool import EncodedImages
-from diffmem.data.depth import BadImage
-from diffmem.data.load import encoded_images
 from diffmem.data.tar_shards import stream_samples
 from diffmem.errors import InputError
+from diffmem.indexes.containers import container, files_of
 from diffmem.indexes.reading import Reading
 from diffmem.indexes.sources import Part
 from diffmem.indexes.vectors import open_binary
@@ -48,20 +46,12 @@ def image_blocks(part: Part, reading: Reading, rows: int) -> Iterator[ImageBlock
         with closing(open_binary(part.file)) as stream:
             yield from _decoded(stream_samples(stream, part.where, part.key), reading.pixels, reading, rows, part.where)
         return
-    encoded = encoded_images(part.file, part.key)
+    encoded = container(part.file, part.key, part.identity)
     assert encoded is not None and part.stop is not None  # noqa: PT018
     if part.stop > len(encoded.names):
         raise InputError(f"{part.where}: holds fewer images than before: run the same command again")
     options = replace(reading.pixels, mode=encoded.mode)
-    yield from _decoded(_files(encoded, part.start, part.stop), options, reading, rows, part.file)
-
-
-def _files(encoded: EncodedImages, start: int, stop: int) -> Iterator[tuple[str, bytes | str]]:
-    for index in range(start, stop):
-        try:
-            yield encoded.names[index], encoded.read(index)
-        except BadImage as bad:
-            yield encoded.names[index], str(bad)
+    yield from _decoded(files_of(encoded, part.start, part.stop), options, reading, rows, part.file)
 
 
 def _array_blocks(part: Part, reading: Reading, rows: int) -> Iterator[ImageBlock]:

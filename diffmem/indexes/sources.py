@@ -17,11 +17,11 @@ from diffmem.atomic_io import atomic_write
 from diffmem.data import builtin
 from diffmem.data.arrays import map_npy
 from diffmem.data.cifar import is_cifar
-from diffmem.data.containers import HF, Folder, files_without_images, is_saved_dataset, natural_key
-from diffmem.data.load import encoded_images
+from diffmem.data.containers import HF, Folder, files_without_images, is_image_name, is_saved_dataset, natural_key
 from diffmem.data.parquet import parquet_files
 from diffmem.errors import InputError
 from diffmem.indexes import remote
+from diffmem.indexes.containers import RemoteFolder, container
 from diffmem.indexes.reading import Reading
 from diffmem.integrity import file_sha256, read_sealed, sealed
 from diffmem.progress import Progress
@@ -165,7 +165,7 @@ def _is_named(source: str) -> bool:
 def _image_parts(file: str, number: int, reading: Reading, several: bool) -> list[Part]:
     label = _stem(file) + "/" if several else ""
     if remote.is_remote(file):
-        return _remote_image_parts(file, number, label)
+        return _remote_image_parts(file, number, label, reading.key)
     if file.startswith(builtin.PREFIX):
         return [Part(number, file, "images", label, key=reading.key)]
     path = Path(file).expanduser()
@@ -181,7 +181,7 @@ def _image_parts(file: str, number: int, reading: Reading, several: bool) -> lis
 
 
 def _files_part(file: str, number: int, label: str, key: str | None) -> Part:
-    encoded = encoded_images(file, key)
+    encoded = container(file, key)
     if encoded is None:
         path = Path(file)
         size = path.stat().st_size if path.is_file() else 0
@@ -262,8 +262,39 @@ def _rows_part(file: str, number: int, label: str, key: str | None, names: str |
     return Part(number, file, "rows", label, stop=count_rows(file, key), key=key, names=names, bytes=size)
 
 
-def _remote_image_parts(file: str, number: int, label: str) -> list[Part]:
-    raise InputError(f"{file}: remote sources of images come next")
+def _remote_image_parts(file: str, number: int, label: str, key: str | None) -> list[Part]:
+    """The parts of a file or folder of an object store."""
+    names = _listed(file)
+    if names is None:
+        return [_remote_file(file, number, label, key)]
+    packed = [name for name in names if name.lower().endswith(".tar")]
+    packed = packed or [name for name in names if name.lower().endswith(".parquet")]
+    if any(is_image_name(name) for name in names) or not packed:
+        encoded = container(file, key)
+        assert encoded is not None
+        size = sum(int(each.get("size") or 0) for each in getattr(encoded, "infos", ()))
+        return [Part(number, file, "folder", label, stop=len(encoded.names), bytes=size)]
+    packed.sort(key=natural_key)
+    base = file.rstrip("/")
+    return [
+        _remote_file(f"{base}/{name}", number, f"{label}{_stem(name)}/" if len(packed) > 1 else label, key)
+        for name in packed
+    ]
+
+
+def _remote_file(file: str, number: int, label: str, key: str | None) -> Part:
+    size = int(remote.file_info(file)["size"])
+    suffix = Path(remote.without_secrets(file)).suffix.lower()
+    if suffix == ".tar":
+        return Part(number, file, "tar", label, key=key, bytes=size)
+    if suffix in (".zip", ".parquet"):
+        encoded = container(file, key)
+        assert encoded is not None
+        return Part(number, file, "files", label, stop=len(encoded.names), key=key, bytes=size)
+    raise InputError(
+        f"{printable(remote.without_secrets(file))}: cannot be read in parts: download it, or pack the images as .tar, "
+        ".zip or .parquet"
+    )
 
 
 def _listed(url: str) -> list[str] | None:
@@ -271,6 +302,8 @@ def _listed(url: str) -> list[str] | None:
     if url.lower().partition("?")[0].endswith((*_VECTORS, ".tar", ".zip")):
         return None
     files, path = remote.file_system(url)
+    if url.lower().startswith(("http://", "https://")):
+        return None
     found = remote.patiently(lambda: files.find(path), url)
     inside = [each[len(path.rstrip("/")) + 1 :] for each in found if each != path]
     return inside or None
@@ -341,6 +374,8 @@ class Identities:
         return self._remembered([path], query)
 
     def _of_folder(self, part: Part) -> str:
+        if remote.is_remote(part.file):
+            return _joined(folder_identity(part))
         folder = Path(part.file)
         if part.file not in self._folders:
             self._folders[part.file] = Folder(folder).files
@@ -357,6 +392,22 @@ class Identities:
         if key not in self._used:
             self._used[key] = self._known.get(key) or _joined([what, *map(file_sha256, paths)])
         return self._used[key]
+
+
+def folder_identity(part: Part) -> list[str]:
+    """What tells the files of a part of a folder elsewhere from others."""
+    encoded = container(part.file, part.key, part.identity)
+    assert isinstance(encoded, RemoteFolder) and part.stop is not None  # noqa: PT018
+    return encoded.identity(part.start, part.stop)
+
+
+def check_unchanged(part: Part) -> None:
+    """Raises InputError where a file elsewhere is another one than when the build was planned."""
+    if not remote.is_remote(part.file) or part.names is not None:
+        return
+    found = _joined(folder_identity(part)) if part.kind == "folder" else None
+    if (found or remote.identity_of(part.file, remote.file_info(part.file))) != part.identity:
+        raise InputError(f"{part.where}: has changed since the build began: run the same command again")
 
 
 def _joined(texts: Iterable[str]) -> str:

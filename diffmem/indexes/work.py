@@ -18,7 +18,7 @@ from diffmem.features.feature_set import UNIT
 from diffmem.indexes.images import ImageBlock, Skipped, image_blocks, natural_order
 from diffmem.indexes.reading import Features, Reading
 from diffmem.indexes.shards import SHARDS, ShardWriter, address_of, content_digests, read_shard
-from diffmem.indexes.sources import Part
+from diffmem.indexes.sources import Part, check_unchanged
 from diffmem.indexes.vectors import row_blocks
 
 WAIT = 3600.0  # seconds that a worker waits for another one that makes the same shard
@@ -66,6 +66,7 @@ def make_shard(job: Job, device: str = "auto") -> dict[str, Any]:
         if (known := read_shard(job.target)) is not None:  # another worker made it meanwhile
             return known
         _remove_damaged(job.target)
+        check_unchanged(job.part)
         with atomic_folder(job.target) as folder:
             return _make(job, folder, device)
 

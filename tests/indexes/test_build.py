@@ -1,15 +1,13 @@
 """Indexes of training sets built shard by shard: the same rows as the sets read at once, nothing made twice."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from indexes.conftest import write_tar
 
 import diffmem
 from diffmem.errors import InputError
@@ -17,39 +15,6 @@ from diffmem.features import extract, load_features
 from diffmem.indexes import add_to_index, build_index, open_index, verify_index
 from diffmem.indexes.duplicates import united
 from diffmem.search import find_duplicates
-
-
-def png(image):
-    file = io.BytesIO()
-    Image.fromarray(np.moveaxis(image, 0, -1).squeeze()).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path, images, first=0, damaged=()):
-    with tarfile.open(path, "w") as archive:
-        for number, image in enumerate(images, first):
-            for ending, data in (("png", png(image)), ("json", b'{"label": 1}')):
-                if number in damaged and ending == "png":
-                    data = data[:20]
-                member = tarfile.TarInfo(f"{number:05d}.{ending}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    return path
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return diffmem.load_images("builtin:digits", limit=230)
-
-
-@pytest.fixture
-def shards(tmp_path, digits):
-    """A folder of webdataset's tars: 100, 100 and 30 digits."""
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    for number, start in enumerate((0, 100, 200)):
-        write_tar(folder / f"train-{number:03d}.tar", digits.images[start : start + 100], start)
-    return folder
 
 
 def made(index):
