@@ -11,6 +11,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "affine_alignment/affine_alignment.h"
 #include "alignment/alignment.h"
@@ -153,7 +154,7 @@ void bind_alignment(py::module_& m) {
                 "alignment: templates must fit into what is searched");
         require(shape.down() * shape.across() <= (std::int64_t{1} << 31) / shape.variants - 1,
                 "alignment: a query must have fewer than 2^31 windows");
-        require(alignment::available(), "alignment: this processor or build has no AVX2");
+        require(alignment::available(), "alignment: this processor or build has no AVX2 or NEON");
         require_threads(threads);
         require_addresses(searched, templates, correlations, positions);
         alignment::align(shape, at<const float>(searched), at<const float>(templates), at<float>(correlations),
@@ -483,7 +484,7 @@ void bind_posterior_mean(py::module_& m) {
   static const auto check = [](int64_t n, int64_t columns, int threads) {
     require_sizes(std::array<int64_t, 2>{n, columns}, "posterior_mean: n and columns must be at least 1");
     require(columns % pm::kLanes == 0, "posterior_mean: columns must be a multiple of 16");
-    require(pm::available(), "posterior_mean: this processor or build has no AVX2");
+    require(pm::available(), "posterior_mean: this processor or build has no AVX2 or NEON");
     require_threads(threads);
   };
 
@@ -643,7 +644,16 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cpu_level", [] { return std::string(diffmem::cpu::name(diffmem::cpu::level())); },
-      "Instruction set in use: portable, avx2 or avx512 (DIFFMEM_CPU lowers it).");
+      "Instruction set in use, one of cpu_levels (DIFFMEM_CPU lowers it).");
+  m.def(
+      "cpu_levels",
+      [] {
+        std::vector<std::string> names;
+        for (const diffmem::cpu::Level level : diffmem::cpu::levels()) names.emplace_back(diffmem::cpu::name(level));
+        return names;
+      },
+      "Instruction sets that this processor supports, lowest first: portable, then avx2 and avx512, or neon and "
+      "neon-dotprod.");
   m.def("cpu_features", &diffmem::cpu::features, "Relevant processor features found.");
   bind_affine_alignment(m);
   bind_alignment(m);

@@ -10,7 +10,7 @@
 //   correlations (queries, count), in [−1, 1]
 //   positions    (queries, count) int64, (variant·(height − h + 1) + y)·(width − w + 1) + x of the best window, the
 //                first of equals; fewer than 2^31 per query
-// Needs AVX2 (`available`).
+// Needs AVX2 or NEON (`available`).
 #pragma once
 
 #include <cstddef>
@@ -56,5 +56,6 @@ struct Kernels {
 // Null where this build lacks the instructions.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
 
 }  // namespace diffmem::alignment

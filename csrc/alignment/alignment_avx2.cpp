@@ -1,7 +1,8 @@
 // The products of the alignment with AVX2 and FMA: three vectors of eight templates against four windows at a time.
 #include "alignment/alignment.h"
+#include "cpu/simd.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
+#ifdef DIFFMEM_AVX2
 
 #include <immintrin.h>
 

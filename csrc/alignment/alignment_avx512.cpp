@@ -1,7 +1,8 @@
 // The products of the alignment with AVX-512: vectors of sixteen and of eight templates against nine windows at a time.
 #include "alignment/alignment.h"
+#include "cpu/simd.h"
 
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+#ifdef DIFFMEM_AVX512
 
 #include <immintrin.h>
 

@@ -13,7 +13,9 @@ namespace diffmem::alignment {
 
 namespace {
 
-const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), avx512_kernels()); }
+const Kernels* kernels() {
+  return cpu::best<Kernels>({.avx2 = avx2_kernels(), .avx512 = avx512_kernels(), .neon = neon_kernels()});
+}
 
 double mean_of(const float* values, std::int64_t count) {
   double sum = 0;

@@ -16,8 +16,11 @@ void windows(const Shape& shape, const Variant& variant, const Panel& panel, std
   constexpr int wides = WIDE > 0 ? WIDE : 1, narrows = NARROW > 0 ? NARROW : 1;  // no arrays of length 0
   typename Wide::Floats wide[wides][WINDOWS];
   typename Narrow::Floats narrow[narrows][WINDOWS];
+#pragma GCC unroll 9
   for (int s = 0; s < WINDOWS; ++s) {
+#pragma GCC unroll 9
     for (int i = 0; i < WIDE; ++i) wide[i][s] = Wide::zero();
+#pragma GCC unroll 9
     for (int i = 0; i < NARROW; ++i) narrow[i][s] = Narrow::zero();
   }
   const float* t = panel.values;
@@ -25,24 +28,31 @@ void windows(const Shape& shape, const Variant& variant, const Panel& panel, std
     for (std::int64_t row = 0; row < shape.h; ++row) {
       const float* q = variant.values + c * shape.area() + (y + row) * shape.width + x;
       for (std::int64_t column = 0; column < shape.w; ++column, ++q, t += lanes) {
+#pragma GCC unroll 9
         for (int i = 0; i < WIDE; ++i) {
           const auto values = Wide::load(t + i * Wide::kLanes);
+#pragma GCC unroll 9
           for (int s = 0; s < WINDOWS; ++s) wide[i][s] = Wide::multiply_add(Wide::set1(q[s]), values, wide[i][s]);
         }
+#pragma GCC unroll 9
         for (int i = 0; i < NARROW; ++i) {
           const auto values = Narrow::load(t + WIDE * Wide::kLanes + i * Narrow::kLanes);
+#pragma GCC unroll 9
           for (int s = 0; s < WINDOWS; ++s)
             narrow[i][s] = Narrow::multiply_add(Narrow::set1(q[s]), values, narrow[i][s]);
         }
       }
     }
   }
+#pragma GCC unroll 9
   for (int s = 0; s < WINDOWS; ++s) {
     const auto window = static_cast<std::int32_t>(y * shape.across() + x + s);
     const float inverse = variant.inverse_lengths[window];
+#pragma GCC unroll 9
     for (int i = 0; i < WIDE; ++i)
       Wide::raise(Wide::multiply(wide[i][s], Wide::set1(inverse)), variant.first + window, best + i * Wide::kLanes,
                   position + i * Wide::kLanes);
+#pragma GCC unroll 9
     for (int i = 0; i < NARROW; ++i) {
       const std::int64_t lane = WIDE * Wide::kLanes + i * Narrow::kLanes;
       Narrow::raise(Narrow::multiply(narrow[i][s], Narrow::set1(inverse)), variant.first + window, best + lane,
@@ -75,11 +85,11 @@ void search_panel(const Shape& shape, const Variant& variant, const Panel& panel
 
 void search_variant(const Shape& shape, const Variant& variant, const Panel& panel, float* best,
                     std::int32_t* position) {
-  constexpr int wide = kUsesWide ? 1 : 0;
+  constexpr int wide = kUsesWide ? 1 : 0, eights = 8 / Narrow::kLanes;
   switch (panel.lanes) {
-    case 8: return search_panel<0, 1>(shape, variant, panel, best, position);
-    case 16: return search_panel<wide, 2 - 2 * wide>(shape, variant, panel, best, position);
-    default: return search_panel<wide, 3 - 2 * wide>(shape, variant, panel, best, position);
+    case 8: return search_panel<0, eights>(shape, variant, panel, best, position);
+    case 16: return search_panel<wide, (2 - 2 * wide) * eights>(shape, variant, panel, best, position);
+    default: return search_panel<wide, (3 - 2 * wide) * eights>(shape, variant, panel, best, position);
   }
 }
 

@@ -1,7 +1,8 @@
 // Winograd convolution with AVX2 and FMA: products of six tiles by sixteen outputs, twelve sums in registers.
 #include "conv3x3/conv3x3.h"
+#include "cpu/simd.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
+#ifdef DIFFMEM_AVX2
 
 #include <immintrin.h>
 

@@ -1,8 +1,9 @@
 // Winograd convolution with AVX-512: products of up to fourteen tiles by thirty-two outputs, twenty-eight sums in
 // registers.
 #include "conv3x3/conv3x3.h"
+#include "cpu/simd.h"
 
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+#ifdef DIFFMEM_AVX512
 
 #include <immintrin.h>
 

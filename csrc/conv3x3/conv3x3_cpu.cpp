@@ -13,7 +13,7 @@ namespace {
 
 using cpu::share;
 
-const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), avx512_kernels()); }
+const Kernels* kernels() { return cpu::best<Kernels>({.avx2 = avx2_kernels(), .avx512 = avx512_kernels()}); }
 
 constexpr std::int64_t kBlockTiles = 56;    // of one thread at a time: all weights are read for each such block
 constexpr std::int64_t kBlocksOfTiles = 8;  // no thread gets fewer tiles than these

@@ -1,7 +1,8 @@
 // GroupNorm and SiLU with AVX2 and FMA.
+#include "cpu/simd.h"
 #include "group_norm_silu/group_norm_silu.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
+#ifdef DIFFMEM_AVX2
 
 #include <immintrin.h>
 

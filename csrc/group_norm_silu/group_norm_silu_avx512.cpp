@@ -1,7 +1,8 @@
 // GroupNorm and SiLU with AVX-512.
+#include "cpu/simd.h"
 #include "group_norm_silu/group_norm_silu.h"
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#ifdef DIFFMEM_AVX512
 
 #include <immintrin.h>
 

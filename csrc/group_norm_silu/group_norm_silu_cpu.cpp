@@ -11,7 +11,7 @@ namespace diffmem::group_norm_silu {
 
 namespace {
 
-const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), avx512_kernels()); }
+const Kernels* kernels() { return cpu::best<Kernels>({.avx2 = avx2_kernels(), .avx512 = avx512_kernels()}); }
 
 constexpr std::int64_t kCached = 128 * 1024;  // bytes of a block: a part of the second-level cache
 

@@ -135,8 +135,8 @@ void search_dense(const Rows& rows, const Rows& queries, int k, const Answer& ou
 // ------------------------------------------------------------------------------------------------ instruction sets
 //
 // The inner loops as a table of functions, one table per instruction set: nearest_simd.h defines the loops once over a
-// small vector type, and nearest_portable.cpp, nearest_avx2.cpp and nearest_avx512.cpp each instantiate them with their
-// own. Layouts shared by all of them:
+// small vector type, and the file of each set, nearest_<set>.cpp, instantiates them with its own. Layouts shared by all
+// of them:
 //
 //   panel     `kPanel` = 16 points side by side: for each pair of coordinates (2j, 2j+1), 16 x (int16, int16). One
 //             32-bit lane therefore holds one point's pair, and one multiply-add instruction advances 8 or 16 points by
@@ -184,5 +184,9 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+const Kernels* neon_dotprod_kernels();
+
+const Kernels& best_kernels();  // of those that cpu/features.h allows
 
 }  // namespace diffmem::nearest

@@ -1,8 +1,9 @@
 // AVX2 instance of the search's inner loops (nearest_simd.h). Compiled with -mavx2 -mfma; compiles to nothing
 // elsewhere.
+#include "cpu/simd.h"
 #include "nearest/nearest.h"
 
-#ifdef __AVX2__
+#ifdef DIFFMEM_AVX2
 #include <immintrin.h>
 
 namespace {
@@ -20,12 +21,16 @@ struct V {
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int broadcast(std::int32_t a) { return _mm256_set1_epi32(a); }
   static Int madd(Int acc, Int a, Int b) {
+#if defined(__GNUC__)
     // In assembly: from the intrinsics GCC hoists a step's broadcasts to its top and spills half of the accumulators
     // (48 instead of 9x GMAC/s a core in `tile`); tamed with empty asm statements, it still copies each accumulator
     // (75).
     Int products;
     asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(a), "xm"(b));
     return acc;
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+#endif
   }
   static std::uint32_t greater(Int a, Int b) {
     return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))));

@@ -2,9 +2,10 @@
 //
 // VPDPWSSD does the multiply-add and the accumulation in one instruction over 16 points: four times AVX2's rate per
 // instruction. A panel is then one vector, so 12 accumulators (the instruction takes 5 cycles, two start per cycle).
+#include "cpu/simd.h"
 #include "nearest/nearest.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#ifdef DIFFMEM_AVX512
 #include <immintrin.h>
 
 namespace {

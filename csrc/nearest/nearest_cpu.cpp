@@ -47,17 +47,24 @@
 #include "cpu/aligned.h"
 #include "cpu/features.h"
 #include "cpu/share.h"
+#include "cpu/simd.h"
 #include "nearest/nearest.h"
 
 namespace diffmem::nearest {
+
+const Kernels& best_kernels() {
+  return *cpu::best<Kernels>({.portable = portable_kernels(),
+                              .avx2 = avx2_kernels(),
+                              .avx512 = avx512_kernels(),
+                              .neon = neon_kernels(),
+                              .neon_dotprod = neon_dotprod_kernels()});
+}
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-const Kernels& kernels() { return *cpu::best(portable_kernels(), avx2_kernels(), avx512_kernels()); }
 
 using cpu::Aligned;
 
@@ -262,7 +269,7 @@ void product(const Kernels& k, std::size_t steps, const std::int16_t* strips, st
 }  // namespace
 
 void encode_bytes(const Rows& rows, const Basis& basis, bool queries, const Code& out, int threads) {
-  const Kernels& k = kernels();
+  const Kernels& k = best_kernels();
   const std::size_t d = rows.d;
   const std::size_t steps = divide_up(d, 2);
   const int m = basis.shape.coordinates();
@@ -340,7 +347,7 @@ class Filtered {
         code_(code),
         k_(k),
         allowance_(allowance),
-        kernels_(kernels()),
+        kernels_(best_kernels()),
         levels_(1 + index.shape.levels) {
     const double d = static_cast<double>(index.rows.d);
     const double m = index.shape.coordinates();
@@ -521,7 +528,7 @@ class Filtered {
   void prefetch(const Row* next) const {
     // The first KiB; from there on the processor's own prefetcher sees the stream.
     const std::int64_t bytes = std::min<std::int64_t>(1024, index_.rows.d * sizeof(Row));
-    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + at);
+    for (std::int64_t at = 0; at < bytes; at += 64) simd::prefetch(reinterpret_cast<const char*>(next) + at);
   }
 
   // Positions of the set bits of `panels` masks, below `points`.
@@ -568,7 +575,8 @@ class Dense {
  public:
   using Distance = DistanceOf<Row>;
 
-  Dense(const Rows& rows, const Rows& queries, int k) : rows_(rows), queries_(queries), k_(k), kernels_(kernels()) {}
+  Dense(const Rows& rows, const Rows& queries, int k)
+      : rows_(rows), queries_(queries), k_(k), kernels_(best_kernels()) {}
 
   void run(Distance* out, std::int64_t* out_index, int threads) {
     const std::int64_t unit = kDensePanels * kPanel;

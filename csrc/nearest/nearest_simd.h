@@ -1,13 +1,14 @@
 // The inner loops of the nearest-neighbor search, written once over a vector type `V` (see nearest.h for what they
 // do).
 //
-// Included once by each of nearest_portable.cpp, nearest_avx2.cpp and nearest_avx512.cpp after they define `V`.
+// Included once by each nearest_<set>.cpp after it defines `V`.
 // Everything is in an anonymous namespace, so that no inline function compiled for a newer processor can be linked into
 // an older path.
 //
 // `V` provides: `Int` (`kLanes` int32), `kStripRows`; zero, load, store, broadcast (one int32), add,
 // madd(acc, a, b) (acc + the products of int16 pairs, summed in each int32 lane), greater (bit mask), sum; transpose
 // for packing; square_difference(acc, x, y) over kBytes bytes; and the float64 sums of distance_f32 and distance_f64.
+// Where a tile's products have another way than `madd`, of which then only the total of the lanes counts: multiply.
 #include <cstring>
 
 #include "nearest/nearest.h"
@@ -23,20 +24,30 @@ inline std::int32_t pair_at(const std::int16_t* values) {
   return pair;
 }
 
+// acc[i][v] += strip point i times the points of vector v, for `steps` pairs of coordinates.
+template <class Vector, class Tile>
+inline void multiply(Tile& acc, std::size_t steps, const std::int16_t* strip, const std::int16_t* panel) {
+  if constexpr (requires { Vector::multiply(acc, steps, strip, panel); }) {
+    Vector::multiply(acc, steps, strip, panel);
+  } else {
+    for (std::size_t s = 0; s < steps; ++s, strip += 2 * Vector::kStripRows, panel += 2 * kPanel) {
+      typename Vector::Int b[kVectors];
+      for (int v = 0; v < kVectors; ++v) b[v] = Vector::load(panel + 2 * v * Vector::kLanes);
+      for (int i = 0; i < Vector::kStripRows; ++i) {
+        const typename Vector::Int a = Vector::broadcast(pair_at(strip + 2 * i));
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = Vector::madd(acc[i][v], a, b[v]);
+      }
+    }
+  }
+}
+
 void tile(std::size_t steps, const std::int16_t* strip, const std::int16_t* panel, std::int32_t* c, std::size_t ldc,
           bool accumulate) {
   typename V::Int acc[V::kStripRows][kVectors];
   for (int i = 0; i < V::kStripRows; ++i) {
     for (int v = 0; v < kVectors; ++v) acc[i][v] = accumulate ? V::load(c + i * ldc + v * V::kLanes) : V::zero();
   }
-  for (std::size_t s = 0; s < steps; ++s, strip += 2 * V::kStripRows, panel += 2 * kPanel) {
-    typename V::Int b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = V::load(panel + 2 * v * V::kLanes);
-    for (int i = 0; i < V::kStripRows; ++i) {
-      const typename V::Int a = V::broadcast(pair_at(strip + 2 * i));
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = V::madd(acc[i][v], a, b[v]);
-    }
-  }
+  multiply<V>(acc, steps, strip, panel);
   for (int i = 0; i < V::kStripRows; ++i) {
     for (int v = 0; v < kVectors; ++v) V::store(c + i * ldc + v * V::kLanes, acc[i][v]);
   }
@@ -50,15 +61,8 @@ void scan(std::size_t steps, const std::int16_t* strip, const std::int32_t* thre
       const typename V::Int start = V::load(bias + p * kPanel + v * V::kLanes);
       for (int i = 0; i < V::kStripRows; ++i) acc[i][v] = start;
     }
-    const std::int16_t* a_pairs = strip;
-    for (std::size_t s = 0; s < steps; ++s, a_pairs += 2 * V::kStripRows, panels += 2 * kPanel) {
-      typename V::Int b[kVectors];
-      for (int v = 0; v < kVectors; ++v) b[v] = V::load(panels + 2 * v * V::kLanes);
-      for (int i = 0; i < V::kStripRows; ++i) {
-        const typename V::Int a = V::broadcast(pair_at(a_pairs + 2 * i));
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = V::madd(acc[i][v], a, b[v]);
-      }
-    }
+    multiply<V>(acc, steps, strip, panels);
+    panels += 2 * kPanel * steps;
     for (int i = 0; i < V::kStripRows; ++i) {
       const typename V::Int threshold = V::broadcast(thresholds[i]);
       std::uint32_t bits = 0;

@@ -12,9 +12,9 @@
 //   weighted_sums Σ_i w[c][i]·(y_i − 128), exact in int32
 //
 // The integer products are exact: |u8·s8| summed over at most 65,536 terms fits int32. All scores are float32, a row of
-// `columns` of them per image; `columns` is a multiple of 16. Needs AVX2 (`available`), and gains from AVX-512 with
-// VNNI: VPDPBUSD multiplies 64 pairs of bytes where a float32 instruction multiplies 16 pairs of numbers; in AVX2 bytes
-// have to be widened, which leaves twice float32's rate. Both give the same whole numbers.
+// `columns` of them per image; `columns` is a multiple of 16. Needs AVX2 or NEON (`available`), and gains from AVX-512
+// with VNNI: VPDPBUSD multiplies 64 pairs of bytes where a float32 instruction multiplies 16 pairs of numbers; in AVX2
+// bytes have to be widened, which leaves twice float32's rate. Both give the same whole numbers.
 #pragma once
 
 #include <cstdint>
@@ -90,8 +90,8 @@ void weighted_sums(const std::uint8_t* rows, std::int64_t stride, std::int64_t k
 // ------------------------------------------------------------------------------------------------ instruction sets
 //
 // Each kernel does one item of work, on one thread, in memory that it is given. posterior_mean_simd.h has the loops
-// that are the same for every instruction set, over the vectors that posterior_mean_avx2.cpp and
-// posterior_mean_avx512.cpp define; both also have products of their own.
+// that are the same for every instruction set, over the vectors that the file of each, posterior_mean_<set>.cpp,
+// defines; each also has products of its own.
 
 inline constexpr std::int64_t kRowBlock = 48;     // rows that stay in the cache while the columns pass by
 inline constexpr std::int64_t kImageChunk = 512;  // images packed at a time in weighted_sums
@@ -169,5 +169,7 @@ struct Kernels {
 // Null where this build lacks the instructions.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+const Kernels* neon_dotprod_kernels();
 
 }  // namespace diffmem::posterior_mean

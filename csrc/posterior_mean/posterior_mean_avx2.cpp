@@ -1,13 +1,12 @@
 // The posterior mean's kernels with AVX2: bytes are widened to 16 bits, of which VPMADDWD multiplies 16 pairs (one of
 // bytes would saturate). Sums are the same whole numbers as with AVX-512.
+#include "cpu/simd.h"
 #include "posterior_mean/posterior_mean.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
+#ifdef DIFFMEM_AVX2
 #include <immintrin.h>
 
 #include <cstring>
-
-#include "cpu/simd.h"
 
 namespace diffmem::posterior_mean {
 namespace {
@@ -30,6 +29,7 @@ struct Mask {
 using Packed = std::int16_t;
 
 constexpr std::int64_t kSumPixels = 64;
+constexpr std::int64_t kWeightRows = 6;
 
 Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 Ints all_ints(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }

@@ -1,12 +1,11 @@
 // The posterior mean's kernels with AVX-512 and VNNI: VPDPBUSD multiplies 64 pairs of bytes.
+#include "cpu/simd.h"
 #include "posterior_mean/posterior_mean.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#ifdef DIFFMEM_AVX512
 #include <immintrin.h>
 
 #include <cstring>
-
-#include "cpu/simd.h"
 
 namespace diffmem::posterior_mean {
 namespace {
@@ -23,6 +22,7 @@ using Mask = __mmask16;
 using Packed = std::int8_t;
 
 constexpr std::int64_t kSumPixels = 128;
+constexpr std::int64_t kWeightRows = 6;
 
 Floats all(float x) { return _mm512_set1_ps(x); }
 Ints all_ints(std::int32_t x) { return _mm512_set1_epi32(x); }

@@ -30,7 +30,12 @@ constexpr std::int64_t kStrip = 512;  // rows of scores per work item
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-const Kernels* kernels() { return cpu::best<Kernels>(nullptr, avx2_kernels(), avx512_kernels()); }
+const Kernels* kernels() {
+  return cpu::best<Kernels>({.avx2 = avx2_kernels(),
+                             .avx512 = avx512_kernels(),
+                             .neon = neon_kernels(),
+                             .neon_dotprod = neon_dotprod_kernels()});
+}
 
 // Scratch memory of one thread; shared, so that the worker that holds it can be copied.
 template <class T>

@@ -1,7 +1,8 @@
 // The loops of the posterior mean's table that are the same for every instruction set (see posterior_mean.h for what
-// they do). Included once by each of posterior_mean_avx2.cpp and posterior_mean_avx512.cpp after they define, in an
-// anonymous namespace, the numbers that it computes with: Floats and Ints (16 lanes), Mask, and what is called on them
-// here, and the products: Packed, WeightRows, weight_rows, interleave, weight_tile, place_in_strip.
+// they do). Included once by each posterior_mean_<set>.cpp after it defines, in an anonymous namespace, the numbers
+// that it computes with: Floats and Ints (16 lanes), Mask, and what is called on them here, and the products: Packed,
+// WeightRows, weight_rows, interleave, weight_tile (of 1 or kWeightRows rows), place_in_strip.
+#include <cmath>
 #include <cstring>
 
 #include "cpu/simd.h"
@@ -24,7 +25,7 @@ Floats exponential(Floats x) {
 void column_top(const float* scores, std::int64_t begin, std::int64_t end, std::int64_t columns, float* top,
                 std::int32_t* where) {
   for (std::int64_t c = 0; c < columns; c += kLanes) {
-    Floats highest = all(-__builtin_inff());
+    Floats highest = all(-INFINITY);
     Ints at = all_ints(0);
     for (std::int64_t i = begin; i < end; ++i) {
       const Floats s = load(scores + i * columns + c);
@@ -57,10 +58,10 @@ std::int64_t select(const float* scores, std::int64_t begin, std::int64_t end, s
     for (std::int64_t c = 0; c < columns; c += kLanes) {
       const Floats highest = multiply_add(load(reach + c), loose, load(scores + i * columns + c));
       std::uint32_t kept = bits(at_least(highest, load(threshold + c)));
-      kept_pairs += __builtin_popcount(kept);
+      kept_pairs += simd::count_bits(kept);
       if (out == nullptr) continue;
       for (; kept; kept &= kept - 1)
-        out[taken++] = {static_cast<std::int32_t>(c + __builtin_ctz(kept)), static_cast<std::int32_t>(i)};
+        out[taken++] = {static_cast<std::int32_t>(c + simd::trailing_zeros(kept)), static_cast<std::int32_t>(i)};
     }
   }
   *listed = taken;
@@ -74,7 +75,7 @@ void pair_logits(const ByteRows& rows, const double* u, const double* half_norms
     const std::uint8_t* y = rows.data + images[p] * rows.stride;
     if (p + 1 < end) {
       const std::uint8_t* following = rows.data + images[p + 1] * rows.stride;
-      for (std::int64_t j = 0; j < rows.d; j += 64) _mm_prefetch(following + j, _MM_HINT_T0);
+      for (std::int64_t j = 0; j < rows.d; j += 64) simd::prefetch(following + j);
     }
     const double product = dot(u, y, rows.center, rows.d);
     out[p] = (product - half_norms[images[p]]) * weight;
@@ -186,7 +187,7 @@ void weighted_sums(const WeightedSums& of, std::int64_t pixel, std::int64_t begi
   std::memset(sums, 0, static_cast<std::size_t>((end - begin) * kPixelBlock) * sizeof(std::int32_t));
   for (std::int64_t i0 = 0; i0 < of.n; i0 += kImageChunk) {
     std::int64_t fours = simd::divide_up<std::int64_t>(simd::min(kImageChunk, of.n - i0), 4);
-    asm("" : "+r"(fours));  // where GCC 12 knows that it is not 0, it keeps the sums of weight_tile in memory
+    simd::hide(fours);  // where GCC 12 knows that it is not 0, it keeps the sums of weight_tile in memory
     for (std::int64_t four = 0; four < fours; ++four) {
       const std::uint8_t* four_rows[4];
       // Beyond the last row its weights are 0: any row will do.
@@ -203,7 +204,8 @@ void weighted_sums(const WeightedSums& of, std::int64_t pixel, std::int64_t begi
       const Packed* packed = panel + strip * 64 * kImageChunk;
       std::int32_t* to = sums + 64 * strip;
       std::int64_t c = 0;
-      for (; c + 6 <= end - begin; c += 6) weight_tile<6>(from, c, packed, fours, to + c * kPixelBlock);
+      for (; c + kWeightRows <= end - begin; c += kWeightRows)
+        weight_tile<kWeightRows>(from, c, packed, fours, to + c * kPixelBlock);
       for (; c < end - begin; ++c) weight_tile<1>(from, c, packed, fours, to + c * kPixelBlock);
     }
   }

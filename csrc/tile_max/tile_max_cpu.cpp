@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <limits>
 
-#include "cpu/features.h"
 #include "cpu/share.h"
 #include "nearest/nearest.h"
 #include "tile_max/tile_max.h"
@@ -20,10 +19,6 @@ namespace {
 constexpr std::int64_t kQueries = 64;  // per chunk
 constexpr std::int64_t kRows = 256;    // per block
 constexpr std::int64_t kPairs = 1024;  // per item of work
-
-const nearest::Kernels& kernels() {
-  return *cpu::best(nearest::portable_kernels(), nearest::avx2_kernels(), nearest::avx512_kernels());
-}
 
 template <class Value, class Distance>
 void search_rows(const Search& s, Distance* limits,
@@ -89,7 +84,7 @@ void pair_maxima(const Pairs& p, Distance* out, Distance (*distance)(const Value
 }  // namespace
 
 void search(const Search& s, int threads) {
-  const nearest::Kernels& table = kernels();
+  const nearest::Kernels& table = nearest::best_kernels();
   switch (s.rows.type) {
     case nearest::Type::u8: return search_rows<std::uint8_t>(s, s.integer, table.distance_u8, threads);
     case nearest::Type::f32: return search_rows<float>(s, s.real, table.distance_f32, threads);
@@ -98,7 +93,7 @@ void search(const Search& s, int threads) {
 }
 
 void pairs(const Pairs& p, int threads) {
-  const nearest::Kernels& table = kernels();
+  const nearest::Kernels& table = nearest::best_kernels();
   switch (p.rows.type) {
     case nearest::Type::u8: return pair_maxima<std::uint8_t>(p, p.integer, table.distance_u8, threads);
     case nearest::Type::f32: return pair_maxima<float>(p, p.real, table.distance_f32, threads);

@@ -2,9 +2,10 @@
 //
 // VPMADDUBSW adds two products of bytes in 16 bits and saturates: queries get 63 levels, since 2 * 255 * 63 < 2^15.
 // Three instructions for 32 products, where float32 takes four.
+#include "cpu/simd.h"
 #include "vector_scan/vector_scan.h"
 
-#ifdef __AVX2__
+#ifdef DIFFMEM_AVX2
 #include <immintrin.h>
 
 namespace {
@@ -27,12 +28,15 @@ struct V {
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int left(Int a, int bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Int dot4(Int acc, Int rows, Int query) {
-    // In assembly, or GCC spills accumulators (nearest_avx2.cpp).
+#if defined(__GNUC__)  // in assembly, or GCC spills accumulators (nearest_avx2.cpp)
     Int products;
     asm volatile("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
                  : "+x"(acc), "=&x"(products)
                  : "x"(rows), "x"(query), "m"(*reinterpret_cast<const __m256i*>(kOnes)));
     return acc;
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(rows, query), load(kOnes)));
+#endif
   }
   static std::int32_t sum(Int a) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));

@@ -2,9 +2,10 @@
 //
 // VPDPBUSD multiplies 64 bytes with 64 others and adds them to 16 sums: four times the products of a float32
 // multiply-add.
+#include "cpu/simd.h"
 #include "vector_scan/vector_scan.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#ifdef DIFFMEM_AVX512
 #include <immintrin.h>
 
 namespace {
@@ -26,8 +27,12 @@ struct V {
   static Int left(Int a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Int dot4(Int acc, Int rows, Int query) {
     // In assembly, or GCC moves accumulators about: 92 instead of 175 G products/s a core.
+#if defined(__GNUC__)
     asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(rows), "v"(query));
     return acc;
+#else
+    return _mm512_dpbusd_epi32(acc, rows, query);
+#endif
   }
   static std::int32_t sum(Int a) { return _mm512_reduce_add_epi32(a); }
   static Float real(Int a) { return _mm512_cvtepi32_ps(a); }

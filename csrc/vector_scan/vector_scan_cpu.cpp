@@ -37,7 +37,9 @@ namespace {
 
 using cpu::Aligned;
 
-const Kernels& kernels() { return *cpu::best(portable_kernels(), avx2_kernels(), avx512_kernels()); }
+const Kernels& kernels() {
+  return *cpu::best<Kernels>({.portable = portable_kernels(), .avx2 = avx2_kernels(), .avx512 = avx512_kernels()});
+}
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

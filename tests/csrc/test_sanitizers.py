@@ -73,8 +73,8 @@ def core(libraries) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         configure = [
             "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", "-DDIFFMEM_SANITIZE=ON",
-            "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF", "-DDIFFMEM_CUDA=off",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DDIFFMEM_CHECK=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF",
+            "-DDIFFMEM_CUDA=off", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
         for command in (configure, ["cmake", "--build", folder]):
             done = subprocess.run(
@@ -127,6 +127,13 @@ def test_files_of_an_instruction_set_share_no_code(core):
 
 def op_of(compiled: Path) -> str:
     return compiled.name.split("_avx")[0]
+
+
+def test_instruction_sets_against_plain_loops(core):
+    """Those of this processor, with the core under the sanitizers; test_core_check.py runs those of ARM."""
+    done = subprocess.run([core.parent / "core_check"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.startswith("levels: portable"), done.stdout
 
 
 def test_ops_under_sanitizers(core, libraries, tmp_path):

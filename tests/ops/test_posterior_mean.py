@@ -13,8 +13,7 @@ from diffmem.ops.posterior_mean import OP, PosteriorRows, blocked, native, poste
 from diffmem.search.basis import principal_components
 
 core = native.native_module()
-LEVELS = ["avx2", "avx512"]
-LEVELS = LEVELS[: 0 if native.unavailable("cpu") else 1 + (core.cpu_level() == "avx512")]  # of this processor
+LEVELS = [] if native.unavailable("cpu") else core.cpu_levels()[1:]  # all but portable
 SIGMAS = (80.0, 20.0, 5.0, 1.0, 0.1, 0.002)  # of images in [-1, 1]
 
 

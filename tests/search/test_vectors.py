@@ -12,7 +12,7 @@ from diffmem.search import TrainingIndex, VectorIndex, vector_codes, vectors
 
 core = native_module()
 METHODS = ["codes", "torch"] if core is not None else ["torch"]
-LEVEL = ["portable", "avx2", "avx512"].index(core.cpu_level()) if core is not None else -1
+LEVELS = [] if core is None else core.cpu_levels()
 needs_core = pytest.mark.skipif(core is None, reason="diffmem was installed without its compiled core")
 KINDS = ["gaussian", "unit", "steep", "duplicates", "zeros", "constant", "lengths", "near ties", "far from zero"]
 
@@ -178,7 +178,7 @@ def threads():
 
 
 @needs_core
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"][: 1 + LEVEL])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ["unit", "steep", "duplicates", "lengths"])
 def test_codes_on_every_path(monkeypatch, threads, level, kind):
     """Enough rows for several blocks and spans, by queries and by rows, with what fills the last strip and panel."""

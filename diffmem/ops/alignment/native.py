@@ -13,7 +13,7 @@ MOST_WINDOWS = 1 << 31  # positions are 32 bits inside
 
 def unavailable(device_type: str) -> str | None:
     """Why the compiled alignment cannot run on `device_type`, or None."""
-    return native_kernel_unavailable(device_type, OP_NAME, "AVX2")
+    return native_kernel_unavailable(device_type, OP_NAME, "AVX2 or NEON")
 
 
 def unfit(searched: torch.Tensor, templates: torch.Tensor) -> str | None:

@@ -89,7 +89,7 @@ ENERGIES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 
 def unavailable(device_type: str) -> str | None:
     """Why 8-bit products cannot be had on `device_type`, or None."""
-    return native_kernel_unavailable(device_type, "posterior", "AVX2")
+    return native_kernel_unavailable(device_type, "posterior", "AVX2 or NEON")
 
 
 @dataclass(frozen=True)
