@@ -29,6 +29,7 @@ MINUTES = 15
 ISAS = ("avx2",)
 K = 2
 CHECKED = 48  # queries whose answers are compared with the exact op
+PICTURES = "CIFAR-10 (JPEG)"
 CDIST_BATCH = 512
 PANORAMA_LEVELS, PANORAMA_BATCH = 64, 128
 SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)  # N of the chart
@@ -37,8 +38,12 @@ FAISS_LARGEST = 100_000  # beyond it float32 copies of the training set do not f
 
 def run(bench: Bench) -> None:
     scale = 20 if bench.quick else 1
-    training, queries, name = pictures(50_000 // scale, 10_000 // scale)
-    if any(bench.wants(f"{name}, {what}") for what in ("10,000 queries", "32 queries", "everything included")):
+    name = PICTURES if archives() else "patches"
+    shown = any(bench.wants(f"{name}, {what}") for what in ("10,000 queries", "32 queries", "everything included"))
+    grows = any(bench.wants(f"cost against N, {size}") for size in SIZES)
+    if shown or grows:
+        training, queries, _ = pictures(50_000 // scale, 10_000 // scale)
+    if shown:
         against_everyone(bench, name, training, queries)
         everything_included(bench, name, training, queries)
     rng = np.random.default_rng(0)
@@ -51,7 +56,7 @@ def run(bench: Bench) -> None:
     if bench.wants("digits, 297 queries"):
         digits = rows(load_images("builtin:digits").images)
         against(bench, "digits, 297 queries", digits[297:], digits[:297])
-    if bench.wants("cost against N"):
+    if grows:
         cost_against_size(bench, name, training, queries[: 1000 // scale])
 
 
@@ -118,6 +123,8 @@ def cost_against_size(bench: Bench, name: str, training: np.ndarray, queries: np
         for size in SIZES:
             if size > len(everyone):
                 break
+            if not bench.wants(f"cost against N, {size}"):
+                continue
             some = everyone[:size]
             contenders = []
             with resident() as memory:
@@ -202,13 +209,18 @@ def rows(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.reshape(len(images), -1))
 
 
+def archives() -> list[Path]:
+    """CIFAR-10's training and test images, or nothing."""
+    root = Path(os.environ.get("DIFFMEM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    found = [root / f"cifar10-{part}.zip" for part in ("train", "test")]
+    return found if all(archive.exists() for archive in found) else []
+
+
 def pictures(training: int, queries: int) -> tuple[np.ndarray, np.ndarray, str]:
     """uint8 [N, 3072], [Q, 3072] and what they are."""
-    root = Path(os.environ.get("DIFFMEM_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    archives = [root / f"cifar10-{part}.zip" for part in ("train", "test")]
-    if all(archive.exists() for archive in archives):
-        parts = [rows(load_images(archive).images) for archive in archives]
-        return parts[0][:training], parts[1][:queries], "CIFAR-10 (JPEG)"
+    if found := archives():
+        parts = [rows(load_images(archive).images) for archive in found]
+        return parts[0][:training], parts[1][:queries], PICTURES
     patches = rows(load_images(f"builtin:patches?n={training + queries}").images)
     return patches[queries:], patches[:queries], "patches"
 

@@ -132,7 +132,7 @@ def measured(parts: Sequence[Part], texts: Sequence[str], quick: bool, redo: boo
               help="Runs of each workload by each process, at most.")  # fmt: skip
 @click.option("--isa", "level", type=click.Choice(["portable", "avx2", "avx512"]), help="Hold the work to this.")
 @click.option("--json", "machine_readable", is_flag=True, help="Print JSON.")
-@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--file", type=click.Path(exists=True, dir_okay=False, resolve_path=True, path_type=Path),
               help="A benchmark file of your own in place of this checkout's.")  # fmt: skip
 def compare(
     a: str, b: str, only: tuple[str, ...], quick: bool, margin: float, processes: int, rounds: int, level: str | None,
