@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -64,8 +65,9 @@ class InProcess:
 
 
 class Processes:
-    """Several processes of this machine, started fresh (spawn). A process that dies takes with it its own call alone,
-    and is replaced.
+    """Several processes of this machine that share no state with this one: on Linux forks of a server that has imported
+    PyTorch once for all of them, elsewhere started fresh. A process that dies takes with it its own call alone, and is
+    replaced.
 
     Args:
         workers: How many.
@@ -90,7 +92,7 @@ class Processes:
         for _ in range(2):
             if self._pools[place] is None:
                 self._pools[place] = ProcessPoolExecutor(
-                    1, multiprocessing.get_context("spawn"), _begin_process, (self.threads, os.getpid())
+                    1, _context(), _begin_process, (self.threads, os.getpid(), dict(os.environ))
                 )
             try:
                 self._processes[place] = cast(ProcessPoolExecutor, self._pools[place]).submit(os.getpid).result()
@@ -121,10 +123,30 @@ class Processes:
         self._pools = [None] * self.slots
 
 
-def _begin_process(threads: int, parent: int) -> None:
+def _context() -> multiprocessing.context.BaseContext:
+    """How processes start. A server imports what this process has imported of diffmem, PyTorch with it, and each worker
+    is a fork of it: importing takes seconds, and memory. The server runs nothing, so no threads are lost in its forks.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    # A program that preloads what it needs itself keeps its choice.
+    if getattr(forkserver._forkserver, "_preload_modules", None) == ["__main__"]:
+        ours = [name for name in sys.modules if name.startswith("diffmem.") and not name.endswith("__main__")]
+        context.set_forkserver_preload(["torch", *sorted(ours)])
+    return context
+
+
+def _begin_process(threads: int, parent: int, environment: dict[str, str]) -> None:
     """A process of a pool. An interrupt from the keyboard is its parent's affair, which then ends it properly; when the
     parent is gone without that, it saves what it has and ends by itself."""
     os.setpgid(0, 0)
+    if os.getppid() != parent:  # forked: the server ends with the program, and has the environment of its own start
+        parent = os.getppid()
+        os.environ.clear()
+        os.environ.update(environment)
     _prepare(threads)
 
     def watch() -> None:

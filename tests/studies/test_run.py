@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -132,6 +133,27 @@ def test_processes_survive_the_death_of_one(tmp_path):
     assert Ledger(tmp_path).entries()[trials[1].key].attempts >= 1
     assert numbers(outcomes[0].result) == numbers(run_trial(trials[0], tmp_path / "here"))
     assert outcomes[1].result.images == 800
+
+
+def seen_by_a_worker(name, device):
+    used = os.times()
+    return os.environ.get(name), used.user + used.system
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are started fresh elsewhere")
+def test_workers_have_this_environment_and_import_nothing_again(monkeypatch):
+    executor = Processes(1, threads=1)
+    try:
+        executor.submit(seen_by_a_worker, "DIFFMEM_SOMETHING").result()  # starts the server, where there is none yet
+        executor.close()
+        for value in ("one", "two"):
+            monkeypatch.setenv("DIFFMEM_SOMETHING", value)
+            seen, seconds = executor.submit(seen_by_a_worker, "DIFFMEM_SOMETHING").result()
+            assert seen == value
+            assert seconds < 0.5  # importing PyTorch takes more
+            executor.close()
+    finally:
+        executor.close()
 
 
 def test_threads_are_those_of_the_trial_whoever_runs_it(tmp_path):
