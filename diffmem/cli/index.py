@@ -56,6 +56,11 @@ _FEATURES = [
         help="How vectors are stored. float16: in half the space, rounded.  [default: as they are]",
     ),
     click.option(
+        "--index", default="flat", show_default=True, metavar="NAME",
+        help="How neighbors are searched: flat, exactly, without codes; by codes that FAISS makes for finding "
+        "candidates: ivf, ivf1024, or a factory string such as IVF4096,PQ64; auto: by the size.",
+    ),
+    click.option(
         "--shards", type=click.IntRange(min=1), metavar="N",
         help="About how many shards to make of sources that can be divided; a tar archive is always one.  "
         "[default: by the size of each file]",
@@ -97,8 +102,8 @@ def index_command() -> None:
 @json_option("what diffmem index info prints")
 @debug_option
 def build_command(
-    sources, out, features, metric, weights, preprocessing, batch, precision, dtype, shards, memory, resize,
-    center_crop, value_range, workers, ray, gpus_per_run, device, as_json, **options,
+    sources, out, features, metric, weights, preprocessing, batch, precision, dtype, index, shards, memory,
+    resize, center_crop, value_range, workers, ray, gpus_per_run, device, as_json, **options,
 ) -> None:  # fmt: skip
     """Build the index OUT of the training images in the SOURCEs.
 
@@ -127,27 +132,28 @@ def build_command(
         executor = executor_of(workers, ray, gpus_per_run, device) if ray is not None else None
         executor = Ranks(device) if ranks else executor
         try:
-            index = build_index(
+            built = build_index(
                 sources, out, features, metric=metric, weights=weights, preprocessing=preprocessing, batch=batch,
-                precision=precision, dtype=dtype, shards=shards, memory=memory, workers=workers, executor=executor,
-                device=device, say=_say, progress=progress, resize=resize, center_crop=center_crop,
+                precision=precision, dtype=dtype, index=index, shards=shards, memory=memory, workers=workers,
+                executor=executor, device=device, say=_say, progress=progress, resize=resize, center_crop=center_crop,
                 value_range=value_range, **reading(**options),
             )  # fmt: skip
         finally:
             if executor is not None:
                 executor.close()
     if is_first_rank():
-        _tell(index, as_json)
+        _tell(built, as_json)
 
 
 @index_command.command("add", cls=CommandWithJson)
 @click.argument("out", type=click.Path(path_type=Path, exists=True))
-@click.argument("sources", nargs=-1, required=True, type=StreamedSource(), metavar="SOURCE...")
+@click.argument("sources", nargs=-1, type=StreamedSource(), metavar="SOURCE...")
+@click.option("--retrain", is_flag=True, help="Train the codes again, on all rows that there are then.")
 @_memory_option
 @executor_options
 @json_option("what diffmem index info prints")
 @debug_option
-def add_command(out, sources, memory, workers, ray, gpus_per_run, device, as_json) -> None:
+def add_command(out, sources, retrain, memory, workers, ray, gpus_per_run, device, as_json) -> None:
     """Add SOURCEs to the index OUT, read as its others are.
 
     Rows that are there keep their numbers; shards that are there are not read again. Duplicates are found among all.
@@ -159,8 +165,8 @@ def add_command(out, sources, memory, workers, ray, gpus_per_run, device, as_jso
     try:
         with progress_bars() as progress:
             index = add_to_index(
-                out, sources, memory=memory, workers=workers, executor=executor, device=device, say=_say,
-                progress=progress,
+                out, sources, retrain=retrain, memory=memory, workers=workers, executor=executor, device=device,
+                say=_say, progress=progress,
             )  # fmt: skip
     finally:
         if executor is not None:

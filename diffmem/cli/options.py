@@ -68,6 +68,7 @@ NAMED_PARAMETERS = {
     "resize": ("resize", "resolution"),
     "resolution": ("resize", "resolution"),
     "restart": ("restart",),
+    "retrain": ("retrain",),
     "resume": ("resume",),
     "rule": ("rule", "ema_rule"),
     "second": ("second",),

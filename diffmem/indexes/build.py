@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffmem.atomic_io import atomic_write, check_output_folder, output_lock
-from diffmem.errors import InputError
+from diffmem.errors import InputError, OutputInUseError
 from diffmem.executors import Executor, InProcess, Processes, Ranks, Ray
 from diffmem.features.feature_set import Metric
 from diffmem.indexes import remote
@@ -27,6 +29,16 @@ from diffmem.indexes.planning import (
     warn_of_machine,
     with_metric,
 )
+from diffmem.indexes.quantizer import (
+    QUANTIZERS,
+    CodeJob,
+    chosen_factory,
+    growth_note,
+    make_codes,
+    plan_quantizer,
+    read_quantizer,
+    train,
+)
 from diffmem.indexes.reading import Features, Reading, features_of
 from diffmem.indexes.shards import DESCRIPTION, SHARDS
 from diffmem.indexes.sources import Identities, Part, parts_of
@@ -39,7 +51,7 @@ _log = logger(__name__)
 LOSSES = 3  # workers that may die over one shard before the build ends
 SMALL = 64e6  # bytes of sources that one process indexes sooner than others would have started
 SORT_BYTES = 2e9  # to find duplicates in, where no memory is given
-_PARTIAL = re.compile(r"\.([0-9a-f]{32})\.[0-9a-f]{8}\.partial")
+_LEFT = re.compile(r"\.([0-9a-f]{32})\.(?:[0-9a-f]{8}\.partial|lock)")
 Say = Callable[[str], None]
 
 
@@ -54,6 +66,7 @@ def build_index(
     preprocessing: str | None = None,
     batch: int | None = None,
     precision: str | None = None,
+    index: str = "flat",
     shards: int | None = None,
     memory: str | float | None = None,
     workers: int | None = None,
@@ -80,6 +93,8 @@ def build_index(
         preprocessing: Of images for a network, by name.
         batch: Images per call of a network.
         precision: In which a network computes.
+        index: Codes for finding candidates, which FAISS makes (extra `faiss`): "flat" stores none, the search is exact;
+            "ivf", "ivf1024" or a factory string with inverted lists ("IVF4096,PQ64"); "auto" goes by the size.
         shards: Into about how many shards sources that can be divided are; default by the size of each file. A tar
             archive is always one.
         memory: Of one worker at most, in bytes or as "2GB"; default what a block of rows needs.
@@ -112,6 +127,8 @@ def build_index(
         workers,
         executor,
         device,
+        index,
+        False,
         say or _quiet,
         progress or silent,
     )
@@ -120,8 +137,9 @@ def build_index(
 
 def add_to_index(
     path: str | os.PathLike[str],
-    sources: Sequence[Any] | str | os.PathLike[str],
+    sources: Sequence[Any] | str | os.PathLike[str] = (),
     *,
+    retrain: bool = False,
     memory: str | float | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
@@ -133,7 +151,8 @@ def add_to_index(
 
     Args:
         path: Folder of the index.
-        sources: As for `build_index`.
+        sources: As for `build_index`; none with `retrain` alone.
+        retrain: Train the codes again, on all rows that there are then.
         memory: As for `build_index`.
         workers: As for `build_index`.
         executor: As for `build_index`.
@@ -147,8 +166,8 @@ def add_to_index(
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     settings = Settings(
-        memory=parse_memory(memory), workers=workers, executor=executor, device=device, say=say or _quiet,
-        progress=progress or silent,
+        memory=parse_memory(memory), workers=workers, executor=executor, device=device, retrain=retrain,
+        say=say or _quiet, progress=progress or silent,
     )  # fmt: skip
     return add(Path(path).expanduser(), [os.fspath(each) for each in given], settings)
 
@@ -164,6 +183,8 @@ class Settings:
     workers: int | None = None
     executor: Executor | None = None
     device: str = "auto"
+    index: str | None = None
+    retrain: bool = False
     say: Say = print
     progress: Progress = silent
 
@@ -219,8 +240,7 @@ def _build(sources: Sequence[str], out: Path, settings: Settings, ranks: Ranks |
     if ranks is not None and ranks.first:
         ranks.together()
     entries = make_all(jobs, settings, plan)
-    if first:
-        finish(out, sources, entries, settings, before)
+    finish(out, sources, entries, settings, before, ranks)
     if ranks is not None:
         ranks.together()
     return open_index(out, device=settings.device)
@@ -237,10 +257,15 @@ def add(out: Path, sources: Sequence[str], settings: Settings) -> IndexFolder:
         if again := [source for source in fresh if _public([source])[0] in known]:
             raise InputError(f"{again[0]}: is in this index already")
         settings = as_before(before, settings)
-        parts = _listed(fresh, len(known), settings, before)
-        jobs, plan = plan_jobs(parts, out, settings)
-        entries = [*before["shards"], *make_all(jobs, settings, plan)]
-        return finish(out, [*known, *fresh], entries, settings, before)
+        entries = list(before["shards"])
+        if fresh:
+            parts = _listed(fresh, len(known), settings, before)
+            jobs, plan = plan_jobs(parts, out, settings)
+            entries += make_all(jobs, settings, plan)
+        elif not settings.retrain:
+            raise InputError("sources is empty, but must name at least one")
+        finish(out, [*known, *fresh], entries, settings, before)
+        return open_index(out, device=settings.device)
 
 
 def _check_place(out: Path) -> None:
@@ -255,8 +280,10 @@ def sweep(out: Path) -> None:
     folder = out / SHARDS
     folder.mkdir(exist_ok=True)
     for name in os.listdir(folder):
-        if (match := _PARTIAL.fullmatch(name)) is not None:
+        if (match := _LEFT.fullmatch(name)) is not None:
             remove_dead(folder / match[1])
+            with suppress(OutputInUseError), output_lock(folder / match[1]):
+                pass  # a lock that nobody holds goes with this
 
 
 def _listed(sources: Sequence[str], first: int, settings: Settings, before: dict[str, Any] | None) -> list[Part]:
@@ -310,16 +337,7 @@ def make_all(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[
     """The shards of all jobs, as the index's description lists them."""
     missing = {job.address: job for job in jobs if not (job.target / DESCRIPTION).is_file()}
     there = len({job.address for job in jobs}) - len(missing)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    executor, own = settings.executor, False
-    if executor is None:
-        size = sum(job.part.bytes for job in missing.values())
-        workers = settings.workers or (1 if size < SMALL else cores)
-        workers = max(1, min(workers, len(missing)))
-        own = True
-        executor = InProcess(settings.device)
-        if workers > 1:
-            executor = Processes(workers, threads=1, device=settings.device)
+    executor, own = _executor(settings, len(missing), sum(job.part.bytes for job in missing.values()))
     settings.say(
         f"{len(missing) + there:,} shards from {len({job.part.file for job in jobs}):,} files"
         + (f", {there:,} of them finished" if there else "")
@@ -329,12 +347,12 @@ def make_all(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[
         settings.say(f"memory: {plan}")
         if not isinstance(executor, Ray) and (note := warn_of_machine(plan, executor.slots)):
             settings.say(f"note: {note}")
-    waiting = list(missing.values())
     try:
         if isinstance(executor, Ranks):
-            _make_share(executor, waiting, settings, there)
+            # Shares of all shards, since each rank saw others missing.
+            _make_share(executor, make_shard, list({job.address: job for job in jobs}.values()), settings)
         else:
-            run_jobs(executor, make_shard, waiting, settings.progress, there)
+            run_jobs(executor, make_shard, list(missing.values()), settings.progress, there)
     except BaseException:
         executor.close()
         raise
@@ -343,11 +361,22 @@ def make_all(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[
     return [_entry(job) for job in jobs]
 
 
-def _make_share(ranks: Ranks, jobs: Sequence[Job], settings: Settings, before: int) -> None:
-    """This rank's share of the shards; then all wait for each other."""
+def _executor(settings: Settings, jobs: int, size: float) -> tuple[Executor, bool]:
+    """Where to do so many jobs over so many bytes, and whether it was made here, to be closed."""
+    if settings.executor is not None:
+        return settings.executor, False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(settings.workers or (1 if size < SMALL else cores), jobs))
+    if workers == 1:
+        return InProcess(settings.device), True
+    return Processes(workers, threads=1, device=settings.device), True
+
+
+def _make_share(ranks: Ranks, function: Callable[..., Any], jobs: Sequence[Any], settings: Settings) -> None:
+    """This rank's share of the jobs; then all wait for each other."""
     error: Exception | None = None
     try:
-        run_jobs(ranks, make_shard, ranks.share(jobs), settings.progress, before)
+        run_jobs(ranks, function, ranks.share(jobs), settings.progress)
     except Exception as failure:
         error = failure
     others = ranks.together(None if error is None else str(error))
@@ -378,19 +407,25 @@ def _entry(job: Job) -> dict[str, Any]:
 
 
 def run_jobs(
-    executor: Executor, function: Callable[..., Any], jobs: Sequence[Job], progress: Progress, before: int = 0
+    executor: Executor,
+    function: Callable[..., Any],
+    jobs: Sequence[Job] | Sequence[CodeJob],
+    progress: Progress,
+    before: int = 0,
+    stage: str = "building shards",
 ) -> None:
     """All jobs through an executor. One whose worker dies goes to another; one that fails does not keep the others.
 
     Raises:
         InputError: Some failed: the first one's reason, once all others are done.
     """
-    waiting, total = list(reversed(jobs)), len(jobs) + before
-    running: dict[Future[Any], Job] = {}
+    waiting: list[Job | CodeJob] = list(reversed(jobs))
+    total = len(jobs) + before
+    running: dict[Future[Any], Job | CodeJob] = {}
     losses: dict[str, int] = {}
     errors: list[Exception] = []
     done = before
-    progress("building shards", done, total)
+    progress(stage, done, total)
     while waiting or running:
         while waiting and len(running) < executor.slots:
             job = waiting.pop()
@@ -402,15 +437,15 @@ def run_jobs(
             error = future.exception()
             if error is None:
                 done += 1
-                progress("building shards", done, total)
+                progress(stage, done, total)
             elif _is_loss(error) and losses.get(job.address, 0) < LOSSES:
                 losses[job.address] = losses.get(job.address, 0) + 1
-                _log.warning("%s: the worker that indexed it was lost; another one does it", job.part.where)
+                _log.warning("%s: the worker that indexed it was lost; another one does it", job.where)
                 waiting.append(job)
             elif _is_loss(error):
                 errors.append(
                     InputError(
-                        f"{job.part.where}: {LOSSES + 1} workers died over it (out of memory, or a file that crashes "
+                        f"{job.where}: {LOSSES + 1} workers died over it (out of memory, or a file that crashes "
                         "its "
                         "decoder): give each less with memory=…, or remove it"
                     )
@@ -431,9 +466,14 @@ def _is_loss(error: BaseException) -> bool:
 
 
 def finish(
-    out: Path, sources: Sequence[str], entries: list[dict[str, Any]], settings: Settings, before: dict[str, Any] | None
-) -> IndexFolder:
-    """Derives what is derived from all shards, and writes the description."""
+    out: Path,
+    sources: Sequence[str],
+    entries: list[dict[str, Any]],
+    settings: Settings,
+    before: dict[str, Any] | None,
+    ranks: Ranks | None = None,
+) -> None:
+    """Derives what is derived from all shards, and writes the description; ranks make the codes together."""
     form = _common_form(entries, settings.features)
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -447,14 +487,65 @@ def finish(
         "quantizer": None,
         "duplicates": {"radius": 0.0},
     }
-    shards = IndexFolder(out, description).shards
-    members, roots = find_identical(shards, int(settings.memory or SORT_BYTES), settings.progress)
-    distinct = description["rows"] - (len(members) - len(set(roots.tolist())))
-    found = StoredDuplicates(0.0, members, roots, description["rows"], distinct)
-    description["duplicates"] = write_duplicates(out, found)
-    _write(out / INDEX, description)
-    (out / UNFINISHED).unlink(missing_ok=True)
-    return open_index(out, device=settings.device)
+    first = ranks is None or ranks.first
+    index = IndexFolder(out, description)
+    if first:
+        description["duplicates"] = _duplicates(out, index, settings, before)
+    description["quantizer"] = _quantized(out, index, settings, before, ranks)
+    if first:
+        sweep(out)
+        _write(out / INDEX, description)
+        (out / UNFINISHED).unlink(missing_ok=True)
+        used = description["quantizer"]["id"] if description["quantizer"] else None
+        for other in out.glob(f"{QUANTIZERS}/*"):
+            if other.name != used:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _duplicates(out: Path, index: IndexFolder, settings: Settings, before: dict[str, Any] | None) -> dict[str, Any]:
+    members, roots = find_identical(index.shards, int(settings.memory or SORT_BYTES), settings.progress)
+    distinct = len(index) - (len(members) - len(set(roots.tolist())))
+    return write_duplicates(out, StoredDuplicates(0.0, members, roots, len(index), distinct))
+
+
+def _quantized(
+    out: Path, index: IndexFolder, settings: Settings, before: dict[str, Any] | None, ranks: Ranks | None
+) -> dict[str, Any] | None:
+    """The quantizer, trained if need be, with the codes of all shards made."""
+    known = None if before is None or settings.retrain else before["quantizer"]
+    if known is not None:
+        plan = {name: known[name] for name in ("id", "factory", "rows")}
+    else:
+        asked = settings.index
+        if asked is None:
+            asked = before["quantizer"]["factory"] if before is not None and before["quantizer"] else "flat"
+        size = len(index) * index.dimension * index.dtype.itemsize
+        factory, why = chosen_factory(asked, len(index), index.dimension, size)
+        settings.say(f"index: {why}")
+        if factory is None:
+            return None
+        plan = plan_quantizer(factory, index.shards, index.dimension)
+    if ranks is None or ranks.first:
+        settings.progress("training the quantizer", 0, 1)
+        train(out, plan, index, settings.memory)
+        settings.progress("training the quantizer", 1, 1)
+    if ranks is not None:
+        ranks.together()
+    about = read_quantizer(out, plan["id"])
+    jobs = [CodeJob(str(out.absolute()), plan["id"], shard) for shard in index.shards]
+    missing = [job for job in jobs if not job.target.is_file()]
+    if ranks is not None:
+        _make_share(ranks, make_codes, jobs, settings)
+    elif missing:
+        executor, own = _executor(settings, len(missing), len(index) * index.dimension)
+        try:
+            run_jobs(executor, make_codes, missing, settings.progress, len(jobs) - len(missing), "making codes")
+        finally:
+            if own:
+                executor.close()
+    if known is not None and (note := growth_note(about, len(index))):
+        settings.say(f"note: {note}")
+    return {**about, "codes": {job.address: file_sha256(job.target) for job in jobs}}
 
 
 def _rows_asked(entries: Sequence[dict[str, Any]], settings: Settings) -> int | None:

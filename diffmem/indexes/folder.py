@@ -6,11 +6,11 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from diffmem.integrity import unsealed
 from diffmem.progress import Progress, silent
 from diffmem.search import Neighbors, TrainingIndex
 from diffmem.search.rows import Images, as_rows
+
+if TYPE_CHECKING:
+    from diffmem.indexes.quantizer import Quantizer
 
 FORMAT = "diffmem-sharded-index-1"
 INDEX = "index.json"
@@ -76,6 +79,9 @@ class Shard:
     start: int
     label: str
     metric: Metric
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # without what is mapped
 
     @cached_property
     def vectors(self) -> np.ndarray:
@@ -192,7 +198,7 @@ class IndexFolder:
         shards, start = [], 0
         for entry in description["shards"]:
             if entry["rows"]:
-                folder = path / SHARDS / entry["address"]
+                folder = path.absolute() / SHARDS / entry["address"]
                 shards.append(Shard(folder, entry["address"], entry["rows"], start, entry["label"], self.metric))
                 start += entry["rows"]
         self.shards: tuple[Shard, ...] = tuple(shards)
@@ -236,6 +242,13 @@ class IndexFolder:
     def duplicates(self) -> StoredDuplicates:
         """Which rows are duplicates of which, across all shards, as found when the index was built."""
         return read_duplicates(self.path, self._description["duplicates"], len(self))
+
+    @cached_property
+    def quantizer(self) -> Quantizer | None:
+        """The codes that propose candidates; None where there are none ("flat")."""
+        from diffmem.indexes.quantizer import Quantizer
+
+        return None if self._description["quantizer"] is None else Quantizer(self)
 
     def vectors(self, shard: int) -> np.ndarray:
         """[rows, d] of a shard as stored, memory-mapped: uint8, float16 or float32."""

@@ -18,6 +18,8 @@ from diffmem.indexes.build import Settings, as_before, finish, make_all, plan_jo
 from diffmem.indexes.duplicates import FILE as DUPLICATES
 from diffmem.indexes.duplicates import find_identical, read_duplicates
 from diffmem.indexes.folder import IndexFolder, read_index
+from diffmem.indexes.quantizer import FILE as QUANTIZER_FILE
+from diffmem.indexes.quantizer import Quantizer
 from diffmem.indexes.shards import DESCRIPTION, FORMAT, SHARDS, content_digests
 from diffmem.indexes.sources import Part
 from diffmem.integrity import file_sha256, read_sealed
@@ -91,7 +93,7 @@ def verify_index(
         rebuilt: list[str] = []
         if rebuild and (damaged or derived):
             rebuilt = [address for address, _, _ in damaged]
-            _rebuild(folder, description, set(rebuilt), settings)
+            _rebuild(folder, description, set(rebuilt), bool(derived), settings)
             damaged, derived = [], []
         if prune:
             for name in unused:
@@ -148,10 +150,15 @@ def _derived_problems(folder: Path, description: dict[str, Any], settings: Setti
                 problems.append(f"{DUPLICATES} does not name the rows that are identical")
     except (InputError, OSError, KeyError) as error:
         problems.append(f"{DUPLICATES}: {printable(str(error))}")
+    if description["quantizer"] is not None:
+        problems += [
+            f"{path.relative_to(folder)} is missing or damaged (its checksum differs)"
+            for path in Quantizer(IndexFolder(folder, description)).damaged()
+        ]
     return problems
 
 
-def _rebuild(folder: Path, description: dict[str, Any], damaged: set[str], settings: Settings) -> None:
+def _rebuild(folder: Path, description: dict[str, Any], damaged: set[str], derived: bool, settings: Settings) -> None:
     settings = as_before(description, settings)
     parts = [Part.from_json(entry["part"]) for entry in description["shards"] if entry["address"] in damaged]
     for address in damaged:
@@ -168,6 +175,12 @@ def _rebuild(folder: Path, description: dict[str, Any], damaged: set[str], setti
                     "index again, which takes it as it is now"
                 )
         make_all(jobs, settings, plan)
+    if derived and description["quantizer"] is not None:
+        for path in Quantizer(IndexFolder(folder, description)).damaged():
+            path.unlink(missing_ok=True)
+            if path.name == QUANTIZER_FILE:  # codes mean nothing without it
+                shutil.rmtree(path.parent)
+                break
     finish(folder, description["sources"], description["shards"], settings, description)
 
 

@@ -50,6 +50,10 @@ class Job:
         return address_of(self.made_from)
 
     @property
+    def where(self) -> str:
+        return self.part.where
+
+    @property
     def target(self) -> Path:
         return Path(self.folder) / SHARDS / self.address
 

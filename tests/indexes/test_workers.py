@@ -1,0 +1,201 @@
+"""Many workers, some of which die: the index is the one that a single process makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from indexes.conftest import write_tar
+from processes import Started, as_ranks, start_command
+
+import diffmem
+from diffmem.errors import InputError, OutputInUseError
+from diffmem.executors import Processes, Ray
+from diffmem.indexes import build_index, work
+
+NETWORK = "features.pt"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Eight tars of 40 images each, and a network."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("workers")
+    images = np.random.default_rng(4).integers(0, 256, (320, 3, 16, 16), dtype=np.uint8)
+    images[200] = images[10]
+    for number in range(8):
+        write_tar(folder / f"{number}.tar", images[number * 40 : number * 40 + 40])
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(392, 12)
+    network = torch.nn.Sequential(*layers).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
+        torch.jit.save(torch.jit.trace(network, torch.zeros(2, 3, 16, 16)), folder / NETWORK)
+    return folder
+
+
+OPTIONS = {"preprocessing": "-1-1", "batch": 16}
+
+
+def built(source, out, **options):
+    features = f"torchscript:{source / NETWORK}"
+    return build_index([source / "{0..7}.tar"], out, features, **OPTIONS, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """The index that one process makes."""
+    return everything(built(source, tmp_path_factory.mktemp("alone") / "index", workers=1))
+
+
+def everything(index):
+    found = index.duplicates
+    rows = [shard.vectors.tobytes() for shard in index.shards]
+    return index.fingerprint, rows, list(index.names), found.members.tolist(), found.roots.tolist()
+
+
+def finished(out):
+    return len(list(Path(out).glob("shards/*/shard.json")))
+
+
+def test_one_of_several_processes_is_killed(source, alone, tmp_path):
+    executor = Processes(2, threads=1)
+
+    def kill():
+        while finished(tmp_path / "index") < 2:
+            time.sleep(0.01)
+        os.kill(executor._processes[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        index = built(source, tmp_path / "index", executor=executor)
+    finally:
+        executor.close()
+        thread.join()
+    assert everything(index) == alone
+    assert alone[3] == [10, 200]  # duplicates in different shards, of images
+    assert not [name for name in os.listdir(index.path / "shards") if name.startswith(".")]
+
+
+def slow_command(source, out):
+    """`diffmem index build`, each shard taking a little longer."""
+    original = work._make
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        return original(*arguments)
+
+    work._make = slow
+    built(source, out, workers=1)
+
+
+def test_a_killed_build_continues_and_two_at_once_are_told_apart(source, alone, tmp_path):
+    out = tmp_path / "index"
+    with Started(slow_command, [source, out]) as process:
+        while finished(out) < 3:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        with pytest.raises(OutputInUseError, match="is writing there: wait for it to end"):
+            built(source, out)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with pytest.raises(InputError, match="its build has not ended"):
+        diffmem.open_index(out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shards/*/shard.json")}
+    assert 3 <= len(before) < 8
+    (out / "shards" / f".{'0' * 32}.00000000.partial").mkdir()
+    assert everything(built(source, out, workers=1)) == alone
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not [name for name in os.listdir(out / "shards") if name.startswith(".")]
+
+
+def test_ranks_of_torchrun_share_the_work_and_one_may_die(source, alone, tmp_path):
+    words = ["index", "build", str(source / "{0..7}.tar")]
+    options = ["--features", f"torchscript:{source / NETWORK}", "--preprocessing", "-1-1", "--batch", 16]
+    done = as_ranks(2, start_command, *words, tmp_path / "both", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 320
+    assert everything(diffmem.open_index(tmp_path / "both")) == alone
+
+    done = as_ranks(2, dying_rank, str(source), str(tmp_path / "one"))
+    assert done.returncode != 0
+    assert "another rank has ended" in done.stderr, done.stderr
+    assert finished(tmp_path / "one") == 5  # four of the first rank, one of the other
+    assert everything(built(source, tmp_path / "one", workers=1)) == alone
+
+
+def dying_rank(source, out, **options):
+    return Started(_dying_rank, [source, out], **options)
+
+
+def _dying_rank(source, out):
+    from diffmem.cli.distributed import process_group
+    from diffmem.executors import Ranks
+
+    original = work._make
+
+    def make(job, *arguments):
+        if os.environ["RANK"] == "1" and work.made:
+            os.kill(os.getpid(), signal.SIGKILL)
+        work.made = True
+        return original(job, *arguments)
+
+    work.made, work._make = False, make
+    try:
+        with process_group():
+            built(Path(source), Path(out), executor=Ranks())
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster by `ray start`: its head, without CPUs of its own, and two nodes."""
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
+    made.wait_for_nodes()
+    yield made, nodes
+    import ray
+
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_ray_cluster_loses_a_worker_and_a_node(source, alone, tmp_path, cluster):
+    made, nodes = cluster
+    out = tmp_path / "index"
+    executor = Ray(made.address, slots=2)
+
+    def harm():
+        while finished(out) < 1:
+            time.sleep(0.02)
+        listed = subprocess.run(["pgrep", "-f", "ray::_run_on_cluster"], capture_output=True, text=True).stdout.split()
+        for process in listed[:1]:
+            os.kill(int(process), signal.SIGKILL)
+        while finished(out) < 3:
+            time.sleep(0.02)
+        made.remove_node(nodes[0], allow_graceful=False)
+
+    thread = threading.Thread(target=harm)
+    thread.start()
+    try:
+        index = built(source, out, executor=executor)
+    finally:
+        executor.close()
+        thread.join()
+    assert everything(index) == alone
