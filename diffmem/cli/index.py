@@ -61,6 +61,11 @@ _FEATURES = [
         "candidates: ivf, ivf1024, or a factory string such as IVF4096,PQ64; auto: by the size.",
     ),
     click.option(
+        "--duplicate-radius", type=click.FloatRange(min=0), default=0.0, show_default=True,
+        help="Training images within this distance (rms, in gray levels) of each other count as duplicates. Beyond 0 "
+        "all are compared with each other.",
+    ),
+    click.option(
         "--shards", type=click.IntRange(min=1), metavar="N",
         help="About how many shards to make of sources that can be divided; a tar archive is always one.  "
         "[default: by the size of each file]",
@@ -102,8 +107,8 @@ def index_command() -> None:
 @json_option("what diffmem index info prints")
 @debug_option
 def build_command(
-    sources, out, features, metric, weights, preprocessing, batch, precision, dtype, index, shards, memory,
-    resize, center_crop, value_range, workers, ray, gpus_per_run, device, as_json, **options,
+    sources, out, features, metric, weights, preprocessing, batch, precision, dtype, index, duplicate_radius,
+    shards, memory, resize, center_crop, value_range, workers, ray, gpus_per_run, device, as_json, **options,
 ) -> None:  # fmt: skip
     """Build the index OUT of the training images in the SOURCEs.
 
@@ -134,9 +139,9 @@ def build_command(
         try:
             built = build_index(
                 sources, out, features, metric=metric, weights=weights, preprocessing=preprocessing, batch=batch,
-                precision=precision, dtype=dtype, index=index, shards=shards, memory=memory, workers=workers,
-                executor=executor, device=device, say=_say, progress=progress, resize=resize, center_crop=center_crop,
-                value_range=value_range, **reading(**options),
+                precision=precision, dtype=dtype, index=index, duplicate_radius=duplicate_radius, shards=shards,
+                memory=memory, workers=workers, executor=executor, device=device, say=_say, progress=progress,
+                resize=resize, center_crop=center_crop, value_range=value_range, **reading(**options),
             )  # fmt: skip
         finally:
             if executor is not None:

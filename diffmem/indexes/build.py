@@ -14,12 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffmem.atomic_io import atomic_write, check_output_folder, output_lock
 from diffmem.errors import InputError, OutputInUseError
 from diffmem.executors import Executor, InProcess, Processes, Ranks, Ray
 from diffmem.features.feature_set import Metric
 from diffmem.indexes import remote
-from diffmem.indexes.duplicates import StoredDuplicates, find_identical, write_duplicates
+from diffmem.indexes.duplicates import (
+    StoredDuplicates,
+    find_identical,
+    find_near,
+    read_duplicates,
+    united,
+    write_duplicates,
+)
 from diffmem.indexes.folder import FORMAT, INDEX, UNFINISHED, IndexFolder, open_index, read_index
 from diffmem.indexes.planning import (
     MemoryPlan,
@@ -67,6 +76,7 @@ def build_index(
     batch: int | None = None,
     precision: str | None = None,
     index: str = "flat",
+    duplicate_radius: float = 0,
     shards: int | None = None,
     memory: str | float | None = None,
     workers: int | None = None,
@@ -95,6 +105,8 @@ def build_index(
         precision: In which a network computes.
         index: Codes for finding candidates, which FAISS makes (extra `faiss`): "flat" stores none, the search is exact;
             "ivf", "ivf1024" or a factory string with inverted lists ("IVF4096,PQ64"); "auto" goes by the size.
+        duplicate_radius: Rows within this distance (root mean square per value, gray levels for pixels) are duplicates;
+            0: identical ones. Beyond 0 all rows are compared with each other, exactly.
         shards: Into about how many shards sources that can be divided are; default by the size of each file. A tar
             archive is always one.
         memory: Of one worker at most, in bytes or as "2GB"; default what a block of rows needs.
@@ -128,6 +140,7 @@ def build_index(
         executor,
         device,
         index,
+        duplicate_radius,
         False,
         say or _quiet,
         progress or silent,
@@ -184,6 +197,7 @@ class Settings:
     executor: Executor | None = None
     device: str = "auto"
     index: str | None = None
+    duplicate_radius: float | None = None
     retrain: bool = False
     say: Say = print
     progress: Progress = silent
@@ -232,6 +246,8 @@ def _build(sources: Sequence[str], out: Path, settings: Settings, ranks: Ranks |
     settings, plan = _planned(parts, settings)
     if before is not None:
         _check_same(before, sources, settings, out)
+    if not 0 <= (settings.duplicate_radius or 0) < float("inf"):
+        raise InputError(f"duplicate_radius is {settings.duplicate_radius!r}, but must be 0 or more (rms per value)")
     jobs = _jobs(parts, out, settings, plan)
     first = ranks is None or ranks.first
     if first:
@@ -505,7 +521,22 @@ def finish(
 def _duplicates(out: Path, index: IndexFolder, settings: Settings, before: dict[str, Any] | None) -> dict[str, Any]:
     members, roots = find_identical(index.shards, int(settings.memory or SORT_BYTES), settings.progress)
     distinct = len(index) - (len(members) - len(set(roots.tolist())))
-    return write_duplicates(out, StoredDuplicates(0.0, members, roots, len(index), distinct))
+    radius = settings.duplicate_radius
+    if radius is None:
+        radius = before["duplicates"]["radius"] if before is not None else 0.0
+    if radius > 0:
+        known = None
+        if before is not None and before["duplicates"]["radius"] == radius and _begins_as(before, index):
+            known = read_duplicates(out, before["duplicates"], before["rows"])
+        near = find_near(index.shards, radius, known, settings.progress)
+        members, roots = united([np.stack([members, roots], axis=1), near])
+    return write_duplicates(out, StoredDuplicates(float(radius), members, roots, len(index), distinct))
+
+
+def _begins_as(before: dict[str, Any], index: IndexFolder) -> bool:
+    """Whether the first shards of an index are those that it had."""
+    known = [entry["address"] for entry in before["shards"]]
+    return [entry["address"] for entry in index.description["shards"][: len(known)]] == known
 
 
 def _quantized(

@@ -14,12 +14,15 @@ import numpy as np
 from diffmem.atomic_io import atomic_file
 from diffmem.integrity import file_sha256, load_arrays, save_arrays
 from diffmem.progress import Progress, silent
-from diffmem.search import DuplicateGroups
+from diffmem.search import DuplicateGroups, TrainingIndex
+from diffmem.search.duplicates import pairs_within_radius
+from diffmem.search.rows import as_rows
 
 if TYPE_CHECKING:
     from diffmem.indexes.folder import Shard
 
 FILE = "duplicates.npz"
+_BLOCK = 2048
 _ENTRY = 48  # bytes of a digest while it is sorted, with its row
 _ADVICE = "run `diffmem index verify`, which says how to repair it"
 
@@ -84,6 +87,40 @@ def find_identical(shards: Sequence[Shard], memory: int, progress: Progress = si
     if any(shard.image_digests is not None for shard in shards):
         links.append(_equal(shards, "image_digests", memory, progress))
     return united([link for link in links if len(link)])
+
+
+def find_near(
+    shards: Sequence[Shard], radius: float, known: StoredDuplicates | None, progress: Progress = silent
+) -> np.ndarray:
+    """int64 [m, 2]: pairs of rows within a radius of each other, exactly: every shard is searched for the rows of those
+    behind it, and of itself.
+
+    Args:
+        shards: All of them.
+        radius: Root mean square difference per value.
+        known: What was found with this radius when the index had the first `known.rows` rows; pairs among these are
+            not looked for again.
+        progress: Called as `progress(stage, done, total)`.
+    """
+    before = 0 if known is None else known.rows
+    found = [np.empty((0, 2), np.int64)]
+    if known is not None:
+        found.append(np.stack([known.members, known.roots], axis=1))
+    for number, shard in enumerate(shards):
+        progress("comparing training images with each other", number, len(shards))
+        others = [other for other in shards[number:] if other.start >= before]
+        if not others:
+            continue
+        rows = shard.take(slice(None))
+        index, tensor = TrainingIndex(rows), as_rows(rows)
+        for other in others:
+            for start in range(0, other.rows, _BLOCK):
+                queries = other.take(slice(start, min(start + _BLOCK, other.rows)))
+                some, theirs = pairs_within_radius(queries, tensor, radius, index)
+                pairs = np.stack([some + other.start + start, theirs + shard.start], axis=1)
+                found.append(pairs[pairs[:, 0] != pairs[:, 1]])
+    progress("comparing training images with each other", len(shards), len(shards))
+    return np.concatenate(found)
 
 
 def _equal(shards: Sequence[Shard], which: str, memory: int, progress: Progress) -> np.ndarray:

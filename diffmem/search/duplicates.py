@@ -144,6 +144,21 @@ def check_index(index: TrainingIndex | ShardedIndex | FaissIndex | VectorIndex, 
         )
 
 
+def pairs_within_radius(
+    images: np.ndarray, rows: torch.Tensor, radius: float | Fraction, index: TrainingIndex
+) -> tuple[np.ndarray, np.ndarray]:
+    """(image numbers, row numbers) of all pairs within a radius of each other.
+
+    Args:
+        images: [Q, d], of the rows' dtype.
+        rows: [N, d].
+        radius: Root mean square difference per value.
+        index: An exact index of `rows`.
+    """
+    limit = squared_radius(radius, rows.shape[1], rows.dtype == torch.uint8)
+    return _SelfJoin(rows, limit, index)(images)
+
+
 class _SelfJoin:
     """All training images within a squared distance of some queries, through an index of nearest neighbors.
 

@@ -81,6 +81,25 @@ def test_duplicates_are_those_of_the_set_read_at_once(tmp_path, digits):
     assert [group.tolist() for group in index.duplicates.groups] == [group.tolist() for group in expected.groups]
 
 
+def test_near_duplicates_are_those_of_the_set_read_at_once(tmp_path):
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (90, 1, 6, 6), dtype=np.uint8)
+    for one, other in ((3, 80), (80, 45), (10, 11), (12, 60)):
+        images[other] = np.clip(images[one].astype(int) + rng.integers(-2, 3, images[one].shape), 0, 255)
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", images[number * 30 : number * 30 + 30])
+    expected = find_duplicates(images, 2)
+    assert expected.number_of_groups < 90
+    files = [tmp_path / f"{number}.npy" for number in range(3)]
+    index = build_index(files, tmp_path / "index", duplicate_radius=2, shards=5)
+    assert index.duplicates.as_groups().group_of.tolist() == expected.group_of.tolist()
+    grown = build_index(files[:1], tmp_path / "grown", duplicate_radius=2)
+    for file in files[1:]:
+        grown = add_to_index(grown.path, file)
+    assert (grown.duplicates.radius, grown.duplicates.distinct) == (2, 90)
+    assert grown.duplicates.as_groups().group_of.tolist() == expected.group_of.tolist()
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=40))
 @settings(max_examples=50)
 def test_united_links_are_connected_components(links):
