@@ -164,6 +164,25 @@ void bind_alignment(py::module_& m) {
       py::arg("correlations"), py::arg("positions"), py::arg("threads"),
       "The best correlation of each template, and where; shape: queries, variants, channels, height, width, count, h, "
       "w.");
+  m.def(
+      "alignment_variants",
+      [](std::array<std::int64_t, 5> sizes, Address images, std::array<Address, 3> down, std::array<Address, 3> across,
+         Address variants, int threads) {
+        require_sizes(sizes, "alignment_variants: shape must hold sizes of at least 1");
+        require(sizes[2] > 1 && sizes[3] > 1, "alignment_variants: images must have at least two lines and columns");
+        require(alignment::available(), "alignment_variants: this processor or build has neither AVX2 nor NEON");
+        require_threads(threads);
+        require_addresses(images, down[0], down[1], down[2], across[0], across[1], across[2], variants);
+        const auto lines = [](const std::array<Address, 3>& of) {
+          return alignment::Resampling{at<const std::int32_t>(of[0]), at<const float>(of[1]), at<const float>(of[2])};
+        };
+        alignment::make_variants({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], lines(down), lines(across)},
+                                 at<const float>(images), at<float>(variants), threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("shape"), py::arg("images"), py::arg("down"), py::arg("across"),
+      py::arg("variants"), py::arg("threads"),
+      "Images and their mirror images, enlarged by linear interpolation; shape: images, channels, height, width, "
+      "scales; down, across: the line or column below each place (int32), its weight and that of the next (float32).");
 }
 
 // diffmem::group_norm_silu: the normalization of CPUs (group_norm_silu.h says what each array holds).

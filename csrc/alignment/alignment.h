@@ -10,7 +10,7 @@
 //   correlations (queries, count), in [−1, 1]
 //   positions    (queries, count) int64, (variant·(height − h + 1) + y)·(width − w + 1) + x of the best window, the
 //                first of equals; fewer than 2^31 per query
-// Needs AVX2 or NEON (`available`).
+// Needs AVX2 or NEON (`available`), the variants too.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +32,23 @@ bool available();
 void align(const Shape& shape, const float* searched, const float* templates, float* correlations,
            std::int64_t* positions, int threads);
 
+// Lines of `size` pixels, enlarged by linear interpolation: value i of the result is lower[i]·line[below[i]], rounded,
+// plus upper[i]·line[below[i] + 1] with one rounding, as products with matrices of such weights give it.
+struct Resampling {
+  const std::int32_t* below;
+  const float* lower;
+  const float* upper;
+};
+
+// The variants of images (images, channels, height, width): (images, 2·scales, channels, height, width), each image as
+// it is at all scales, then its mirror image. down and across: (scales, height) and (scales, width) of each array.
+struct Variants {
+  std::int64_t images, channels, height, width, scales;
+  Resampling down, across;
+};
+
+void make_variants(const Variants& how, const float* images, float* variants, int threads);
+
 inline constexpr std::int64_t kPanel = 24;  // templates side by side
 inline constexpr float kFlat = 1e-6f;       // Σ(x − mean)² is at most this share of Σx²: no variance
 
@@ -51,6 +68,9 @@ struct Variant {
 struct Kernels {
   // Raises best and position (lanes each) to what the windows of a variant give.
   void (*search)(const Shape& shape, const Variant& variant, const Panel& panel, float* best, std::int32_t* position);
+  // One channel of one variant; lines: as many floats as it has.
+  void (*resample)(std::int64_t height, std::int64_t width, const Resampling& down, const Resampling& across,
+                   const float* plane, float* lines, float* resampled);
 };
 
 // Null where this build lacks the instructions.

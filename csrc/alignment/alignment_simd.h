@@ -2,6 +2,8 @@
 // are: Wide and Narrow with kLanes, load, set1, zero, multiply_add, multiply and raise (best, position where a value is
 // higher), the number of windows kWindows whose sums stay in registers, and whether a panel of 16 lanes and more begins
 // with a Wide.
+#include <cmath>
+
 #include "alignment/alignment.h"
 
 namespace diffmem::alignment {
@@ -93,7 +95,25 @@ void search_variant(const Shape& shape, const Variant& variant, const Panel& pan
   }
 }
 
-const Kernels kTable = {search_variant};
+void resample(std::int64_t height, std::int64_t width, const Resampling& down, const Resampling& across,
+              const float* plane, float* lines, float* resampled) {
+  for (std::int64_t y = 0; y < height; ++y) {
+    const float* const line = plane + y * width;
+    float* const to = lines + y * width;
+    for (std::int64_t x = 0; x < width; ++x) {
+      const float* const at = line + across.below[x];
+      to[x] = std::fma(across.upper[x], at[1], across.lower[x] * at[0]);
+    }
+  }
+  for (std::int64_t y = 0; y < height; ++y) {
+    const float *const above = lines + down.below[y] * width, *const under = above + width;
+    const float lower = down.lower[y], upper = down.upper[y];
+    float* const to = resampled + y * width;
+    for (std::int64_t x = 0; x < width; ++x) to[x] = std::fma(upper, under[x], lower * above[x]);
+  }
+}
+
+const Kernels kTable = {search_variant, resample};
 
 }  // namespace
 

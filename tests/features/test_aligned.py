@@ -8,6 +8,9 @@ import diffmem
 from diffmem.errors import InputError
 from diffmem.features.aligned import AlignedMatcher, align_pairs, reference
 from diffmem.features.aligned.candidates import nearest_once
+from diffmem.features.aligned.geometry import Geometry
+from diffmem.features.aligned.second_look import _pooled
+from diffmem.ops.alignment import native
 
 
 def blobs(count, channels=3, size=32, seed=0):
@@ -234,3 +237,19 @@ def test_a_part_of_the_training_set_stays_where_it_is_when_more_is_asked():
     assert few.indices.shape == (4, 5)
     assert many.indices.shape == (4, 30)
     assert (few.indices[:, 0] == many.indices[:, 0]).all()
+
+
+@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=f"no compiled alignment: {native.unavailable('cpu')}")
+@pytest.mark.parametrize("shape", [(3, 3, 32, 32), (1, 1, 4, 7), (2, 5, 17, 16), (0, 3, 8, 8)])
+def test_variants_of_the_core_are_those_of_the_plain_products(shape):
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(3)) * 255
+    geometry = Geometry(*shape[2:])
+    ours, plain = geometry.variants(images), geometry.variants(images.double())
+    torch.testing.assert_close(ours.double(), plain, rtol=0, atol=255 * 2**-22)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_pooling_is_pytorchs(kind):
+    images = (np.random.default_rng(4).random((5, 3, 32, 32)) * 255).astype(kind)
+    reduced = torch.from_numpy(images).float()
+    assert torch.equal(_pooled(reduced, images, 2), torch.nn.functional.avg_pool2d(reduced, 2))

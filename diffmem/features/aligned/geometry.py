@@ -7,12 +7,13 @@ and free of the noise and artifacts of large pictures. All lengths below scale w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from diffmem.errors import InputError
+from diffmem.ops.alignment import native
 
 WORKING_SIZE = 32
 LEAST_SIZE = 4
@@ -85,6 +86,8 @@ class Geometry:
         Variant m·len(SCALES) + s is mirrored where m = 1. Beyond the border the nearest pixel continues.
         """
         n, channels, height, width = images.shape
+        if images.dtype == torch.float32 and native.unavailable(images.device.type) is None:
+            return native.variants(images, _lines(height), _lines(width))
         both = torch.stack([images, images.flip(-1)], dim=1)
         vertical, horizontal = (
             torch.stack([resampling(size, scale) for scale in SCALES]).to(images) for size in (height, width)
@@ -98,15 +101,27 @@ class Geometry:
 
 def resampling(size: int, scale: float) -> torch.Tensor:
     """The matrix [size, size] that enlarges a line of pixels by `scale` about its center, by linear interpolation."""
-    center = (size - 1) / 2
-    at = ((torch.arange(size, dtype=torch.float64) - center) / scale + center).clamp(0, size - 1)
-    below = at.floor().long().clamp(max=max(0, size - 2))
-    weight = at - below
+    below, weight = _interpolated(size, scale)
     matrix = torch.zeros(size, size, dtype=torch.float64)
     rows = torch.arange(size)
     matrix[rows, below] += 1 - weight
     matrix[rows, (below + 1).clamp(max=size - 1)] += weight
     return matrix
+
+
+def _interpolated(size: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each pixel of the enlarged line the pixel of the line at or below it, and the weight of the next one."""
+    center = (size - 1) / 2
+    at = ((torch.arange(size, dtype=torch.float64) - center) / scale + center).clamp(0, size - 1)
+    below = at.floor().long().clamp(max=max(0, size - 2))
+    return below, at - below
+
+
+@lru_cache(maxsize=64)
+def _lines(size: int) -> native.Lines:
+    """`resampling` by all `SCALES`, as the compiled core takes it."""
+    below, weight = (torch.stack(each) for each in zip(*(_interpolated(size, scale) for scale in SCALES), strict=True))
+    return native.Lines(below.int(), (1 - weight).float(), weight.float())
 
 
 def starts(position: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,13 +45,30 @@ def align_candidates(
     if factor < 2:
         scores, columns, remainders, _, _ = align(queries, geometry.templates(some)[where], geometry, neighbors)
         return scores, columns[:, 0], remainders[:, 0]
-    scores, best, residuals = _coarse(F.avg_pool2d(queries, factor), F.avg_pool2d(some, factor), where, neighbors)
+    scores, best, residuals = _coarse(
+        *(_pooled(*each, factor) for each in ((queries, images), (some, training))), where, neighbors
+    )
     rows = np.flatnonzero(scores <= COARSE_LIMIT)
     if len(rows):
         templates = geometry.templates(some)[where[rows]]
         scores[rows], columns, remainders, _, _ = align(queries[rows], templates, geometry, neighbors)
         best[rows], residuals[rows] = columns[:, 0], remainders[:, 0]
     return scores, best, residuals
+
+
+def _pooled(reduced: torch.Tensor, images: np.ndarray, factor: int) -> torch.Tensor:
+    """Means of squares of pixels, [n, C, h, w] to [n, C, h // factor, w // factor].
+
+    Sums of bytes are exact in any order: two products take half the time of PyTorch's pooling, and give the same.
+    """
+    (height, width), exact = reduced.shape[2:], images.dtype == np.uint8 and images.shape[2:] == reduced.shape[2:]
+    if not exact or height % factor or width % factor:
+        return F.avg_pool2d(reduced, factor)
+    columns = torch.arange(width)
+    ones = torch.zeros(width, width // factor)
+    ones[columns, columns // factor] = 1
+    lines = (reduced.reshape(-1, width) @ ones).view(*reduced.shape[:2], height // factor, factor, -1)
+    return lines.sum(dim=3).div_(factor * factor)
 
 
 def _coarse(

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from diffmem.ops.alignment.arguments import OP_NAME, check, check_kernel
 from diffmem.ops.cpu_ops import cpu_op
 from diffmem.ops.registry import available_core, native_kernel_unavailable
+
+
+class Lines(NamedTuple):
+    """Which lines the lines of enlarged images are made of: weights lower and upper (float32 [scales, size]) of line
+    below (int32 [scales, size], at most size − 2) and the one after it."""
+
+    below: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+
 
 MOST_WINDOWS = 1 << 31  # positions are 32 bits inside
 
@@ -54,3 +66,26 @@ def _(searched, templates):
 def _check(searched, templates):
     check(searched, templates)
     check_kernel(unfit(searched, templates))
+
+
+def variants(images: torch.Tensor, down: Lines, across: Lines) -> torch.Tensor:
+    """Images as they are and mirrored, enlarged by linear interpolation.
+
+    Args:
+        images: float32 [n, C, h, w], h, w >= 2.
+        down: How the lines of each scale are made of those of the image, for all h.
+        across: The same of its columns, for all w.
+
+    Returns:
+        [n, 2·scales, C, h, w]: all scales, then those of the mirror image.
+    """
+    core, images = available_core(OP_NAME, unavailable("cpu")), images.contiguous()
+    n, *rest = images.shape
+    scales = len(down.below)
+    made = images.new_empty((n, 2 * scales, *rest))
+    if n:
+        tables = ([each.data_ptr() for each in lines] for lines in (down, across))
+        core.alignment_variants(
+            [*images.shape, scales], images.data_ptr(), *tables, made.data_ptr(), torch.get_num_threads()
+        )
+    return made
