@@ -109,13 +109,12 @@ class BuildNative(build_ext):
         status = build / "diffmem_build_info.json"
         status.unlink(missing_ok=True)
         configure = [
-            tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DDIFFMEM_CUDA={CUDA}",
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            tool("cmake"), "-S", str(ROOT), "-B", str(build), *self.generator(),
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DDIFFMEM_CUDA={CUDA}", *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         run(configure)
-        run([tool("cmake"), "--build", str(build)])
+        run([tool("cmake"), "--build", str(build), "--config", "Release"])
         module = next(build.glob("_C*.so"), None) or next(build.glob("_C*.pyd"), None)
         if module is None:
             raise BuildFailed("CMake ended without building the module _C")
@@ -124,6 +123,14 @@ class BuildNative(build_ext):
         shutil.copy2(module, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
         return json.loads(status.read_text())
+
+    def generator(self) -> list[str]:
+        if sys.platform == "win32" and not shutil.which("cl"):  # Visual Studio's own, which finds its compiler
+            return ["-A", "ARM64" if self.plat_name == "win-arm64" else "x64"]
+        options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release"]
+        if sys.platform == "darwin" and (wanted := re.findall(r"-arch (\S+)", os.environ.get("ARCHFLAGS", ""))):
+            options.append(f"-DCMAKE_OSX_ARCHITECTURES={';'.join(wanted)}")
+        return options
 
     def package_folder(self) -> Path:
         in_place = self.inplace or getattr(self, "editable_mode", False)

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from diffmem import system
 from diffmem.errors import InputError, OutputInUseError
 
 try:
@@ -353,7 +354,7 @@ def _locked_file(path: Path, target: Path, shared: bool, until: float) -> tuple[
             return handle, file
         owner = ""
         with suppress(OSError):
-            owner = os.pread(handle, 200, 0).decode(errors="replace")
+            owner = system.read_at(handle, 200, 0).decode(errors="replace")
         os.close(handle)
         if held is None:
             with suppress(OSError):

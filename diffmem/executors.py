@@ -18,6 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar, cast
 
+from diffmem import system
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.logs import logger
 
@@ -142,7 +143,7 @@ def _context() -> multiprocessing.context.BaseContext:
 def _begin_process(threads: int, parent: int, environment: dict[str, str]) -> None:
     """A process of a pool. An interrupt from the keyboard is its parent's affair, which then ends it properly; when the
     parent is gone without that, it saves what it has and ends by itself."""
-    os.setpgid(0, 0)
+    system.leave_interrupts_to_parent()
     if os.getppid() != parent:  # forked: the server ends with the program, and has the environment of its own start
         parent = os.getppid()
         os.environ.clear()
@@ -150,9 +151,9 @@ def _begin_process(threads: int, parent: int, environment: dict[str, str]) -> No
     _prepare(threads)
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while system.parent_lives(parent):
             time.sleep(_WATCH_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
+        system.end_myself()
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -26,6 +26,7 @@ EVERYBODY = {
     "precision",
     "progress",
     "recognize",
+    "system",
     "text",
     "timing",
 }

@@ -99,9 +99,10 @@ def command(stage: str, out: Path, limit: float, interpret: bool, only: str = ""
 
 def end(process: subprocess.Popen) -> None:
     """Ends a process and all that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    kill = getattr(os, "killpg", os.kill)  # Windows: the process alone, at once
+    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
+            kill(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(ENDING)
             if number == signal.SIGTERM:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from diffmem import system
 from diffmem.data.decode import MAX_FILE_BYTES, image_suffixes
 from diffmem.data.depth import BadImage
 from diffmem.data.labels import DATASET_JSON, as_labels, or_note, parse_dataset_json
@@ -285,11 +286,11 @@ class ZipArchive:
             return self._zip.read(entry)
         assert self._zip.fp is not None
         descriptor = self._zip.fp.fileno()
-        header = os.pread(descriptor, _LOCAL_HEADER.size, entry.header_offset)
+        header = system.read_at(descriptor, _LOCAL_HEADER.size, entry.header_offset)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
             raise zipfile.BadZipFile("its header is damaged")
         start = entry.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
-        data = os.pread(descriptor, entry.compress_size, start)
+        data = system.read_at(descriptor, entry.compress_size, start)
         if entry.compress_type == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.file_size + 1)
         if len(data) != entry.file_size or zlib.crc32(data) != entry.CRC:

@@ -11,7 +11,6 @@ yet forks processes instead (`decode_forks`).
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from diffmem import system
 from diffmem.data import decode_forks
 from diffmem.data.decode import Decoded, Outcome, PixelOptions, decode_into
 from diffmem.data.depth import BadImage
@@ -243,7 +243,7 @@ def _read_block(source: EncodedImages, block: range) -> tuple[list[bytes], dict[
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return system.usable_cores()
 
 
 def _decode_in_processes(
@@ -317,7 +317,7 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=2**20,
-        start_new_session=True,  # Ctrl-C reaches the parent only, which then ends its processes
+        **system.OWN_SESSION,  # Ctrl-C reaches the parent only, which then ends its processes
     )
 
 

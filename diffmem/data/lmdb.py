@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffmem import system
 from diffmem.data.decode import MAX_FILE_BYTES
 from diffmem.data.depth import BadImage
 from diffmem.errors import InputError
@@ -86,7 +87,7 @@ class LmdbImages:
             raise BadImage(f"has {value.size / 1e6:,.0f} MB, more than any image that is read")
         try:
             with open(self._path, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), value.size, value.start)
+                data = system.read_at(file.fileno(), value.size, value.start)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from None
         if len(data) != value.size:
@@ -130,7 +131,7 @@ class _Database:
         return transaction, page_size, root, last + 1
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self._descriptor, size, start)
+        return system.read_at(self._descriptor, size, start)
 
     def items(self) -> Iterator[tuple[bytes, Value]]:
         """Keys and places of values, in order of the keys."""

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from diffmem import system
 from diffmem.errors import InputError
 
 # Arrays above this share of the machine's memory are kept in a file.
@@ -17,7 +18,7 @@ MEMORY_SHARE = 0.25
 
 def memory_bytes() -> int:
     """Bytes of memory this process may use: the machine's, or its control group's limit where that is lower."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = system.physical_memory()
     try:
         with open("/sys/fs/cgroup/memory.max") as limit:
             return min(total, int(limit.read()))
