@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -287,3 +289,18 @@ def test_faiss_from_the_command_line(monkeypatch):
     result = run(*arguments, "--index", "ivf16")
     assert "--index" in result.stderr
     assert result.returncode == 2
+
+
+def test_nothing_slow_is_imported_for_a_page(tmp_path):
+    """Each of these takes a second of every audit."""
+    script = f"""
+import sys
+from diffmem.cli import cli
+cli.main(["audit", "builtin:patches?n=20&seed=1", "builtin:patches?n=200", "--out", {str(tmp_path / "out")!r}],
+         standalone_mode=False)
+print([name for name in ("matplotlib.figure", "sympy", "torch._dynamo", "triton") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
