@@ -90,15 +90,17 @@ void bind_conv3x3(py::module_& m) {
       py::arg("threads"), "Transforms weights.");
   m.def(
       "conv3x3_forward",
-      [](std::array<std::int64_t, 5> shape, Address x, Address packed, Address bias, Address y, int threads) {
+      [](std::array<std::int64_t, 5> shape, Address x, Address packed, Address bias, Address residual, float scale,
+         Address y, int threads) {
         check_shape(shape, threads);
         require_addresses(x, packed, y);
+        const conv3x3::Epilogue epilogue = {reinterpret_cast<const float*>(bias),
+                                            reinterpret_cast<const float*>(residual), scale};
         conv3x3::forward({shape[0], shape[1], shape[2], shape[3], shape[4]}, reinterpret_cast<const float*>(x),
-                         reinterpret_cast<const float*>(packed), reinterpret_cast<const float*>(bias),
-                         reinterpret_cast<float*>(y), threads);
+                         reinterpret_cast<const float*>(packed), epilogue, reinterpret_cast<float*>(y), threads);
       },
-      unlocked, py::arg("shape"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("y"), py::arg("threads"),
-      "Convolves.");
+      unlocked, py::arg("shape"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
+      py::arg("scale"), py::arg("y"), py::arg("threads"), "Convolves.");
   m.def(
       "conv3x3_weight_gradient",
       [](std::array<std::int64_t, 5> shape, Address x, Address y_gradient, Address gradient,

@@ -28,8 +28,14 @@ std::int64_t packed_size(std::int64_t channels, std::int64_t outputs);
 void pack(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
           float* packed, int threads);
 
-// `bias` (outputs) may be null.
-void forward(const Shape& shape, const float* x, const float* packed, const float* bias, float* y, int threads);
+// y = (x convolved with the weights + bias + residual)·scale.
+struct Epilogue {
+  const float* bias;      // (outputs), or null
+  const float* residual;  // like y, or null
+  float scale;
+};
+
+void forward(const Shape& shape, const float* x, const float* packed, const Epilogue& epilogue, float* y, int threads);
 
 // The gradient of the weights, from that of y: written to (outputs, channels, 3, 3) with element strides.
 void weight_gradient(const Shape& shape, const float* x, const float* y_gradient, float* gradient,
@@ -54,7 +60,7 @@ struct Kernels {
 
   // The outputs of tiles [first, last) in row-major order of (image, tile row, tile column); `inputs` and `products`
   // hold a row for each, `zeros` as many as there are channels.
-  void (*tiles)(const Shape& shape, const float* x, const float* packed, const float* bias, std::int64_t first,
+  void (*tiles)(const Shape& shape, const float* x, const float* packed, const Epilogue& epilogue, std::int64_t first,
                 std::int64_t last, float* y, const Points& inputs, const Points& products, const float* zeros);
 
   // The transformed inputs of tiles [first, last), from row 0 of `inputs` on, and the (adjointly) transformed

@@ -41,7 +41,7 @@ void pack(const float* weight, const std::int64_t strides[4], std::int64_t chann
   });
 }
 
-void forward(const Shape& shape, const float* x, const float* packed, const float* bias, float* y, int threads) {
+void forward(const Shape& shape, const float* x, const float* packed, const Epilogue& epilogue, float* y, int threads) {
   const Kernels& kernel = *kernels();
   // As many blocks for each thread, of nearly the same size.
   const std::int64_t count = tile_count(shape), together = kBlockTiles * threads;
@@ -57,8 +57,8 @@ void forward(const Shape& shape, const float* x, const float* packed, const floa
     float* const zeros = products.values + 36 * products.point;
     std::fill_n(zeros, inputs.row, 0.0f);
     return [&, scratch, inputs, products, zeros](std::int64_t block) {
-      kernel.tiles(shape, x, packed, bias, count * block / blocks, count * (block + 1) / blocks, y, inputs, products,
-                   zeros);
+      kernel.tiles(shape, x, packed, epilogue, count * block / blocks, count * (block + 1) / blocks, y, inputs,
+                   products, zeros);
     };
   });
 }

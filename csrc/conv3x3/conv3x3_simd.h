@@ -252,13 +252,13 @@ void transform_gradients(const Shape& shape, const float* gradient, std::int64_t
   }
 }
 
-void write_outputs(const Shape& shape, const float* bias, std::int64_t first, std::int64_t last, const Points& products,
-                   float* y) {
+void write_outputs(const Shape& shape, const Epilogue& epilogue, std::int64_t first, std::int64_t last,
+                   const Points& products, float* y) {
   for (std::int64_t t = 0; t < last - first; ++t) {
     const Tile tile = tile_at(shape, first + t);
     const int height = static_cast<int>(simd::min<std::int64_t>(4, shape.height - tile.row));
     const int width = static_cast<int>(simd::min<std::int64_t>(4, shape.width - tile.column));
-    float* const origin = y + ((tile.image * shape.height + tile.row) * shape.width + tile.column) * shape.outputs;
+    const std::int64_t origin = ((tile.image * shape.height + tile.row) * shape.width + tile.column) * shape.outputs;
     for (std::int64_t o = 0; o < shape.outputs; o += kLanes) {
       Floats half[4][6], line[6], result[4];
       const float* source = products.values + t * products.row + o;
@@ -270,15 +270,18 @@ void write_outputs(const Shape& shape, const float* bias, std::int64_t first, st
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) half[i][j] = result[i];
       }
-      const Floats offset = bias ? load(bias + o) : zero();
+      const Floats offset = epilogue.bias ? load(epilogue.bias + o) : zero(), scale = set1(epilogue.scale);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         if (i == height) break;
         transform_products(half[i], result);
-        float* target = origin + i * shape.width * shape.outputs + o;
+        const std::int64_t at = origin + i * shape.width * shape.outputs + o;
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          if (j < width) store(target + j * shape.outputs, add(result[j], offset));
+          if (j >= width) break;
+          Floats value = add(result[j], offset);
+          if (epilogue.residual) value = add(value, load(epilogue.residual + at + j * shape.outputs));
+          store(y + at + j * shape.outputs, multiply(value, scale));
         }
       }
     }
@@ -322,7 +325,7 @@ void pack_panel(const float* weight, const std::int64_t strides[4], std::int64_t
   }
 }
 
-void tiles(const Shape& shape, const float* x, const float* packed, const float* bias, std::int64_t first,
+void tiles(const Shape& shape, const float* x, const float* packed, const Epilogue& epilogue, std::int64_t first,
            std::int64_t last, float* y, const Points& inputs, const Points& products, const float* zeros) {
   const std::int64_t channels = shape.channels, outputs = shape.outputs, rows = last - first;
   transform_images(shape, x, first, last, inputs, zeros);
@@ -338,7 +341,7 @@ void tiles(const Shape& shape, const float* x, const float* packed, const float*
       multiply<kRows, 1>(rows, channels, in, inputs.row, panels + o * channels, out + o, products.row);
     }
   }
-  write_outputs(shape, bias, first, last, products, y);
+  write_outputs(shape, epilogue, first, last, products, y);
 }
 
 void accumulate(std::int64_t count, bool begins, const Shape& shape, std::int64_t c_first, std::int64_t c_last,

@@ -110,8 +110,10 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
-        return conv3x3(x, self.weight, self.bias if biased else None)
+    def forward(
+        self, x: torch.Tensor, biased: bool = True, residual: torch.Tensor | None = None, scale: float = 1.0
+    ) -> torch.Tensor:
+        return conv3x3(x, self.weight, self.bias if biased else None, residual, scale)
 
 
 class ResampleConv2d(nn.Conv2d):
@@ -310,8 +312,7 @@ class UNetBlock(nn.Module):
             assert self.conv0.bias is not None
             added = self.conv0.bias[None] if added is None else added + self.conv0.bias
         y = self.norm1(self._first_convolution(x, biased=not folded), scale, shift, added=added)
-        y = self.conv1(dropout(y, style.dropout, self.training))
-        y = (y + self._skip(x)) * style.skip_scale
+        y = self.conv1(dropout(y, style.dropout, self.training), residual=self._skip(x), scale=style.skip_scale)
         if self.num_heads:
             attended = self.proj(attention(self.qkv(self.norm2(y, silu=False)), self.num_heads))
             y = (y + attended) * style.skip_scale

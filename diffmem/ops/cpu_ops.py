@@ -15,22 +15,33 @@ import torch
 _LIBRARY = torch.library.Library("diffmem", "FRAGMENT")
 
 
-def cpu_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+def cpu_op(name: str, schema: str | None = None, differentiable: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Makes a function of tensors in the CPU's memory the op `torch.ops.diffmem.<name>`, which is returned.
 
-    The function changes none of its arguments, and its annotations are the op's schema. It has no gradient, and says so
-    where one is asked for.
+    The function changes none of its arguments.
+
+    Args:
+        name: Of the op.
+        schema: "(Tensor x, …) -> Tensor"; None: what the function's annotations say.
+        differentiable: Its gradient goes to `register_gradient`; otherwise it has none, and says so where one is asked
+            for.
     """
 
     def define(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        described = torch.library.infer_schema(function, mutates_args=()) if schema is None else schema
+        _LIBRARY.define(name + described, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CPU")
 
         def no_gradient(*_: Any) -> None:
             raise RuntimeError(f"diffmem.{name} has no gradient")
 
-        torch.library.register_autograd(f"diffmem::{name}", no_gradient, lib=_LIBRARY)
+        if not differentiable:
+            register_gradient(name, no_gradient)
         return getattr(torch.ops.diffmem, name).default
 
     return define
+
+
+def register_gradient(name: str, backward: Callable[..., Any], save: Callable[..., None] | None = None) -> None:
+    """Gives an op of `cpu_op` its gradient: backward(ctx, *gradients), after save(ctx, inputs, output)."""
+    torch.library.register_autograd(f"diffmem::{name}", backward, setup_context=save, lib=_LIBRARY)

@@ -36,7 +36,7 @@ def good(op: str) -> dict:
             "iterations": 1,
         },
         "alignment": {"searched": torch.randn(2, 2, 3, 12, 12), "templates": torch.randn(2, 5, 3, 8, 8)},
-        "conv3x3": {"x": x, "weight": torch.randn(16, 16, 3, 3), "bias": torch.randn(16)},
+        "conv3x3": {"x": x, "weight": torch.randn(16, 16, 3, 3), "bias": torch.randn(16), "residual": x, "scale": 0.5},
         "conv3x3_winograd": {
             "x": x, "weight": torch.randn(16, 16, 3, 3), "bias": torch.randn(16), "transposed": False,
         },
@@ -181,7 +181,7 @@ def test_fake_implementations_check_as_the_real_ones_do(op):
 @pytest.mark.parametrize("op", OPS)
 def test_absent_tensors_are_no_crash(op):
     for name, value in good(op).items():
-        if isinstance(value, torch.Tensor) and name not in ("bias", "added"):
+        if isinstance(value, torch.Tensor) and name not in ("bias", "added", "residual"):
             with pytest.raises((ValueError, TypeError, RuntimeError)):
                 call(op, {**good(op), name: None})
 
@@ -245,9 +245,9 @@ calls = [
     lambda: _C.nearest_search_dense(rows(), rows(), 1, a, a, 0),
     lambda: _C.conv3x3_packed_size(-8, 16),
     lambda: _C.conv3x3_packed_size(7, 16),
-    lambda: _C.conv3x3_forward([1, 4, 4, 8, 2**61], a, a, 0, a, 1),
-    lambda: _C.conv3x3_forward([0, 4, 4, 8, 16], a, a, 0, a, 1),
-    lambda: _C.conv3x3_forward([1, 4, 4, 8, 16], 0, a, 0, a, 1),
+    lambda: _C.conv3x3_forward([1, 4, 4, 8, 2**61], a, a, 0, 0, 1.0, a, 1),
+    lambda: _C.conv3x3_forward([0, 4, 4, 8, 16], a, a, 0, 0, 1.0, a, 1),
+    lambda: _C.conv3x3_forward([1, 4, 4, 8, 16], 0, a, 0, 0, 1.0, a, 1),
     lambda: _C.conv3x3_weight_gradient([1, 4, 4, 8, 16], a, a, 0, [72, 9, 3, 1], 1),
     lambda: _C.group_norm_silu_forward([1, 4, 8, 0], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),
     lambda: _C.group_norm_silu_forward([1, 4, 8, 3], [a, a, 0, 0, 0], [0, 0, 0], 1e-5, True, a, a, a, a, 1),

@@ -40,6 +40,8 @@ def test_within_twice_the_error_of_the_direct_sum(shape, bias, level, monkeypatc
     y = conv3x3(x, weight, offset, impl="native")
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_as_exact("conv3x3", y, direct, exact, norm=True)
+    residual = torch.randn_like(y)
+    assert torch.equal(conv3x3(x, weight, offset, residual, 0.5, impl="native"), (y + residual) * 0.5)
     # The border, one pixel deep, is where a wrong tile would show.
     for edge in (slice(0, 1), slice(-1, None)):
         assert_close("conv3x3 by PyTorch", y[:, :, edge].double(), exact[:, :, edge])
@@ -69,7 +71,8 @@ def test_opcheck(transposed):
     x, weight, bias = case(4, 16, 32, 16, 16)
     if transposed:
         weight, bias = weight.transpose(0, 1).contiguous(), bias
-    arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), transposed)
+    residual = torch.randn(4, 32, 16, 16, requires_grad=True)
+    arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), transposed, residual, 0.5)
     options = dict(zip(("rtol", "atol"), CLOSE["conv3x3 by Winograd, values of opcheck"], strict=True))
     if "rtol" not in inspect.signature(torch.library.opcheck).parameters:  # PyTorch 2.6: without what compares values
         options = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
@@ -86,13 +89,15 @@ def test_gradients_against_float64(transposed, batch, channels, level, monkeypat
     monkeypatch.setenv("DIFFMEM_CPU", level)
     x, weight, bias = case(batch, channels, 32, 13, 16)
     kernel = weight.transpose(0, 1).contiguous() if transposed else weight
-    leaves = [value.clone().requires_grad_() for value in (x, kernel, bias)]
+    residual = torch.randn(batch, 32, 13, 16)
+    leaves = [value.clone().requires_grad_() for value in (x, kernel, bias, residual)]
     exact = [value.detach().double().requires_grad_() for value in leaves]
-    y = native.conv3x3_winograd(*leaves, transposed)
+    y = native.conv3x3_winograd(*leaves[:3], transposed, leaves[3], 0.75)
     if transposed:
         z = F.conv_transpose2d(exact[0], exact[1], exact[2], padding=1)
     else:
         z = F.conv2d(exact[0], exact[1], exact[2], padding=1)
+    z = (z + exact[3]) * 0.75
     assert_close("conv3x3 by Winograd", y.double(), z)
     direction = torch.randn_like(z)
     gradients = torch.autograd.grad((y * direction.float()).sum(), leaves)
@@ -103,9 +108,20 @@ def test_gradients_against_float64(transposed, batch, channels, level, monkeypat
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_other_implementations(impl):
     x, weight, bias = case(2, 3, 5, 4, 6)
-    expected = conv3x3(x.double(), weight.double(), bias.double(), impl="reference")
+    residual = torch.randn(2, 5, 4, 6)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     assert_close("conv3x3 by PyTorch", conv3x3(x, weight, bias, impl=impl).double(), expected)
+    expected = (expected + residual) * 0.5
+    assert_close("conv3x3 by PyTorch", conv3x3(x, weight, bias, residual, 0.5, impl=impl).double(), expected)
     assert conv3x3(x[:0], weight, bias, impl=impl).shape == (0, 5, 4, 6)
+
+
+@needs_native
+def test_autocast_leaves_it_in_float32():
+    x, weight, bias = case(4, 16, 16, 16, 16)
+    expected = conv3x3(x.bfloat16().float(), weight, bias, x.bfloat16().float(), impl="native")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv3x3(x.bfloat16(), weight, bias, x.bfloat16()), expected)
 
 
 @needs_native
@@ -129,6 +145,8 @@ def test_problems_that_winograd_cannot_take():
     torch.testing.assert_close(conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
     with pytest.raises(InputError, match="weight must be"):
         conv3x3(x, weight[:, :-1], bias)
+    with pytest.raises(InputError, match="residual must be"):
+        conv3x3(x, weight, bias, x[:, :, 1:])
     if AVAILABLE is None:
         with pytest.raises(InputError, match="multiples of 8"):
             conv3x3(x, weight, bias, impl="native")

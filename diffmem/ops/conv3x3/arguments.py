@@ -7,31 +7,32 @@ from typing import Any
 import torch
 
 from diffmem.errors import InputError
-from diffmem.ops.arguments import check_shape, check_tensor
+from diffmem.ops.arguments import check_number, check_shape, check_tensor
 
 OP = "conv3x3"
 
 
-def check(x: Any, weight: Any, bias: Any) -> None:
+def check(x: Any, weight: Any, bias: Any, residual: Any, scale: Any) -> None:
     """Of the public function: dtypes may differ where autocast evens them out."""
     check_tensor(OP, "x", x)
     check_shape(OP, "x", x, (None, None, None, None), "(B, C, H, W)")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None and name == "bias":
+    for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is None and name != "weight":
             continue
         check_tensor(OP, name, value, like=x)
         if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise InputError(f"{OP}: {name} must be {x.dtype} like x, got {value.dtype}")
-    _check_sizes(x, weight, bias, transposed=False)
+    _check_sizes(x, weight, bias, residual, transposed=False)
+    check_number(OP, "scale", scale)
 
 
-def check_winograd(x: Any, weight: Any, bias: Any, transposed: bool) -> None:
+def check_winograd(x: Any, weight: Any, bias: Any, transposed: bool, residual: Any, scale: Any) -> None:
     """Of the operator `conv3x3_winograd`."""
-    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-        if value is not None or name != "bias":
+    for name, value in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is not None or name in ("x", "weight"):
             check_tensor(OP, name, value, (torch.float32,), like=x if name != "x" else None)
     check_shape(OP, "x", x, (None, None, None, None), "(B, C, H, W)")
-    _check_sizes(x, weight, bias, transposed)
+    _check_sizes(x, weight, bias, residual, transposed)
     _check_multiples(x.shape[1], weight.shape[1 if transposed else 0])
 
 
@@ -45,8 +46,14 @@ def check_weight_gradient(x: Any, gradient: Any) -> None:
     _check_multiples(channels, gradient.shape[1])
 
 
-def _check_sizes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> None:
-    channels = x.shape[1]
+def _check_sizes(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    transposed: bool,
+) -> None:
+    batch, channels, height, width = x.shape
     shape = (channels, None, 3, 3) if transposed else (None, channels, 3, 3)
     check_shape(OP, "weight", weight, shape, f"({channels}, O, 3, 3)" if transposed else f"(O, {channels}, 3, 3)")
     outputs = weight.shape[1 if transposed else 0]
@@ -55,6 +62,9 @@ def _check_sizes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
             raise InputError(f"{OP}: {name}: there must be at least one, got {size}")
     if bias is not None:
         check_shape(OP, "bias", bias, (outputs,), f"({outputs},)")
+    if residual is not None:
+        shape = (batch, outputs, height, width)
+        check_shape(OP, "residual", residual, shape, str(shape))
 
 
 def _check_multiples(channels: int, outputs: int) -> None:

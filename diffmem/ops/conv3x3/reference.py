@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 
-def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def conv3x3(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
     """Σ over the nine taps of weight[:, :, i, j]·(x shifted by (i − 1, j − 1)), see `diffmem.ops.conv3x3`."""
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1))
@@ -15,4 +21,6 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         for i in range(3)
         for j in range(3)
     )
-    return y if bias is None else y + bias.reshape(1, -1, 1, 1)  # type: ignore[return-value] # not 0: a sum of nine
+    if bias is not None:
+        y = y + bias.reshape(1, -1, 1, 1)
+    return (y if residual is None else y + residual) * scale  # type: ignore[return-value] # not 0: a sum of nine

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from diffmem.ops.cpu_ops import cpu_op, register_gradient
 from diffmem.ops.group_norm_silu import arguments
 from diffmem.ops.registry import available_core, native_kernel_unavailable
 
@@ -36,12 +37,7 @@ def _unfit(x: torch.Tensor, num_groups: int) -> str | None:
     return None
 
 
-@torch.library.custom_op(
-    "diffmem::group_norm_silu_native",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({arguments.FORWARD}) -> (Tensor, Tensor, Tensor)",
-)
+@cpu_op("group_norm_silu_native", f"({arguments.FORWARD}) -> (Tensor, Tensor, Tensor)", differentiable=True)
 def group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     """The result, and the mean (float64) and 1/√(variance + eps) of each image's groups, (B, num_groups)."""
     _check(x, num_groups, weight, bias, eps, scale, shift, added)
@@ -61,7 +57,7 @@ def group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu
     return y, mean, rstd
 
 
-@group_norm_silu_forward.register_fake
+@torch.library.register_fake("diffmem::group_norm_silu_native")
 def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     _check(x, num_groups, weight, bias, eps, scale, shift, added)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float64)
@@ -72,12 +68,7 @@ def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     )
 
 
-@torch.library.custom_op(
-    "diffmem::group_norm_silu_native_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({arguments.BACKWARD}) -> (Tensor, Tensor)",
-)
+@cpu_op("group_norm_silu_native_backward", f"({arguments.BACKWARD}) -> (Tensor, Tensor)")
 def group_norm_silu_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
     """dx, and sums (3, B, C): Σ g, Σ g·x̂ and Σ dx over each channel's pixels, g the gradient before SiLU."""
     _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
@@ -98,7 +89,7 @@ def group_norm_silu_backward(dy, x, mean, rstd, num_groups, weight, bias, scale,
     return dx, sums
 
 
-@group_norm_silu_backward.register_fake
+@torch.library.register_fake("diffmem::group_norm_silu_native_backward")
 def _(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
     _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
     return torch.empty_like(x, memory_format=torch.channels_last), x.new_empty((3, *x.shape[:2]))
@@ -148,7 +139,7 @@ def _backward(ctx, dy, _dmean, _drstd):
     return dx, None, of_product.sum(0), of_g.sum(0), None, dscale, dshift, None, dadded
 
 
-group_norm_silu_forward.register_autograd(_backward, setup_context=_save)
+register_gradient("group_norm_silu_native", _backward, _save)
 
 
 def group_norm_silu(*all_arguments) -> torch.Tensor:
