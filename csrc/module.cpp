@@ -71,23 +71,22 @@ void bind_conv3x3(py::module_& m) {
   };
   m.def(
       "conv3x3_packed_size",
-      [](std::int64_t channels, std::int64_t outputs) {
-        check(channels, outputs);
-        return conv3x3::packed_size(channels, outputs);
+      [](std::array<std::int64_t, 5> shape) {
+        check_shape(shape, 1);
+        return conv3x3::packed_size({shape[0], shape[1], shape[2], shape[3], shape[4]});
       },
-      py::arg("channels"), py::arg("outputs"));
+      py::arg("shape"));
   m.def(
       "conv3x3_pack",
-      [](Address weight, std::array<std::int64_t, 4> strides, std::int64_t channels, std::int64_t outputs,
-         Address packed, int threads) {
-        check(channels, outputs);
-        require_threads(threads);
+      [](std::array<std::int64_t, 5> shape, Address weight, std::array<std::int64_t, 4> strides, Address packed,
+         int threads) {
+        check_shape(shape, threads);
         require_addresses(weight, packed);
-        conv3x3::pack(reinterpret_cast<const float*>(weight), strides.data(), channels, outputs,
-                      reinterpret_cast<float*>(packed), threads);
+        conv3x3::pack({shape[0], shape[1], shape[2], shape[3], shape[4]}, reinterpret_cast<const float*>(weight),
+                      strides.data(), reinterpret_cast<float*>(packed), threads);
       },
-      unlocked, py::arg("weight"), py::arg("strides"), py::arg("channels"), py::arg("outputs"), py::arg("packed"),
-      py::arg("threads"), "Transforms weights.");
+      unlocked, py::arg("shape"), py::arg("weight"), py::arg("strides"), py::arg("packed"), py::arg("threads"),
+      "Transforms weights.");
   m.def(
       "conv3x3_forward",
       [](std::array<std::int64_t, 5> shape, Address x, Address packed, Address bias, Address residual, float scale,

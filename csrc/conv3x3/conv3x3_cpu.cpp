@@ -31,18 +31,33 @@ Points layout(std::int64_t rows, std::int64_t width) {
 
 bool available() { return kernels() != nullptr; }
 
-std::int64_t packed_size(std::int64_t channels, std::int64_t outputs) { return 36 * packed_point(channels, outputs); }
+std::int64_t packed_size(const Shape& shape) {
+  return (is_direct(shape) ? 9 : 36) * packed_point(shape.channels, shape.outputs);
+}
 
-void pack(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
-          float* packed, int threads) {
+void pack(const Shape& shape, const float* weight, const std::int64_t strides[4], float* packed, int threads) {
   const Kernels& kernel = *kernels();
-  share(outputs / 16, threads, [&] {
-    return [&](std::int64_t panel) { kernel.pack_panel(weight, strides, channels, outputs, panel, packed); };
+  share(shape.outputs / 16, threads, [&] {
+    return [&](std::int64_t panel) {
+      kernel.pack_panel(weight, strides, shape.channels, shape.outputs, panel, is_direct(shape), packed);
+    };
   });
 }
 
 void forward(const Shape& shape, const float* x, const float* packed, const Epilogue& epilogue, float* y, int threads) {
   const Kernels& kernel = *kernels();
+  if (is_direct(shape)) {
+    const std::int64_t pixels = shape.height * shape.width;
+    const std::int64_t parts = (shape.batch + kBlockTiles - 1) / kBlockTiles;
+    share(parts * pixels, threads, [&] {
+      return [&](std::int64_t item) {
+        const std::int64_t part = item / pixels;
+        kernel.pixel(shape, x, packed, epilogue, shape.batch * part / parts, shape.batch * (part + 1) / parts,
+                     item % pixels, y);
+      };
+    });
+    return;
+  }
   // As many blocks for each thread, of nearly the same size.
   const std::int64_t count = tile_count(shape), together = kBlockTiles * threads;
   const std::int64_t blocks =
@@ -63,8 +78,39 @@ void forward(const Shape& shape, const float* x, const float* packed, const Epil
   });
 }
 
-void weight_gradient(const Shape& shape, const float* x, const float* y_gradient, float* gradient,
-                     const std::int64_t strides[4], int threads) {
+namespace {
+
+// Channels in parts of about 64, whole eights, for sums that are shared among threads by their channels.
+struct ChannelParts {
+  std::int64_t eights, count;
+
+  explicit ChannelParts(std::int64_t channels) : eights(channels / 8), count((eights + 7) / 8) {}
+  std::int64_t first(std::int64_t part) const { return eights * part / count * 8; }
+};
+
+void direct_sums(const Shape& shape, const float* x, const float* y_gradient, float* sums, int threads) {
+  const Kernels& kernel = *kernels();
+  const std::int64_t pixels = shape.height * shape.width, point = packed_point(shape.channels, shape.outputs);
+  const ChannelParts parts(shape.channels);
+  share(9 * parts.count, threads, [&] {
+    return [&](std::int64_t item) {
+      const std::int64_t tap = item / parts.count, part = item % parts.count;
+      bool begins = true;
+      for (std::int64_t from = 0; from < pixels; ++from) {
+        for (std::int64_t to = 0; to < pixels; ++to) {
+          if (tap_between(shape, from, to) != tap) continue;
+          kernel.accumulate(shape.batch, begins, shape, parts.first(part), parts.first(part + 1),
+                            x + from * shape.channels, pixels * shape.channels, y_gradient + to * shape.outputs,
+                            pixels * shape.outputs, sums + tap * point);
+          begins = false;
+        }
+      }
+      if (begins && part == 0) std::fill_n(sums + tap * point, point, 0.0f);  // a tap that is always outside
+    };
+  });
+}
+
+void winograd_sums(const Shape& shape, const float* x, const float* y_gradient, float* sums, int threads) {
   const Kernels& kernel = *kernels();
   const std::int64_t channels = shape.channels, outputs = shape.outputs, count = tile_count(shape);
   const std::int64_t held = std::max<std::int64_t>(kBlockTiles, kSummed / (36 * (channels + outputs)));
@@ -72,41 +118,49 @@ void weight_gradient(const Shape& shape, const float* x, const float* y_gradient
   Points inputs = layout(rows, channels), gradients = layout(rows, outputs);
   const std::int64_t longest = std::max(inputs.row, gradients.row);
   cpu::Aligned<float> scratch(static_cast<std::size_t>(36 * (inputs.point + gradients.point) + longest));
-  cpu::Aligned<float> sums(static_cast<std::size_t>(packed_size(channels, outputs)));
   inputs.values = scratch.data();
   gradients.values = inputs.values + 36 * inputs.point;
   float* const zeros = gradients.values + 36 * gradients.point;
   std::fill_n(zeros, longest, 0.0f);
-  const std::int64_t eights = (channels + 7) / 8, c_parts = (eights + 7) / 8;
+  const ChannelParts parts(channels);
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
     const std::int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
-    const std::int64_t parts = (last - first + kBlocksOfTiles - 1) / kBlocksOfTiles;
-    share(2 * parts, threads, [&] {
+    const std::int64_t blocks = (last - first + kBlocksOfTiles - 1) / kBlocksOfTiles;
+    share(2 * blocks, threads, [&] {
       return [&](std::int64_t item) {
         const std::int64_t from = item / 2 * kBlocksOfTiles, to = std::min(last - first, from + kBlocksOfTiles);
         const Points& into = item % 2 == 0 ? inputs : gradients;
-        const Points rows_of_it = {into.values + from * into.row, into.row, into.point};
+        const Points block = {into.values + from * into.row, into.row, into.point};
         if (item % 2 == 0) {
-          kernel.transform_images(shape, x, first + from, first + to, rows_of_it, zeros);
+          kernel.transform_images(shape, x, first + from, first + to, block, zeros);
         } else {
-          kernel.transform_gradients(shape, y_gradient, first + from, first + to, rows_of_it, zeros);
+          kernel.transform_gradients(shape, y_gradient, first + from, first + to, block, zeros);
         }
       };
     });
-    share(36 * c_parts, threads, [&] {
+    share(36 * parts.count, threads, [&] {
       return [&](std::int64_t item) {
-        const std::int64_t point = item / c_parts, part = item % c_parts;
-        const Points in = {inputs.values + point * inputs.point, inputs.row, inputs.point};
-        const Points out = {gradients.values + point * gradients.point, gradients.row, gradients.point};
-        kernel.accumulate(last - first, chunk == 0, shape, eights * part / c_parts * 8,
-                          eights * (part + 1) / c_parts * 8, in, out,
-                          sums.data() + point * packed_point(channels, outputs));
+        const std::int64_t point = item / parts.count, part = item % parts.count;
+        kernel.accumulate(last - first, chunk == 0, shape, parts.first(part), parts.first(part + 1),
+                          inputs.values + point * inputs.point, inputs.row, gradients.values + point * gradients.point,
+                          gradients.row, sums + point * packed_point(channels, outputs));
       };
     });
   }
-  share(outputs / 16, threads, [&] {
-    return
-        [&](std::int64_t panel) { kernel.weight_gradient(sums.data(), channels, outputs, panel, gradient, strides); };
+}
+
+}  // namespace
+
+void weight_gradient(const Shape& shape, const float* x, const float* y_gradient, float* gradient,
+                     const std::int64_t strides[4], int threads) {
+  cpu::Aligned<float> sums(static_cast<std::size_t>(packed_size(shape)));
+  const bool direct = is_direct(shape);
+  (direct ? direct_sums : winograd_sums)(shape, x, y_gradient, sums.data(), threads);
+  const Kernels& kernel = *kernels();
+  share(shape.outputs / 16, threads, [&] {
+    return [&](std::int64_t panel) {
+      kernel.weight_gradient(sums.data(), shape.channels, shape.outputs, panel, direct, gradient, strides);
+    };
   });
 }
 

@@ -80,26 +80,36 @@ inline void transform_sums(const Floats s[6], Floats w[3]) {
 
 // ---------------------------------------------------------------------------------------------------- small products
 
-// products[r][…] = Σ_k inputs[r][k]·panels[k][…] for ROWS rows and PANELS panels of 16 outputs.
+// What is multiplied and summed: `count` pairs of a matrix of inputs and one of weights, so far from the first ones.
+struct Terms {
+  int count;
+  std::int64_t input[4], panel[4];
+};
+
+// products[r][…] = Σ over terms and k of inputs[r][k]·panels[k][…] for ROWS rows and PANELS panels of 16 outputs.
 template <int ROWS, int PANELS>
-void multiply_rows(std::int64_t channels, const float* inputs, std::int64_t input_stride, const float* panels,
-                   float* products, std::int64_t product_stride) {
+void multiply_rows(const Terms& terms, std::int64_t channels, const float* inputs, std::int64_t input_stride,
+                   const float* panels, float* products, std::int64_t product_stride) {
   constexpr int vectors = PANELS * 16 / kLanes, each = 16 / kLanes;
   Floats sum[ROWS][vectors];
   for (auto& row : sum) {
     for (Floats& one : row) one = zero();
   }
-  for (std::int64_t k = 0; k < channels; ++k) {
-    Floats weights[vectors];
+  for (int term = 0; term < terms.count; ++term) {
+    const float* const in = inputs + terms.input[term];
+    const float* const panel = panels + terms.panel[term];
+    for (std::int64_t k = 0; k < channels; ++k) {
+      Floats weights[vectors];
 #pragma GCC unroll 8
-    for (int p = 0; p < PANELS; ++p) prefetch(panels + ((p + PANELS) * channels + k) * 16);
+      for (int p = 0; p < PANELS; ++p) prefetch(panel + ((p + PANELS) * channels + k) * 16);
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) weights[v] = load(panels + (v / each * channels + k) * 16 + v % each * kLanes);
+      for (int v = 0; v < vectors; ++v) weights[v] = load(panel + (v / each * channels + k) * 16 + v % each * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const Floats value = set1(inputs[r * input_stride + k]);
+      for (int r = 0; r < ROWS; ++r) {
+        const Floats value = set1(in[r * input_stride + k]);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(value, weights[v], sum[r][v]);
+        for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(value, weights[v], sum[r][v]);
+      }
     }
   }
   for (int r = 0; r < ROWS; ++r) {
@@ -109,25 +119,42 @@ void multiply_rows(std::int64_t channels, const float* inputs, std::int64_t inpu
 
 // `rows` of them, at most ROWS.
 template <int ROWS, int PANELS>
-inline void multiply_up_to(std::int64_t rows, std::int64_t channels, const float* inputs, std::int64_t input_stride,
-                           const float* panels, float* products, std::int64_t product_stride) {
+inline void multiply_up_to(std::int64_t rows, const Terms& terms, std::int64_t channels, const float* inputs,
+                           std::int64_t input_stride, const float* panels, float* products,
+                           std::int64_t product_stride) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
-      return multiply_up_to<ROWS - 1, PANELS>(rows, channels, inputs, input_stride, panels, products, product_stride);
+      return multiply_up_to<ROWS - 1, PANELS>(rows, terms, channels, inputs, input_stride, panels, products,
+                                              product_stride);
     }
   }
-  multiply_rows<ROWS, PANELS>(channels, inputs, input_stride, panels, products, product_stride);
+  multiply_rows<ROWS, PANELS>(terms, channels, inputs, input_stride, panels, products, product_stride);
 }
 
 // All rows, in parts of nearly equal size.
-template <int ROWS, int PANELS>
-inline void multiply(std::int64_t rows, std::int64_t channels, const float* inputs, std::int64_t input_stride,
-                     const float* panels, float* products, std::int64_t product_stride) {
-  const std::int64_t parts = simd::divide_up<std::int64_t>(rows, ROWS);
+template <int PANELS>
+inline void multiply_panels(std::int64_t rows, const Terms& terms, std::int64_t channels, const float* inputs,
+                            std::int64_t input_stride, const float* panels, float* products,
+                            std::int64_t product_stride) {
+  const std::int64_t parts = simd::divide_up<std::int64_t>(rows, kRows);
   for (std::int64_t part = 0; part < parts; ++part) {
     const std::int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
-    multiply_up_to<ROWS, PANELS>(last - first, channels, inputs + first * input_stride, input_stride, panels,
-                                 products + first * product_stride, product_stride);
+    multiply_up_to<kRows, PANELS>(last - first, terms, channels, inputs + first * input_stride, input_stride, panels,
+                                  products + first * product_stride, product_stride);
+  }
+}
+
+// All outputs.
+inline void multiply(std::int64_t rows, const Terms& terms, const Shape& shape, const float* inputs,
+                     std::int64_t input_stride, const float* panels, float* products, std::int64_t product_stride) {
+  std::int64_t o = 0;
+  for (; o + 16 * kPanels <= shape.outputs; o += 16 * kPanels) {
+    multiply_panels<kPanels>(rows, terms, shape.channels, inputs, input_stride, panels + o * shape.channels,
+                             products + o, product_stride);
+  }
+  for (; o < shape.outputs; o += 16) {
+    multiply_panels<1>(rows, terms, shape.channels, inputs, input_stride, panels + o * shape.channels, products + o,
+                       product_stride);
   }
 }
 
@@ -291,7 +318,7 @@ void write_outputs(const Shape& shape, const Epilogue& epilogue, std::int64_t fi
 // ------------------------------------------------------------------------------------------------------------- items
 
 void pack_panel(const float* weight, const std::int64_t strides[4], std::int64_t channels, std::int64_t outputs,
-                std::int64_t panel, float* packed) {
+                std::int64_t panel, bool direct, float* packed) {
   alignas(64) float taps[9][kTransposed][16];
   for (std::int64_t first = 0; first < channels; first += kTransposed) {
     const std::int64_t count = simd::min<std::int64_t>(kTransposed, channels - first);
@@ -304,6 +331,10 @@ void pack_panel(const float* weight, const std::int64_t strides[4], std::int64_t
     }
     for (std::int64_t c = 0; c < count; ++c) {
       float* const target = packed + (panel * channels + first + c) * 16;
+      if (direct) {
+        for (int tap = 0; tap < 9; ++tap) simd::copy(taps[tap][c], 16, target + tap * packed_point(channels, outputs));
+        continue;
+      }
       for (int o = 0; o < 16; o += kLanes / 2) {
         Doubles half[3][6], line[3], row[6];
 #pragma GCC unroll 3
@@ -327,44 +358,61 @@ void pack_panel(const float* weight, const std::int64_t strides[4], std::int64_t
 
 void tiles(const Shape& shape, const float* x, const float* packed, const Epilogue& epilogue, std::int64_t first,
            std::int64_t last, float* y, const Points& inputs, const Points& products, const float* zeros) {
-  const std::int64_t channels = shape.channels, outputs = shape.outputs, rows = last - first;
+  const std::int64_t rows = last - first;
   transform_images(shape, x, first, last, inputs, zeros);
   for (int point = 0; point < 36; ++point) {
-    const float* in = inputs.values + point * inputs.point;
-    const float* panels = packed + point * packed_point(channels, outputs);
-    float* out = products.values + point * products.point;
-    std::int64_t o = 0;
-    for (; o + 16 * kPanels <= outputs; o += 16 * kPanels) {
-      multiply<kRows, kPanels>(rows, channels, in, inputs.row, panels + o * channels, out + o, products.row);
-    }
-    for (; o < outputs; o += 16) {
-      multiply<kRows, 1>(rows, channels, in, inputs.row, panels + o * channels, out + o, products.row);
-    }
+    multiply(rows, {1, {}, {}}, shape, inputs.values + point * inputs.point, inputs.row,
+             packed + point * packed_point(shape.channels, shape.outputs), products.values + point * products.point,
+             products.row);
   }
   write_outputs(shape, epilogue, first, last, products, y);
 }
 
+void pixel(const Shape& shape, const float* x, const float* packed, const Epilogue& epilogue, std::int64_t first,
+           std::int64_t last, std::int64_t number, float* y) {
+  const std::int64_t pixels = shape.height * shape.width;
+  Terms terms = {static_cast<int>(pixels), {}, {}};
+  for (std::int64_t other = 0; other < pixels; ++other) {
+    terms.input[other] = other * shape.channels;
+    terms.panel[other] = tap_between(shape, other, number) * packed_point(shape.channels, shape.outputs);
+  }
+  const std::int64_t begin = (first * pixels + number) * shape.outputs, stride = pixels * shape.outputs;
+  multiply(last - first, terms, shape, x + first * pixels * shape.channels, pixels * shape.channels, packed, y + begin,
+           stride);
+  const Floats scale = set1(epilogue.scale);
+  for (std::int64_t image = 0; image < last - first; ++image) {
+    const std::int64_t at = begin + image * stride;
+    for (std::int64_t o = 0; o < shape.outputs; o += kLanes) {
+      Floats value = load(y + at + o);
+      if (epilogue.bias) value = add(value, load(epilogue.bias + o));
+      if (epilogue.residual) value = add(value, load(epilogue.residual + at + o));
+      store(y + at + o, multiply(value, scale));
+    }
+  }
+}
+
 void accumulate(std::int64_t count, bool begins, const Shape& shape, std::int64_t c_first, std::int64_t c_last,
-                const Points& inputs, const Points& gradients, float* sums) {
+                const float* inputs, std::int64_t input_stride, const float* gradients, std::int64_t gradient_stride,
+                float* sums) {
   const std::int64_t outputs = shape.outputs, panel = 16 * shape.channels;
   for (std::int64_t c = c_first; c < c_last; c += 8) {
     for (std::int64_t part = 0; part < 8; part += kSumRows) {
-      const float* in = inputs.values + c + part;
+      const float* in = inputs + c + part;
       float* const out = sums + (c + part) * 16;
       std::int64_t o = 0;
       for (; o + 16 * kPanels <= outputs; o += 16 * kPanels) {
-        accumulate_rows<kSumRows, kPanels>(count, begins, in, inputs.row, gradients.values + o, gradients.row,
+        accumulate_rows<kSumRows, kPanels>(count, begins, in, input_stride, gradients + o, gradient_stride,
                                            out + o / 16 * panel, panel);
       }
       for (; o < outputs; o += 16) {
-        accumulate_rows<kSumRows, 1>(count, begins, in, inputs.row, gradients.values + o, gradients.row,
+        accumulate_rows<kSumRows, 1>(count, begins, in, input_stride, gradients + o, gradient_stride,
                                      out + o / 16 * panel, panel);
       }
     }
   }
 }
 
-void weight_gradient(const float* sums, std::int64_t channels, std::int64_t outputs, std::int64_t panel,
+void weight_gradient(const float* sums, std::int64_t channels, std::int64_t outputs, std::int64_t panel, bool direct,
                      float* gradient, const std::int64_t strides[4]) {
   alignas(64) float taps[9][kTransposed][16];
   for (std::int64_t first = 0; first < channels; first += kTransposed) {
@@ -372,6 +420,12 @@ void weight_gradient(const float* sums, std::int64_t channels, std::int64_t outp
     for (std::int64_t c = 0; c < count; ++c) {
       for (int o = 0; o < 16; o += kLanes) {
         const float* source = sums + (panel * channels + first + c) * 16 + o;
+        if (direct) {
+          for (int tap = 0; tap < 9; ++tap) {
+            store(&taps[tap][c][o], load(source + tap * packed_point(channels, outputs)));
+          }
+          continue;
+        }
         Floats half[3][6], line[6], row[3];
 #pragma GCC unroll 6
         for (int j = 0; j < 6; ++j) {
@@ -399,7 +453,7 @@ void weight_gradient(const float* sums, std::int64_t channels, std::int64_t outp
   }
 }
 
-const Kernels kTable = {pack_panel, tiles, transform_images, transform_gradients, accumulate, weight_gradient};
+const Kernels kTable = {pack_panel, tiles, pixel, transform_images, transform_gradients, accumulate, weight_gradient};
 
 }  // namespace
 

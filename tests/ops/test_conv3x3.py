@@ -29,7 +29,17 @@ def case(batch, channels, outputs, height, width, seed=0):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(5, 16, 32, 16, 16), (70, 40, 16, 4, 4), (9, 32, 48, 9, 11), (33, 8, 16, 6, 7), (4, 256, 64, 32, 32)]
+    "shape",
+    [
+        (5, 16, 32, 16, 16),
+        (67, 24, 48, 2, 2),
+        (40, 8, 16, 1, 2),
+        (33, 16, 32, 1, 1),
+        (70, 40, 16, 4, 4),
+        (9, 32, 48, 9, 11),
+        (33, 8, 16, 6, 7),
+        (4, 256, 64, 32, 32),
+    ],
 )
 def test_within_twice_the_error_of_the_direct_sum(shape, bias, level, monkeypatch):
     monkeypatch.setenv("DIFFMEM_CPU", level)
@@ -81,15 +91,26 @@ def test_opcheck(transposed):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+# More tiles than are held at a time; sizes that are convolved directly.
 @pytest.mark.parametrize(
-    ("batch", "channels"), [(6, 16), (6, 24), (6, 80), (80, 48)]
-)  # the last: more tiles than are held
+    "shape",
+    [
+        (6, 16, 13, 16),
+        (6, 24, 13, 16),
+        (6, 80, 13, 16),
+        (80, 48, 13, 16),
+        (70, 24, 2, 2),
+        (6, 16, 2, 1),
+        (40, 80, 1, 1),
+    ],
+)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_against_float64(transposed, batch, channels, level, monkeypatch):
+def test_gradients_against_float64(transposed, shape, level, monkeypatch):
     monkeypatch.setenv("DIFFMEM_CPU", level)
-    x, weight, bias = case(batch, channels, 32, 13, 16)
+    batch, channels, *size = shape
+    x, weight, bias = case(batch, channels, 32, *size)
     kernel = weight.transpose(0, 1).contiguous() if transposed else weight
-    residual = torch.randn(batch, 32, 13, 16)
+    residual = torch.randn(batch, 32, *size)
     leaves = [value.clone().requires_grad_() for value in (x, kernel, bias, residual)]
     exact = [value.detach().double().requires_grad_() for value in leaves]
     y = native.conv3x3_winograd(*leaves[:3], transposed, leaves[3], 0.75)
@@ -151,7 +172,7 @@ def test_problems_that_winograd_cannot_take():
         with pytest.raises(InputError, match="multiples of 8"):
             conv3x3(x, weight, bias, impl="native")
         assert OP.select("cpu", None).name == "native"
-        for shape, why in (((300, 16, 16, 2, 2), "save too little"), ((31, 16, 16, 4, 4), "fewer than 32 tiles")):
+        for shape, why in (((300, 16, 16, 5, 5), "save too little"), ((31, 16, 16, 4, 4), "fewer than 32 tiles")):
             x, weight, bias = case(*shape)
             with pytest.raises(InputError, match=why):
                 conv3x3(x, weight, bias, impl="native")

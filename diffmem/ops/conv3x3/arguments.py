@@ -63,8 +63,8 @@ def _check_sizes(
     if bias is not None:
         check_shape(OP, "bias", bias, (outputs,), f"({outputs},)")
     if residual is not None:
-        shape = (batch, outputs, height, width)
-        check_shape(OP, "residual", residual, shape, str(shape))
+        like_y = (batch, outputs, height, width)
+        check_shape(OP, "residual", residual, like_y, str(like_y))
 
 
 def _check_multiples(channels: int, outputs: int) -> None:

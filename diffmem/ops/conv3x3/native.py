@@ -15,7 +15,8 @@ from diffmem.ops.registry import available_core, native_kernel_unavailable
 
 # Below this many 4×4 tiles the transformed weights cost more than they save.
 _MIN_TILES = 32
-# Products of the direct sum for each of Winograd's, at least: 4 where the tiles fill the image, 1 for 2×2 pixels.
+# Products of the direct sum for each of Winograd's, at least: 4 where the tiles fill the image, 1.6 for 5×5 pixels. Of
+# up to 2×2 pixels the core forms direct sums, without those of pixels outside.
 _MIN_SAVED = 2.5
 
 
@@ -37,7 +38,7 @@ def unfit(x: torch.Tensor, weight: torch.Tensor, *others: object) -> str | None:
     tiles = -(-height // 4) * -(-width // 4)
     if batch * tiles < _MIN_TILES:
         return f"{batch} images of {height}×{width} pixels are fewer than {_MIN_TILES} tiles of 4×4 pixels"
-    if 9 * height * width < _MIN_SAVED * 36 * tiles:
+    if max(height, width) > 2 and 9 * height * width < _MIN_SAVED * 36 * tiles:
         return f"tiles of 4×4 pixels save too little on images of {height}×{width} pixels"
     return None
 
@@ -78,7 +79,8 @@ def conv3x3_winograd(
     y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
-    packed = torch.empty(core.conv3x3_packed_size(channels, outputs))
+    shape = [batch, height, width, channels, outputs]
+    packed = torch.empty(core.conv3x3_packed_size(shape))
     address, strides = weight.data_ptr(), list(weight.stride())
     if transposed:
         address += weight.element_size() * 2 * (strides[2] + strides[3])
@@ -88,9 +90,9 @@ def conv3x3_winograd(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     threads = torch.get_num_threads()
-    core.conv3x3_pack(address, strides, channels, outputs, packed.data_ptr(), threads)
+    core.conv3x3_pack(shape, address, strides, packed.data_ptr(), threads)
     core.conv3x3_forward(
-        [batch, height, width, channels, outputs],
+        shape,
         x.data_ptr(),
         packed.data_ptr(),
         0 if bias is None else bias.data_ptr(),
