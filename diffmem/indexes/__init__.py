@@ -12,6 +12,7 @@
         skipped.json                  sealed: files that could not be used and were skipped, with reasons
         shard.json                    sealed: what it was made from and how, and the SHA-256 of each file
       quantizers/ID/                  `--index ivf…`: quantizer.faiss, quantizer.json, ADDRESS.npy (codes of a shard)
+      codes/                          of the exact search over float vectors, made when it is first used
       duplicates.npz                  rows that are duplicates of others, across all shards
       sources.json                    SHA-256 of source files by path, size and time, so that none is read twice
 

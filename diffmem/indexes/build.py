@@ -49,18 +49,20 @@ from diffmem.indexes.quantizer import (
     train,
 )
 from diffmem.indexes.reading import Features, Reading, features_of
-from diffmem.indexes.shards import DESCRIPTION, SHARDS
+from diffmem.indexes.shards import DESCRIPTION, SHARDS, read_shard
 from diffmem.indexes.sources import Identities, Part, parts_of
 from diffmem.indexes.work import Job, make_shard
 from diffmem.integrity import file_sha256, sealed
 from diffmem.logs import logger
 from diffmem.progress import Progress, silent
+from diffmem.system import usable_cores
 
 _log = logger(__name__)
 LOSSES = 3  # workers that may die over one shard before the build ends
 SMALL = 64e6  # bytes of sources that one process indexes sooner than others would have started
 SORT_BYTES = 2e9  # to find duplicates in, where no memory is given
 _LEFT = re.compile(r"\.([0-9a-f]{32})\.(?:[0-9a-f]{8}\.partial|lock)")
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 Say = Callable[[str], None]
 
 
@@ -218,8 +220,11 @@ def _reading(options: dict[str, Any]) -> Reading:
 
 def absolute(source: str) -> str:
     """A source by a name that is the same in every folder and process."""
-    if remote.is_remote(source) or source.startswith(("builtin:", "hf:")):
+    if remote.is_remote(source) or source.startswith("builtin:"):
         return source
+    if source.startswith("hf:"):
+        path, mark, query = source.removeprefix("hf:").partition("?")
+        return f"hf:{os.path.abspath(os.path.expanduser(path))}{mark}{query}"
     return os.path.abspath(os.path.expanduser(source.removeprefix("file://")))
 
 
@@ -285,6 +290,8 @@ def add(out: Path, sources: Sequence[str], settings: Settings) -> IndexFolder:
 
 
 def _check_place(out: Path) -> None:
+    if _ELSEWHERE.match(os.fspath(out)):
+        raise InputError(f"{out}: an index is written to a folder of this machine, or one that all workers share")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (INDEX, UNFINISHED, SHARDS)):
         raise InputError(f"{out}: exists and is not an index: choose another folder")
 
@@ -329,7 +336,7 @@ def whole_files(parts: Sequence[Part]) -> list[Part]:
 
 
 def _planned(parts: Sequence[Part], settings: Settings) -> tuple[Settings, MemoryPlan]:
-    first = first_rows(parts[0], settings.features, settings.reading)
+    first = first_rows(parts, settings.features, settings.reading)
     settings = replace(settings, features=with_metric(settings.features, first))
     plan = plan_memory(parts, settings.features, settings.reading, first, settings.memory, settings.device)
     return settings, plan
@@ -351,7 +358,7 @@ def _jobs(parts: Sequence[Part], out: Path, settings: Settings, plan: MemoryPlan
 
 def make_all(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[dict[str, Any]]:
     """The shards of all jobs, as the index's description lists them."""
-    missing = {job.address: job for job in jobs if not (job.target / DESCRIPTION).is_file()}
+    missing = {job.address: job for job in jobs if read_shard(job.target) is None}
     there = len({job.address for job in jobs}) - len(missing)
     executor, own = _executor(settings, len(missing), sum(job.part.bytes for job in missing.values()))
     settings.say(
@@ -381,8 +388,7 @@ def _executor(settings: Settings, jobs: int, size: float) -> tuple[Executor, boo
     """Where to do so many jobs over so many bytes, and whether it was made here, to be closed."""
     if settings.executor is not None:
         return settings.executor, False
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(settings.workers or (1 if size < SMALL else cores), jobs))
+    workers = max(1, min(settings.workers or (1 if size < SMALL else usable_cores()), jobs))
     if workers == 1:
         return InProcess(settings.device), True
     return Processes(workers, threads=1, device=settings.device), True

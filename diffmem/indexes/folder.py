@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -25,7 +26,7 @@ from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import unsealed
 from diffmem.progress import Progress, silent
-from diffmem.search import Neighbors, TrainingIndex
+from diffmem.search import Neighbors, TrainingIndex, VectorIndex
 from diffmem.search.rows import Images, as_rows
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 FORMAT = "diffmem-sharded-index-1"
 INDEX = "index.json"
 UNFINISHED = "build.json"
+CODES = "codes"  # of the exact search over float vectors, made when it is first used
 _BLOCK = 4096
 
 
@@ -326,6 +328,8 @@ class IndexFolder:
         """
         if not (isinstance(k, Integral) and 1 <= k <= len(self)):
             raise InputError(f"k must be between 1 and the number of training images, {len(self)}; got {k}")
+        if self.dtype in (np.float16, np.float32):
+            return self._vector_index.query(images, int(k), progress=progress)
         queries = as_rows(images, "query images")
         best: tuple[np.ndarray, np.ndarray] | None = None
         for number, shard in enumerate(self.shards):
@@ -341,6 +345,18 @@ class IndexFolder:
         progress("searching shards", len(self.shards), len(self.shards))
         assert best is not None
         return Neighbors(best[1], best[0], self.dimension)
+
+    @cached_property
+    def _vector_index(self) -> VectorIndex:
+        """The exact search over float vectors, with codes that are kept in the folder where that can be written to."""
+        entries = [entry for entry in self._description["shards"] if entry["rows"]]
+        return VectorIndex(
+            [shard.vectors for shard in self.shards],
+            metric="cosine" if self.metric == "cosine" else "euclidean",
+            codes=self.path / CODES if os.access(self.path, os.W_OK) else None,
+            names=[str(shard.folder / "vectors.npy") for shard in self.shards],
+            keys=[entry["vectors"] for entry in entries],
+        )
 
     def digests_of(self, images: np.ndarray) -> np.ndarray:
         """Digests as the index keeps them, of rows or images [n, …]."""

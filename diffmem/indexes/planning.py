@@ -77,14 +77,15 @@ def parse_memory(value: str | float | None) -> int | None:
         raise InputError(f"memory is {value!r}, but must be a size such as 2GB or 500MB") from None
 
 
-def first_rows(part: Part, features: Features, reading: Reading) -> np.ndarray:
-    """The first rows of a part: vectors [n, d], or images [n, C, H, W]."""
+def first_rows(parts: Sequence[Part], features: Features, reading: Reading) -> np.ndarray:
+    """The first rows of all: vectors [n, d], or images [n, C, H, W]."""
     if features.precomputed:
-        return next(row_blocks(part, 256))[0]
-    for block in image_blocks(part, reading, 1):
-        if len(block.images):
-            return block.images
-    raise InputError(f"{part.where}: none of its files is a usable image")
+        return next(row_blocks(parts[0], 256))[0]
+    for part in parts:
+        for block in image_blocks(part, reading, 1):
+            if len(block.images):
+                return block.images
+    raise InputError(f"{parts[0].where}: none of its files is a usable image, nor is one of the others")
 
 
 def plan_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -91,7 +92,9 @@ class Features:
 
     def decides(self) -> dict[str, Any]:
         """What of it decides the rows."""
-        return {"features": self.name, "fingerprint": self.fingerprint, "metric": self.metric, "dtype": self.dtype}
+        kind = self.name.partition(":")[0]  # of a network, whose fingerprint says which
+        about = {"features": kind, "fingerprint": self.fingerprint, "metric": self.metric, "dtype": self.dtype}
+        return {**about, "batch": self.options.get("batch")}
 
 
 @lru_cache(maxsize=2)
@@ -122,6 +125,12 @@ def features_of(name: Any, metric: Metric | None, dtype: str | None, device: str
     if dtype not in (None, *STORED):
         raise InputError(f"dtype must be float16 or float32, got {dtype!r}")
     given = {key: value for key, value in options.items() if value is not None}
+    # Workers stand in other folders.
+    kind, colon, path = name.partition(":")
+    if kind in ("torchscript", "onnx") and path:
+        name = f"{kind}{colon}{os.path.abspath(os.path.expanduser(path))}"
+    if "weights" in given:
+        given["weights"] = os.path.abspath(os.path.expanduser(str(given["weights"])))
     if name == PRECOMPUTED:
         if wrong := given.keys() - {"batch"}:
             raise InputError(f"features='precomputed': does not take {min(wrong)}=…: remove it")

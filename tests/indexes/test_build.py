@@ -204,3 +204,16 @@ def test_damage_is_named_and_repaired(tmp_path, shards):
     data[40] ^= 1
     (index.path / "duplicates.npz").write_bytes(data)
     assert "duplicates.npz is damaged" in verify_index(index.path).derived[0]
+
+
+def test_an_index_lies_on_this_machine_and_names_do_not_matter(tmp_path, shards, monkeypatch):
+    with pytest.raises(InputError, match="an index is written to a folder of this machine"):
+        build_index(shards, "s3://bucket/index")
+    monkeypatch.chdir(shards.parent)
+    index = build_index("tars/train-000.tar", "index")
+    monkeypatch.chdir(tmp_path.parent)
+    assert verify_index(index.path.absolute() if index.path.is_absolute() else tmp_path / "index").intact
+    assert made(build_index(shards / "train-000.tar", tmp_path / "index")) == made(open_index(tmp_path / "index"))
+    # What is missing of a shard is made again.
+    (open_index(tmp_path / "index").shards[0].folder / "names.npy").unlink()
+    assert build_index(shards / "train-000.tar", tmp_path / "index").names[3] == "00003.png"

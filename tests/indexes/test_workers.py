@@ -19,6 +19,7 @@ import diffmem
 from diffmem.errors import InputError, OutputInUseError
 from diffmem.executors import Processes, Ray
 from diffmem.indexes import build_index, work
+from diffmem.indexes.planning import resident
 
 NETWORK = "features.pt"
 
@@ -199,3 +200,27 @@ def test_a_ray_cluster_loses_a_worker_and_a_node(source, alone, tmp_path, cluste
         executor.close()
         thread.join()
     assert everything(index) == alone
+
+
+def _measured(file, out):
+    said = []
+    before = resident()
+    build_index(file, out, "precomputed", memory="510MB", shards=1, workers=1, say=said.append)
+    status = Path("/proc/self/status").read_text()
+    print(json.dumps([before, int(status.partition("VmHWM:")[2].split()[0]) * 1024, said]))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the highest use of memory is read from /proc")
+def test_a_worker_holds_no_more_than_it_said(tmp_path):
+    block = np.random.default_rng(6).normal(size=(1000, 1024)).astype(np.float32)
+    with open(tmp_path / "large.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (40_000, 1024)})
+        for number in range(40):
+            (block + np.float32(number)).tofile(file)
+    with Started(_measured, [str(tmp_path / "large.npy"), str(tmp_path / "index")]) as process:
+        out, err = process.communicate()
+    before, peak, said = json.loads(out)
+    line = next(each for each in said if each.startswith("memory: at most "))
+    planned = float(line.split()[3]) * 1e6
+    assert peak < planned <= 510e6, (peak, line, err)
+    assert peak - before < 80e6 < 40_000 * 1024 * 4 / 2, (before, peak)  # a block, and not the file
