@@ -14,7 +14,7 @@ measures its coverage on curves that are none of these.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -27,6 +27,7 @@ _ETA = np.arange(-16.0, 16.0 + _STEP / 2, _STEP)
 _STEEPNESS = np.exp(np.linspace(math.log(0.5), math.log(16.0), 14))
 _SPREADS = np.array([0.05, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 1.4])
 _ASYMMETRIES = np.exp(np.array([-1.2, -0.6, 0.0, 0.6, 1.2]))
+_STARTS = len(_ETA) * np.arange(len(_SPREADS) * len(_ASYMMETRIES)).reshape(len(_SPREADS), -1)  # of a table's rows
 # Prior: ln s normal around ln 3.5 (the paper's curves have 2 to 4, in the middle), τ half normal, ln ν normal.
 _PRIOR_STEEPNESS, _PRIOR_SPREAD, _PRIOR_ASYMMETRY = (math.log(3.5), 0.8), 0.5, 0.7
 _BEYOND = 1.5  # how far EMM may lie outside the sizes that can be tried, in ln N
@@ -61,7 +62,10 @@ class Posterior:
             raise InputError(f"sizes from {low} to {high}: the first must be at least 1 and below the second")
         self.zeta = zeta
         self._crossings = _crossings(zeta)
-        tables = [(math.log(seen.size), _table(seen)) for seen in observations]
+        tables: dict[float, np.ndarray] = {}  # of a size: what is looked up at the same points is added before
+        for seen in observations:
+            at = math.log(seen.size)
+            tables[at] = tables[at] + _table(seen) if at in tables else _table(seen)
         edges = math.log(low) - _BEYOND, math.log(high) + _BEYOND
         self._lay(tables, *edges)
         if observations:
@@ -70,11 +74,11 @@ class Posterior:
             first, last = np.searchsorted(heights, [1e-4, 1 - 1e-4])
             self._lay(tables, self.log_sizes[max(first - 1, 0)], self.log_sizes[min(last + 1, _POINTS - 1)])
 
-    def _lay(self, tables: list[tuple[float, np.ndarray]], low: float, high: float) -> None:
+    def _lay(self, tables: Mapping[float, np.ndarray], low: float, high: float) -> None:
         """Weights over a grid of ln EMM from `low` to `high` and of the other three."""
         self.log_sizes = np.linspace(low, high, _POINTS)
         logs = np.broadcast_to(_log_prior(), (_POINTS, *_log_prior().shape)).copy()
-        for log_size, table in tables:
+        for log_size, table in tables.items():
             logs += _looked_up(table, self._eta(log_size))
         weights = np.exp(logs - logs.max())
         self._weights = weights / weights.sum()
@@ -106,11 +110,15 @@ class Posterior:
         """[len(sizes), 3]: lower end, median and upper end of the expected R_mem at each size."""
         rows = []
         means = _mean_links()
-        flat = self._weights.ravel()
+        # Most points of the grid weigh nothing: together those left out have less than 1e-9.
+        emm, steepness, spread, asymmetry = places = np.nonzero(self._weights > 1e-9 / self._weights.size)
+        weights = self._weights[places]
         for size in sizes:
-            expected = _looked_up(means, self._eta(math.log(size))).ravel()
+            shift = (self.log_sizes[emm] - math.log(size)) * _STEEPNESS[steepness]
+            eta = self._crossings[spread, asymmetry] + shift
+            expected = _looked_up(means, eta, _STARTS[spread, asymmetry])
             order = np.argsort(expected)
-            heights = np.cumsum(flat[order])
+            heights = np.cumsum(weights[order])
             wanted = ((1 - confidence) / 2, 0.5, (1 + confidence) / 2)
             rows.append([expected[order[min(int(np.searchsorted(heights, each)), len(order) - 1)]] for each in wanted])
         return np.array(rows)
@@ -186,11 +194,12 @@ def _at_least(hits: float, misses: float, shares: np.ndarray) -> np.ndarray:
     return np.interp(shares, grid, heights / heights[-1], left=0.0, right=1.0)
 
 
-def _looked_up(table: np.ndarray, eta: np.ndarray) -> np.ndarray:
-    """The table [τ, ν, η] at η [EMM, s, τ, ν], linear between its points."""
+def _looked_up(table: np.ndarray, eta: np.ndarray, starts: np.ndarray = _STARTS) -> np.ndarray:
+    """The table [τ, ν, η] at η [EMM, s, τ, ν], linear between its points. starts: where the rows that are meant begin
+    in the flattened table, if not all of them."""
     position = np.clip((eta - _ETA[0]) / _STEP, 0, len(_ETA) - 1.000001)
-    index = position.astype(np.int64)
+    index = position.astype(np.intp)
     share = position - index
-    spread = np.arange(len(_SPREADS))[:, None]
-    asymmetry = np.arange(len(_ASYMMETRIES))[None]
-    return table[spread, asymmetry, index] * (1 - share) + table[spread, asymmetry, index + 1] * share
+    index += starts
+    flat = table.ravel()
+    return flat.take(index) * (1 - share) + flat.take(index + 1) * share

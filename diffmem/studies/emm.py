@@ -185,7 +185,7 @@ def find_emm(
         runs: Runs in all at most.
         executor: See `diffmem.executors`; with several slots, up to six runs are made at once.
         on_trial: Called with every run that ends.
-        watch: Called with what is known so far, at the start and after every round of runs.
+        watch: Called with what is known so far, before every round of runs.
         progress: Called as `progress(stage, done, total)`.
 
     Raises:
@@ -220,6 +220,7 @@ def _find_emm(
     failures: list[tuple[int, str]] = []
 
     def measure(candidates: Sequence[Candidate]) -> list[Observation | None]:
+        watch(EMM(setting, search, tuple(results), tuple(failures)))
         trials = [Trial(setting, each.size, each.repetition, at_least=1 - zeta) for each in candidates]
         seen: list[Observation | None] = []
         for outcome in run_trials(trials, out, executor, on_trial=on_trial):
@@ -231,10 +232,7 @@ def _find_emm(
         if not results and len(failures) >= min(3, runs):
             raise InputError(f"the first runs all failed, the last one with: {failures[-1][1]}")
         progress("searching EMM", len(results) + len(failures), runs)
-        watch(EMM(setting, search, tuple(results), tuple(failures)))
         return seen
-
-    watch(EMM(setting, search, ()))
 
     carry_out(search, measure, min(executor.slots, _AT_ONCE))
     return EMM(setting, search, tuple(results), tuple(failures))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from diffmem.errors import InputError
 from diffmem.studies.curve import Observation, Posterior
@@ -60,7 +61,7 @@ class Search:
         return self._ceiling(self.low), self._floor(self.high)
 
     def posterior(self, seen: Sequence[Observation]) -> Posterior:
-        return Posterior(seen, self.low, max(self.high, self.low + 1), self.zeta)
+        return _posterior(tuple(seen), self.low, max(self.high, self.low + 1), self.zeta)
 
     def precise(self, seen: Sequence[Observation]) -> bool:
         """Whether the interval of EMM is as narrow as was asked for, and rests on runs enough."""
@@ -122,6 +123,11 @@ class Search:
 
     def _floor(self, size: int) -> int:
         return size // self.step * self.step
+
+
+@lru_cache(maxsize=4)  # what stops a search, what it tries next and its page ask for the same one
+def _posterior(seen: tuple[Observation, ...], low: float, high: float, zeta: float) -> Posterior:
+    return Posterior(seen, low, high, zeta)
 
 
 def half_width(posterior: Posterior) -> float:
