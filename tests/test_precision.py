@@ -5,7 +5,7 @@ import torch
 from processes import finished, start_script
 
 from diffmem.errors import InputError
-from diffmem.precision import float32_products, measured_convolutions
+from diffmem.precision import float32_products, measured_convolutions, warn_where_slow
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 # What a user may have set; each in a process of its own, since some of it cannot be taken back.
@@ -75,6 +75,21 @@ def test_switches_come_back_after_an_error():
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
     with pytest.raises(InputError, match="'fp8', but must be one of ieee, tf32, bf16, fp16"), float32_products("fp8"):
         pass
+
+
+def test_half_precision_without_instructions_is_said_once(monkeypatch, caplog):
+    for supported in (True, False):
+        warn_where_slow.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        for _ in range(2):
+            warn_where_slow("bf16", "cpu")
+            warn_where_slow("bf16", "cuda")
+            warn_where_slow("ieee", "cpu")
+        said = [record.getMessage() for record in caplog.records]
+        assert said == (
+            [] if supported else ["this CPU has no instructions for bf16, which takes longer than ieee on it"]
+        )
+    warn_where_slow.cache_clear()
 
 
 def test_convolutions_are_measured_on_a_gpu_only():

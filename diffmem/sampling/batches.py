@@ -11,7 +11,7 @@ import torch
 
 from diffmem.errors import InputError
 from diffmem.models import as_denoiser, evaluating
-from diffmem.precision import AUTOCAST, float32_products
+from diffmem.precision import AUTOCAST, float32_products, warn_where_slow
 from diffmem.progress import Progress, silent
 from diffmem.sampling.config import SamplerConfig
 from diffmem.sampling.seeds import SeededGenerators
@@ -48,6 +48,8 @@ def in_precision(denoiser: Any, precision: str) -> Iterator[None]:
                 raise InputError(f"precision is {precision!r}, but this denoiser is not a network")
             yield
             return
+        parameter = next(denoiser.parameters(), None)
+        warn_where_slow(precision, "none" if parameter is None else parameter.device.type)
         before, denoiser.autocast_dtype = denoiser.autocast_dtype, AUTOCAST[precision] or denoiser.autocast_dtype
         try:
             yield

@@ -16,7 +16,7 @@ from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.models import Denoiser, Model, WrappedDenoiser
-from diffmem.precision import AUTOCAST, float32_products, measured_convolutions
+from diffmem.precision import AUTOCAST, float32_products, measured_convolutions, warn_where_slow
 from diffmem.training.augmentation import augment, augmentation_labels, draw_augmentation
 from diffmem.training.config import TrainingConfig
 from diffmem.training.dataset import TrainingImages
@@ -118,6 +118,7 @@ class Trainer:
 
     def enter(self, settings: contextlib.ExitStack) -> None:
         """Sets what holds for the whole process while this run computes: how products and convolutions are formed."""
+        warn_where_slow(self.config.precision, self.device.type)
         settings.enter_context(float32_products(self.config.precision))
         settings.enter_context(measured_convolutions(self.device))
 
