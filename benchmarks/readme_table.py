@@ -18,6 +18,8 @@ from benchmarks.rows import Row, groups, read_table
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results: python -m benchmarks.readme_table -->", "<!-- end of results -->"
 LEFT_OUT = ("cost against N", "optimum, one call")  # workloads in a chart, and in the table of results only
+# Baselines of another question (approximate search, what a build takes): in the table of results only.
+NOT_COMPARED = ("faiss IVF", "faiss HNSW", "faiss IndexScalarQuantizer", "diffmem, ")
 DIGITS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 Origin = tuple[str, str, str]  # machine and threads; versions; commit
 
@@ -39,9 +41,11 @@ def newest(results: Path) -> dict[tuple[str, str], list[Row]]:
 def shown(results: Path) -> list[list[Row]]:
     """What the table holds: rows of each workload, those with a baseline."""
     return [
-        rows
+        [rows[0], *compared]
         for (workload, _), rows in newest(results).items()
-        if len(rows) > 1 and not workload.startswith(LEFT_OUT) and rows[0].get("subject") != "operations"  # of a GPU
+        if (compared := [row for row in rows[1:] if not row["contender"].startswith(NOT_COMPARED)])
+        and not workload.startswith(LEFT_OUT)
+        and rows[0].get("subject") != "operations"  # of a GPU
     ]
 
 
