@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.load import Meter
 from diffmem.search import VectorIndex
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     codes = given.folder / "codes"
     if given.build and codes.exists():
         shutil.rmtree(codes)
-    memory = Memory()
+    memory, meter = Memory(), Meter()
     start = time.perf_counter()
     index = VectorIndex([given.folder / f"{i:03}.npy" for i in range(given.shards)], codes=codes)
     opened = time.perf_counter() - start
@@ -67,7 +68,7 @@ def main() -> None:
     report = {
         "rows": len(index), "queries": len(queries), "threads": given.threads, "opened": opened, "seconds": seconds,
         "phases": index.stats.seconds, "fine": index.stats.fine / max(1, index.stats.bounded),
-        "refined": index.stats.refined / len(queries), **memory.close(),
+        "refined": index.stats.refined / len(queries), **memory.close(), **meter.load().columns(),
     }  # fmt: skip
     if given.check:
         start = time.perf_counter()
