@@ -1,4 +1,4 @@
-"""`diffmem index`: build, add, info, verify."""
+"""`diffmem index`: build, add, info, verify, plan."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ _memory_option = click.option(
     "--memory", metavar="SIZE",
     help="Memory of one worker at most, such as 2GB. What is needed is computed and printed before the work begins.",
 )  # fmt: skip
+_DTYPE = click.option(
+    "--dtype", type=click.Choice(["float16", "float32"]),
+    help="How vectors are stored. float16: in half the space, rounded.  [default: as they are]",
+)  # fmt: skip
 _FEATURES = [
     click.option(
         "--features", default="pixels", show_default=True, metavar="NAME",
@@ -51,10 +55,7 @@ _FEATURES = [
         help="Precision of matrix products and convolutions in the network. ieee: float32; tf32: TF32 on a GPU; bf16, "
         "fp16: autocast.  [default: ieee]",
     ),
-    click.option(
-        "--dtype", type=click.Choice(["float16", "float32"]),
-        help="How vectors are stored. float16: in half the space, rounded.  [default: as they are]",
-    ),
+    _DTYPE,
     click.option(
         "--index", default="flat", show_default=True, metavar="NAME",
         help="How neighbors are searched: flat, exactly, without codes; by codes that FAISS makes for finding "
@@ -71,6 +72,21 @@ _FEATURES = [
         "[default: by the size of each file]",
     ),
 ]  # fmt: skip
+
+
+class _Count(click.ParamType):
+    """A whole number, also as 1e9."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = float(str(value).replace(",", "").replace("_", ""))
+            if number < 1 or number != int(number):
+                raise ValueError
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is not a whole number of at least 1, such as 1000000 or 1e9", param, ctx)
+        return int(number)
 
 
 def _feature_options(command):
@@ -91,6 +107,7 @@ def index_command() -> None:
       diffmem index add laion.index more-shards/
       diffmem index info laion.index
       diffmem index verify laion.index --rebuild
+      diffmem index plan 1e9 --features sscd --machines 100
     """
 
 
@@ -228,6 +245,67 @@ def verify_command(out, rebuild, prune, memory, workers, ray, gpus_per_run, devi
         if found.intact:
             click.echo(f"{out}: {found.shards:,} shards with {found.rows:,} rows are intact")
     return 0 if found.intact else 1
+
+
+@index_command.command("plan", cls=CommandWithJson)
+@click.argument("images", type=_Count(), metavar="IMAGES")
+@_FEATURES[0]
+@click.option("--dimension", type=click.IntRange(min=1), help="Values of a vector.  [default: by the features]")
+@_DTYPE
+@click.option("--machines", type=click.IntRange(min=1), default=10, show_default=True, help="How many there are.")
+@click.option("--cores", type=click.IntRange(min=1), default=16, show_default=True, help="Of each machine.")
+@click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="Of each machine.")
+@click.option("--machine-memory", default=64.0, show_default=True, metavar="GB", help="Of each machine.")
+@click.option(
+    "--bandwidth",
+    default=500.0,
+    show_default=True,
+    metavar="MB/S",
+    help="What each machine reads per second from where the images lie, and from its own disk.",
+)
+@click.option(
+    "--images-per-second",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="RATE",
+    help="Of the network, on one GPU, or on one core where --gpus is 0.  [default: as measured on one core]",
+)
+@click.option("--image-kb", default=21.5, show_default=True, metavar="KB", help="Size of an image as it is stored.")
+@click.option("--generated", type=_Count(), default="10000", show_default=True, help="Images of one audit.")
+@click.option("--flat", is_flag=True, help="The worst case of a search: vectors without leading components.")
+@click.option("--price-core-hour", default=0.04, show_default=True, metavar="PRICE", help="Of one core.")
+@click.option("--price-gpu-hour", default=2.5, show_default=True, metavar="PRICE", help="Of one GPU.")
+@click.option("--price-gb-month", default=0.023, show_default=True, metavar="PRICE", help="Of one GB on disk.")
+@json_option("the same")
+@debug_option
+def plan_command(
+    images, features, dimension, dtype, machines, cores, gpus, machine_memory, bandwidth, images_per_second, image_kb,
+    generated, flat, price_core_hour, price_gpu_hour, price_gb_month, as_json,
+) -> None:  # fmt: skip
+    """What an index of IMAGES images would cost: time, disk, memory, money, and an audit against it.
+
+    Nothing is read or written. The rates were measured on one core of an AMD EPYC (Zen 4); prices are in one currency.
+
+    \b
+    Examples:
+      diffmem index plan 1e9 --features sscd --machines 100
+      diffmem index plan 1e10 --features sscd --machines 50 --gpus 8 --images-per-second 5000
+      diffmem index plan 4e8 --features precomputed --dimension 768 --machines 4
+    """
+    from diffmem.indexes.cost import Machines, cost_of_index, report_of
+
+    there = Machines(
+        machines, cores, gpus, machine_memory * 1e9, bandwidth * 1e6, price_core_hour,
+        price_gpu_hour, price_gb_month,
+    )  # fmt: skip
+    cost = cost_of_index(
+        images, features, there, generated=generated, dimension=dimension, dtype=dtype or "float16",
+        image_bytes=image_kb * 1e3, images_per_second=images_per_second, flat=flat,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(cost.to_dict()))
+    else:
+        for line in report_of(cost, features, there, generated):
+            click.echo(printable(line))
 
 
 def _say(line: str) -> None:

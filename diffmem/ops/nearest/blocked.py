@@ -115,10 +115,10 @@ class _Products:
             raise InputError("images hold NaN, infinity, or values too large to be squared: clean or rescale them")
         return norms
 
-    def scores(self, training: torch.Tensor) -> torch.Tensor:
-        """a for each pair of the block, [q, n]; keeps what `margin` needs."""
+    def scores(self, training: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
+        """a for each pair of the block, [q, n]; keeps what `margin` needs. norms: of float rows, squared, if known."""
         y = self._centered(training)
-        norms = self._squared_norms(y)
+        norms = self._squared_norms(y) if norms is None else norms
         self.largest_norm = norms.max().sqrt()
         with float32_products("ieee"):
             return torch.addmm(norms.to(self.format), self.x, y.T, alpha=-2)
@@ -166,8 +166,9 @@ def nearest_of_blocks(
     for offset, chunk in blocks:
         if len(chunk) == 0:
             continue
-        products = narrow if narrow is not None and _fits_single(chunk.double().square().sum(dim=1)) else wide
-        scores = products.scores(chunk)
+        norms = None if narrow is None else torch.linalg.vector_norm(chunk, dim=1, dtype=torch.float64).square_()
+        products = narrow if narrow is not None and norms is not None and _fits_single(norms) else wide
+        scores = products.scores(chunk, norms if products is narrow else None)
         if squared is None:  # any k exact distances give a first upper bound on the k-th smallest
             guess = scores.topk(min(k, len(chunk)), dim=1, largest=False).indices
             rows = torch.arange(count, device=queries.device).repeat_interleave(guess.shape[1])
