@@ -3,7 +3,7 @@
 The model is a product of counts and rates. A build reads N images (bytes over the network), decodes them and computes
 their features (on cores, or on GPUs), writes vectors and codes. An audit compares Q generated images with all N
 vectors, exactly. The rates of `MEASURED` are those of one core of an AMD EPYC (Zen 4, 2.6 GHz) that works alone; two
-cores of that machine do 1.3 to 1.45 times as much, and `efficiency` is what is taken for all cores of all machines.
+cores of that machine do 1.46 to 1.59 times as much, and `efficiency` is what is taken for all cores of all machines.
 Whoever plans gives the rates of their own machines. docs/guides/large-training-sets.md shows what was compared with the
 model, and how far it was off.
 """
@@ -55,12 +55,12 @@ class Rates:
 MEASURED = Rates(
     decode=2265.0,
     features={"pixels": math.inf, "precomputed": math.inf, "sscd": 26.7, "clip": 9.9, "dinov2": 0.55},
-    codes=80e3,
-    pairs=690e6,
-    flat_pairs=350e6,
+    codes=75e3,
+    pairs=800e6,
+    flat_pairs=320e6,
     pixel_codes=36e3,
     pixel_pairs=510e6,
-    efficiency=0.7,
+    efficiency=0.73,
 )
 DIMENSIONS = {"sscd": 512, "clip": 768, "dinov2": 1024, "precomputed": 512, "pixels": 3072}
 ITEM_BYTES = {"float16": 2, "float32": 4, "uint8": 1}
