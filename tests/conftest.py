@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 # Modules that take longest, the longest first.
 LONGEST = (
     "test_readme.py", "test_sanitizers.py", "test_gpu_benchmark.py", "test_install.py", "test_triton_kernels.py",
-    "test_run.py", "test_hostile_files.py", "test_docs.py", "test_training_loop.py",
+    "test_core_check.py", "test_run.py", "test_hostile_files.py", "test_workers.py", "test_docs.py",
+    "test_training_loop.py", "test_cli_sample.py", "test_examples.py",
 )  # fmt: skip
 
 
