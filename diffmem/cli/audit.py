@@ -60,7 +60,7 @@ class Threshold(click.ParamType):
 
 @click.command("audit", cls=CommandWithJson)
 @click.argument("generated", type=Source())
-@click.argument("training", type=Source())
+@click.argument("training", type=Source(), required=False)
 @holdout_option
 @click.option(
     "--features", default="pixels", show_default=True, metavar="NAME",
@@ -139,10 +139,12 @@ class Threshold(click.ParamType):
     "--cache", is_flag=True, help="Cache the decoded images beside each source, so that the next run starts at once."
 )
 @click.option(
-    "--index", default="exact", show_default=True, metavar="NAME",
+    "--index", default="exact", show_default=True, metavar="NAME|FOLDER",
     help="How neighbors are searched: exact, or with FAISS (on GPUs where available): flat, ivf, ivf1024, hnsw, or a "
-    "FAISS factory string. FAISS may miss neighbors; the interval covers that.",
+    "FAISS factory string. Or, in place of TRAINING, the folder that `diffmem index build` made of it. FAISS, and an "
+    "index folder with codes, may miss neighbors; the interval covers that.",
 )  # fmt: skip
+@click.option("--exact", is_flag=True, help="Search an index folder exactly, though it has codes.")
 @click.option(
     "--verify", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N",
     help="Images searched exactly, too, where the index may miss neighbors: the more, the narrower the interval.",
@@ -160,10 +162,10 @@ class Threshold(click.ParamType):
 def audit_command(
     generated, training, holdout, features, vectors, metric, weights, preprocessing, batch, precision, no_feature_cache,
     rule, threshold, alarms, no_second_look, duplicates, duplicate_radius, flip, resize, center_crop, split_grid,
-    value_range, limit, cache, index, verify, recall, device, out, as_json,
+    value_range, limit, cache, index, exact, verify, recall, device, out, as_json,
     fail_above, require_below, max_copies, **options,
 ) -> int:  # fmt: skip
-    """Which of the GENERATED images are copies of TRAINING images?
+    """Which of the GENERATED images are copies of TRAINING images, or of those in the folder --index?
 
     GENERATED and TRAINING are folders, zips, tar shards of webdataset, parquet, .npz, .npy, .pt, .safetensors or
     HDF5 files, LMDB, TIFF stacks, DICOM and NIfTI slices, CIFAR-10's cifar-10-python.tar.gz, data sets saved by
@@ -186,6 +188,8 @@ def audit_command(
       diffmem audit gen.npy train_emb/ --features precomputed --rule similarity --threshold 0.5
       diffmem audit samples.zip training.zip --require-below 0.01    a gate for a pipeline
       diffmem audit samples.zip training.zip --index ivf             FAISS, for sets too large to search exactly
+      diffmem audit samples.zip --index laion.index --out report     an index folder holds the training set
+      diffmem audit samples.zip --index laion.index --verify 4000    more images searched exactly: a narrower interval
       torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
     """
     from diffmem.progress import progress_bars
@@ -196,6 +200,20 @@ def audit_command(
         )
     if index != "exact" and ranks() > 1:
         raise click.UsageError("--index: FAISS searches in one process, on all visible GPUs: run without torchrun")
+    folder = None
+    if training is not None and index == "exact" and _is_index(training):
+        training, index = None, training
+    if training is None:
+        if index == "exact":
+            raise click.UsageError("Missing argument 'TRAINING', or the folder of its index: --index FOLDER")
+        from diffmem.indexes import open_index
+
+        folder = open_index(index)
+        metric = folder.metric if metric is None and folder.features.precomputed else metric
+        if not split_grid:  # as the index's images were read
+            resize = resize or folder.reading.resize
+            center_crop = center_crop or folder.reading.center_crop
+        options["color"] = options["color"] or folder.reading.color
     ranges = ranges_by_set(value_range)
     sources = {"generated": generated, "training": training, "holdout": holdout}
     with progress_bars(is_first_rank()) as progress:
@@ -205,7 +223,8 @@ def audit_command(
             found = {**reading(name, **options), "value_range": ranges.get(name), "limit": first}
             return found | {"resize": resize, "center_crop": center_crop, "cache": cache, "progress": progress}
 
-        with decoded_meanwhile({} if features == "precomputed" else sources, given) as loading:
+        vectors_only = features == "precomputed" or (folder is not None and folder.features.precomputed)
+        with decoded_meanwhile({} if vectors_only else sources, given) as loading:
             with without_collector():
                 import torch
 
@@ -222,10 +241,11 @@ def audit_command(
             reserve_report(out)
             network = {"weights": weights, "preprocessing": preprocessing, "batch": batch, "precision": precision}
             network = {name: value for name, value in network.items() if value is not None}
-            compared = compared_of(features, vectors, metric, device, network)
+            with_options = folder is None or vectors or network or features not in ("pixels", folder.features.name)
+            compared = compared_of(features, vectors, metric, device, network) if with_options else features
 
             def load(name: str) -> ImageSet | FeatureSet:
-                if compared == "precomputed":
+                if vectors_only:
                     found = load_features(sources[name], key=given(name)["key"], metric=metric)
                     found = found if given(name)["limit"] is None else found.select(slice(given(name)["limit"]))
                 else:
@@ -236,7 +256,7 @@ def audit_command(
             with process_group() as distributed:
                 result = audit(
                     load("generated"),
-                    load("training"),
+                    None if folder is not None else load("training"),
                     features=compared,
                     rule=rule,
                     threshold=threshold,
@@ -247,7 +267,8 @@ def audit_command(
                     split_grid=split_grid,
                     flip=flip,
                     device=device,
-                    index="sharded" if distributed else index,
+                    index="sharded" if distributed else index if folder is None else folder,
+                    exact=exact,
                     verify=verify,
                     recall=recall,
                     second_look=not no_second_look,
@@ -259,6 +280,11 @@ def audit_command(
     gate = result.gate(**limits) if limits else None
     tell_audit(result, out, as_json, gate)
     return tell_gate(gate)
+
+
+def _is_index(source: str) -> bool:
+    path = Path(source)
+    return (path / "index.json").is_file() and (path / "shards").is_dir()
 
 
 def compared_of(

@@ -9,7 +9,7 @@ import torch
 
 from diffmem.data import ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.memorization import CopyDetector, CriterionDetector, check_criterion, check_sets
+from diffmem.memorization import CopyDetector, CriterionDetector, check_criterion, check_sets, is_index
 from diffmem.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def sample_detector(
     """A detector for uint8 images that are yet to be sampled, by the rule of `diffmem.audit`'s defaults.
 
     Args:
-        training: The training images, as for `diffmem.audit`.
+        training: The training images, as for `diffmem.audit`; or an index folder of pixels, which is searched exactly.
         image_shape: (C, H, W) of the images to come.
         device: Where to search.
         holdout: Real images that the model has not seen, as for `diffmem.audit`.
@@ -42,6 +42,8 @@ def sample_detector(
     Raises:
         InputError: Before anything is sampled, for all that `diffmem.audit` would complain about afterwards.
     """
+    if is_index(training):
+        return _indexed_detector(training, image_shape, holdout, flip, keep_images, criterion, progress)
     training = load_images(training, progress=progress)
     holdout = None if holdout is None else load_images(holdout, progress=progress)
     check_shape(training, image_shape)
@@ -53,6 +55,33 @@ def sample_detector(
     if check_criterion(criterion) == "ratio":
         return CopyDetector(training, **options)
     return CriterionDetector(training, check_criterion(criterion), **options)
+
+
+def _indexed_detector(
+    training: Any,
+    image_shape: tuple[int, int, int],
+    holdout: Any,
+    flip: bool,
+    keep_images: bool,
+    criterion: str | None,
+    progress: Progress,
+) -> CopyDetector:
+    """The same for an index folder."""
+    if check_criterion(criterion) != "ratio":
+        raise InputError(
+            f"criterion={criterion!r} compares with training images in memory: give the training set, not its index"
+        )
+    detector = CopyDetector(
+        index=training, exact=True, flip=flip, holdout=holdout, keep_images=keep_images, progress=progress,
+        second_look=keep_images,
+    )  # fmt: skip
+    if not isinstance(detector.training, ImageSet):
+        raise InputError(
+            f"training: {detector.training.source} is an index of {detector.rule.features} features, but sampled "
+            "images are compared by pixels: give the training set, or an index of its pixels"
+        )
+    check_shape(detector.training, image_shape)
+    return detector
 
 
 def check_shape(training: ImageSet, image_shape: tuple[int, int, int]) -> None:

@@ -210,6 +210,9 @@ class IndexFolder:
     def __len__(self) -> int:
         return self._rows
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_index, (self.path,)  # no arrays travel
+
     def __repr__(self) -> str:
         kind = f"{self.dtype} {len(self)}×{self.dimension}, {self.metric}"
         return f"IndexFolder({self.path}: {self.features.name}, {kind}, {len(self.shards)} shards)"

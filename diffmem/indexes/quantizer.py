@@ -25,6 +25,7 @@ from diffmem.indexes.shards import address_of
 from diffmem.inert.boundary import one_line, parsing
 from diffmem.integrity import check_file, file_sha256, read_sealed, sealed
 from diffmem.search import faiss_factory
+from diffmem.search.candidates import Candidates
 
 QUANTIZERS = "quantizers"
 FILE, DESCRIPTION = "quantizer.faiss", "quantizer.json"
@@ -162,9 +163,14 @@ def make_codes(job: CodeJob, device: str = "cpu") -> None:
         return
     quantizer = _loaded(str(Path(job.folder) / QUANTIZERS / job.quantizer / FILE))
     codes = np.empty((job.shard.rows, quantizer.sa_code_size()), np.uint8)
+    bounds = Candidates(_faiss(), quantizer)
     for start in range(0, job.shard.rows, _BLOCK):
         rows = slice(start, min(start + _BLOCK, job.shard.rows))
-        codes[rows] = quantizer.sa_encode(np.ascontiguousarray(job.shard.take(rows), np.float32))
+        vectors = np.ascontiguousarray(job.shard.take(rows), np.float32)
+        codes[rows] = quantizer.sa_encode(vectors)
+        bounds.note(vectors, codes[rows])
+    document = sealed({"error": bounds.error, "largest": bounds.largest})
+    atomic_write(job.target.with_suffix(".json"), json.dumps(document) + "\n")
     with atomic_file(job.target) as partial, open(partial, "xb") as file:
         np.save(file, codes)
 
@@ -207,6 +213,15 @@ class Quantizer:
             if found.shape != (self._index.shards[shard].rows, self.code_bytes) or found.dtype != np.uint8:
                 raise ValueError(f"codes of shape {found.shape}")
             return found
+
+    def bounds(self, shard: int) -> tuple[float, float] | None:
+        """(error, largest) of a shard: how far a row is from what its code stands for at most, and the length of the
+        longest row; None where they were not measured."""
+        path = self._home / f"{self._index.shards[shard].address}.json"
+        if not path.is_file():
+            return None
+        found = read_sealed(path, _ADVICE)
+        return float(found["error"]), float(found["largest"])
 
     def damaged(self) -> list[Path]:
         """Files that are not what they were when they were written; all are read."""

@@ -26,7 +26,7 @@ from diffmem.integrations.isolation import (
     shared,
 )
 from diffmem.integrations.loggers import as_logger
-from diffmem.memorization import Audit, CopyDetector, CopyRate, ReportsRate, SequentialTest
+from diffmem.memorization import Audit, CopyDetector, CopyRate, ReportsRate, SequentialTest, is_index
 from diffmem.models import as_denoiser
 from diffmem.plotting import grid
 from diffmem.sampling import SamplerConfig, sample_batches
@@ -406,7 +406,10 @@ def _detector_of(training: Any, options: dict[str, Any]) -> CopyDetector:
         own.keep_images = True
         own.reset()
         return own
-    training = gray_levels(training)
+    if is_index(training):
+        options = {"exact": True, **options}
+    else:
+        training = gray_levels(training)
     if options.get("holdout") is not None:
         options["holdout"] = gray_levels(options["holdout"])
     return CopyDetector(training, keep_images=True, **options)

@@ -16,7 +16,7 @@ import torch
 
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.integrations.images import gray_levels
-from diffmem.memorization import CopyDetector, CopyRate, Detection
+from diffmem.memorization import CopyDetector, CopyRate, Detection, is_index
 
 try:
     from torchmetrics import Metric
@@ -193,6 +193,8 @@ def _detector(training: Any, options: dict[str, Any]) -> CopyDetector:
         if options:
             raise InputError("training is a CopyDetector, which has its own options: remove detector")
         return training
+    if is_index(training):
+        return CopyDetector(training, **{"exact": True, **options})
     if options.get("features") != "precomputed":
         training = gray_levels(training)
         if options.get("holdout") is not None:

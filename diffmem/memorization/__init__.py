@@ -4,6 +4,7 @@ from diffmem.memorization.criteria import parse_threshold, published_rule, ratio
 from diffmem.memorization.criterion_detector import CriterionDetector, check_criterion, deciding_criteria
 from diffmem.memorization.detector import CopyDetector, Detection, audit
 from diffmem.memorization.gate import Gate, decide_gate
+from diffmem.memorization.indexed import is_index
 from diffmem.memorization.inputs import check_sets
 from diffmem.memorization.measures import Measures, measure
 from diffmem.memorization.result import Audit, CopiedImage, SeenImage, UnkeptImages
@@ -38,6 +39,7 @@ __all__ = [
     "deciding_criteria",
     "exact_interval",
     "highest_interval",
+    "is_index",
     "measure",
     "parse_threshold",
     "published_rule",

@@ -77,6 +77,10 @@ class CriterionDetector(CopyDetector):
         self._searches: Searches | None = None
         self._points: Points | None = None
         super().__init__(training, flip=flip, **options)
+        if self._folder is not None:
+            raise InputError(
+                f"criterion={criterion!r} compares with training images in memory: give the training set, not its index"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -16,12 +17,21 @@ from diffmem.data.grid import rows_and_columns
 from diffmem.data.grid import split_grid as cut_sheets
 from diffmem.errors import InputError
 from diffmem.features import FeatureSet, check_comparable, extract, load_features
+from diffmem.indexes import IndexFolder
 from diffmem.logs import logger
 from diffmem.memorization.blind_spots import blind_spots
 from diffmem.memorization.calibration import Calibration
 from diffmem.memorization.compared import ALIGNED, Compared, Features
 from diffmem.memorization.drawing import Drawn, check_verifying, missed, strata_of, verification_of
 from diffmem.memorization.hidden import hidden_copies, hidden_radii
+from diffmem.memorization.indexed import (
+    FolderMatching,
+    compared_of_folder,
+    figures_of,
+    folder_of,
+    in_folder,
+    training_of,
+)
 from diffmem.memorization.inputs import check_sets, in_one_precision, value_ranges
 from diffmem.memorization.matching import RECALL, AlignedMatching, Matches, Matching, RowMatching
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
     from diffmem.data import ImageSource
 
 _log = logger(__name__)
+Index = SearchIndex | IndexFolder | str | os.PathLike[str] | None
 LOOKED_AT = 16  # images at the beginning that may turn out to be sheets
 MOST_TWINS = 0.1  # share of a holdout set that may be training images in disguise before that is remarkable
 
@@ -159,7 +170,8 @@ class CopyDetector(ReportsRate):
     pickled; a progress callback does not travel with it.
 
     Args:
-        training: The training images: anything that `diffmem.load_images` reads.
+        training: The training images: anything that `diffmem.load_images` reads, or an index folder; None: `index`
+            holds them.
         features: What is compared; see `diffmem.audit`. Of "precomputed" ones, `training` and all that is judged are
             vectors; of a mapping, its entries "training" and "holdout" are the vectors of these images.
         rule: "ratio", "similarity" or "calibrated"; see `diffmem.audit`.
@@ -172,7 +184,9 @@ class CopyDetector(ReportsRate):
             for uint8 images; 0: identical images.
         flip: Whether mirrored generated images are compared too, for models trained with horizontal flips.
         holdout: Real images that the model has not seen; see `diffmem.audit`. They are audited at once.
-        index: An index of the training set made before, or a name; see `diffmem.audit`.
+        index: An index of the training set made before, a folder of `diffmem index build`, or a name; see
+            `diffmem.audit`.
+        exact: Whether an index folder is searched exactly, though it has codes.
         verify: Of an index that may miss neighbors: how many images are searched exactly; see `diffmem.audit`.
         recall: Of such an index: the share of neighbors that it is to find; see `diffmem.audit`.
         device: "cpu", "cuda", or "auto".
@@ -199,7 +213,7 @@ class CopyDetector(ReportsRate):
 
     def __init__(
         self,
-        training: ImageSource,
+        training: ImageSource | None = None,
         *,
         features: Features = "pixels",
         rule: Literal["ratio", "similarity", "calibrated"] = "ratio",
@@ -209,7 +223,8 @@ class CopyDetector(ReportsRate):
         duplicate_radius: float = 0,
         flip: bool = False,
         holdout: ImageSource | None = None,
-        index: SearchIndex | str | None = None,
+        index: Index = None,
+        exact: bool = False,
         verify: int = VERIFIED,
         recall: float = RECALL,
         device: str = "auto",
@@ -222,6 +237,11 @@ class CopyDetector(ReportsRate):
         self.verify, self.recall = check_verifying(verify, recall)
         self.duplicates, self.duplicate_radius, self.flip = duplicates, duplicate_radius, flip
         self.keep_images, self.feature_cache, self.progress = keep_images, feature_cache, progress or silent
+        self._folder = folder_of(index, training)
+        training = None if self._folder is not None else training
+        self._exactly_asked = exact
+        if self._folder is not None:
+            features = compared_of_folder(self._folder, features, device)
         self.compared = features if isinstance(features, Compared) else Compared.of(features, device)
         ranges = value_ranges(value_range)
         self.value_range = ranges.get("generated")
@@ -234,9 +254,15 @@ class CopyDetector(ReportsRate):
         asked = rule, threshold, alarms, duplicates, holdout is not None
         if not self.compared.vectors_only:  # what is wrong with a rule is said before anything is read
             self.rule = check_rule(self.compared, *asked)
-        training = read(training, "training")
+        training = training_of(self._folder) if self._folder is not None else read(training, "training")
         unseen = None if holdout is None else read(holdout, "holdout")
-        if isinstance(training, FeatureSet):
+        if self._folder is not None:
+            self.rule = check_rule(self.compared, *asked)
+            if flip and self.compared.vectors_only:
+                raise InputError("flip=True mirrors images, and the index holds vectors: remove it")
+            if unseen is not None and isinstance(training, ImageSet):
+                check_sets(unseen, training, "holdout", sizes=self.compared.one_size)
+        elif isinstance(training, FeatureSet):
             if flip:
                 raise InputError("flip=True mirrors images, and precomputed features cannot be mirrored: remove it")
             self.compared = replace(self.compared, metric=training.metric)
@@ -273,30 +299,34 @@ class CopyDetector(ReportsRate):
         if len(training) == 0:
             raise InputError(f"the training set ({training.source}) is empty")
         images = isinstance(training, ImageSet)
-        self.training = training if images else UnkeptImages.of(training)
+        self.training = UnkeptImages.of(training) if isinstance(training, FeatureSet) else training
         self._unseen = unseen
         index, device = self._asked
-        self._vectors = self._vectors_of(training, "training")
-        if self.compared.name == ALIGNED:
+        self._vectors = None if self._folder is not None else self._vectors_of(training, "training")
+        if self._folder is not None:
+            self._matching: Matching = FolderMatching(
+                self._folder, self._exactly_asked, device, self.duplicates, self.duplicate_radius, self.flip,
+                self.progress, self.recall,
+            )  # fmt: skip
+        elif self.compared.name == ALIGNED:
             if index not in (None, "exact"):
                 raise InputError("features='aligned' has its own search: remove index=…")
-            self._matching: Matching = AlignedMatching(training, self.progress)
+            self._matching = AlignedMatching(training, self.progress)
         else:
             rows = training if self._vectors is None else self._vectors
             self._matching = RowMatching(
                 rows, index, device, self.duplicates, self.duplicate_radius, self.flip, self.progress, self.recall
             )
         self.duplicate_groups = self._matching.groups
-        self._training_figures = SetFigures.of(training.images) if images else None
-        shape, dtype = (
-            (training.images.shape, training.images.dtype)
-            if images
-            else (training.vectors.shape, training.vectors.dtype)
-        )
+        if self._folder is not None:
+            self._training_figures = figures_of(self._folder)
+        else:
+            self._training_figures = SetFigures.of(training.images) if images else None
+        shape, dtype, content, network = self._form(training)
         self.settings = {
             "features": self.rule.features,
             "metric": self.rule.metric,
-            "network": self._vectors.fingerprint if self._vectors is not None else None,
+            "network": network,
             "rule": self.rule.name,
             "threshold": str(self.rule.threshold) if isinstance(self.rule.threshold, Fraction) else self.rule.threshold,
             "alarms": self.rule.alarms if self.rule.name == "calibrated" else None,
@@ -305,13 +335,23 @@ class CopyDetector(ReportsRate):
             "flip": self.flip,
             "second_look": self.second_look,
             "device": self._matching.device,
-            "training": _describe(
-                self.training, shape, dtype, training.fingerprint if images else fingerprint(as_rows(training.rows))
-            ),
+            "training": _describe(self.training, shape, dtype, content),
         }
+        if self._folder is not None:  # the groups of duplicates that it lists
+            self.settings["listed_radius"] = float(self._folder.duplicates.radius)
         self.calibration: Calibration | None = None
         self._near = NearRule.of_size(*training.image_shape[1:]) if images else NearRule(0.0, 0.0)
         self.holdout = None if unseen is None else self._judge_holdout(unseen)
+
+    def _form(self, training: Any) -> tuple[tuple[int, ...], np.dtype, str, str | None]:
+        """Shape, dtype and fingerprint of the training set, and the network that made its vectors."""
+        network = self._vectors.fingerprint if self._vectors is not None else None
+        if isinstance(training, ImageSet):
+            return training.images.shape, training.images.dtype, training.fingerprint, network
+        if self._folder is not None:
+            shape = len(self._folder), self._folder.dimension
+            return shape, self._folder.dtype, self._folder.fingerprint, self._folder.features.fingerprint
+        return training.vectors.shape, training.vectors.dtype, fingerprint(as_rows(training.rows)), network
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -447,10 +487,22 @@ class CopyDetector(ReportsRate):
 
     def _fitting(self, images: ImageSource) -> ImageSet | FeatureSet:
         """The images as a set that fits the training set."""
-        if isinstance(self.training, UnkeptImages):
+        if self.compared.vectors_only:
             vectors = load_features(images)
-            check_comparable(vectors, self._vectors, "generated")
+            if self._folder is None:
+                check_comparable(vectors, self._vectors, "generated")
             return vectors
+        if isinstance(self.training, UnkeptImages):  # an index of features
+            assert self._folder is not None
+            shape = self._folder.image_shape
+            layout = "NCHW" if tuple(getattr(images, "shape", ()))[1:] == shape else None
+            images = load_images(images, layout=layout, value_range=self.value_range, progress=self.progress)
+            if self.compared.one_size and images.image_shape != shape:
+                raise InputError(
+                    f"generated images ({images.source}) are {images.image_shape}, those of the index {shape} "
+                    "(C, H, W): bring them to one size with resize=…"
+                )
+            return images
         # An array that looks like the training images is what it looks like, whatever its layout could be.
         layout = "NCHW" if tuple(getattr(images, "shape", ()))[1:] == self.training.image_shape else None
         images = load_images(images, layout=layout, value_range=self.value_range, progress=self.progress)
@@ -483,12 +535,17 @@ class CopyDetector(ReportsRate):
         found = self._vectors_of(images, which, vectors)
         if found is None:
             return images.images
-        check_comparable(found, self._vectors, which)
+        if self._folder is None:
+            check_comparable(found, self._vectors, which)
+
+        def rows(vectors: FeatureSet) -> np.ndarray:
+            return vectors.rows if self._folder is None else self._folder.rows_of(vectors)
+
         mirrored = None
         if self.flip:
             turned = replace(images, images=mirror(images.images), source="array")
-            mirrored = self._vectors_of(turned, which).rows
-        return Views(found.rows, mirrored)
+            mirrored = rows(self._vectors_of(turned, which))
+        return Views(rows(found), mirrored)
 
     def _decide(self, images: ImageSet | FeatureSet, found: Matches, look: SecondLook | None = None) -> Detection:
         rule = self.rule
@@ -567,7 +624,9 @@ class CopyDetector(ReportsRate):
             checked = verification_of(detection, strata, chosen, truth)
             detection = detection.replaced(chosen, truth)
         images = unseen.select(kept) if left_out else unseen
-        figures = SetFigures.of(images.images, count_identical=True) if isinstance(images, ImageSet) else None
+        figures = None
+        if isinstance(images, ImageSet) and self._training_figures is not None:
+            figures = SetFigures.of(images.images, count_identical=True)
         images = UnkeptImages.of(images) if isinstance(images, FeatureSet) else images
         doubts = _doubtful_twins(int((seen & ~identical).sum()), len(unseen))
         return self._audit(
@@ -584,10 +643,13 @@ class CopyDetector(ReportsRate):
         if isinstance(images, FeatureSet) or self.compared.name == "pixels":
             return np.where(found.raw.squared_distances[:, 0] == 0, found.raw.indices[:, 0], -1)
         first: dict[bytes, int] = {}
-        for row, image in enumerate(self.training.images):
-            first.setdefault(hashlib.sha256(np.ascontiguousarray(image).data).digest(), row)
+        if self._folder is None:
+            for row, image in enumerate(self.training.images):
+                first.setdefault(hashlib.sha256(np.ascontiguousarray(image).data).digest(), row)
 
         def of(images: np.ndarray) -> np.ndarray:
+            if self._folder is not None:
+                return in_folder(self._folder, images)
             keys = (hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images)
             return np.fromiter((first.get(key, -1) for key in keys), np.int64, len(images))
 
@@ -614,6 +676,8 @@ class CopyDetector(ReportsRate):
             shape, dtype = images.images.shape, figures.dtype
         elif figures is not None:
             shape, dtype = (figures.total, *self.training.image_shape), figures.dtype
+        elif self._folder is not None:
+            shape, dtype = (len(images), self._folder.dimension), self._folder.dtype
         else:
             shape, dtype = (len(images), self._vectors.dimension), self._vectors.vectors.dtype
         content = images.fingerprint if isinstance(images, ImageSet) else None
@@ -641,7 +705,7 @@ class CopyDetector(ReportsRate):
 
 def audit(
     generated: ImageSource,
-    training: ImageSource,
+    training: ImageSource | None = None,
     *,
     features: Features = "pixels",
     rule: Literal["ratio", "similarity", "calibrated"] = "ratio",
@@ -652,7 +716,8 @@ def audit(
     holdout: ImageSource | None = None,
     flip: bool = False,
     device: str = "auto",
-    index: SearchIndex | str | None = None,
+    index: Index = None,
+    exact: bool = False,
     verify: int = VERIFIED,
     recall: float = RECALL,
     split_grid: bool = False,
@@ -668,8 +733,8 @@ def audit(
     Args:
         generated: The images to audit: anything that `diffmem.load_images` reads, such as a path, an array
             [N, C, H, W], a tensor or an `ImageSet`.
-        training: The training images, likewise. All sets must agree in channels and dtype, and in size unless the
-            features bring images to one.
+        training: The training images, likewise; None where `index` is a folder that holds them. All sets must agree in
+            channels and dtype, and in size unless the features bring images to one.
         features: What is compared: "pixels"; "aligned", pixels after brightness, contrast, color, shift, mirroring and
             small crops have been removed, without a network; "hash", "sscd", "dinov2", "clip", "timm:NAME",
             "torchscript:PATH", "onnx:PATH", a function or an extractor (`diffmem.features.extractor`); "precomputed",
@@ -691,10 +756,13 @@ def audit(
             the holdout's `left_out`; with rule="calibrated" also those that are a training image moved or recolored.
         flip: Compare mirrored generated images too (for models trained with horizontal flips).
         device: "cpu", "cuda", or "auto".
-        index: An index of the training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`), or a name:
+        index: The folder that `diffmem index build` made of the training set, its path or what `diffmem.open_index`
+            gives, in place of `training`: images are compared by the features that it holds. Or an index of the
+            training set made before (`TrainingIndex`, `ShardedIndex`, `FaissIndex`), or a name:
             "exact", the default, a new `TrainingIndex`; "flat", "ivf", "ivf1024", "hnsw" or a factory string of FAISS,
             a new `FaissIndex`, which may miss neighbors: the interval covers that (`Audit.verification`). An index of
             other images, or of another order, is refused.
+        exact: Whether an index folder is searched exactly, though it has codes.
         verify: Of an index that may miss neighbors: how many images are searched exactly, too. What exact search says
             of them is their verdict, and what it says of them as a sample widens the interval of the share of copies
             (`diffmem.memorization.verification`); where all whose verdict is open are searched exactly, the audit is
@@ -727,33 +795,43 @@ def audit(
         >>> diffmem.audit(digits.images[990:1010], digits.images[:1000]).count
         10
     """
-    compared = Compared.of(features, device)
+    folder = folder_of(index, training)
+    compared = Compared.of(features, device) if folder is None else compared_of_folder(folder, features, device)
     detecting: dict[str, Any] = {
         "features": compared, "rule": rule, "threshold": threshold, "alarms": alarms, "duplicates": duplicates,
         "duplicate_radius": duplicate_radius, "flip": flip, "index": index, "device": device, "verify": verify,
-        "recall": recall,
+        "recall": recall, "exact": exact,
         "second_look": second_look, "feature_cache": feature_cache, "keep_images": True, "progress": progress,
     }  # fmt: skip
     if compared.vectors_only:
         if split_grid or value_range is not None:
             raise InputError("precomputed features are not images: remove split_grid=… and value_range=…")
+        if folder is not None:
+            detecting["index"], training = folder, None
         detector = CopyDetector(training, holdout=holdout, **detecting)
         detector.update(generated)
         return detector.compute()
+    if folder is not None:
+        detecting["index"] = folder
     check_rule(compared, rule, threshold, alarms, duplicates, holdout is not None)
     ranges = value_ranges(value_range)
 
     def load(source: ImageSource, name: str) -> ImageSet:
         return load_images(source, value_range=ranges.get(name), progress=progress)
 
-    training, generated = load(training, "training"), load(generated, "generated")
+    generated = load(generated, "generated")
+    if folder is not None:
+        training = training_of(folder)
+    else:
+        training = load(training, "training")
     unseen = None if holdout is None else load(holdout, "holdout")
     if split_grid:
-        generated = cut_sheets(generated, training.image_shape[1:])
-    training, generated, unseen = in_one_precision(training, generated, unseen)
-    check_sets(generated, training, "generated", sizes=compared.one_size)
+        generated = cut_sheets(generated, training.image_shape[1:] if folder is None else folder.image_shape[1:])
+    if isinstance(training, ImageSet):
+        training, generated, unseen = in_one_precision(training, generated, unseen)
+        check_sets(generated, training, "generated", sizes=compared.one_size)
     compared.beside("generated", generated)
-    detector = CopyDetector(training, holdout=unseen, **detecting)
+    detector = CopyDetector(None if folder is not None else training, holdout=unseen, **detecting)
     detector.update(generated)
     return detector.compute()
 

@@ -181,5 +181,5 @@ def missed(search: Mapping[str, Any]) -> tuple[str, ...]:
         f"the index ({search['index']}) found {percent(nearest)} of the nearest and {percent(second)} of the second "
         f"nearest training images ({search['verified']:,} images searched exactly), less than {level(LEAST_RECALL)}: "
         "the interval covers copies that it missed, but names and verdicts of single images may be wrong; search more "
-        "widely with recall=0.99 or more, or search exactly",
+        "widely (recall=…), or search exactly",
     )

@@ -234,7 +234,7 @@ class AlignedMatching:
         return Matches(chosen, nearest.first(2).copy(), nearest.first(NEIGHBORS), found.scores)
 
 
-def check_distinct(groups: DuplicateGroups, training: ImageSet | FeatureSet) -> None:
+def check_distinct(groups: Any, training: ImageSet | FeatureSet) -> None:
     """Raises InputError where there is no second training image."""
     if groups.distinct < 2:
         raise InputError(

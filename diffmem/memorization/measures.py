@@ -18,6 +18,7 @@ from diffmem.features import FeatureSet, extract, extractor, load_features
 from diffmem.memorization.criteria import CRITERIA, Comparison, Criterion, Measured, Points, Searches, Variant
 from diffmem.memorization.criteria import find_criterion as find
 from diffmem.memorization.criteria.mifid import LARGEST
+from diffmem.memorization.indexed import is_index
 from diffmem.memorization.inputs import check_sets, in_one_precision, value_ranges
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
 from diffmem.memorization.result import software_versions
@@ -215,6 +216,12 @@ def measure(
     asked = _asked(measures)
     progress = progress or silent
     given = dict(zip(SET_NAMES, (generated, training, holdout, second, second_training), strict=True))
+    for name, each in given.items():
+        if is_index(each):
+            raise InputError(
+                f"{name}: {each} is an index folder, and measures compare all images in memory: give the images or "
+                "vectors that it was built from"
+            )
     points, images, source = _read(given, features, value_ranges(value_range), device, progress)
     points = _with_cells(points, images, cells)
     for name in settings or {}:

@@ -74,15 +74,15 @@ class Candidates:
         self.bounded = bounded
         self.exact_codes = kind in ("IndexFlat", "IndexFlatL2", "IndexIVFFlat")
 
-    def note(self, rows: np.ndarray) -> None:
-        """Takes rows, float32 [n, d], into account that are added to the index."""
+    def note(self, rows: np.ndarray, codes: np.ndarray | None = None) -> None:
+        """Takes rows, float32 [n, d], into account that are added to the index; their codes, where they are known."""
         if not self.bounded or not len(rows):
             return
         self.largest = max(self.largest, float(np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64).max())))
         if self.exact_codes:
             return
         moved = self._apply(rows)
-        stands_for = self._inner.sa_decode(self._inner.sa_encode(moved))
+        stands_for = self._inner.sa_decode(self._inner.sa_encode(moved) if codes is None else codes)
         apart = np.square(moved.astype(np.float64) - stands_for).sum(axis=1)
         self.error = max(self.error, float(np.sqrt(apart.max())))
 
