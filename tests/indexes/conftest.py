@@ -4,6 +4,7 @@ import io
 import socket
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def shards(tmp_path, digits):
 
 
 class Faults:
-    """What goes wrong with the next answers of the store: an HTTP status, "cut" (half of the body) or "slow"."""
+    """What goes wrong with the next answers of the store: an HTTP status, "cut" (half of the body), or "slow" (none for
+    one and a half seconds)."""
 
     def __init__(self, application):
         self.application, self.queue, self.counts = application, [], {"GET": 0, "bytes": 0}
@@ -61,6 +63,8 @@ class Faults:
         if isinstance(fault, int):
             start(f"{fault} Fault", [("Content-Length", "0")])
             return [b""]
+        if fault == "slow":
+            time.sleep(1.5)
         body = b"".join(self.application(environment, start))
         if read:
             self.counts["bytes"] += len(body)

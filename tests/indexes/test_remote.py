@@ -88,10 +88,11 @@ def test_a_tar_is_read_once_and_a_finished_shard_never(tmp_path, store, digits):
     assert len(build_index(url, tmp_path / "other")) == 4
 
 
-def test_what_breaks_is_asked_for_again(tmp_path, store, shards):
+def test_what_breaks_is_asked_for_again(tmp_path, store, shards, monkeypatch):
+    monkeypatch.setattr(remote, "TIMEOUT", 1.0)
     url = upload(store, shards, "faults")
     here = build_index(shards, tmp_path / "here")
-    store.queue += [500, "cut", 503, None, "cut", 500]
+    store.queue += [500, "cut", 503, None, "slow", "cut", 500]
     there = build_index(url, tmp_path / "there")
     assert store.queue == []
     assert same(here, there)
