@@ -1,6 +1,8 @@
 """Settings of the whole suite."""
 
+import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive", action="store_true", help="every combination, where a run every day takes one of each kind"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator:
+    """What is imported and collected stays until the end: it is not searched for garbage, neither now nor by tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffmem"
 
@@ -188,15 +190,23 @@ def test_rooms_have_speaking_names():
     assert not names & {"utils", "helpers", "common", "misc"}
 
 
-def test_import_is_light():
-    """`import diffmem`, and even its audit, start no plotting, search or GPU library."""
+@pytest.fixture(scope="module")
+def fresh() -> list[str]:
+    """What an interpreter that has imported nothing yet says of diffmem: heavy packages that came with it; its public
+    names, as `dir` shows them and as they should be; those that are not there."""
     code = (
-        "import sys, diffmem; diffmem.audit; diffmem.TrainingIndex; import torch;"
-        f"loaded = {LAZY!r} & set(sys.modules);"
-        "assert not torch.cuda.is_initialized(); print(sorted(loaded))"
+        "import sys, diffmem; shown = dir(diffmem); diffmem.audit; diffmem.TrainingIndex; import torch;"
+        "assert not torch.cuda.is_initialized();"
+        f"print(sorted({LAZY!r} & set(sys.modules)));"
+        "print(shown); print(sorted(diffmem.__all__));"
+        "print([name for name in diffmem.__all__ if getattr(diffmem, name) is None])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_import_is_light(fresh):
+    """`import diffmem`, and even its audit, start no plotting, search or GPU library."""
+    assert fresh[0] == "[]"
 
 
 def test_core_knows_no_python():
@@ -208,14 +218,11 @@ def test_core_knows_no_python():
             assert "Python.h" not in text, path
 
 
-def test_front_door():
+def test_front_door(fresh):
     """What `dir` shows is what is public, all of it is there without further imports, and type checkers see it."""
-    code = (
-        "import diffmem; assert dir(diffmem) == sorted(diffmem.__all__), dir(diffmem);"
-        "print([name for name in diffmem.__all__ if getattr(diffmem, name) is None])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    _, shown, public, missing = fresh
+    assert shown == public
+    assert missing == "[]"
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     guarded = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name for node in guarded.body for alias in node.names}

@@ -76,8 +76,8 @@ def bombs():
         "huge numbers with one hash": b"\x80\x02}("
         + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(1, 100_000))
         + b"u.",
-        "a tower of tuples": b"\x80\x02N" + b"\x85" * 1_400_000 + b".",
-        "a tower of lists": b"\x80\x02" + b"]" * 700_000 + b"a" * 699_999 + b".",
+        "a tower of tuples": b"\x80\x02N" + b"\x85" * 700_000 + b".",
+        "a tower of lists": b"\x80\x02" + b"]" * 350_000 + b"a" * 349_999 + b".",
         "a tower of objects": b"\x80\x02N" + b"".join([b"q\x010", _object(b"h\x01")] * 20_000) + b".",
         "empty sets": b"\x80\x04(" + b"\x8f" * 1_400_000 + b"t.",
         "marks": b"\x80\x04" + b"(" * 1_400_000 + b"t" * 1_400_000 + b".",
