@@ -19,7 +19,9 @@ from subprocess import CompletedProcess, TimeoutExpired
 from typing import IO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["diffmem.cli", "diffmem.optimum", "torch.distributed", "matplotlib.figure"])
+_CONTEXT.set_forkserver_preload(
+    ["diffmem.cli", "diffmem.optimum", "torch.distributed", "matplotlib.figure", "tests.frozen"]
+)
 
 
 class Started:

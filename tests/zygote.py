@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -47,8 +48,11 @@ class Zygote:
 
 
 def serve(address: str, modules: list[str]) -> None:
+    gc.disable()
     for module in modules:
         __import__(module)
+    gc.freeze()  # what is imported is searched for garbage in no fork
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{address}.new")
