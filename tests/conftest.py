@@ -47,6 +47,10 @@ def pytest_collection() -> Generator:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or modules that count what is left at the end (nanobind's) call all of it leaked
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("exhaustive"):
         items[:] = [item for item in items if item.get_closest_marker("exhaustive") is None]
