@@ -113,7 +113,7 @@ def test_indexes_of_vectors(metric, tmp_path):
     with pytest.raises(InputError, match="24"):
         diffmem.audit(load_features(images[:, :20].copy(), metric=metric), index=index)
     pytest.importorskip("faiss", reason="FAISS is optional: pip install 'diffmem[faiss]'")
-    build_index(sources, tmp_path / "codes", features="precomputed", metric=metric, index="IVF8,PQ6", workers=1)
+    build_index(sources, tmp_path / "codes", features="precomputed", metric=metric, index="IVF8,SQ8", workers=1)
     some = diffmem.audit(given, index=tmp_path / "codes", verify=60)
     low, high = some.verification.count_interval
     assert low <= exact.count <= high
