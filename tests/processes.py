@@ -19,9 +19,10 @@ from subprocess import CompletedProcess, TimeoutExpired
 from typing import IO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["diffmem.cli", "diffmem.optimum", "torch.distributed", "matplotlib.figure", "tests.frozen"]
-)
+_CONTEXT.set_forkserver_preload([
+    "diffmem.cli", "diffmem.optimum", "diffmem.training", "diffmem.studies", "diffmem.memorization.report",
+    "torch.distributed", "sklearn.datasets", "matplotlib.figure", "tests.frozen",
+])  # fmt: skip
 
 
 class Started:
