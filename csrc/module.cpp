@@ -62,7 +62,7 @@ void bind_conv3x3(py::module_& m) {
   static const auto check = [](std::int64_t channels, std::int64_t outputs) {
     require_sizes(std::array<std::int64_t, 2>{channels, outputs}, "conv3x3: channels and outputs must be at least 1");
     require(channels % 8 == 0 && outputs % 16 == 0, "conv3x3: channels in multiples of 8 and outputs of 16 are needed");
-    require(conv3x3::available(), "conv3x3: this processor or build has no AVX2");
+    require(conv3x3::available(), "conv3x3: this processor or build has no AVX2 or NEON");
   };
   static const auto check_shape = [](const std::array<std::int64_t, 5>& shape, int threads) {
     require_sizes(shape, "conv3x3: shape must hold sizes of at least 1");
@@ -214,7 +214,7 @@ void bind_group_norm_silu(py::module_& m) {
         channels % groups == 0 && channels % 8 == 0 && std::lcm(channels / groups, std::int64_t{8}) <= op::kMaxChannels,
         "group_norm_silu: channels must be a multiple of the groups and of 8, in blocks of at most 1024");
     require((from[2] == 0) == (from[3] == 0), "group_norm_silu: scale and shift go together");
-    require(op::available(), "group_norm_silu: this processor or build has no AVX2");
+    require(op::available(), "group_norm_silu: this processor or build has no AVX2 or NEON");
     require_threads(threads);
     require_addresses(from[0], from[1]);
   };
@@ -475,13 +475,17 @@ void bind_posterior_mean(py::module_& m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
   py::class_<pm::Term>(m, "PosteriorTerm")
-      .def(py::init([](Address rows, int64_t stride, int64_t k, Address panel, Address shift, Address scale) {
+      .def(py::init([](Address rows, int64_t stride, int64_t k, int64_t count, Address values, Address offset,
+                       Address scale) {
              require(stride >= 0 && k >= 1 && k <= pm::kLargestSum, "posterior_mean: k must be from 1 to 65536");
-             require_addresses(rows, panel, shift, scale);
-             return pm::Term{at<const uint8_t>(rows), stride, k, at<const std::int8_t>(panel), at<const int32_t>(shift),
-                             at<const float>(scale)};
+             require(count >= 0, "posterior_mean: count must be at least 0");
+             require_addresses(rows, values, offset, scale);
+             return pm::Term{
+                 at<const uint8_t>(rows), stride, k, count, at<const std::int16_t>(values), at<const uint8_t>(offset),
+                 at<const float>(scale)};
            }),
-           py::arg("rows"), py::arg("stride"), py::arg("k"), py::arg("panel"), py::arg("shift"), py::arg("scale"));
+           py::arg("rows"), py::arg("stride"), py::arg("k"), py::arg("count"), py::arg("values"), py::arg("offset"),
+           py::arg("scale"));
   py::class_<pm::ByteRows>(m, "PosteriorRows")
       .def(py::init([](Address data, int64_t stride, int64_t d, Address center) {
              require(stride >= 0 && d >= 1, "posterior_mean: rows need stride >= 0 and d >= 1");
@@ -509,13 +513,21 @@ void bind_posterior_mean(py::module_& m) {
   };
 
   m.attr("posterior_largest_sum") = pm::kLargestSum;
-  m.def("posterior_available", &pm::available, "Whether this processor and build have the 8-bit products.");
+  m.def("posterior_available", &pm::available, "Whether this processor and build have the integer products.");
+  m.def(
+      "posterior_digit_bits",
+      [] {
+        require(pm::available(), "posterior_mean: this processor or build has no AVX2 or NEON");
+        return pm::digit_bits();
+      },
+      "Bits of the numbers that rows are multiplied by.");
   m.def(
       "posterior_scores",
       [](const std::vector<pm::Term>& terms, int64_t n, int64_t columns, Address half_norms, Address weight, bool add,
          Address out, int threads) {
         check(n, columns, threads);
         require_addresses(half_norms, weight, out);
+        for (const pm::Term& term : terms) require(term.count <= columns, "posterior_mean: more values than columns");
         pm::scores(terms, n, columns, at<const float>(half_norms), at<const float>(weight), add, at<float>(out),
                    threads);
       },
@@ -582,10 +594,29 @@ void bind_posterior_mean(py::module_& m) {
         require(count >= 0 && count <= columns, "posterior_mean: count must be from 0 to columns");
         require_addresses(scores, limit, chosen, high, sum, high_sum);
         pm::round_weights(at<const float>(scores), n, columns, at<const float>(limit), at<const int32_t>(chosen), count,
-                          at<uint8_t>(high), at<uint8_t>(low), at<int64_t>(sum), at<int64_t>(high_sum), threads);
+                          at<void>(high), at<uint8_t>(low), at<int64_t>(sum), at<int64_t>(high_sum), threads);
       },
       unlocked, py::arg("scores"), py::arg("n"), py::arg("columns"), py::arg("limit"), py::arg("chosen"),
       py::arg("count"), py::arg("high"), py::arg("low"), py::arg("sum"), py::arg("high_sum"), py::arg("threads"));
+  m.def(
+      "posterior_small_means",
+      [](const pm::ByteRows& rows, int64_t n, Address half_norms, double spread, double longest, Address x, bool wide,
+         int64_t count, double unit, double shift, Address sigma, Address tolerance, double reach, bool exact,
+         Address out, Address log_sum, Address dropped, int threads) {
+        require_sizes(std::array<int64_t, 2>{n, count}, "posterior_mean: n and count must be at least 1");
+        require(pm::available(), "posterior_mean: this processor or build has no AVX2 or NEON");
+        require_threads(threads);
+        require_addresses(half_norms, x, sigma, tolerance, out);
+        const pm::SmallSet set{rows, n, at<const double>(half_norms), spread, longest};
+        const pm::SmallQueries queries{at<const void>(x),           wide,  count, unit, shift, at<const double>(sigma),
+                                       at<const double>(tolerance), reach, exact};
+        return static_cast<int>(
+            pm::small_means(set, queries, at<void>(out), at<double>(log_sum), at<double>(dropped), threads));
+      },
+      unlocked, py::arg("rows"), py::arg("n"), py::arg("half_norms"), py::arg("spread"), py::arg("longest"),
+      py::arg("x"), py::arg("wide"), py::arg("count"), py::arg("unit"), py::arg("shift"), py::arg("sigma"),
+      py::arg("tolerance"), py::arg("reach"), py::arg("exact"), py::arg("out"), py::arg("log_sum"), py::arg("dropped"),
+      py::arg("threads"), "0, or what is wrong: 1 of x, 2 of sigma.");
   m.def(
       "posterior_weighted_sums",
       [](Address rows, int64_t stride, int64_t k, int64_t n, Address weights, int64_t count, Address out, int threads) {
@@ -593,7 +624,7 @@ void bind_posterior_mean(py::module_& m) {
                 "posterior_mean: k and n must be at least 1, n at most 65536, count and stride at least 0");
         require_threads(threads);
         require_addresses(rows, weights, out);
-        pm::weighted_sums(at<const uint8_t>(rows), stride, k, n, at<const uint8_t>(weights), count, at<int32_t>(out),
+        pm::weighted_sums(at<const uint8_t>(rows), stride, k, n, at<const void>(weights), count, at<double>(out),
                           threads);
       },
       unlocked, py::arg("rows"), py::arg("stride"), py::arg("k"), py::arg("n"), py::arg("weights"), py::arg("count"),

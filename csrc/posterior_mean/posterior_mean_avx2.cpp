@@ -1,5 +1,5 @@
 // The posterior mean's kernels with AVX2: bytes are widened to 16 bits, of which VPMADDWD multiplies 16 pairs (one of
-// bytes would saturate). Sums are the same whole numbers as with AVX-512.
+// bytes would saturate).
 #include "cpu/simd.h"
 #include "posterior_mean/posterior_mean.h"
 
@@ -27,9 +27,12 @@ struct Mask {
   __m256 low, high;
 };
 using Packed = std::int16_t;
+using Weight = std::int16_t;
+using Sum = double;
 
 constexpr std::int64_t kSumPixels = 64;
 constexpr std::int64_t kWeightRows = 6;
+constexpr int kFloatRows = 6;  // of a tile of vectors in registers
 
 Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 Ints all_ints(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
@@ -94,6 +97,15 @@ Floats times_power_of_two(Floats a, Floats power) {
   return multiply(a, {power_of_two(power.low), power_of_two(power.high)});
 }
 
+// Keeps a sum in its register: nothing that comes later in the source is loaded before it is there.
+#if defined(__GNUC__)
+void keep(__m256i& sum) { asm volatile("" : "+x"(sum)); }
+void keep(Floats& sum) { asm volatile("" : "+x"(sum.low), "+x"(sum.high)); }
+#else
+void keep(__m256i&) {}
+void keep(Floats&) {}
+#endif
+
 double dot(const double* u, const std::uint8_t* y, const std::uint8_t* center, std::int64_t d) {
   __m256d sum[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
   std::int64_t j = 0;
@@ -117,10 +129,12 @@ double dot(const double* u, const std::uint8_t* y, const std::uint8_t* center, s
 // Two 16-bit numbers as one lane.
 __m256i all_pairs(const std::int16_t* p) { return _mm256_set1_epi32(four_bytes(p)); }
 
-// R rows of [pairs][2] against 16 columns of [pairs][16][2], added to acc.
+// R rows of [pairs][2] against 16 columns of [pairs][16][2].
 template <int R>
 void multiply_pairs(const std::int16_t* rows, std::int64_t stride, const std::int16_t* columns, std::int64_t pairs,
                     __m256i (&acc)[R][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
   for (std::int64_t s = 0; s < pairs; ++s) {
     const __m256i low = load_ints(columns + 32 * s), high = load_ints(columns + 32 * s + 16);
 #pragma GCC unroll 8
@@ -128,71 +142,83 @@ void multiply_pairs(const std::int16_t* rows, std::int64_t stride, const std::in
       const __m256i a = all_pairs(rows + r * stride + 2 * s);
       acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(a, low));
       acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(a, high));
+      keep(acc[r][0]);
+      keep(acc[r][1]);
     }
   }
 }
 
-// A term's columns as [columns / 16][pairs][16][2] 16-bit numbers.
-void widen_panel(const Term& term, std::int64_t columns, std::int16_t* wide) {
-  const std::int64_t steps = simd::divide_up<std::int64_t>(term.k, 4);
-  for (std::int64_t c = 0; c < columns; ++c) {
-    const std::int64_t group = c / 64 * 64, width = simd::min<std::int64_t>(64, columns - group);
-    const std::int8_t* from = term.panel + 4 * (steps * group + (c - group));
-    std::int16_t* to = wide + c / kLanes * kLanes * 4 * steps + c % kLanes * 2;
-    for (std::int64_t s = 0; s < steps; ++s)
-      for (std::int64_t t = 0; t < 4; ++t) to[64 * s + t / 2 * 32 + t % 2] = from[4 * width * s + t];
+// [columns / 16][pairs][16][2].
+void pack(const Term& term, std::int64_t, std::int64_t first, std::int64_t last, void* panel, std::int32_t*) {
+  const std::int64_t pairs = 2 * simd::divide_up<std::int64_t>(term.k, 4);
+  for (std::int64_t group = first; group < last; group += kLanes) {
+    std::int16_t* to = static_cast<std::int16_t*>(panel) + 2 * pairs * group;
+    simd::fill(to, 2 * pairs * kLanes, std::int16_t{0});
+    for (std::int64_t c = group; c < simd::min(group + kLanes, term.count); ++c) {
+      const std::int16_t* from = term.values + c * term.k;
+      for (std::int64_t j = 0; j < term.k; ++j) to[j / 2 * 32 + (c - group) * 2 + j % 2] = from[j];
+    }
   }
 }
 
-void widen(const std::uint8_t* from, std::int64_t count, std::int16_t* to) {
+void widen(const std::uint8_t* from, const std::uint8_t* offset, std::int64_t count, std::int16_t* to) {
+  const auto wide = [](const std::uint8_t* bytes) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  };
   std::int64_t j = 0;
-  for (; j + 16 <= count; j += 16)
-    store_ints(to + j, _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
-  for (; j < count; ++j) to[j] = from[j];
+  for (; j + 16 <= count; j += 16) store_ints(to + j, _mm256_sub_epi16(wide(from + j), wide(offset + j)));
+  for (; j < count; ++j) to[j] = static_cast<std::int16_t>(from[j] - offset[j]);
 }
 
 template <int R>
-void score_tile(const Term& term, const std::int16_t* columns, const std::int16_t* rows, std::int64_t stride,
-                bool first, std::int64_t row, std::int64_t column, const ScoreRows& to) {
+void score_tile(const Term& term, const std::int16_t* columns, const std::int16_t* rows, std::int64_t pairs, bool first,
+                std::int64_t row, std::int64_t column, const ScoreRows& to) {
   __m256i acc[R][2];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-  multiply_pairs<R>(rows, stride, columns, stride / 2, acc);
-  const Ints shift{load_ints(term.shift + column), load_ints(term.shift + column + 8)};
+  multiply_pairs<R>(rows, kPixelChunk, columns, pairs, acc);
   const Floats scale = load(term.scale + column), weight = load(to.weight + column);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     float* out = to.out + (row + r) * to.columns + column;
     const Floats before = first ? multiply(weight, all(-to.half_norms[row + r])) : load(out);
-    store(out, multiply_add(floats(subtract(Ints{acc[r][0], acc[r][1]}, shift)), scale, before));
+    store(out, multiply_add(floats(Ints{acc[r][0], acc[r][1]}), scale, before));
   }
 }
 
-void scores(const Term& term, const std::int16_t* panel, bool first, std::int64_t row, std::int64_t end,
-            const ScoreRows& to, std::int16_t* scratch) {
-  const std::int64_t stride = 4 * simd::divide_up<std::int64_t>(term.k, 4);
-  for (std::int64_t r = row; r < end; ++r) {
-    std::int16_t* line = scratch + (r - row) * stride;
-    widen(term.rows + r * term.stride, term.k, line);
-    simd::fill(line + term.k, stride - term.k, std::int16_t{0});
-  }
-  for (std::int64_t c = 0; c < to.columns; c += kLanes) {
-    const std::int16_t* columns = panel + c * stride;
-    std::int64_t r = row;
-    for (; r + 6 <= end; r += 6) score_tile<6>(term, columns, scratch + (r - row) * stride, stride, first, r, c, to);
-    for (; r < end; ++r) score_tile<1>(term, columns, scratch + (r - row) * stride, stride, first, r, c, to);
+void scores(const Term& term, const void* panel, const std::int32_t*, bool first, std::int64_t row, std::int64_t end,
+            const ScoreRows& to, void* scratch) {
+  const std::int64_t all_pairs = 2 * simd::divide_up<std::int64_t>(term.k, 4);
+  auto* const rows = static_cast<std::int16_t*>(scratch);
+  for (std::int64_t k = 0; k < term.k; k += kPixelChunk, first = false) {
+    const std::int64_t width = simd::min(kPixelChunk, term.k - k);
+    std::int64_t pairs = simd::divide_up<std::int64_t>(width, 2);
+    simd::hide(pairs);  // as in weighted_sums
+    for (std::int64_t r = row; r < end; ++r) {
+      std::int16_t* line = rows + (r - row) * kPixelChunk;
+      const std::uint8_t* from = term.rows + r * term.stride + k;
+      // The next part of the row, or the first of the row that takes its place: short pieces far apart, which the
+      // processor does not foresee. Addresses beyond the rows do no harm.
+      const std::int64_t following = k + width < term.k ? width : kRowBlock * term.stride - k;
+      for (std::int64_t j = 0; j < simd::min(kPixelChunk, term.k); j += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(from) + following + j, _MM_HINT_T1);
+      widen(from, term.offset + k, width, line);
+      if (width % 2 != 0) line[width] = 0;
+    }
+    for (std::int64_t c = 0; c < to.columns; c += kLanes) {
+      const std::int16_t* columns = static_cast<const std::int16_t*>(panel) + 2 * all_pairs * c + kLanes * k;
+      std::int64_t r = row;
+      for (; r + 6 <= end; r += 6) score_tile<6>(term, columns, rows + (r - row) * kPixelChunk, pairs, first, r, c, to);
+      for (; r < end; ++r) score_tile<1>(term, columns, rows + (r - row) * kPixelChunk, pairs, first, r, c, to);
+    }
   }
 }
 
 struct WeightRows {
-  const std::int16_t* weights;
+  const Weight* weights;
   std::int64_t stride;
 };
 
-WeightRows weight_rows(const std::uint8_t* weights, std::int64_t stride, std::int64_t count, std::int64_t images,
-                       Packed* wide) {
-  for (std::int64_t c = 0; c < count; ++c) widen(weights + c * stride, images, wide + c * kImageChunk);
-  return {wide, kImageChunk};
+WeightRows weight_rows(const Weight* weights, std::int64_t stride, std::int64_t, std::int64_t, Packed*) {
+  return {weights, stride};
 }
 
 std::int64_t place_in_strip(std::int64_t j) { return j; }
@@ -223,22 +249,22 @@ void interleave(const std::uint8_t* const (&rows)[4], std::int64_t pixels, Packe
   }
 }
 
+// Adds whole numbers to float64 sums.
+void add_to(double* sums, __m256i whole) {
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtepi32_pd(_mm256_castsi256_si128(whole))));
+  _mm256_storeu_pd(sums + 4,
+                   _mm256_add_pd(_mm256_loadu_pd(sums + 4), _mm256_cvtepi32_pd(_mm256_extracti128_si256(whole, 1))));
+}
+
 template <int R>
-void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel, std::int64_t fours,
-                 std::int32_t* sums) {
+void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel, std::int64_t fours, Sum* sums) {
   for (std::int64_t part = 0; part < 4; ++part) {
-    std::int32_t* at = sums + 16 * part;
     __m256i acc[R][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] = load_ints(at + r * kPixelBlock);
-      acc[r][1] = load_ints(at + r * kPixelBlock + 8);
-    }
     multiply_pairs<R>(from.weights + first * from.stride, from.stride, panel + part * kQuarter, 2 * fours, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      store_ints(at + r * kPixelBlock, acc[r][0]);
-      store_ints(at + r * kPixelBlock + 8, acc[r][1]);
+      add_to(sums + 16 * part + r * kPixelBlock, acc[r][0]);
+      add_to(sums + 16 * part + r * kPixelBlock + 8, acc[r][1]);
     }
   }
 }
@@ -250,8 +276,9 @@ void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel
 
 namespace diffmem::posterior_mean {
 namespace {
-const Kernels kTable = {sizeof(Packed), widen_panel, scores,    column_top,    column_mass,
-                        select,         pair_logits, pair_sums, round_weights, weighted_sums};
+const Kernels kTable = {sizeof(Weight), sizeof(Packed), pack,        scores,    column_top,
+                        column_mass,    select,         pair_logits, pair_sums, round_weights,
+                        weighted_sums,  float_scores,   weigh,       float_sums};
 }  // namespace
 
 const Kernels* avx2_kernels() { return &kTable; }

@@ -20,9 +20,12 @@ using Floats = __m512;
 using Ints = __m512i;
 using Mask = __mmask16;
 using Packed = std::int8_t;
+using Weight = std::uint8_t;
+using Sum = std::int32_t;
 
 constexpr std::int64_t kSumPixels = 128;
 constexpr std::int64_t kWeightRows = 6;
+constexpr int kFloatRows = 12;  // of a tile of vectors in registers
 
 Floats all(float x) { return _mm512_set1_ps(x); }
 Ints all_ints(std::int32_t x) { return _mm512_set1_epi32(x); }
@@ -52,6 +55,8 @@ std::uint32_t bits(Mask m) { return m; }
 Floats nearest_whole(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 Floats times_power_of_two(Floats a, Floats power) { return _mm512_scalef_ps(a, power); }
 
+void keep(Floats&) {}  // there are registers enough
+
 double dot(const double* u, const std::uint8_t* y, const std::uint8_t* center, std::int64_t d) {
   __m512d sum[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
   std::int64_t j = 0;
@@ -70,15 +75,21 @@ double dot(const double* u, const std::uint8_t* y, const std::uint8_t* center, s
   return product;
 }
 
+struct Columns {
+  const std::int8_t* panel;
+  const std::int32_t* shift;
+};
+
 template <int R, int V>
-void score_tile(const Term& term, bool first, std::int64_t row, std::int64_t column, const ScoreRows& to) {
+void score_tile(const Term& term, const Columns& columns, bool first, std::int64_t row, std::int64_t column,
+                const ScoreRows& to) {
   const std::int64_t whole = term.k / 4, rest = term.k - 4 * whole;
   // The bytes beyond the last whole step, with zeros after them: memory may end where the last row does.
   std::uint8_t ends[4 * R] = {};
   if (rest > 0)
     for (int r = 0; r < R; ++r)
       std::memcpy(ends + 4 * r, term.rows + (row + r) * term.stride + 4 * whole, static_cast<std::size_t>(rest));
-  const std::int8_t* panel = term.panel + column * 4 * (whole + (rest > 0));
+  const std::int8_t* panel = columns.panel + column * 4 * (whole + (rest > 0));
   __m512i acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -102,7 +113,7 @@ void score_tile(const Term& term, bool first, std::int64_t row, std::int64_t col
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const std::int64_t c = column + kLanes * v;
-    const __m512i shift = _mm512_loadu_si512(term.shift + c);
+    const __m512i shift = _mm512_loadu_si512(columns.shift + c);
     const __m512 scale = _mm512_loadu_ps(term.scale + c);
     const __m512 weight = _mm512_loadu_ps(to.weight + c);
 #pragma GCC unroll 16
@@ -116,31 +127,32 @@ void score_tile(const Term& term, bool first, std::int64_t row, std::int64_t col
 }
 
 template <int V>
-void score_rows(const Term& term, bool first, std::int64_t row, std::int64_t end, std::int64_t column,
-                const ScoreRows& to) {
+void score_rows(const Term& term, const Columns& columns, bool first, std::int64_t row, std::int64_t end,
+                std::int64_t column, const ScoreRows& to) {
   constexpr int R = V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 12 : 16;
-  for (; row + R <= end; row += R) score_tile<R, V>(term, first, row, column, to);
-  for (; row < end; ++row) score_tile<1, V>(term, first, row, column, to);
+  for (; row + R <= end; row += R) score_tile<R, V>(term, columns, first, row, column, to);
+  for (; row < end; ++row) score_tile<1, V>(term, columns, first, row, column, to);
 }
 
-void scores(const Term& term, const std::int16_t*, bool first, std::int64_t row, std::int64_t end, const ScoreRows& to,
-            std::int16_t*) {
+void scores(const Term& term, const void* panel, const std::int32_t* shift, bool first, std::int64_t row,
+            std::int64_t end, const ScoreRows& to, void*) {
+  const Columns columns{static_cast<const std::int8_t*>(panel), shift};
   std::int64_t c = 0;
-  for (; c + 64 <= to.columns; c += 64) score_rows<4>(term, first, row, end, c, to);
+  for (; c + 64 <= to.columns; c += 64) score_rows<4>(term, columns, first, row, end, c, to);
   switch ((to.columns - c) / kLanes) {
-    case 3: score_rows<3>(term, first, row, end, c, to); break;
-    case 2: score_rows<2>(term, first, row, end, c, to); break;
-    case 1: score_rows<1>(term, first, row, end, c, to); break;
+    case 3: score_rows<3>(term, columns, first, row, end, c, to); break;
+    case 2: score_rows<2>(term, columns, first, row, end, c, to); break;
+    case 1: score_rows<1>(term, columns, first, row, end, c, to); break;
     default: break;
   }
 }
 
 struct WeightRows {
-  const std::uint8_t* weights;
+  const Weight* weights;
   std::int64_t stride;
 };
 
-WeightRows weight_rows(const std::uint8_t* weights, std::int64_t stride, std::int64_t, std::int64_t, Packed*) {
+WeightRows weight_rows(const Weight* weights, std::int64_t stride, std::int64_t, std::int64_t, Packed*) {
   return {weights, stride};
 }
 
@@ -194,8 +206,9 @@ void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel
 
 namespace diffmem::posterior_mean {
 namespace {
-const Kernels kTable = {sizeof(Packed), nullptr,     scores,    column_top,    column_mass,
-                        select,         pair_logits, pair_sums, round_weights, weighted_sums};
+const Kernels kTable = {sizeof(Weight), sizeof(Packed), pack_bytes,  scores,    column_top,
+                        column_mass,    select,         pair_logits, pair_sums, round_weights,
+                        weighted_sums,  float_scores,   weigh,       float_sums};
 }  // namespace
 
 const Kernels* avx512_kernels() { return &kTable; }

@@ -13,6 +13,11 @@ namespace diffmem::posterior_mean {
 namespace {
 
 using Packed = std::int16_t;
+using Weight = std::uint8_t;
+using Sum = std::int32_t;
+
+constexpr int kFloatRows = 4;  // of a tile of vectors in registers
+void keep(Floats&) {}          // there are registers enough
 
 // One row's sums with 16 columns. Each with a name: those of an array GCC keeps in memory.
 struct Sums {
@@ -62,14 +67,17 @@ void multiply_row(const std::int16_t* row, const std::int16_t* columns, std::int
 }
 
 // A term's columns as [columns / 16][4 * ceil(k / 4)][16] 16-bit numbers.
-void widen_panel(const Term& term, std::int64_t columns, std::int16_t* wide) {
-  const std::int64_t steps = simd::divide_up<std::int64_t>(term.k, 4);
-  for (std::int64_t c = 0; c < columns; ++c) {
-    const std::int64_t group = c / 64 * 64, width = simd::min<std::int64_t>(64, columns - group);
-    const std::int8_t* from = term.panel + 4 * (steps * group + (c - group));
-    std::int16_t* to = wide + c / kLanes * kLanes * 4 * steps + c % kLanes;
-    for (std::int64_t s = 0; s < steps; ++s)
-      for (std::int64_t t = 0; t < 4; ++t) to[(4 * s + t) * kLanes] = from[4 * width * s + t];
+void pack(const Term& term, std::int64_t, std::int64_t first, std::int64_t last, void* panel, std::int32_t* shift) {
+  const std::int64_t stride = 4 * simd::divide_up<std::int64_t>(term.k, 4);
+  for (std::int64_t c = first; c < last; ++c) {
+    std::int16_t* to = static_cast<std::int16_t*>(panel) + c / kLanes * kLanes * stride + c % kLanes;
+    const std::int16_t* from = term.values + c * term.k;
+    shift[c] = 0;
+    for (std::int64_t j = 0; j < stride; ++j) {
+      const bool given = c < term.count && j < term.k;
+      to[kLanes * j] = given ? from[j] : std::int16_t{0};
+      if (given) shift[c] += from[j] * term.offset[j];
+    }
   }
 }
 
@@ -79,8 +87,9 @@ void widen(const std::uint8_t* from, std::int64_t count, std::int16_t* to) {
   for (; j < count; ++j) to[j] = from[j];
 }
 
-void scores(const Term& term, const std::int16_t* panel, bool first, std::int64_t row, std::int64_t end,
-            const ScoreRows& to, std::int16_t* scratch) {
+void scores(const Term& term, const void* panel, const std::int32_t* shift, bool first, std::int64_t row,
+            std::int64_t end, const ScoreRows& to, void* memory) {
+  auto* const scratch = static_cast<std::int16_t*>(memory);
   const std::int64_t fours = simd::divide_up<std::int64_t>(term.k, 4), stride = 4 * fours;
   for (std::int64_t r = row; r < end; ++r) {
     std::int16_t* line = scratch + (r - row) * stride;
@@ -88,20 +97,20 @@ void scores(const Term& term, const std::int16_t* panel, bool first, std::int64_
     simd::fill(line + term.k, stride - term.k, std::int16_t{0});
   }
   for (std::int64_t c = 0; c < to.columns; c += kLanes) {
-    const std::int16_t* columns = panel + c * stride;
+    const std::int16_t* columns = static_cast<const std::int16_t*>(panel) + c * stride;
     std::int64_t r = row;
     for (; r + 4 <= end; r += 4) {
       Sums s0{all_ints(0)}, s1 = s0, s2 = s0, s3 = s0;
       multiply_rows(scratch + (r - row) * stride, stride, columns, fours, s0, s1, s2, s3);
-      put_scores(term, s0.of, first, r, c, to);
-      put_scores(term, s1.of, first, r + 1, c, to);
-      put_scores(term, s2.of, first, r + 2, c, to);
-      put_scores(term, s3.of, first, r + 3, c, to);
+      put_scores(term, shift, s0.of, first, r, c, to);
+      put_scores(term, shift, s1.of, first, r + 1, c, to);
+      put_scores(term, shift, s2.of, first, r + 2, c, to);
+      put_scores(term, shift, s3.of, first, r + 3, c, to);
     }
     for (; r < end; ++r) {
       Sums sums{all_ints(0)};
       multiply_row(scratch + (r - row) * stride, columns, fours, sums);
-      put_scores(term, sums.of, first, r, c, to);
+      put_scores(term, shift, sums.of, first, r, c, to);
     }
   }
 }
@@ -169,8 +178,9 @@ void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel
 
 namespace diffmem::posterior_mean {
 namespace {
-const Kernels kTable = {sizeof(Packed), widen_panel, scores,    column_top,    column_mass,
-                        select,         pair_logits, pair_sums, round_weights, weighted_sums};
+const Kernels kTable = {sizeof(Weight), sizeof(Packed), pack,        scores,    column_top,
+                        column_mass,    select,         pair_logits, pair_sums, round_weights,
+                        weighted_sums,  float_scores,   weigh,       float_sums};
 }  // namespace
 
 const Kernels* neon_kernels() { return &kTable; }

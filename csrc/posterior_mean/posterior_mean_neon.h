@@ -129,10 +129,11 @@ double dot(const double* u, const std::uint8_t* y, const std::uint8_t* center, s
 }
 
 // The scores of one row and 16 columns from the sums of their products.
-void put_scores(const Term& term, Ints sums, bool first, std::int64_t row, std::int64_t column, const ScoreRows& to) {
+void put_scores(const Term& term, const std::int32_t* shift, Ints sums, bool first, std::int64_t row,
+                std::int64_t column, const ScoreRows& to) {
   float* out = to.out + row * to.columns + column;
   const Floats before = first ? multiply(load(to.weight + column), all(-to.half_norms[row])) : load(out);
-  store(out, multiply_add(floats(subtract(sums, load_ints(term.shift + column))), load(term.scale + column), before));
+  store(out, multiply_add(floats(subtract(sums, load_ints(shift + column))), load(term.scale + column), before));
 }
 
 }  // namespace

@@ -14,6 +14,11 @@ namespace diffmem::posterior_mean {
 namespace {
 
 using Packed = std::uint8_t;
+using Weight = std::uint8_t;
+using Sum = std::int32_t;
+
+constexpr int kFloatRows = 4;  // of a tile of vectors in registers
+void keep(Floats&) {}          // there are registers enough
 
 // One row's sums with 16 columns, of which a vector holds four bytes of four.
 struct Sums {
@@ -43,8 +48,9 @@ int8x16_t row_bytes(const Term& term, std::int64_t row, std::int64_t block) {
 // R rows (1 or 4) and 16 columns: panel is their first step of `steps`, which lie `step` bytes apart. start: 128 times
 // the sum of each column.
 template <int R>
-void score_tile(const Term& term, const std::int8_t* panel, std::int64_t step, std::int64_t steps, Ints start,
-                bool first, std::int64_t row, std::int64_t column, const ScoreRows& to) {
+void score_tile(const Term& term, const std::int32_t* shift, const std::int8_t* panel, std::int64_t step,
+                std::int64_t steps, Ints start, bool first, std::int64_t row, std::int64_t column,
+                const ScoreRows& to) {
   Sums s0{start}, s1 = s0, s2 = s0, s3 = s0;
   for (std::int64_t block = 0; 4 * block < steps; ++block) {
     const std::int64_t here = simd::min<std::int64_t>(4, steps - 4 * block);
@@ -71,20 +77,20 @@ void score_tile(const Term& term, const std::int8_t* panel, std::int64_t step, s
     at.template operator()<2>();
     at.template operator()<3>();
   }
-  put_scores(term, s0.of, first, row, column, to);
+  put_scores(term, shift, s0.of, first, row, column, to);
   if constexpr (R == 4) {
-    put_scores(term, s1.of, first, row + 1, column, to);
-    put_scores(term, s2.of, first, row + 2, column, to);
-    put_scores(term, s3.of, first, row + 3, column, to);
+    put_scores(term, shift, s1.of, first, row + 1, column, to);
+    put_scores(term, shift, s2.of, first, row + 2, column, to);
+    put_scores(term, shift, s3.of, first, row + 3, column, to);
   }
 }
 
-void scores(const Term& term, const std::int16_t*, bool first, std::int64_t row, std::int64_t end, const ScoreRows& to,
-            std::int16_t*) {
+void scores(const Term& term, const void* packed, const std::int32_t* shift, bool first, std::int64_t row,
+            std::int64_t end, const ScoreRows& to, void*) {
   const std::int64_t steps = simd::divide_up<std::int64_t>(term.k, 4);
   for (std::int64_t c = 0; c < to.columns; c += kLanes) {
     const std::int64_t group = c / 64 * 64, step = 4 * simd::min<std::int64_t>(64, to.columns - group);
-    const std::int8_t* panel = term.panel + 4 * (steps * group + (c - group));
+    const std::int8_t* panel = static_cast<const std::int8_t*>(packed) + 4 * (steps * group + (c - group));
     // Once for the block of rows: as much work as one row.
     Sums start{all_ints(0)};
     const int8x16_t ones = vdupq_n_s8(1);
@@ -95,8 +101,8 @@ void scores(const Term& term, const std::int16_t*, bool first, std::int64_t row,
     }
     start.of = left(start.of, 7);
     std::int64_t r = row;
-    for (; r + 4 <= end; r += 4) score_tile<4>(term, panel, step, steps, start.of, first, r, c, to);
-    for (; r < end; ++r) score_tile<1>(term, panel, step, steps, start.of, first, r, c, to);
+    for (; r + 4 <= end; r += 4) score_tile<4>(term, shift, panel, step, steps, start.of, first, r, c, to);
+    for (; r < end; ++r) score_tile<1>(term, shift, panel, step, steps, start.of, first, r, c, to);
   }
 }
 
@@ -182,8 +188,9 @@ void weight_tile(const WeightRows& from, std::int64_t first, const Packed* panel
 
 namespace diffmem::posterior_mean {
 namespace {
-const Kernels kTable = {sizeof(Packed), nullptr,     scores,    column_top,    column_mass,
-                        select,         pair_logits, pair_sums, round_weights, weighted_sums};
+const Kernels kTable = {sizeof(Weight), sizeof(Packed), pack_bytes,  scores,    column_top,
+                        column_mass,    select,         pair_logits, pair_sums, round_weights,
+                        weighted_sums,  float_scores,   weigh,       float_sums};
 }  // namespace
 
 const Kernels* neon_dotprod_kernels() { return &kTable; }

@@ -21,6 +21,7 @@ from diffmem.data.classes import class_indices
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.ops.posterior_mean import OP, PosteriorRows, Request
+from diffmem.ops.posterior_mean.arguments import BAD_SIGMA, BAD_X
 from diffmem.optimum.regularized import Regularization, to_json
 from diffmem.progress import Progress, silent
 from diffmem.search.basis import principal_components, sample_rows
@@ -202,6 +203,9 @@ class OptimalDenoiser(nn.Module):
         class indices (B,) int64, one-hot vectors (B, label_dim), or None, which counts as every class. Raises
         InputError where these do not fit.
         """
+        self._check_shape(x)
+        if (denoised := self._quick(x, sigma, labels)) is not None:
+            return denoised
         checks = self._check(x)
         rows, levels = x.double().flatten(1), self._levels(sigma, len(x), x.device, checks)
         asked = levels if self.regularization is None else self.regularization.level(levels)
@@ -210,7 +214,7 @@ class OptimalDenoiser(nn.Module):
             Request(self._to_rows(_of(rows, chosen)), self._row_units(_of(asked, chosen)), images)
             for chosen, images in parts
         ]
-        results = self.rows.means(requests, self.tolerance, checks)
+        results = self.rows.means(requests, self.tolerance, checks, wide=x.dtype == torch.float64)
         mean, log_sum = torch.empty_like(rows), torch.empty_like(levels)
         for (chosen, _), result in zip(parts, results, strict=True):
             place = slice(None) if chosen is None else chosen
@@ -327,19 +331,43 @@ class OptimalDenoiser(nn.Module):
         self, sigma: torch.Tensor | float, count: int, device: torch.device, checks: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """One noise level per image; that they are positive is added to `checks`."""
-        given = torch.as_tensor(sigma, dtype=torch.float64).flatten()
-        if given.numel() not in (1, count):
-            raise InputError(f"sigma: {given.numel()} noise levels for {count} images; give one, or one per image")
-        checks["sigma: noise levels must be positive and finite"] = ((given > 0) & given.isfinite()).all().to(device)
-        return given.to(device).expand(count)
+        given = _per_image(sigma, count)
+        checks[BAD_SIGMA] = ((given > 0) & given.isfinite()).all().to(device)
+        return given.to(device)
 
     def _check(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is to be found true of x before a result counts; raises InputError for what can be seen without waiting
         for its device."""
+        self._check_shape(x)
+        return {BAD_X: x.isfinite().all()}
+
+    def _check_shape(self, x: torch.Tensor) -> None:
         if x.ndim != 4 or x.shape[1:] != (self.channels, self.resolution, self.resolution):
             size = f"{self.channels}, {self.resolution}, {self.resolution}"
             raise InputError(f"x: shape {tuple(x.shape)}, but this denoiser takes (B, {size})")
-        return {"x: holds NaN or infinity": x.isfinite().all()}
+
+    def _quick(self, x: torch.Tensor, sigma: torch.Tensor | float, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """D(x; σ) where it is nothing but the mean of all images, of a set or a batch so small that the dozens of
+        PyTorch's operations around it would take longer than itself; None elsewhere."""
+        plain = labels is None and self.regularization is None and self.subset is None and len(x) > 0
+        if not plain or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+            return None
+        if not self.rows.is_quick(len(x), self.tolerance, x.dtype == torch.float64):
+            return None
+        unit = 127.5 if self.integer else 1.0
+        one = isinstance(sigma, int | float) or (isinstance(sigma, torch.Tensor) and sigma.numel() == 1)
+        levels = float(sigma) * unit if one else _per_image(sigma, len(x)) * unit
+        shift = unit if self.integer else 0.0
+        mean = self.rows.quick(x.detach().flatten(1), levels, self.tolerance, unit, shift)
+        return None if mean is None else mean.view(x.shape)
+
+
+def _per_image(sigma: torch.Tensor | float, count: int) -> torch.Tensor:
+    """One noise level per image [count] float64, where it is."""
+    given = torch.as_tensor(sigma, dtype=torch.float64).flatten()
+    if given.numel() not in (1, count):
+        raise InputError(f"sigma: {given.numel()} noise levels for {count} images; give one, or one per image")
+    return given.expand(count)
 
 
 def _of(values: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:

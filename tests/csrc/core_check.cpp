@@ -416,41 +416,32 @@ void check_affine_alignment() {
 
 namespace pm = diffmem::posterior_mean;
 
-// The panel of int8 columns [columns][k] as posterior_mean.h lays it out.
-void fill_panel(const std::vector<std::int8_t>& from, std::int64_t k, std::int64_t columns, std::int8_t* panel) {
-  const std::int64_t steps = (k + 3) / 4;
-  for (std::int64_t c = 0; c < columns; ++c) {
-    const std::int64_t group = c / 64 * 64, width = std::min<std::int64_t>(64, columns - group);
-    for (std::int64_t j = 0; j < 4 * steps; ++j)
-      panel[4 * steps * group + (j / 4 * width + c - group) * 4 + j % 4] = j < k ? from[c * k + j] : std::int8_t{0};
-  }
-}
-
 void check_scores() {
   for (const std::int64_t k : {1, 3, 4, 15, 16, 17, 31, 64, 203}) {
     for (const std::int64_t columns : {16, 48, 64, 80, 112}) {
       const std::int64_t n = k % 2 ? 101 : 50, stride = k + 5;
       Guarded<std::uint8_t> rows((n - 1) * stride + k);
-      std::vector<std::int8_t> values(columns * k);
+      const std::int64_t count = columns - 3;
+      Guarded<std::int16_t> values(count * k);
+      Guarded<std::uint8_t> offset(k);
       fill_integers(rows.data(), rows.size(), 0, 255);
-      fill_integers(values.data(), values.size(), -127, 127);
+      fill_integers(offset.data(), k, 0, 255);
+      const int largest = pm::digit_bits() == 8 ? 127 : 32767;
+      fill_integers(values.data(), values.size(), -largest, largest);
       if (k == 203) std::fill(rows.begin(), rows.end(), std::uint8_t{255});
-      Guarded<std::int8_t> panel((k + 3) / 4 * 4 * columns);
-      fill_panel(values, k, columns, panel.data());
-      Guarded<std::int32_t> shift(columns);
       Guarded<float> scale(columns), weight(columns), half_norms(n), out(n * columns);
-      fill_integers(shift.data(), shift.size(), -100000, 100000);
       fill_reals(scale.data(), columns);
       fill_reals(weight.data(), columns);
       fill_reals(half_norms.data(), n, 100, 100);
       std::fill(out.begin(), out.end(), std::numeric_limits<float>::quiet_NaN());
-      const pm::Term term{rows.data(), stride, k, panel.data(), shift.data(), scale.data()};
+      const pm::Term term{rows.data(), stride, k, count, values.data(), offset.data(), scale.data()};
       std::vector<float> wanted(n * columns);
       for (const bool add : {false, true}) {
         for (std::int64_t i = 0; i < n; ++i) {
           for (std::int64_t c = 0; c < columns; ++c) {
-            std::int64_t sum = -shift[c];
-            for (std::int64_t j = 0; j < k; ++j) sum += rows[i * stride + j] * values[c * k + j];
+            std::int64_t sum = 0;
+            for (std::int64_t j = 0; c < count && j < k; ++j)
+              sum += (rows[i * stride + j] - offset[j]) * values[c * k + j];
             float& to = wanted[i * columns + c];
             to = std::fma(static_cast<float>(sum), scale[c], add ? to : weight[c] * -half_norms[i]);
           }
@@ -504,18 +495,23 @@ void check_columns() {
   }
 
   for (const bool two : {false, true}) {
+    const bool wide = pm::digit_bits() == 16;
+    if (wide && two) continue;
     const std::vector<std::int32_t> chosen{0, 3, 5, 15, 16, 47};
     const std::int64_t count = 6, stride = (n + 3) / 4 * 4;
-    Guarded<std::uint8_t> high(count * stride), low(count * stride);
+    Guarded<std::uint8_t> high(wide ? 0 : count * stride), low(count * stride);
+    Guarded<std::uint16_t> high_wide(wide ? count * stride : 0);
     std::fill(high.begin(), high.end(), std::uint8_t{77});
+    std::fill(high_wide.begin(), high_wide.end(), std::uint16_t{77});
     std::vector<std::int64_t> sum(count), high_sum(count);
-    pm::round_weights(scores.data(), n, columns, top.data(), chosen.data(), count, high.data(),
-                      two ? low.data() : nullptr, sum.data(), high_sum.data(), 2);
-    const double largest = two ? 65280 : 255;
+    pm::round_weights(scores.data(), n, columns, top.data(), chosen.data(), count,
+                      wide ? static_cast<void*>(high_wide.data()) : high.data(), two ? low.data() : nullptr, sum.data(),
+                      high_sum.data(), 2);
+    const double largest = wide ? 32767 : two ? 65280 : 255;
     for (std::int64_t r = 0; r < count; ++r) {
       std::int64_t all = 0, highs = 0;
       for (std::int64_t i = 0; i < stride; ++i) {
-        std::int64_t w = high[r * stride + i];
+        std::int64_t w = wide ? high_wide[r * stride + i] : high[r * stride + i];
         highs += w;
         if (two) w = i < n ? 256 * w + low[r * stride + i] - 128 : w;
         all += w;
@@ -573,23 +569,78 @@ void check_weighted_sums() {
   for (const std::int64_t n : {1, 4, 5, 511, 513, 1030}) {
     for (const std::int64_t k : {1, 15, 17, 64, 65, 257, 300}) {
       const std::int64_t count = n % 3 + 4 * (n % 2) + 1 + k % 4, stride = k + 1, weight_stride = (n + 3) / 4 * 4;
-      Guarded<std::uint8_t> rows((n - 1) * stride + k), weights(count * weight_stride);
+      Guarded<std::uint8_t> rows((n - 1) * stride + k);
+      std::vector<std::int32_t> values(count * weight_stride);
+      const int largest = pm::digit_bits() == 8 ? 255 : 32767;
       fill_integers(rows.data(), rows.size(), 0, 255);
-      fill_integers(weights.data(), weights.size(), 0, 255);
+      fill_integers(values.data(), values.size(), 0, largest);
       for (std::int64_t r = 0; r < count; ++r)
-        for (std::int64_t i = n; i < weight_stride; ++i) weights[r * weight_stride + i] = 0;
+        for (std::int64_t i = n; i < weight_stride; ++i) values[r * weight_stride + i] = 0;
       if (n == 1030 && k == 300) {  // the largest sums
         std::fill(rows.begin(), rows.end(), std::uint8_t{0});
-        std::fill_n(weights.begin(), n, std::uint8_t{255});
+        std::fill_n(values.begin(), n, largest);
       }
-      Guarded<std::int32_t> out(count * k);
-      std::vector<std::int32_t> wanted(count * k, 0);
+      Guarded<std::uint8_t> bytes(largest == 255 ? values.size() : 0);
+      Guarded<std::uint16_t> words(largest == 255 ? 0 : values.size());
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        if (largest == 255)
+          bytes[i] = static_cast<std::uint8_t>(values[i]);
+        else
+          words[i] = static_cast<std::uint16_t>(values[i]);
+      }
+      Guarded<double> out(count * k);
+      std::vector<double> wanted(count * k, 0);
       for (std::int64_t r = 0; r < count; ++r)
         for (std::int64_t i = 0; i < n; ++i)
           for (std::int64_t j = 0; j < k; ++j)
-            wanted[r * k + j] += weights[r * weight_stride + i] * (rows[i * stride + j] - 128);
-      pm::weighted_sums(rows.data(), stride, k, n, weights.data(), count, out.data(), 2);
+            wanted[r * k + j] += values[r * weight_stride + i] * (rows[i * stride + j] - 128);
+      const void* weights = largest == 255 ? static_cast<const void*>(bytes.data()) : words.data();
+      pm::weighted_sums(rows.data(), stride, k, n, weights, count, out.data(), 2);
       expect_equal(out.data(), wanted.data(), wanted.size(), "weighted_sums, n = " + std::to_string(n));
+    }
+  }
+}
+
+// Everything at once, against the formula.
+void check_small_means() {
+  for (const std::int64_t d : {1, 17, 130, 300}) {
+    for (const std::int64_t count : {1, 5, 23}) {
+      for (const double sigma : {1000.0, 100.0, 10.0, 0.5}) {
+        const std::int64_t n = 700, stride = d + 3;
+        Guarded<std::uint8_t> rows((n - 1) * stride + d), center(d);
+        fill_integers(rows.data(), rows.size(), 0, 255);
+        std::fill(center.begin(), center.end(), std::uint8_t{127});
+        Guarded<double> x(count * d), half_norms(n), levels(count), allowed(count), out(count * d);
+        fill_reals(x.data(), x.size(), sigma, 127);
+        double longest = 0, squared = 0;
+        for (std::int64_t i = 0; i < n; ++i) {
+          half_norms[i] = 0;
+          for (std::int64_t j = 0; j < d; ++j) half_norms[i] += std::pow(rows[i * stride + j] - 127.0, 2) / 2;
+          longest = std::max(longest, std::sqrt(2 * half_norms[i]));
+          squared += 2 * half_norms[i] / n;
+        }
+        std::fill(levels.begin(), levels.end(), sigma);
+        std::fill(allowed.begin(), allowed.end(), 1e-6);
+        const pm::SmallSet set{
+            {rows.data(), stride, d, center.data()}, n, half_norms.data(), std::sqrt(squared), longest};
+        const pm::SmallQueries queries{x.data(),      true,           count, 1.0,       0.0,
+                                       levels.data(), allowed.data(), 25.0,  count == 1};
+        expect(pm::small_means(set, queries, out.data(), nullptr, nullptr, 2) == pm::Checked::good, "small_means");
+        for (std::int64_t c = 0; c < count; ++c) {
+          std::vector<double> logits(n), mean(d, 0.0);
+          for (std::int64_t i = 0; i < n; ++i)
+            for (std::int64_t j = 0; j < d; ++j)
+              logits[i] -= std::pow(x[c * d + j] - rows[i * stride + j], 2) / (2 * sigma * sigma);
+          const double top = *std::max_element(logits.begin(), logits.end());
+          double mass = 0, error = 0;
+          for (std::int64_t i = 0; i < n; ++i) {
+            mass += std::exp(logits[i] - top);
+            for (std::int64_t j = 0; j < d; ++j) mean[j] += std::exp(logits[i] - top) * rows[i * stride + j];
+          }
+          for (std::int64_t j = 0; j < d; ++j) error += std::pow(mean[j] / mass - out[c * d + j], 2);
+          expect(std::sqrt(error) <= 1e-5 * std::sqrt(squared), "small_means: error");
+        }
+      }
     }
   }
 }
@@ -669,6 +720,7 @@ int main() {
       check_columns();
       check_pairs();
       check_weighted_sums();
+      check_small_means();
     }
     where = "alignment " + name;
     expect(diffmem::alignment::available() == (level != Level::portable), "available");

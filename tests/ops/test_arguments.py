@@ -262,11 +262,16 @@ calls = [
     lambda: _C.affine_alignment([1, 1, 8, 8, 4, 4], a, a, a, -1, a, a, 1),
     lambda: _C.affine_alignment([1, 1, 8, 8, 4, 4], a, a, 0, 1, a, a, 1),
     lambda: _C.affine_alignment([1, 1, 8, 8, 4, 4], a, a, a, 1, a, a, 0),
-    lambda: _C.PosteriorTerm(a, 4, 2**17, a, a, a),
+    lambda: _C.PosteriorTerm(a, 4, 2**17, 1, a, a, a),
+    lambda: _C.posterior_scores([_C.PosteriorTerm(a, 4, 4, 17, a, a, a)], 4, 16, a, a, False, a, 1),
     lambda: _C.PosteriorRows(a, 4, 0, a),
     lambda: _C.posterior_column_top(a, 0, 16, a, a, 1),
     lambda: _C.posterior_column_top(a, 4, 17, a, a, 1),
     lambda: _C.posterior_weighted_sums(a, 4, 4, 2**17, a, 1, a, 1),
+    lambda: _C.posterior_small_means(
+        _C.PosteriorRows(a, 4, 4, a), 4, a, 1.0, 1.0, a, False, 0, 1.0, 0.0, a, a, 1.0, False, a, 0, 0, 1),
+    lambda: _C.posterior_small_means(
+        _C.PosteriorRows(a, 4, 4, a), 4, a, 1.0, 1.0, a, False, 1, 1.0, 0.0, a, a, 1.0, False, 0, 0, 0, 1),
     lambda: _C.vector_scan_encode(a, 4, 65, 64, 0, False, 0.0, a, a, 1),
     lambda: _C.vector_scan_encode(a, 4, 64, 65, 0, False, 0.0, a, a, 1),
     lambda: _C.vector_scan(a, a, 4, 0, a, a, 4, 64, 3, 1.0, 2, a, 1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from numerics import assert_close, assert_log_sums
 
 from diffmem.errors import InputError
-from diffmem.ops.posterior_mean import OP, PosteriorRows, blocked, native, posterior_mean
+from diffmem.ops.posterior_mean import OP, PosteriorRows, blocked, float32, native, posterior_mean
+from diffmem.ops.posterior_mean import rows as rows_module
 from diffmem.search.basis import principal_components
 
 core = native.native_module()
@@ -39,16 +42,56 @@ def assert_within(result, x, sigma, y, tolerance):
     assert_log_sums(result.log_sum, expected.log_sum, tolerance)
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("sigma", SIGMAS)
-def test_blocked_against_float64(sigma, monkeypatch):
-    monkeypatch.setattr(blocked, "SMALL", 0)  # no shortcut for small problems
-    monkeypatch.setattr(blocked, "BLOCK_PAIRS", 6 * 300)  # several blocks
+def test_float32_against_float64(sigma, kept, monkeypatch):
+    """PyTorch's way on the CPU: rows that are kept and one block, rows that are not and several."""
+    monkeypatch.setattr(float32, "WIDE_WORK", 0)  # no shortcuts for small problems
+    monkeypatch.setattr(float32, "EXACT_WORK", 0)
+    monkeypatch.setattr(rows_module, "SMALL", 0)
+    if not kept:
+        monkeypatch.setattr(float32, "KEPT_BYTES", 0)
+        monkeypatch.setattr(float32, "BLOCK_VALUES", 300 * 75)
     y = rows(1000, 75)
     y[7] = y[3]
     x = noisy(y, sigma, 6)
     x[5] = (y[1].double() + y[2]) / 2  # as near to the one as to the other
     levels = torch.full((6,), 127.5 * sigma, dtype=torch.float64)
-    assert_within(posterior_mean(x, levels, y, impl="torch"), x, levels, y, 1e-5)
+    for tolerance in (1e-3, 1e-5):
+        assert_within(posterior_mean(x, levels, y, tolerance=tolerance, impl="torch"), x, levels, y, tolerance)
+    listed = torch.arange(0, 1000, 3)
+    data = PosteriorRows(y, torch.full((75,), 128.0), torch.device("cpu"), impl="torch")
+    assert_within(data.mean(x, levels, 1e-5, listed), x, levels, y[listed], 1e-5)
+    # What is asked most often: the mean alone, of float32 queries in other units, one level for all.
+    quick = data.quick((x / 127.5 - 1).float(), 127.5 * sigma, 1e-5, 127.5, 127.5)
+    expected = posterior_mean(((x / 127.5 - 1).float() + 1) * 127.5, levels, y, impl="reference").mean / 127.5 - 1
+    assert float(((quick - expected).norm(dim=1) / expected.norm(dim=1)).max()) <= 1e-5
+    one = data.quick((x[:1] / 127.5 - 1).float(), 127.5 * sigma, 1e-5, 127.5, 127.5)
+    assert float((one - expected[:1]).norm() / expected[:1].norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("impl", ["torch", *(["native"] if LEVELS else [])])
+def test_tolerances_finer_than_float32(impl):
+    y = rows(700, 75)
+    data = PosteriorRows(y, torch.full((75,), 128.0), torch.device("cpu"), impl=impl)
+    for sigma in SIGMAS:
+        x, levels = noisy(y, sigma, 6).float(), torch.full((6,), 127.5 * sigma)
+        found, expected = data.mean(x, levels, 1e-9), posterior_mean(x, levels, y, impl="reference")
+        assert float(((found.mean - expected.mean).norm(dim=1) / (expected.mean - 127.5).norm(dim=1)).max()) <= 1e-9
+        assert data.quick(x, 127.5 * sigma, 1e-9, 1.0, 0.0) is None
+
+
+def test_blocked_against_float64(monkeypatch):
+    """The walk that a GPU's kernels take where rows do not fit its memory."""
+    monkeypatch.setattr(blocked, "SMALL", 0)
+    monkeypatch.setattr(blocked, "BLOCK_PAIRS", 6 * 300)  # several blocks
+    y = rows(1000, 75)
+    for sigma in SIGMAS:
+        x = noisy(y, sigma, 6)
+        levels = torch.full((6,), 127.5 * sigma, dtype=torch.float64)
+        center = torch.full((75,), 128.0, dtype=torch.float64)
+        found = blocked.posterior_mean_blocked(x, levels, y, 1e-5, center)
+        assert_within(type(posterior_mean(x, levels, y[:9]))(*found), x, levels, y, 1e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -75,29 +118,47 @@ def test_native_against_float64(tolerance, level, monkeypatch):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
-def test_native_small_sets_without_components(tolerance, level, monkeypatch):
-    """Every noise level is served, by one of all ways that there are, and to the tolerance."""
+def test_native_small_sets(tolerance, level, monkeypatch):
+    """Every noise level, few queries and many, levels of their own, parts of the set, and float32 in other units."""
     monkeypatch.setenv("DIFFMEM_CPU", level)
+    monkeypatch.setattr(native, "EXACT_WORK", 0)
+    monkeypatch.setattr(native, "QUICK_WORK", 0)
     y = rows(900, 130)
     y[7] = y[3]
     center = y.double().mean(dim=0).round()
     data = native.NativeRows(y, center, float((center - 127.5).norm()), None)
-    plans = set()
+    result_type = type(posterior_mean(noisy(y, 1.0, 1), torch.ones(1), y[:9]))
     for sigma in (80.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.002):
         x = noisy(y, sigma, 19)
         x[5] = (y[1].double() + y[2]) / 2
         levels = torch.full((19,), 127.5 * sigma, dtype=torch.float64)
-        plan = data.plan(127.5 * sigma, tolerance, len(y))
-        plans.add(None if plan is None else (plan.planes, plan.low == native.FLOAT))
-        result = type(posterior_mean(x, levels, y[:9]))(*data.mean(x, levels, tolerance, 0, len(y)))
-        assert_within(result, x, levels, y, tolerance)
-    assert len(plans) > 2 or tolerance > 1e-5
-    monkeypatch.setattr(native, "FLOAT_BYTES", 0)
-    data = native.NativeRows(y, center, float((center - 127.5).norm()), None)
-    assert data.narrow_rows() is None
-    levels = torch.full((3,), 127.5 * 0.002, dtype=torch.float64)
-    result = type(posterior_mean(x[:3], levels, y[:9]))(*data.mean(noisy(y, 0.002, 3), levels, tolerance, 0, len(y)))
-    assert_within(result, noisy(y, 0.002, 3), levels, y, tolerance)
+        levels[3] *= 40
+        for some in (slice(0, 19), slice(4, 6)):
+            found = result_type(*data.mean(x[some], levels[some], tolerance, 0, len(y)))
+            assert_within(found, x[some], levels[some], y, tolerance)
+            found = result_type(*data.mean(x[some], levels[some], tolerance, 100, 431))
+            assert_within(found, x[some], levels[some], y[100:431], tolerance)
+        narrow = (x / 127.5 - 1).float()
+        mean = data.small_means(narrow, 127.5 * sigma, tolerance, 0, len(y), 127.5, 127.5, details=False)[0]
+        levels[3] /= 40
+        expected = posterior_mean((narrow.double() + 1) * 127.5, levels, y, impl="reference").mean / 127.5 - 1
+        assert float(((mean - expected).norm(dim=1) / expected.norm(dim=1)).max()) <= tolerance
+
+
+@pytest.mark.parametrize("impl", ["torch", *(["native"] if LEVELS else [])])
+def test_quick_means_say_what_is_wrong(impl):
+    data = PosteriorRows(rows(50, 12), torch.full((12,), 128.0), torch.device("cpu"), impl=impl)
+    for count in (1, 5):
+        x = torch.zeros(count, 12)
+        for wrong in (math.nan, math.inf, -math.inf):
+            spoiled = x.clone()
+            spoiled[-1, 3] = wrong
+            with pytest.raises(InputError, match="x: holds NaN or infinity"):
+                data.quick(spoiled, 1.0, 1e-5, 1.0, 0.0)
+        for wrong in (0.0, -1.0, math.nan, math.inf):
+            for sigma in (wrong, torch.tensor([1.0] * (count - 1) + [wrong], dtype=torch.float64)):
+                with pytest.raises(InputError, match="sigma: noise levels must be positive and finite"):
+                    data.quick(x, sigma, 1e-5, 1.0, 0.0)
 
 
 @pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
@@ -118,7 +179,7 @@ def test_native_with_more_rows_than_a_block_and_codes_that_are_not_kept(monkeypa
 
 @pytest.mark.parametrize("level", LEVELS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 80), st.booleans())
+@given(st.integers(1, 600), st.integers(1, 300), st.integers(1, 80), st.booleans())
 def test_byte_products_are_exact(level, monkeypatch, n, k, count, low):
     """Both products, for sizes that fill no register, against int64; and the weights that one of them is of."""
     monkeypatch.setenv("DIFFMEM_CPU", level)
@@ -127,8 +188,10 @@ def test_byte_products_are_exact(level, monkeypatch, n, k, count, low):
     columns = -(-count // 16) * 16
     scores = torch.randn(n, columns, generator=generator)
     limit, chosen = torch.zeros(columns), torch.arange(count, dtype=torch.int32)
-    high = torch.full((count, 4 * -(-n // 4)), 77, dtype=torch.uint8)
-    second = high.clone() if low else None
+    digit = native.DIGITS[core.posterior_digit_bits()]
+    low = low and digit.bits == 8
+    high = torch.full((count, 4 * -(-n // 4)), 77, dtype=digit.weight)
+    second = torch.full_like(high, 77) if low else None
     sums, high_sums = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
     core.posterior_round_weights(
         scores.data_ptr(), n, columns, limit.data_ptr(), chosen.data_ptr(), count, high.data_ptr(),
@@ -140,26 +203,53 @@ def test_byte_products_are_exact(level, monkeypatch, n, k, count, low):
     if low:
         found = 256 * found + second[:, :n].long() - 128
     assert torch.equal(found.sum(dim=1), sums)
-    expected = torch.where(scores > 0, 0.0, scores.exp() * (65280 if low else 255)).T[:count]
-    assert float((found - expected).abs().max()) <= 1.001 + 65280 * 2e-7 * low
-    out = torch.full((count, k), 7, dtype=torch.int32)
+    largest = 65280 if low else digit.largest_weight
+    expected = torch.where(scores > 0, 0.0, scores.exp() * largest).T[:count]
+    assert float((found - expected).abs().max()) <= 1.001 + largest * 2e-7
+    high.copy_(torch.randint(0, digit.largest_weight + 1, high.shape, generator=generator))
+    high[0] = digit.largest_weight  # the largest sums there are
+    high[:, n:] = 0
+    y[:, 0] = 0
+    out = torch.full((count, k), 7, dtype=torch.float64)
     core.posterior_weighted_sums(y.data_ptr(), k, k, n, high.data_ptr(), count, out.data_ptr(), 2)
     assert torch.equal(out.long(), high[:, :n].long() @ (y.long() - 128))
     # Scores whose numbers float32 holds exactly: whole multiples of 1/4 below 2^22.
-    u = torch.randint(-128, 128, (count, k), generator=generator)
-    steps = -(-k // 4)
-    padded = torch.zeros(columns, 4 * steps, dtype=torch.int8)
-    padded[:count, :k] = u.to(torch.int8)
-    panel = torch.cat([part.transpose(0, 1).flatten() for part in padded.view(columns, steps, 4).split(native.PANEL)])
-    shift, scale = torch.arange(columns, dtype=torch.int32), torch.full((columns,), 0.25)
-    term = core.PosteriorTerm(rows=y.data_ptr(), stride=k, k=k, panel=panel.data_ptr(), shift=shift.data_ptr(),
-                              scale=scale.data_ptr())  # fmt: skip
+    u = torch.randint(-128, 128, (count, k), generator=generator).to(torch.int16)
+    offset = torch.randint(0, 256, (k,), generator=generator, dtype=torch.uint8)
+    scale = torch.full((columns,), 0.25)
+    term = core.PosteriorTerm(rows=y.data_ptr(), stride=k, k=k, count=count, values=u.data_ptr(),
+                              offset=offset.data_ptr(), scale=scale.data_ptr())  # fmt: skip
     half_norms, weight = torch.arange(n) / 2.0, torch.full((columns,), 2.0)
     scores = torch.full((n, columns), torch.nan)
     for add in (False, True):
         core.posterior_scores([term], n, columns, half_norms.data_ptr(), weight.data_ptr(), add, scores.data_ptr(), 2)
-    expected = (y.long() @ u.T - shift[:count]) / 2 - torch.arange(n)[:, None]
+    expected = (y.long() - offset.long()) @ u.long().T / 2 - torch.arange(n)[:, None]
     assert torch.equal(scores[:, :count], expected)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_products_of_the_largest_digits(level, monkeypatch):
+    """Sums of 16-bit digits that fill int32."""
+    monkeypatch.setenv("DIFFMEM_CPU", level)
+    digit = native.DIGITS[core.posterior_digit_bits()]
+    n, k = 1030, 700
+    y = torch.zeros(n, k, dtype=torch.uint8)
+    y[1::2] = 255
+    u = torch.tensor([digit.largest, -digit.largest], dtype=torch.int16)[:, None].repeat(1, k)
+    offset, scale = torch.zeros(k, dtype=torch.uint8), torch.full((16,), 2.0**-20)
+    term = core.PosteriorTerm(rows=y.data_ptr(), stride=k, k=k, count=2, values=u.data_ptr(),
+                              offset=offset.data_ptr(), scale=scale.data_ptr())  # fmt: skip
+    scores, zeros = torch.empty(n, 16), torch.zeros(n)
+    core.posterior_scores([term], n, 16, zeros.data_ptr(), zeros.data_ptr(), False, scores.data_ptr(), 1)
+    expected = (y.double() @ u.T.double()) * 2.0**-20
+    assert float((scores[:, :2] - expected).abs().max()) <= 2.0**-22 * float(expected.max())
+    weights = torch.full((1, 4 * -(-n // 4)), digit.largest_weight, dtype=digit.weight)
+    weights[:, n:] = 0
+    out = torch.empty(1, k, dtype=torch.float64)
+    for value in (0, 255):
+        y.fill_(value)
+        core.posterior_weighted_sums(y.data_ptr(), k, k, n, weights.data_ptr(), 1, out.data_ptr(), 1)
+        assert bool((out == n * digit.largest_weight * (value - 128)).all())
 
 
 def test_float_rows_and_levels_of_their_own():

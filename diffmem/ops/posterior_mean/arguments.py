@@ -11,6 +11,7 @@ from diffmem.ops.arguments import FLOATS, check_number, check_shape, check_tenso
 
 OP = "posterior_mean"
 ROWS = (torch.uint8, torch.float32, torch.float64)
+BAD_X, BAD_SIGMA = "x: holds NaN or infinity", "sigma: noise levels must be positive and finite"
 REAL = (*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

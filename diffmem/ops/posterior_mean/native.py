@@ -1,8 +1,9 @@
-"""The posterior mean of uint8 rows by 8-bit integer products (csrc/posterior_mean): dense at high noise, else a search.
+"""The posterior mean of uint8 rows by integer products (csrc/posterior_mean): dense at high noise, else a search.
 
 With u = x − c and z_i = y_i − c for a center c of whole numbers, the logit of image i is, but for a constant of the
-query, s_i = (u·z_i − ‖z_i‖²/2) / σ². The machine offers exact products of bytes at four times float32's rate (AVX-512
-with VNNI; twice with AVX2), bounds from principal components, and float64 for listed pairs. P are m orthonormal
+query, s_i = (u·z_i − ‖z_i‖²/2) / σ². The machine offers exact products of bytes with bytes at four times float32's rate
+(AVX-512 with VNNI) or with numbers of 16 bits at twice that (AVX2): digits, in what follows. It offers bounds from
+principal components, and float64 for listed pairs. P are m orthonormal
 components (within ε = ‖PPᵀ − 1‖), the code of an image ẑ ≈ Pz in bytes, one scale per component, and ρ(z)² = ‖z‖² −
 ‖Pz‖².
 
@@ -11,41 +12,44 @@ bytes an image. As u·z = Pu·Pz + u·(1 − PᵀP)z, and 1 − PᵀP is within 
 
     |u·z_i − q·ẑ_i| ≤ ‖Pu‖·max‖Pz − ẑ‖ + Σ_groups ‖Pu − q‖·max‖ẑ‖ + ρ(u)·ρ(z_i) + ε‖u‖‖z_i‖        (1)
 
-(ρ² with ε‖·‖² added; 2^-21 of all magnitudes covers float32). It begins with 64 components, which do for σ < 0.5, and
-takes more until few images are left. The exact logit of the image of the largest ŝ is a lower
+(ρ² with ε‖·‖² added, and 2^-24 of all magnitudes for every rounding to float32). It begins with 64 components, which do
+for σ < 0.5, and takes more until few images are left. The exact logit of the image of the largest ŝ is a lower
 bound on the largest; only images whose upper bound by (1) comes within Δ = ln(N/ε') of it can hold more than ε'/N of
 the mass. These, few, are computed in float64. What is left out holds at most N·exp(−Δ): proven.
 
-**Dense.** u is rounded to one byte or two, u = q + δ, and q·z is exact. What δ does to the logits is made good where it
-matters: Pδ·ẑ is another product over the leading components; the rest, at most ρ(δ)·ρ(z), has the direction of
+**Dense.** u is rounded to one digit or two, u = q + δ, and q·z is exact. What δ does to the logits is made good where
+it matters: Pδ·ẑ is another product over the leading components; the rest, at most ρ(δ)·ρ(z), has the direction of
 rounding noise. Weights above `cap` times the average are taken out and computed in float64 (by Markov's inequality
 N/cap images at most; a fifth of that in practice). The others are rounded to bytes (and what that leaves, to bytes
-again, summed over components where these will do): a larger cap leaves fewer images to float64 and asks for finer
-products. Nothing is dropped; the error is that of the roundings. Taken as independent, with λ the variances of the
-components, R² = E‖z‖², S = min(cap, exp(R²/σ²)), tail(m) = E ρ(z)² and ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²):
+again, summed over components where these will do; with AVX2 to 15 bits at once): a larger cap leaves fewer images to
+float64 and asks for finer products. Nothing is dropped; the error is that of the roundings. Taken as independent, with
+λ the variances of the components, R² = E‖z‖², S = min(cap, exp(R²/σ²)), tail(m) = E ρ(z)² and
+‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²):
 
     first product:   rms δ / σ² · (√tail(m) · √(S/N) · R + √Σ_{k>m} λ_k²) / ‖D‖
-    second product:  cap/256·√(1/4N) · √tail(m') / ‖D‖                                                (2)
+    second product:  cap/256·√(1/4N) · √tail(m') / ‖D‖;  15 bits: cap/2^15·√(1/12N) · R / ‖D‖          (2)
 
 This is a model and no bound; single queries exceed both lines by a factor of up to six. So the plan is the cheapest
 that keeps them below shares of the tolerance (FIRST_SHARE, SECOND_SHARE) that leave room for that. Fitted on seeds
 0–255 of CIFAR-10 (JPEG), and checked on 64 other seeds each of sets of 8,000, 20,000 and 50,000 of its images: the
 largest error of 12 noise levels from 80 down was half the tolerance.
 
-Small sets have no codes: their components take longer to find than they would save. u is rounded to three bytes there,
-which leaves so little that the rounding of the float32 scores counts, of rms 2^-24 (2 + R/2σ) R/σ, and Σλ² is
-estimated from inner products of a sample; the search has a single look, by the same product, with the bounds
-‖δ‖·max‖z‖ and 2^-21 of all magnitudes. N = 2,000 patches, 64 queries, one core, CPU time of one call by cdist, softmax
-and matmul in float32, which keeps to no tolerance: 31–43 ms; by blocks in PyTorch: 200 ms above σ = 0.5, 85 ms below;
-by this: 24–41 and 14–17 ms,
-and 60 ms around σ = 1, where no plan is good enough and logits are products in float64.
+Where the search gave up but the mass is with few images (σ around 3), the product's scores show which, and the second
+product is not made.
+
+**Small sets** have no codes: their components take longer to find than they would save. There, for up to three queries,
+and where no plan is good enough or float32 costs less, one call of the core does all of it in float32 (`small_means`;
+csrc/posterior_mean/posterior_mean.h says how it keeps to the tolerance). What counts is what is not done: no copy of
+the set (cdist makes one per call), no pass over the distances but the exponential, no operation of PyTorch, of which
+cdist, softmax and matmul are a dozen: 53 µs for 500 images of 64 values, against 27 for this.
 
 Floors, CIFAR-10 (N = 50,000, d = 3072), 256 queries, 2 cores of 462 Gop/s in 8 bits and 116 Gflop/s in float32: a
 product over all bytes is 79 Gop, 85 ms (float32: 340 ms); reading the images once, 153 MB, 8 ms. Predicted before it
 was written: dense calls 2.1 (tolerance 1e-3) to 3.4 (1e-5) such products, 0.25 and 0.35 s; search 0.06 s; so 5 times
 faster than two float32 products and a softmax at 1e-5, and 8 times at 1e-3, over the 35 calls of 18 steps. Measured
 (benchmarks/results/optimum.*.csv): dense calls 0.25–0.36 and 0.43–0.54 s, search 0.02–0.19 s; 5.2 and 7.4 times
-faster. With AVX2 1.8 and 3.0 times: there a product of bytes takes half of one in float32, and there are more of them.
+faster. With AVX2 (315 of 374 Gop/s that 16-bit digits reach in a loop; 230 Gop/s a core in theory) a product is 250 ms,
+and both tolerances need two: 0.55–0.62 and 0.62–0.85 s, search 0.03–0.26 s.
 
 Tried: components beyond 1024 (JPEG leaves 1536 dimensions) make the search prune a little more and the second bytes'
 sum short; one scale for all components costs the search its sharpness; rounding weights without a dither loses those
@@ -57,22 +61,30 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
+from diffmem.errors import InputError
+from diffmem.ops.posterior_mean.arguments import BAD_SIGMA, BAD_X
 from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE, RunningMean
 from diffmem.ops.registry import native_kernel_unavailable, native_module
 from diffmem.progress import Progress, silent
 
 FIRST_SHARE, SECOND_SHARE = 1 / 24, 1 / 6  # of the tolerance, for the model's errors of the two products
-FLOAT = -1  # in a plan: weights and rows of the second product are float32
-FLOAT_BYTES = 1 << 26  # of rows that are kept in float32 too
+SMALL_COST = 8.0  # of all of it in float32, in units of a product over all bytes
+FINEST = 2e-6  # tolerance below which sums of weighted rows in float32 are not exact enough
+SMALL_SHARE = 1 / 8  # of the tolerance, for the model's error of small sets
+EXACT_WORK, QUICK_WORK = 1 << 21, 1 << 17  # multiplications for which float64 is as good as free, and for a quick call
+FEW = 3  # queries that make products of vectors rather than of matrices: they are answered as those of small sets
 FLOAT_SHARE = 1 / 8  # and for the rounding of scores in float32, where the first product leaves less than that
-VARIANCE_SAMPLE = 512
-CAPS = (6.0, 24.0, 96.0)  # times the average weight: heavier images are computed exactly
-PAIR_COST = 100  # of a pair in float64, in units of the same pair's share of a product over all bytes
-LANES, PANEL = 16, 64  # queries in a vector, and side by side in a product
+CAPS = (3.0, 6.0, 12.0, 24.0, 96.0)  # times the average weight: heavier images are computed exactly
+PAIR_COST = 100  # of a pair in float64, in units of the same pair's share of a product over all bytes (AVX2: half)
+LANES = 16  # queries in a vector
+INFINITY = torch.tensor(math.inf)
+CHUNK = 256  # components of which a product may be rounded to float32, kPixelChunk of csrc/posterior_mean
 BLOCK_VALUES = 1 << 25
 CODE_BYTES = 1 << 31  # of all images' components in bytes, which are in memory even where images are not
 SCORE_BYTES = 1 << 28
@@ -80,9 +92,11 @@ LEVELS = (64, 192, 512, 768)  # components after which the search looks how many
 LEVEL_SHARE = 1 / 500  # of the pairs: with fewer left the search goes no further
 MAX_CANDIDATE_FRACTION = 0.92  # share of the pairs: with more of them left after the first look it stops
 SEARCH_SHARE = 1 / 24  # of the pairs: with more of them left the search gives up
+SPARSE_SHARE = 1 / 100  # of the pairs: fewer cost less in float64 than a product of bytes (of 16 bits: twice as many)
 SEARCH_BELOW = 1 / 4  # noise level over R from which down the search is tried
 GROUP_RATIO = 3.0  # of the scales of the components in one group
 FINE = 256  # components whose part of δ is rounded to two bytes: its first byte would leave a hundredth of their error
+PLANS = 1024  # that are remembered
 LARGEST_ROW = 65536  # values whose products 32 bits can add up, kLargestSum of csrc/posterior_mean
 ENERGIES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096)
 
@@ -94,14 +108,39 @@ def unavailable(device_type: str) -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the dense products are done. planes: bytes of u. corrected: components that make good what they leave.
+    """How the dense products are done. planes: digits of u. corrected: components that make good what they leave.
     cap: times the average weight, above which images are computed exactly. low: components over which the second byte
-    of the weights is summed; None: there is none."""
+    of the weights is summed; None: there is none, as where weights have 15 bits."""
 
     planes: int
     corrected: int
     cap: float
     low: int | None
+
+
+@dataclass(frozen=True)
+class Digit:
+    """What the core multiplies rows by: whole numbers −largest … largest of 8 bits, or of 16 where that costs no more
+    (AVX2). Weights are from 0 on."""
+
+    bits: int
+    largest: int
+    weight: torch.dtype
+    largest_weight: int
+
+    @property
+    def base(self) -> int:
+        return 2 * self.largest + 1
+
+    @property
+    def itemsize(self) -> int:
+        return self.bits // 8
+
+
+DIGITS = {8: Digit(8, 127, torch.uint8, 255), 16: Digit(16, 32767, torch.int16, 32767)}
+
+
+Means = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # mean [B, d], log-sum-exp [B], dropped share [B]
 
 
 class Scratch:
@@ -235,16 +274,19 @@ class NativeRows:
         self.longest = math.sqrt(2 * float(self.half_norms.max()))
         self.spread = max(math.sqrt(2 * float(self.half_norms.mean())), 1e-6)  # R
         self.codes = None if basis is None else Codes(self.rows, middle, basis, progress)
-        self.variances = _variances(self.rows, middle) if basis is None else self.spread**2
-        self._narrow_rows: torch.Tensor | None = None
+        self.plans: dict[tuple[float, float, int, int], Plan | None] = {}
         self.sums = BlockSums(self.rows)
         self.scratch = Scratch()
         self.core = native_module()
+        self.byte_rows = self.byte_rows_from(0)
 
-    def mean(
-        self, x: torch.Tensor, sigma: torch.Tensor, tolerance: float, start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def mean(self, x: torch.Tensor, sigma: torch.Tensor, tolerance: float, start: int, stop: int) -> Means | None:
         """Mean, log-sum-exp and dropped share as of `posterior_mean_blocked`; None where no plan is good enough."""
+        if not len(x):
+            return None
+        if self.small(len(x)):
+            x = x.double()
+            return cast(Means, self.small_means(x, sigma.double(), tolerance, start, stop))
         u = x.double() - self.center.double()
         count = len(u)
         plans = {level: self.plan(level, tolerance, stop - start) for level in sigma.unique().tolist()}
@@ -260,61 +302,121 @@ class NativeRows:
                 memory = self.scratch.take(6 * (longest + 4) * columns)
                 state = _Call(self, u[part], sigma[part], tolerance, plan, memory).run(start, stop, search)
                 self.scratch.give(memory)
-                if state is None:
-                    return None
+                if state is None:  # no product of digits is exact enough
+                    if tolerance < FINEST or 4 * columns * (stop - start) > SCORE_BYTES:
+                        return None
+                    found = self.small_means(x[part].double(), sigma[part].double(), tolerance, start, stop)
+                    mean[part], log_sum[part], dropped[part] = found[0] - self.center, found[1], found[2]
+                    continue
                 mean[part] = state.mean()
                 squared = u[part].square().sum(dim=1)
                 log_sum[part] = state.top + state.mass.log() - squared / (2 * sigma[part].square())
                 dropped[part] = state.dropped / state.mass
         return mean + self.center.double(), log_sum, dropped
 
-    def narrow_rows(self) -> torch.Tensor | None:
-        """The rows less the center in float32, made once, of sets so small that there is room."""
-        if self._narrow_rows is None and 4 * self.rows.numel() <= FLOAT_BYTES:
-            self._narrow_rows = self.rows.float() - self.center.float()
-        return self._narrow_rows
+    def small(self, queries: int) -> bool:
+        """Whether all of it at once, by `small_means`, is the way."""
+        return self.codes is None or queries <= FEW
+
+    def small_means(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        tolerance: float,
+        start: int,
+        stop: int,
+        unit: float = 1.0,
+        shift: float = 0.0,
+        details: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Mean [B, d] in x's dtype, log-sum-exp and dropped share, by one call of the core.
+
+        x: [B, d] float32 or float64, unit·x + shift being in units of the rows. sigma: [B] float64, in these units, or
+        one for all. details: without them the latter two are None.
+
+        Raises:
+            InputError: x or sigma is not finite, or sigma not positive.
+        """
+        x, count, share = x.contiguous(), len(x), SMALL_SHARE * tolerance / self.spread
+        if isinstance(sigma, float):
+            levels = array("d", [sigma]) * count
+            allowed = array("d", [share * self._length(sigma) if sigma > 0 else share]) * count
+        else:
+            levels = array("d", sigma.tolist())
+            allowed = array("d", [share * self._length(level) if level > 0 else share for level in levels])
+        work = count * (stop - start) * x.shape[1]
+        exact = count <= FEW or work <= (EXACT_WORK if details or x.dtype == torch.float64 else QUICK_WORK)
+        mean = torch.empty_like(x)
+        log_sum = dropped = None
+        if details:
+            log_sum, dropped = torch.empty(2, count, dtype=torch.float64)
+        wrong = self.core.posterior_small_means(
+            self.byte_rows if start == 0 else self.byte_rows_from(start), stop - start,
+            self.half_norms.data_ptr() + 8 * start,
+            self.spread, self.longest, x.data_ptr(), x.dtype == torch.float64, count, unit, shift,
+            levels.buffer_info()[0], allowed.buffer_info()[0],
+            math.log((stop - start) / (DROPPED_SHARE * tolerance)), exact, mean.data_ptr(),
+            log_sum.data_ptr() if log_sum is not None else 0, dropped.data_ptr() if dropped is not None else 0,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if wrong:
+            raise InputError(BAD_X if wrong == 1 else BAD_SIGMA)
+        return mean, log_sum, dropped
+
+    def byte_rows_from(self, start: int):
+        rows = self.rows[start:]
+        stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
+        return self.core.PosteriorRows(rows.data_ptr(), stride, rows.shape[1], self.center.data_ptr())
 
     def _key(self, sigma: float, plan: Plan | None) -> tuple[bool, Plan | None]:
         return sigma < SEARCH_BELOW * self.spread, plan
 
     def plan(self, sigma: float, tolerance: float, images: int) -> Plan | None:
         """The cheapest plan whose model error (2) is small enough, None where there is none."""
-        d, components = self.rows.shape[1], 0 if self.codes is None else len(self.codes.scale)
+        key = sigma, tolerance, images, self.core.posterior_digit_bits()
+        if key not in self.plans:
+            if len(self.plans) >= PLANS:
+                self.plans.clear()
+            self.plans[key] = self._plan(*key[:3], DIGITS[key[3]])
+        return self.plans[key]
+
+    def _plan(self, sigma: float, tolerance: float, images: int, digit: Digit) -> Plan | None:
+        d, components = self.rows.shape[1], len(self.codes.scale)
         choices = sorted({m for m in (*ENERGIES, components) if m <= components})
-        rounding = max(4 * sigma, self.longest / math.sqrt(d)) / 127 / math.sqrt(12)
+        rounding = max(4 * sigma, self.longest / math.sqrt(d)) / digit.largest / math.sqrt(12)
         length = self._length(sigma)
         tails = {m: self._tail(m) for m in choices}
         best, least = None, math.inf
         for cap in CAPS:
             concentration = min(cap, math.exp(min(50.0, (self.spread / sigma) ** 2)))
             first, second = None, None
-            # More than two bytes are for sets without codes, whose components cannot correct what two leave.
-            for planes, corrected in itertools.product((1, 2, 3, 4) if self.codes is None else (1, 2), choices):
+            for planes, corrected in itertools.product((1, 2), choices):
                 tail, variances = tails[corrected]
-                noise = rounding / 256 ** (planes - 1) / sigma**2
+                noise = rounding / digit.base ** (planes - 1) / sigma**2
                 error = noise * (math.sqrt(tail * concentration / images) * self.spread + variances) / length
-                if planes > 2:  # beside which the rounding of the float32 scores counts
+                if planes * digit.itemsize > 2:  # beside which the rounding of the float32 scores counts
                     score = (2 + self.spread / (2 * sigma)) * self.spread / sigma
                     narrow = 2.0**-24 * score * math.sqrt(concentration / images) * self.spread / length
                     error += narrow * FIRST_SHARE / FLOAT_SHARE
-                cost = planes + (corrected + min(corrected, FINE)) / d
+                cost = planes + (corrected + (min(corrected, FINE) if digit.bits == 8 else 0)) / d
                 if error < FIRST_SHARE * tolerance and (first is None or cost < first[0]):
                     first = cost, planes, corrected
-            unit = cap / math.sqrt(12 * images) / length / 256
-            for low in (None, *choices[1:], d):
+            # Rounding up or down by a dither has up to three times the variance of rounding to the nearest, as is done
+            # with weights of 15 bits but for the least.
+            variance = 1 / 4 if digit.bits == 8 else 1 / 12
+            unit = cap * math.sqrt(variance / images) / length / (digit.largest_weight + 1)
+            for low in (None, *choices[1:], d) if digit.bits == 8 else (None,):
                 left = self.spread if low is None else math.sqrt(tails[low][0]) if low < d else self.spread / 256
-                # Rounding up or down by a dither has up to three times the variance of rounding to the nearest.
-                if unit * left * 3**0.5 < SECOND_SHARE * tolerance:
-                    second = 0.0 if low is None else 0.1 + low / d, low
+                if unit * left < SECOND_SHARE * tolerance:
+                    second = 1.0 if low is None else 1.1 + low / d, low
                     break
-            if second is None and self.codes is None and self.narrow_rows() is not None:
-                second = 4.0, FLOAT  # float32 takes four times what bytes take
             if first is None or second is None:
                 continue
-            cost = first[0] + second[0] + PAIR_COST * self._heavy(sigma, cap)
+            cost = first[0] + second[0] + PAIR_COST / digit.itemsize * self._heavy(sigma, cap)
             if cost < least:
                 best, least = Plan(first[1], first[2], cap, second[1]), cost
-        return best
+        # Products of float32, which take four times what those of bytes take, need no plan.
+        return best if least < SMALL_COST / digit.itemsize else None
 
     def _heavy(self, sigma: float, cap: float) -> float:
         """About which share of the images has more than `cap` times the average weight.
@@ -322,20 +424,21 @@ class NativeRows:
         Of logits that are normal with variance τ² = Σ λ(λ + σ²)/σ⁴ it is Φ(−ln cap/τ − τ/2). Their tail being what
         real logits do not have where few images hold the mass, it is taken not to fall again beyond its maximum.
         """
-        energy = torch.tensor([self.spread**2]) if self.codes is None else self.codes.energy
+        energy = self.codes.energy
         spread = math.sqrt(float((energy * (energy + sigma**2)).sum())) / sigma**2
         spread = min(spread, math.sqrt(2 * math.log(cap)))
         return math.erfc((math.log(cap) / spread + spread / 2) / math.sqrt(2)) / 2
 
     def _length(self, sigma: float) -> float:
         """About how long results are: of Gaussian data with these variances, ‖D‖² = ‖mean‖² + Σ λ²/(λ + σ²)."""
-        energy = torch.tensor([self.spread**2 / 2]) if self.codes is None else self.codes.energy
-        return math.sqrt(self.length**2 + float((energy.square() / (energy + sigma**2)).sum()))
+        if self.codes is None:
+            energy = self.spread**2 / 2
+            return math.sqrt(self.length**2 + energy**2 / (energy + sigma**2))
+        spectrum = self.codes.energy
+        return math.sqrt(self.length**2 + float((spectrum.square() / (spectrum + sigma**2)).sum()))
 
     def _tail(self, components: int) -> tuple[float, float]:
         """Mean energy beyond the leading components, and the root of the sum of the squared variances there."""
-        if self.codes is None:
-            return self.spread**2, self.variances
         energy = self.codes.energy
         beyond = max(self.spread**2 - float(energy.sum()), 0.0)
         rest = energy[components:]
@@ -364,6 +467,7 @@ class _Call:
         self.columns = -(-self.count // LANES) * LANES
         self.weight = 1 / sigma.double().square()
         self.threads = torch.get_num_threads()
+        self.digit = DIGITS[self.core.posterior_digit_bits()]
         self.lengths = u.norm(dim=1)
         self.state = RunningMean(self.count, self.d, u.device)
 
@@ -371,14 +475,11 @@ class _Call:
         self.reach = math.log((stop - start) / (DROPPED_SHARE * self.tolerance))
         for first in range(start, stop, self.core.posterior_largest_sum):
             block = slice(first, min(stop, first + self.core.posterior_largest_sum))
-            if search and (self._search_pixels(block) if self.data.codes is None else self._search(block)):
+            if search and self._search(block):
                 continue
-            if self.plan is not None:
-                self._dense(block)
-            elif self.data.narrow_rows() is not None:
-                self._dense_in_float64(block)
-            else:
+            if self.plan is None:
                 return None
+            self._dense(block, search)
         return self.state
 
     # Search
@@ -388,16 +489,17 @@ class _Call:
         codes, n = self.data.codes, block.stop - block.start
         squared, known = self.lengths.square(), self.state.top
         inside, rounding = torch.zeros_like(squared), torch.zeros_like(squared)
-        begin = 0
+        begin = additions = 0
         for number, level in enumerate(codes.levels):
             coordinates = self.u @ codes.p[begin:level].T
             groups = [group for group in codes.groups if begin <= group[0] < level]
             terms, error = self._code_terms(coordinates, block, groups)
+            additions += sum(-(-(end - first) // CHUNK) for first, end, _ in groups)
             scores = self._scores(terms, block, add=number > 0)
             inside, rounding, begin = inside + coordinates.square().sum(dim=1), rounding + error, level
             rho = (squared * (1 + codes.defect) - inside).clamp(min=0).sqrt() + 1e-9 * self.lengths
             fixed = inside.sqrt() * codes.errors[number] + rounding + codes.defect * self.lengths * self.data.longest
-            fixed += 2.0**-21 * (self.lengths + self.data.longest) * self.data.longest
+            fixed += 2.0**-24 * (additions + 4) * (self.lengths + self.data.longest) * self.data.longest
             where = self._top(scores)[1]
             best = self._logits(torch.arange(self.count + 1), where.to(torch.int32), block)
             known = torch.maximum(known, best)
@@ -416,21 +518,6 @@ class _Call:
                 break
         return False
 
-    def _search_pixels(self, block: slice) -> bool:
-        """The same without codes: by products of the rows with u in three bytes, which are dense but exact enough."""
-        terms, left = self._pixel_terms(block, 3)
-        scores = self._scores(terms, block)
-        where = self._top(scores)[1]
-        best = self._logits(torch.arange(self.count + 1), where.to(torch.int32), block)
-        known = torch.maximum(self.state.top, best)
-        error = left.norm(dim=1) * self.data.longest
-        error += 2.0**-21 * (self.lengths + self.data.longest) * self.data.longest  # of float32
-        limit = int(SEARCH_SHARE * self.count * (block.stop - block.start))
-        pairs = self._select(scores, known - self.reach - error * self.weight, None, None, limit)[1]
-        if pairs is not None:
-            self._add_pairs(*pairs, block)
-        return pairs is not None
-
     def _add_pairs(self, starts: torch.Tensor, images: torch.Tensor, block: slice) -> None:
         """Adds listed pairs by their exact logits, those without weight left out."""
         logits = self._logits(starts, images, block)
@@ -447,7 +534,7 @@ class _Call:
 
     # Dense
 
-    def _dense(self, block: slice) -> None:
+    def _dense(self, block: slice, concentrated: bool) -> None:
         plan, codes, n = self.plan, self.data.codes, block.stop - block.start
         terms, left = self._pixel_terms(block)
         if plan.corrected:
@@ -456,18 +543,16 @@ class _Call:
             terms += self._code_terms(coordinates.double(), block, groups, FINE)[0]
         scores = self._scores(terms, block)
         top = self._top(scores)[0]
-        if plan.low == FLOAT:
-            self.state.raise_top(top.double())
-            weights = scores[:, : self.count].sub(self.state.top.float()).exp_()
-            # What the top is off by in float32 is off in all weights alike.
-            self.state.mass += weights.sum(dim=0, dtype=torch.float64)
-            self.state.total += weights.T @ self.data.narrow_rows()[block]
-            return
         mass = self._mass(scores, top)
-        limit = torch.minimum(top.double(), top.double() + (plan.cap * mass / n).log()).float()
-        starts, images = self._select(
-            scores, limit.nextafter(torch.tensor(math.inf)).double(), None, None, n * self.count
-        )[1]
+        pairs = None
+        if concentrated:  # so much that the images that matter may be few
+            limit = torch.minimum(top.double(), top.double() + (self.tolerance * mass / n).log()).float()
+            share = self.digit.itemsize * SPARSE_SHARE
+            pairs = self._select(scores, limit.nextafter(INFINITY).double(), None, None, int(share * n * self.count))[1]
+        if pairs is None:
+            limit = torch.minimum(top.double(), top.double() + (plan.cap * mass / n).log()).float()
+            pairs = self._select(scores, limit.nextafter(INFINITY).double(), None, None, n * self.count)[1]
+        starts, images = pairs
         logits = self._logits(starts, images, block)
         column = torch.repeat_interleave(torch.arange(self.count), starts.diff())
         reference = top.double().scatter_reduce(0, column, logits, "amax")
@@ -477,7 +562,7 @@ class _Call:
         total = self._sums(weights, starts, images, block)
         # What remains, where it is anything.
         heavy = torch.zeros_like(mass).index_add_(0, column, weights) * (self.state.top - top.double()).exp()
-        chosen = (mass - heavy > 1e-3 * self.tolerance * mass).nonzero().flatten().to(torch.int32)
+        chosen = (mass - heavy > DROPPED_SHARE * self.tolerance * mass).nonzero().flatten().to(torch.int32)
         if len(chosen):
             some = chosen.long()
             factor = (limit.double() - self.state.top)[some].exp()
@@ -489,15 +574,6 @@ class _Call:
         self.state.dropped += left_out * (mass - heavy).clamp(min=0) * (top.double() - self.state.top).exp()
         self.state.total += total
 
-    def _dense_in_float64(self, block: slice) -> None:
-        """Logits in float64, weights and their sums in float32: for small sets, where no plan is good enough."""
-        rows = self.data.narrow_rows()[block]
-        logits = torch.addmm(-self.data.half_norms[block], self.u, rows.double().T).mul_(self.weight[:, None])
-        self.state.raise_top(logits.amax(dim=1))
-        weights = logits.sub_(self.state.top[:, None]).exp_()
-        self.state.mass += weights.sum(dim=1)
-        self.state.total += weights.float() @ rows
-
     def _rounded_sums(
         self, scores: torch.Tensor, limit: torch.Tensor, chosen: torch.Tensor, block: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -505,51 +581,50 @@ class _Call:
         n, count, low = block.stop - block.start, len(chosen), self.plan.low
         stride = 4 * -(-n // 4)
         part = self.memory[4 * n * self.columns :]
-        high_bytes = part[: count * stride].view(count, stride)
+        high = part[: self.digit.itemsize * count * stride].view(self.digit.weight).view(count, stride)
         low_bytes = part[count * stride : 2 * count * stride].view(count, stride) if low is not None else None
         sums, high_sums = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
         limits = self._padded(limit)
         self.core.posterior_round_weights(
-            scores.data_ptr(), n, self.columns, limits.data_ptr(), chosen.data_ptr(), count, high_bytes.data_ptr(),
+            scores.data_ptr(), n, self.columns, limits.data_ptr(), chosen.data_ptr(), count, high.data_ptr(),
             0 if low_bytes is None else low_bytes.data_ptr(), sums.data_ptr(), high_sums.data_ptr(), self.threads,
         )  # fmt: skip
         offset = 128 - self.data.center.double()
-        total = self._weighted(self.data.rows[block], high_bytes).double() + high_sums.double()[:, None] * offset
-        if low is None:
-            return sums.double() / 255, total / 255
+        total = self._weighted(self.data.rows[block], high) + high_sums.double()[:, None] * offset
+        if low_bytes is None:
+            return sums.double() / self.digit.largest_weight, total / self.digit.largest_weight
         total *= 256
         if low == self.d:
             rows = self.data.rows[block]
-            part = self._weighted(rows, low_bytes).double() - 128 * (self.data.sums(block) - 128 * n)
+            part = self._weighted(rows, low_bytes) - 128 * (self.data.sums(block) - 128 * n)
             total += part + (sums - 256 * high_sums).double()[:, None] * offset
         else:
             codes = self.data.codes.bytes[block]
-            part = self._weighted(codes, low_bytes, low).double()
+            part = self._weighted(codes, low_bytes, low)
             part -= 128 * (self.data.codes.sums(block)[:low] - 128 * n)
             total += ((part * self.data.codes.scale[:low]).float() @ self.data.codes.p[:low].float()).double()
         return sums.double() / 65280, total / 65280
 
     # Terms
 
-    def _pixel_terms(self, block: slice, planes: int | None = None) -> tuple[list, torch.Tensor]:
-        """Products of the rows with u rounded to `planes` bytes, and what that leaves of u [B, d], float32 (float64
-        where that is little)."""
-        rows, planes = self.data.rows[block], planes or self.plan.planes
+    def _pixel_terms(self, block: slice) -> tuple[list, torch.Tensor]:
+        """Products of the rows with u rounded to `planes` digits, and what that leaves of u [B, d], float32."""
+        rows, planes, digit = self.data.rows[block], self.plan.planes, self.digit
         largest = self.u.abs().amax(dim=1).clamp(min=1e-30)
-        # The largest number that has its rounding: 127 followed by bytes of 127.
-        unit = largest / (127 * sum(256**place for place in range(planes)))
+        # The largest number that has its rounding: all digits the largest.
+        unit = largest / (digit.largest * sum(digit.base**place for place in range(planes)))
         left = values = (self.u / unit[:, None]).round_()
         digits = []
-        for _ in range(planes):  # −128 … 127, the lowest first
-            digit = (left + 128).remainder_(256).sub_(128)
-            left = (left - digit).div_(256)
-            digits.append(digit)
+        for _ in range(planes - 1):  # the lowest first
+            part = (left + digit.base // 2).remainder_(digit.base).sub_(digit.base // 2)
+            digits.append(part)
+            left = (left - part).div_(digit.base)
+        digits.append(left)
         terms = [
-            self._term(rows, self.d, digit, 256**place * unit, self.data.center)
-            for place, digit in reversed(list(enumerate(digits)))
+            self._term(rows, self.d, part, float(digit.base) ** place * unit, self.data.center)
+            for place, part in reversed(list(enumerate(digits)))
         ]
-        left = self.u - values * unit[:, None]
-        return terms, left if planes > 2 else left.float()
+        return terms, (self.u - values * unit[:, None]).float()
 
     def _code_terms(
         self,
@@ -558,19 +633,21 @@ class _Call:
         groups: list[tuple[int, int, float]],
         fine: int = 0,
     ) -> tuple[list, torch.Tensor]:
-        """Products of the codes with coordinates rounded to bytes, and a bound on what that changes.
+        """Products of the codes with coordinates rounded to digits, and a bound on what that changes.
 
         coordinates: [B, components], those of the groups, which follow one another. fine: groups that begin before
-        this component have their coordinates rounded to two bytes.
+        this component have their coordinates rounded to two bytes, where digits have one.
         """
         codes, first = self.data.codes, groups[0][0]
+        if self.digit.bits > 8:  # which do for scales as different as those of all components
+            groups = [(first, groups[-1][1], math.hypot(*(longest for _, _, longest in groups)))]
         folded = coordinates * codes.scale[first : first + coordinates.shape[1]]
         terms, error = [], torch.zeros(self.count, dtype=torch.float64)
         for begin, end, longest in groups:
             part, rows = folded[:, begin - first : end - first], codes.bytes[block, begin:end]
             offset = torch.full((end - begin,), 128, dtype=torch.uint8)
-            for _ in range(2 if begin < fine else 1):
-                unit = part.abs().amax(dim=1).clamp(min=1e-30) / 127
+            for _ in range(2 if begin < fine and self.digit.bits == 8 else 1):
+                unit = part.abs().amax(dim=1).clamp(min=1e-30) / self.digit.largest
                 values = (part / unit[:, None]).round_()
                 part = part - values * unit[:, None]
                 terms.append(self._term(rows, end - begin, values, unit, offset))
@@ -578,18 +655,12 @@ class _Call:
         return terms, error
 
     def _term(self, rows: torch.Tensor, k: int, values: torch.Tensor, unit: torch.Tensor, offset: torch.Tensor):
-        """A product of uint8 rows [n, k] less `offset`, with whole numbers −128 … 127 [B, k] times unit [B] / σ²."""
-        steps = -(-k // 4)
-        padded = torch.zeros(self.columns, 4 * steps, dtype=torch.int8)
-        padded[: self.count, :k] = values.to(torch.int8)
-        parts = padded.view(self.columns, steps, 4).split(PANEL)
-        panel = torch.cat([part.transpose(0, 1).flatten() for part in parts])
-        shift = self._padded((values @ offset.double()).to(torch.int32))
-        scale = self._padded((unit * self.weight).float())
-        self.kept = [*getattr(self, "kept", []), panel, shift, scale]
+        """A product of uint8 rows [n, k] less `offset` with digits [B, k], times unit [B] / σ²."""
+        values, scale = values.to(torch.int16), self._padded((unit * self.weight).float())
+        self.kept = [*getattr(self, "kept", []), values, offset, scale]
         return self.core.PosteriorTerm(
-            rows=rows.data_ptr(), stride=rows.stride(0) if len(rows) > 1 else k, k=k, panel=panel.data_ptr(),
-            shift=shift.data_ptr(), scale=scale.data_ptr(),
+            rows=rows.data_ptr(), stride=rows.stride(0) if len(rows) > 1 else k, k=k, count=self.count,
+            values=values.data_ptr(), offset=offset.data_ptr(), scale=scale.data_ptr(),
         )  # fmt: skip
 
     # The core
@@ -651,16 +722,11 @@ class _Call:
         pairs.copy(starts.data_ptr(), images.data_ptr())
         return pairs.total, (starts[: self.count + 1], images)
 
-    def _byte_rows(self, block: slice):
-        rows = self.data.rows[block]
-        stride = rows.stride(0) if len(rows) > 1 else self.d
-        return self.core.PosteriorRows(rows.data_ptr(), stride, self.d, self.data.center.data_ptr())
-
     def _logits(self, starts: torch.Tensor, images: torch.Tensor, block: slice) -> torch.Tensor:
         logits = torch.empty(len(images), dtype=torch.float64)
         half_norms = self.data.half_norms[block]
         self.core.posterior_pair_logits(
-            self._byte_rows(block), self.u.data_ptr(), half_norms.data_ptr(), self.weight.data_ptr(),
+            self.data.byte_rows_from(block.start), self.u.data_ptr(), half_norms.data_ptr(), self.weight.data_ptr(),
             starts.data_ptr(), images.data_ptr(), self.count, logits.data_ptr(), self.threads,
         )  # fmt: skip
         return logits
@@ -668,30 +734,19 @@ class _Call:
     def _sums(self, weights: torch.Tensor, starts: torch.Tensor, images: torch.Tensor, block: slice) -> torch.Tensor:
         total = torch.empty(self.count, self.d, dtype=torch.float64)
         self.core.posterior_pair_sums(
-            self._byte_rows(block), weights.data_ptr(), starts.data_ptr(), images.data_ptr(), self.count,
+            self.data.byte_rows_from(block.start), weights.data_ptr(), starts.data_ptr(), images.data_ptr(), self.count,
             total.data_ptr(), self.threads,
         )  # fmt: skip
         return total
 
     def _weighted(self, rows: torch.Tensor, weights: torch.Tensor, k: int | None = None) -> torch.Tensor:
         k = rows.shape[1] if k is None else k
-        sums = torch.empty(len(weights), k, dtype=torch.int32)
+        sums = torch.empty(len(weights), k, dtype=torch.float64)
         self.core.posterior_weighted_sums(
             rows.data_ptr(), rows.stride(0) if len(rows) > 1 else k, k, len(rows), weights.data_ptr(), len(weights),
             sums.data_ptr(), self.threads,
         )  # fmt: skip
         return sums
-
-
-def _variances(rows: torch.Tensor, middle: torch.Tensor) -> float:
-    """√Σλ² of the variances λ of rows [N, d] along their principal components: the root of the mean of (z_i·z_j)² over
-    pairs of different rows, of a sample. Half as much again is added for the sample."""
-    if len(rows) < 2:
-        return float((rows.double() - middle).square().sum())
-    z = rows[torch.linspace(0, len(rows) - 1, min(len(rows), VARIANCE_SAMPLE)).long()].double() - middle
-    squared = (z @ z.T).square_()
-    squared.fill_diagonal_(0)
-    return 1.5 * math.sqrt(float(squared.sum()) / (len(z) * (len(z) - 1)))
 
 
 def unfit(rows: torch.Tensor, center: torch.Tensor, order: torch.Tensor | None) -> str | None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, cast
 
 import torch
 
 from diffmem.errors import InputError
 from diffmem.ops.arguments import check_shape, check_tensor
 from diffmem.ops.posterior_mean import native, tensor_cores
-from diffmem.ops.posterior_mean.arguments import REAL, check_images, check_queries, check_rows, check_values
+from diffmem.ops.posterior_mean.arguments import (
+    BAD_SIGMA,
+    BAD_X,
+    REAL,
+    check_images,
+    check_queries,
+    check_rows,
+    check_values,
+)
 from diffmem.ops.posterior_mean.blocked import SMALL, SupportsBlocks, posterior_mean_blocked
+from diffmem.ops.posterior_mean.float32 import Float32Rows
 from diffmem.ops.posterior_mean.reference import posterior_mean_reference
 from diffmem.ops.posterior_mean.resident import Request, ResidentRows, fits
 from diffmem.ops.registry import Backend, Op, register
@@ -39,13 +49,15 @@ OP = register(
             ),
             Backend(
                 "native",
-                "8-bit integer products, bounds from principal components; small problems in float64",
+                "integer products, bounds from principal components; small sets in float32, corrected in float64",
                 posterior_mean_blocked,
                 native.unavailable,
                 native.unfit,
             ),
             Backend(
-                "torch", "blocked float32 products, float64 where these are not accurate enough", posterior_mean_blocked
+                "torch",
+                "float32 products, corrected in float64 where these are not accurate enough",
+                posterior_mean_blocked,
             ),
             Backend("reference", "every difference, in float64", posterior_mean_reference),
         ),
@@ -123,14 +135,54 @@ class PosteriorRows:
             raise InputError("center: must be integer-valued for uint8 rows")
         self.rows, self.order, self.center, self.device = rows, order, center.double(), device
         self.backend = OP.select(device.type, impl, rows, self.center, order)
-        length = float(self.center.norm()) if length is None else length
+        self.length = length = float(self.center.norm()) if length is None else length
         self.native: native.NativeRows | None = None
         if self.backend.name == "native":
             self.native = native.NativeRows(rows, self.center, length, basis, progress)
+        self.float32: Float32Rows | None = None
+        if self.backend.name == "torch" and device.type == "cpu" and not resident:
+            self.float32 = Float32Rows(rows, self.center, length, order)
         self.resident: ResidentRows | None = None
         if self.backend.name in ("triton", "torch") and (fits(rows, device) if resident is None else resident):
             products = {"products": tensor_cores.TensorCoreProducts} if self.backend.name == "triton" else {}
             self.resident = ResidentRows(rows, self.center, device, order, **products)
+
+    def is_quick(self, queries: int, tolerance: float, wide: bool) -> bool:
+        """Whether `quick` has a way for so many; wide: of float64."""
+        if self.native is not None and not self.native.small(queries):
+            return False
+        has = self.native is not None or self.float32 is not None
+        return has and not self._in_float64(queries, (0, self.count), tolerance, wide)
+
+    def _in_float64(self, queries: int, images: tuple[int, int] | torch.Tensor, tolerance: float, wide: bool) -> bool:
+        """Whether all of it is to be in float64: sums in float32 would not do, or the queries are float64 and their
+        products take no more than a moment."""
+        count = len(images) if isinstance(images, torch.Tensor) else images[1] - images[0]
+        return tolerance < native.FINEST or (wide and queries * count * self.dimension <= SMALL)
+
+    def quick(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, tolerance: float, unit: float, shift: float
+    ) -> torch.Tensor | None:
+        """The mean [B, d] of all rows alone, in x's dtype and units, by the way that takes the fewest calls; None where
+        there is none. unit·x + shift is in units of the rows.
+
+        x: [B, d] float32 or float64, B > 0, on the CPU. sigma: [B] float64, in units of the rows, or one for all.
+
+        Raises:
+            InputError: x or sigma is not finite, or sigma not positive.
+        """
+        if not self.is_quick(len(x), tolerance, x.dtype == torch.float64):
+            return None
+        if self.native is not None:
+            return self.native.small_means(x, sigma, tolerance, 0, self.count, unit, shift, details=False)[0]
+        assert self.float32 is not None
+        least, largest = (sigma, sigma) if isinstance(sigma, float) else (float(sigma.min()), float(sigma.max()))
+        if not (least > 0 and math.isfinite(largest)):
+            raise InputError(BAD_SIGMA)
+        mean = self.float32.means(x, sigma, tolerance, (0, self.count), unit, shift, details=False)[0]
+        if not math.isfinite(float(mean.sum())):
+            raise InputError(BAD_X)
+        return mean
 
     @property
     def count(self) -> int:
@@ -147,8 +199,12 @@ class PosteriorRows:
             return self.rows[start:stop]
         return ListedRows(self.rows, self.order[start:stop])
 
-    def means(self, requests: list[Request], tolerance: float, checks: dict[str, torch.Tensor]) -> list[PosteriorMean]:
+    def means(
+        self, requests: list[Request], tolerance: float, checks: dict[str, torch.Tensor], wide: bool = True
+    ) -> list[PosteriorMean]:
         """The posterior mean of each request, after the checks of their inputs.
+
+        wide: answers are wanted in float64, not in float32.
 
         checks: what is wrong where a 0-dimensional bool tensor is false. On a GPU that holds the rows they are looked
             at together with what the computation has to know: one synchronization in all.
@@ -156,7 +212,7 @@ class PosteriorRows:
         """
         if self.resident is None:
             _require(checks, [bool(check) for check in checks.values()])
-            return [self.mean(x, sigma, tolerance, images) for x, sigma, images in requests]
+            return [self.mean(x, sigma, tolerance, images, wide) for x, sigma, images in requests]
         means, passed = self.resident.means(requests, tolerance, list(checks.values()))
         _require(checks, passed)
         return [PosteriorMean(*mean) for mean in means]
@@ -167,10 +223,11 @@ class PosteriorRows:
         sigma: torch.Tensor,
         tolerance: float,
         images: tuple[int, int] | torch.Tensor | None = None,
+        wide: bool | None = None,
     ) -> PosteriorMean:
         """The posterior mean of x [B, d] at sigma [B], over the rows start … stop − 1, a list of rows, or all.
 
-        tolerance: the relative error aimed at, see `posterior_mean`.
+        tolerance: the relative error aimed at, see `posterior_mean`. wide: as in `means`; None: where x is float64.
         """
         images = (0, self.count) if images is None else images
         check_queries(x, sigma, tolerance, self.dimension, self.device)
@@ -179,17 +236,22 @@ class PosteriorRows:
             means, _ = self.resident.means([Request(x, sigma, images)], tolerance)
             return PosteriorMean(*means[0])
         check_values(x, sigma)
+        wide = x.dtype == torch.float64 if wide is None else wide
+        exact = self._in_float64(len(x), images, tolerance, wide)
+        if self.native is not None and not isinstance(images, torch.Tensor):
+            result = None if exact and self.native.small(len(x)) else self.native.mean(x, sigma, tolerance, *images)
+            if result is not None:
+                return PosteriorMean(*result)
+        if self.backend.name in ("native", "torch") and self.device.type == "cpu" and len(x) and not exact:
+            if self.float32 is None:
+                self.float32 = Float32Rows(self.rows, self.center, self.length, self.order, keep=False)
+            found = self.float32.means(x.double(), sigma.double(), tolerance, images)
+            return PosteriorMean(*cast(native.Means, found))
         if isinstance(images, torch.Tensor):
             listed = images if self.order is None else self.order[images]
             chosen: torch.Tensor | ListedRows = ListedRows(self.rows, listed)
         else:
-            start, stop = images
-            chosen = self.slice(start, stop)
-        large = len(x) * len(chosen) * self.dimension > SMALL
-        if self.native is not None and large and not isinstance(images, torch.Tensor):
-            result = self.native.mean(x, sigma, tolerance, start, stop)
-            if result is not None:
-                return PosteriorMean(*result)
+            chosen = self.slice(*images)
         return PosteriorMean(*self.backend.function(x, sigma, chosen, tolerance, self.center))
 
 
