@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -67,6 +67,14 @@ def write_table(file: TextIO, columns: Sequence[str], rows: Iterable[Iterable[An
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(map(cell, columns))
     writer.writerows(map(cell, row) for row in rows)
+
+
+def write_columns(file: TextIO, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Writes a CSV table that is given by its columns, by their names; text in them as it is: apply `cell` to what is
+    not a number. Open files with newline=""."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(cell, columns))
+    writer.writerows(zip(*columns.values(), strict=True))
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -161,7 +161,8 @@ def without_collector() -> Iterator[None]:
 def decoded_meanwhile(
     sources: Mapping[str, str | None], given: Callable[[str], dict[str, Any]]
 ) -> Iterator[dict[str, Loading]]:
-    """The sources of a command, which are decoded while the block imports PyTorch; `result` then gives the images.
+    """The sources of a command, which are decoded, or their cached copies checked, while the block imports PyTorch;
+    `result` then gives the images.
 
     sources: by their names; None where there is none. given: a source's options of `load_images`.
     """
@@ -175,6 +176,8 @@ def decoded_meanwhile(
                 for name, source in sources.items()
                 if source is not None
             }
+        for each in loading.values():
+            each.check_meanwhile()
         yield loading
 
 

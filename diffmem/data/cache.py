@@ -15,6 +15,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from diffmem.progress import Progress
 _VERSION = 2
 _STAGE = "checking the cached copy"
 _log = logger(__name__)
+_copies: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 
 
@@ -71,6 +73,7 @@ class CachedCopy:
         cached = _read(self._target, self._key, str(self._path))
         if cached is not None:
             _log.debug("%s: read from its cached copy, %s", self._path, self._target.name)
+            _copies[cached] = self._target
         elif self.exists:
             _log.info(
                 "%s: the cached copy %s is damaged or belongs to other contents; it is rebuilt",
@@ -87,9 +90,21 @@ class CachedCopy:
             if not self._target.parent.stat().st_mode & 0o222:
                 raise InputError(f"{self._target.parent} is marked read-only")
             _write(self._target, self._key, images)
+            _copies[images] = self._target
         except InputError as error:
             return replace(images, notes=(*images.notes, f"no cached copy was written: {error}"))
         return images
+
+
+def beside_copy(images: ImageSet, suffix: str) -> Path | None:
+    """The file beside the cached copy of images for what is computed from them; None where they have no copy.
+
+    Args:
+        images: As `load_images` returned them.
+        suffix: What the file's name ends in: ".index.npz".
+    """
+    copy = _copies.get(images)
+    return None if copy is None else copy.with_name(copy.name.removesuffix(".safetensors") + suffix)
 
 
 def source_fingerprint(path: Path, encoded: EncodedImages | None, progress: Progress) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -140,6 +141,8 @@ class Loading:
     Close it. Takes what `load_images` takes.
     """
 
+    _checking: _Checking | None = None
+
     def __init__(self, source: ImageSource, **options: Any) -> None:
         self._source: Any = source
         self._options: dict[str, Any] = dict.fromkeys(_DEFAULT_NONE) | _DEFAULTS | options
@@ -151,12 +154,45 @@ class Loading:
 
     def result(self) -> ImageSet:
         """The images."""
-        return _load(self._source, self._begun, **self._options)
+        return _load(self._source, self._begun or self._checking, **self._options)
+
+    def check_meanwhile(self) -> None:
+        """Checks the cached copy, where there is one of a file, in a thread from now on; nothing may be forked after
+        that."""
+        with suppress(InputError, MissingExtraError, OSError):
+            if self._begun is None and (found := _copy_of(self._source, **self._options)) is not None:
+                _, path, copy = found
+                if copy is not None and copy.exists and path.is_file():
+                    self._checking = _Checking(copy)
 
     def close(self) -> None:
         """Ends what is still going on."""
+        if self._checking is not None:
+            self._checking.result()
         if self._begun is not None:
             self._begun.decoding.close()
+
+
+class _Checking:
+    """A cached copy that is checked in a thread: hashing leaves the interpreter to others, such as imports."""
+
+    def __init__(self, copy: CachedCopy) -> None:
+        self.copy = copy
+        self._found: ImageSet | None = None
+        self._thread = Thread(target=self._check, name="diffmem-cached-copy", daemon=True)
+        self._thread.start()
+
+    def _check(self) -> None:
+        with suppress(Exception):  # whoever wants the images meets it again
+            self.copy.examine(None, silent)
+            self._found = self.copy.read()
+            if self._found is not None:
+                self._found.pixel_fingerprint  # noqa: B018  an index asks for it
+
+    def result(self) -> ImageSet | None:
+        """The images, where the copy is one of its source."""
+        self._thread.join()
+        return self._found
 
 
 class _Begun(NamedTuple):
@@ -173,14 +209,10 @@ _DEFAULTS = {"center_crop": False, "skip_bad": False, "cache": False}
 
 def _begin(source: Any, **given: Any) -> _Begun | None:
     """Begins to decode `source` if it is a container of image files without a cached copy."""
-    if not isinstance(source, (str, os.PathLike)):
+    if (found := _copy_of(source, **given)) is None:
         return None
-    text, path = _path_of(source)
-    if text.startswith((builtin.PREFIX, HF)) or network_kind(path) is not None:
-        return None
-    options = _pixel_options(given["color"], given["resize"], given["center_crop"], given["alpha"])
+    options, path, copy = found
     limit, skip_bad, key = given["limit"], given["skip_bad"], given["key"]
-    copy = CachedCopy(path, _settings(text, options, limit, skip_bad, key)) if given["cache"] else None
     if copy is not None and copy.exists:
         return None
     encoded = _encoded(path, key)
@@ -191,6 +223,18 @@ def _begin(source: Any, **given: Any) -> _Begun | None:
         copy.examine(encoded, progress)
     options = replace(options, mode=encoded.mode)
     return _Begun(encoded, Decoding(encoded, options, limit=limit, skip_bad=skip_bad, progress=progress), copy)
+
+
+def _copy_of(source: Any, **given: Any) -> tuple[PixelOptions, Path, CachedCopy | None] | None:
+    """What may be decoded or checked ahead: how, where it lies, and its cached copy where one is asked for."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    text, path = _path_of(source)
+    if text.startswith((builtin.PREFIX, HF)) or network_kind(path) is not None:
+        return None
+    options = _pixel_options(given["color"], given["resize"], given["center_crop"], given["alpha"])
+    settings = _settings(text, options, given["limit"], given["skip_bad"], given["key"])
+    return options, path, CachedCopy(path, settings) if given["cache"] else None
 
 
 def _path_of(source: str | os.PathLike[str]) -> tuple[str, Path]:
@@ -221,8 +265,8 @@ def _settings(text: str, options: PixelOptions, limit: int | None, skip_bad: boo
 
 
 def _load(
-    source: Any, begun: _Begun | None, *, resize: Any, center_crop: bool, color: str | None, alpha: str | None,
-    limit: int | None, skip_bad: bool, cache: bool, key: str | None, layout: str | None,
+    source: Any, begun: _Begun | _Checking | None, *, resize: Any, center_crop: bool, color: str | None,
+    alpha: str | None, limit: int | None, skip_bad: bool, cache: bool, key: str | None, layout: str | None,
     value_range: tuple[float, float] | None, progress: Progress | None,
 ) -> ImageSet:  # fmt: skip
     options = _pixel_options(color, resize, center_crop, alpha)
@@ -251,6 +295,11 @@ def _load(
                 " networks of diffmem and snapshots of EDM)"
             )
         encoded: EncodedImages | None
+        copy: CachedCopy | None
+        if isinstance(begun, _Checking):
+            if (cached := begun.result()) is not None:
+                return _logged(cached)
+            begun = None
         if begun is not None:
             encoded, copy = begun.encoded, begun.copy
         else:

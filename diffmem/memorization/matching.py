@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from diffmem.data import ImageSet
+from diffmem.data.cache import beside_copy
 from diffmem.errors import InputError
 from diffmem.features import FeatureSet
 from diffmem.progress import Progress, silent
@@ -27,6 +28,7 @@ from diffmem.search import (
 
 NEIGHBORS = 8  # training images looked at: copies of images that the set holds in up to seven versions are seen
 SHARDED = "sharded"
+CODE_SUFFIX = ".index.npz"  # of the file beside the cached copy of training images that keeps their code
 RECALL = 0.99  # share of the neighbors that an index which may miss some is to find, where nothing else is asked for
 TUNED_ON = 128  # images by which it chooses how widely it searches
 
@@ -124,7 +126,8 @@ class RowMatching:
         )
         given = training if isinstance(training, ImageSet) else self.rows
         if index is None or index == "exact":
-            self.index: SearchIndex = TrainingIndex(given, device=device)
+            kept = beside_copy(training, CODE_SUFFIX) if isinstance(training, ImageSet) else None
+            self.index: SearchIndex = TrainingIndex(given, device=device, code_file=kept)
         elif index == SHARDED:
             self.index = ShardedIndex(given, device=device)
         elif isinstance(index, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from diffmem.errors import MissingExtraError
 from diffmem.histogram import Line, histogram
 from diffmem.html_report import template, write_texts
 from diffmem.memorization.gallery import Gallery, beside_threshold, most_alike_near, surest_first
-from diffmem.text import write_table
+from diffmem.text import cell, write_columns
 
 if TYPE_CHECKING:
     import pandas
@@ -36,59 +36,59 @@ def write_report(audit: Audit, folder: str | Path) -> Path:
         summary = json.dumps(audit.to_dict(), separators=(",", ":"))
         write_texts(stage, {"report.json": summary, "report.html": render(audit)})
         with open(stage / "samples.csv", "w", encoding="utf-8", newline="") as file:
-            write_table(file, columns(audit), rows(audit))
+            write_columns(file, columns(audit))
     return folder / "report.html"
 
 
-def columns(audit: Audit) -> list[str]:
-    """The columns of `samples.csv`."""
-    neighbors, training = audit.neighbors, audit.training
-    header = ["index", "name", "memorized", "raw_memorized", "published_memorized", "d1_over_d2", "verdict", "score"]
+def columns(audit: Audit) -> dict[str, list[Any]]:
+    """The columns of `samples.csv`, an entry per generated image: numbers, and text for a CSV file (`cell`). Distances
+    in the units of the images; rms in the same units per value."""
+    neighbors, training, look = audit.neighbors, audit.training, audit.look
+
+    def fixed(values: np.ndarray, form: str = "%.6f") -> list[str]:
+        return [form % value for value in values.tolist()]
+
+    def flags(values: np.ndarray) -> list[int]:
+        return values.astype(np.int64).tolist()
+
+    def names(indices: np.ndarray) -> list[str]:
+        return [cell(training.name(index)) for index in indices.tolist()]
+
+    table: dict[str, list[Any]] = {
+        "index": list(range(audit.total)),
+        "name": [cell(audit.generated.name(row)) for row in range(audit.total)],
+        "memorized": flags(audit.memorized),
+        "raw_memorized": flags(audit.raw_memorized),
+        "published_memorized": flags(audit.published_memorized),
+        "d1_over_d2": fixed(audit.distance_ratios),
+        "verdict": audit.verdicts,
+        "score": fixed(audit.scores),
+    }
     if audit.calibration is not None:
-        header += ["p_value", "q_value"]
-    for which in ("nearest", "second"):
-        header += [f"{which}_{column}" for column in ("index", "name", "distance", "rms", "squared_distance")]
-    if neighbors.mirrored is not None:
-        header += ["nearest_mirrored", "second_mirrored"]
-    if training.labels is not None and training.labels.ndim == 1:
-        header += ["nearest_label", "second_label"]
-    if audit.look is not None:
-        header += ["aligned_index", "aligned_name", "aligned_residual", "aligned_score"]
-    return header
-
-
-def rows(audit: Audit) -> Iterator[list[Any]]:
-    """One row per generated image. Distances in the units of the images; rms in the same units per value."""
-    neighbors, training = audit.neighbors, audit.training
-    ratios, distances, rms = audit.distance_ratios, neighbors.distances, neighbors.rms
-    published, verdicts = audit.published_memorized, audit.verdicts
-    p_values, q_values, look = audit.p_values, audit.q_values, audit.look
-    for row in range(audit.total):
-        fields = [
-            row,
-            audit.generated.name(row),
-            int(audit.memorized[row]),
-            int(audit.raw_memorized[row]),
-            int(published[row]),
-            f"{ratios[row]:.6f}",
-            verdicts[row],
-            f"{audit.scores[row]:.6f}",
-        ]
-        if p_values is not None:
-            fields += [f"{p_values[row]:.6g}", f"{q_values[row]:.6g}"]
-        for column in (0, 1):
-            index = int(neighbors.indices[row, column])
-            fields += [index, training.name(index), f"{distances[row, column]:.6f}", f"{rms[row, column]:.6f}"]
-            fields += [neighbors.squared_distances[row, column]]
+        table |= {"p_value": fixed(audit.p_values, "%.6g"), "q_value": fixed(audit.q_values, "%.6g")}
+    distances, rms = neighbors.distances, neighbors.rms
+    for column, which in enumerate(("nearest", "second")):
+        indices = neighbors.indices[:, column]
+        table |= {f"{which}_index": indices.tolist(), f"{which}_name": names(indices)}
+        table |= {f"{which}_distance": fixed(distances[:, column]), f"{which}_rms": fixed(rms[:, column])}
+        table[f"{which}_squared_distance"] = neighbors.squared_distances[:, column].tolist()
+    for column, which in enumerate(("nearest", "second")):
         if neighbors.mirrored is not None:
-            fields += neighbors.mirrored[row].astype(int).tolist()
+            table[f"{which}_mirrored"] = flags(neighbors.mirrored[:, column])
+    for column, which in enumerate(("nearest", "second")):
         if training.labels is not None and training.labels.ndim == 1:
-            fields += training.labels[neighbors.indices[row]].tolist()
-        if look is not None:
-            index, seen = int(look.indices[row]), look.scores[row] == look.scores[row]
-            fields += [index, training.name(index)] if seen else ["", ""]
-            fields += [f"{look.residuals[row]:.6f}", f"{look.scores[row]:.6f}"] if seen else ["", ""]
-        yield fields
+            table[f"{which}_label"] = training.labels[neighbors.indices[:, column]].tolist()
+    if look is not None:
+        seen = look.scores == look.scores
+        seen_only = {
+            "aligned_index": look.indices.tolist(),
+            "aligned_name": names(look.indices),
+            "aligned_residual": fixed(look.residuals),
+            "aligned_score": fixed(look.scores),
+        }
+        for name, values in seen_only.items():
+            table[name] = [value if shown else "" for value, shown in zip(values, seen.tolist(), strict=True)]
+    return table
 
 
 def frame(audit: Audit) -> pandas.DataFrame:
@@ -123,7 +123,7 @@ def frame(audit: Audit) -> pandas.DataFrame:
         table |= {"aligned_index": audit.look.indices, "aligned_residual": audit.look.residuals}
         table |= {"aligned_score": audit.look.scores}
         table["aligned_name"] = [training.name(int(index)) for index in audit.look.indices]
-    return pandas.DataFrame(table)[columns(audit)]
+    return pandas.DataFrame(table)[list(columns(audit))]
 
 
 def render_summary(audit: Audit) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
+from diffmem.logs import logger
 from diffmem.ops.nearest import nearest, nearest_native
 from diffmem.ops.registry import Backend, Op, native_unavailable, register
 from diffmem.progress import Progress, silent
@@ -33,6 +36,7 @@ FILTERED_PAIRS = 1 << 31  # pairs per call of the core, between which progress i
 DENSE_PRODUCTS = 1 << 39  # multiplications per call, for the same reason
 SMALL_PROBLEM = 1 << 27  # multiplications that "auto" does not try to avoid
 QUERY_BLOCK = 4096
+_log = logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class TrainingIndex:
         components: How many principal components the finest bound uses (rounded up to a multiple of 60); default 180.
         factory: FAISS's factory string, for "faiss"; for its other options make a `FaissIndex` and pass that around.
         device: "cpu", "cuda" or "auto" (a GPU where there is one).
+        code_file: For an ImageSet that nobody writes to, a file that keeps the code of the images, which is used where
+            it is that of these images and is written where there is none; None: it is computed.
         progress: Called as `progress(stage, done, total)`.
 
     Raises:
@@ -102,6 +108,7 @@ class TrainingIndex:
         components: int | None = None,
         factory: str = "Flat",
         device: str = "auto",
+        code_file: Path | None = None,
         progress: Progress = silent,
     ):
         rows = as_rows(images, "training images")
@@ -113,9 +120,26 @@ class TrainingIndex:
         self.filtered = None
         if self.method == "faiss":
             self._faiss = FaissIndex(rows, factory, device=device, progress=progress)
+        if code_file is not None and isinstance(images, ImageSet):
+            self.fingerprint = images.pixel_fingerprint
         self.fingerprint  # noqa: B018  taken now: the caller's array may be written to later
         if self.method == "filtered" or (self.method == "auto" and len(rows) >= SMALL):
-            self.filtered = filtered.build(self.rows, components, progress)
+            if code_file is None or components is not None:
+                self.filtered = filtered.build(self.rows, components, progress)
+            else:
+                self.filtered = self._kept_code(code_file, progress)
+
+    def _kept_code(self, file: Path, progress: Progress) -> filtered.FilteredRows:
+        """The code in the file, or a new one, which is then kept there if that can be done."""
+        if file.exists():
+            try:
+                return stored.load_code(file, self.rows, self.fingerprint)
+            except InputError as error:
+                _log.info("%s: it is made again", error)
+        code = filtered.build(self.rows, None, progress)
+        with suppress(InputError):
+            stored.save_code(file, code, self.fingerprint)
+        return code
 
     def _prepare(self, rows: torch.Tensor, method: str, device: str) -> None:
         if method not in METHODS:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmem.atomic_io import atomic_replacement
+from diffmem.atomic_io import atomic_file, atomic_replacement
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
-from diffmem.integrity import sealed, unsealed
+from diffmem.integrity import load_arrays, save_arrays, sealed, unsealed
 from diffmem.ops.registry import native_module
 from diffmem.search.basis import ByteBasis, FloatBasis
 from diffmem.search.filtered import (
@@ -31,6 +31,7 @@ from diffmem.search.filtered import (
 from diffmem.search.rows import as_rows
 
 FORMAT = "diffmem-index-2"
+CODE_FORMAT = "diffmem-code-1"
 DESCRIPTION = "index.json"
 CODE = ("panels", "bias", "fine", "order", "error", "centroids", "centroid_bias", "starts")
 BLOCK = 4096
@@ -42,15 +43,66 @@ def save(folder: Path, method: str, rows: torch.Tensor, code: FilteredRows | Non
     arrays = {"images": rows.cpu().numpy()}
     description = {"format": FORMAT, "method": method}
     if code is not None:
-        arrays |= {name: getattr(code, name) for name in CODE}
-        arrays |= {f"basis_{name}": value for name, value in vars(code.basis).items() if isinstance(value, np.ndarray)}
-        description |= {"scale": code.scale.hex()}
-        if isinstance(code.basis, ByteBasis):
-            description |= {"basis_norm": code.basis.norm.hex()}
+        more, numbers = _parts(code)
+        arrays, description = arrays | more, description | numbers
     description["fingerprint"] = _fingerprint(arrays, description)
     with new_index_folder(folder, description) as partial:
         for name, values in arrays.items():
             np.save(partial / f"{name}.npy", np.ascontiguousarray(values))
+
+
+def _parts(code: FilteredRows) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A code as arrays and numbers in hexadecimal."""
+    arrays = {name: getattr(code, name) for name in CODE}
+    arrays |= {f"basis_{name}": value for name, value in vars(code.basis).items() if isinstance(value, np.ndarray)}
+    numbers = {"scale": code.scale.hex()}
+    if isinstance(code.basis, ByteBasis):
+        numbers |= {"basis_norm": code.basis.norm.hex()}
+    return arrays, numbers
+
+
+def save_code(path: Path, code: FilteredRows, fingerprint: str) -> None:
+    """Writes the code of rows, without them, as one file with a checksum.
+
+    Args:
+        path: Of the file; one that is there is replaced.
+        code: Of the rows.
+        fingerprint: That of the rows, `TrainingIndex.fingerprint`.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    arrays, numbers = _parts(code)
+    about = json.dumps({"format": CODE_FORMAT, "rows": fingerprint, **numbers}, sort_keys=True)
+    with atomic_file(path, durable=False) as partial, open(partial, "xb") as file:
+        save_arrays(file, {"about": np.array(about), **arrays})
+
+
+def load_code(path: Path, rows: torch.Tensor, fingerprint: str) -> FilteredRows:
+    """The code that `save_code` wrote of these rows.
+
+    Args:
+        path: Of the file.
+        rows: [N, d], the rows.
+        fingerprint: Theirs.
+
+    Raises:
+        InputError: There is no such file, or it is damaged, or the code of other rows.
+    """
+    advice = "delete it: it is made again"
+    arrays = load_arrays(path, advice)
+    with parsing(path, "a usable code of images", advice):
+        about = json.loads(str(arrays.pop("about")))
+        if (about.get("format"), about.get("rows")) != (CODE_FORMAT, fingerprint):
+            raise InputError(f"{path}: the code of other images")
+        return _code_of({name: _on_cache_lines(values) for name, values in arrays.items()}, about, rows)
+
+
+def _on_cache_lines(values: np.ndarray) -> np.ndarray:
+    """A copy that starts on a cache line, which the kernels are faster on."""
+    copy = torch.empty(values.shape, dtype=torch.from_numpy(values).dtype).numpy()
+    copy[...] = values
+    return copy
 
 
 @contextmanager
@@ -92,31 +144,36 @@ def load(folder: Path) -> tuple[str, torch.Tensor, FilteredRows | None]:
             raise ValueError("it has no images")
         if "scale" not in description:
             return description["method"], rows, None
-        scale, (count, dimension) = float.fromhex(description["scale"]), rows.shape
-        fields = {name.removeprefix("basis_"): a for name, a in arrays.items() if name.startswith("basis_")}
-        code = {name: arrays[name] for name in CODE}
-        levels, steps = _check_code(code, count, scale)
-        coordinates = levels * LEVEL_COORDINATES
-        if "basis_norm" in description:
-            check_array(fields["p"], "basis_p", (coordinates, dimension), np.int16)
-            check_array(fields["shift"], "basis_shift", (coordinates,), np.int64)
-            check_array(fields["mean"], "basis_mean", (dimension,), np.uint8)
-            # Products with bytes are added up in 32 bits.
-            if 128 * int(np.abs(fields["p"].astype(np.int64)).sum(axis=1).max()) >= 2**31:
-                raise ValueError("a basis whose products overflow")
-            norm = float.fromhex(description["basis_norm"])
-            basis: ByteBasis | FloatBasis = ByteBasis(norm=norm, **fields)
-            if rows.dtype != torch.uint8 or not (math.isfinite(norm) and norm >= 0):
-                raise ValueError("a basis for other images")
-        else:
-            check_array(fields["a"], "basis_a", (coordinates, dimension), np.float64)
-            check_array(fields["mean"], "basis_mean", (dimension,), np.float64)
-            basis = FloatBasis(**{name: np.array(values) for name, values in fields.items()})
-            if rows.dtype == torch.uint8 or not all(np.isfinite(values).all() for values in vars(basis).values()):
-                raise ValueError("a basis for other images")
-        found = FilteredRows(rows, basis, scale, **code)
-        _check_sample(found, steps)
-        return description["method"], rows, found
+        return description["method"], rows, _code_of(arrays, description, rows)
+
+
+def _code_of(arrays: dict[str, np.ndarray], numbers: dict[str, Any], rows: torch.Tensor) -> FilteredRows:
+    """The code of rows from what `_parts` made of it; raises ValueError where it is not one of them."""
+    scale, (count, dimension) = float.fromhex(numbers["scale"]), rows.shape
+    fields = {name.removeprefix("basis_"): a for name, a in arrays.items() if name.startswith("basis_")}
+    code = {name: arrays[name] for name in CODE}
+    levels, steps = _check_code(code, count, scale)
+    coordinates = levels * LEVEL_COORDINATES
+    if "basis_norm" in numbers:
+        check_array(fields["p"], "basis_p", (coordinates, dimension), np.int16)
+        check_array(fields["shift"], "basis_shift", (coordinates,), np.int64)
+        check_array(fields["mean"], "basis_mean", (dimension,), np.uint8)
+        # Products with bytes are added up in 32 bits.
+        if 128 * int(np.abs(fields["p"].astype(np.int64)).sum(axis=1).max()) >= 2**31:
+            raise ValueError("a basis whose products overflow")
+        norm = float.fromhex(numbers["basis_norm"])
+        basis: ByteBasis | FloatBasis = ByteBasis(norm=norm, **fields)
+        if rows.dtype != torch.uint8 or not (math.isfinite(norm) and norm >= 0):
+            raise ValueError("a basis for other images")
+    else:
+        check_array(fields["a"], "basis_a", (coordinates, dimension), np.float64)
+        check_array(fields["mean"], "basis_mean", (dimension,), np.float64)
+        basis = FloatBasis(**{name: np.array(values) for name, values in fields.items()})
+        if rows.dtype == torch.uint8 or not all(np.isfinite(values).all() for values in vars(basis).values()):
+            raise ValueError("a basis for other images")
+    found = FilteredRows(rows, basis, scale, **code)
+    _check_sample(found, steps)
+    return found
 
 
 def check_array(values: np.ndarray, name: str, shape: tuple[int | None, ...], dtype: Any) -> None:

@@ -51,6 +51,21 @@ with decode_forks.allowed(), closing(Loading(again, cache=True)) as loading:
     assert loading._begun is None
     second = loading.result()
 assert (first.images == second.images).all() and first.names == second.names
+with closing(Loading(again, cache=True)) as loading:
+    loading.check_meanwhile()
+    assert loading._checking.result() is loading.result() is not None
+    assert (first.images == loading.result().images).all() and first.names == loading.result().names
+with open(again, "r+b") as file:  # the copy is no longer one of it, which is said as ever
+    file.write(b"??")
+with closing(Loading(again, cache=True)) as loading:
+    loading.check_meanwhile()
+    assert loading._checking.result() is None
+    try:
+        loading.result()
+    except InputError as error:
+        assert again in str(error)
+    else:
+        raise AssertionError("a damaged archive was read")
 
 decode = decode_pool.Decoding._decode
 decode_pool.Decoding._decode = lambda self, block: os._exit(1) if block.start > 16 else decode(self, block)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.ops.registry import native_module
-from diffmem.search import TrainingIndex
+from diffmem.search import TrainingIndex, filtered, stored
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="diffmem was installed without its compiled core")
 
@@ -119,3 +120,38 @@ def test_an_array_stored_column_by_column(tmp_path):
     np.save(folder / "basis_p.npy", np.asfortranarray(np.load(folder / "basis_p.npy")))
     with pytest.raises(InputError, match="basis_p"):
         TrainingIndex.load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_the_code_beside_a_cached_copy(dtype, tmp_path, monkeypatch):
+    file, training, queries = tmp_path / "train.index.npz", images(dtype=dtype), images(dtype=dtype)[:40] // 2
+    training = training.reshape(len(training), 1, 1, -1)
+    built = []
+    build = filtered.build
+    monkeypatch.setattr(filtered, "build", lambda *arguments: built.append(1) or build(*arguments))
+
+    def index_of(pixels):
+        return TrainingIndex(ImageSet(pixels), method="filtered", code_file=file)
+
+    wanted = index_of(training).query(queries, 3)
+    kept = file.read_bytes()
+    found = index_of(training)
+    assert len(built) == 1
+    assert found.holds(training)
+    for name in stored.CODE:
+        assert getattr(found.filtered, name).ctypes.data % 64 == 0, name
+    answer = found.query(queries, 3)
+    np.testing.assert_array_equal(answer.indices, wanted.indices)
+    np.testing.assert_array_equal(answer.squared_distances, wanted.squared_distances)
+    # Of other images, and damaged: made again.
+    index_of(training[::-1].copy())
+    assert len(built) == 2
+    assert file.read_bytes() != kept
+    for damage in (b"", kept[:-100], kept[: len(kept) // 2] + b"?" + kept[len(kept) // 2 + 1 :]):
+        file.write_bytes(damage)
+        answer = index_of(training).query(queries, 3)
+        np.testing.assert_array_equal(answer.indices, wanted.indices)
+        assert file.read_bytes() == kept
+    assert len(built) == 5
+    shutil.rmtree(tmp_path)  # nowhere to write: as without
+    np.testing.assert_array_equal(index_of(training).query(queries, 3).indices, wanted.indices)
