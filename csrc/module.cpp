@@ -184,6 +184,23 @@ void bind_alignment(py::module_& m) {
       py::arg("variants"), py::arg("threads"),
       "Images and their mirror images, enlarged by linear interpolation; shape: images, channels, height, width, "
       "scales; down, across: the line or column below each place (int32), its weight and that of the next (float32).");
+  m.def(
+      "pool_bytes",
+      [](std::array<std::int64_t, 5> sizes, std::int64_t held, Address images, Address rows, Address pooled,
+         int threads) {
+        require_sizes(sizes, "pool_bytes: shape must hold sizes of at least 1");
+        require(sizes[2] % sizes[4] == 0 && sizes[3] % sizes[4] == 0, "pool_bytes: factor must divide both sides");
+        require_threads(threads);
+        require_addresses(images, rows, pooled);
+        const auto* const wanted = at<const std::int64_t>(rows);
+        for (std::int64_t i = 0; i < sizes[0]; ++i)
+          require(wanted[i] >= 0 && wanted[i] < held, "pool_bytes: rows must be of the images");
+        alignment::pool({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, at<const std::uint8_t>(images), wanted,
+                        at<float>(pooled), threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("shape"), py::arg("held"), py::arg("images"), py::arg("rows"),
+      py::arg("pooled"), py::arg("threads"),
+      "Means of squares of pixels of some of the `held` images; shape: rows, channels, height, width, factor.");
 }
 
 // diffmem::group_norm_silu: the normalization of CPUs (group_norm_silu.h says what each array holds).

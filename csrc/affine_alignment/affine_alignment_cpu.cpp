@@ -8,13 +8,13 @@
 #include <vector>
 
 #include "affine_alignment/affine_alignment.h"
+#include "cpu/features.h"
 #include "cpu/share.h"
 
 namespace diffmem::affine_alignment {
 
 namespace {
 
-constexpr int kColumns = 7;         // the values, and their derivatives by b_x, b_y, A_xx, A_xy, A_yx, A_yy
 using Map = std::array<double, 6>;  // A_xx, A_xy, b_x, A_yx, A_yy, b_y
 
 double remainder_of(double correlation, const Map& map) {
@@ -49,12 +49,63 @@ bool solve(double (&a)[kColumns][kColumns], double (&b)[kColumns]) {
   return true;
 }
 
+// The sums, pixel by pixel; kernels sum in this order too.
+void sum_plainly(const Job& job, Moments& moments) {
+  const std::int64_t width = job.width, channels = job.channels, pixels = job.h * job.w;
+  const double last_x = static_cast<double>(width - 1), last_y = static_cast<double>(job.height - 1);
+  const double center_x = last_x / 2, center_y = last_y / 2;
+  const double* const map = job.map;
+  std::fill_n(moments.columns, channels * kColumns, 0.0);
+  std::fill_n(&moments.products[0][0], 6 * 8, 0.0);
+  moments.value_wanted = 0;
+  for (std::int64_t row = 0; row < job.h; ++row) {
+    const double y = static_cast<double>(row) - static_cast<double>(job.h - 1) / 2;
+    for (std::int64_t column = 0; column < job.w; ++column) {
+      const double x = static_cast<double>(column) - static_cast<double>(job.w - 1) / 2;
+      const double at_x = std::clamp(map[0] * x + map[1] * y + map[2] + center_x, 0.0, last_x);
+      const double at_y = std::clamp(map[3] * x + map[4] * y + map[5] + center_y, 0.0, last_y);
+      const auto left = static_cast<std::int64_t>(at_x), top = static_cast<std::int64_t>(at_y);
+      const auto u = static_cast<float>(at_x - static_cast<double>(left));
+      const auto v = static_cast<float>(at_y - static_cast<double>(top));
+      const std::int64_t right = left + 1 < width ? kStacked * channels : 0;
+      const std::int64_t below = top + 1 < job.height ? kStacked * channels * width : 0;
+      const float* corner = job.stacked + (top * width + left) * kStacked * channels;
+      const float weights[4] = {(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u};
+      const float* wanted = job.wanted + row * job.w + column;
+      float products[8] = {}, with_wanted = 0;
+      double* columns = moments.columns;
+      for (std::int64_t c = 0; c < channels; ++c, corner += kStacked, wanted += pixels, columns += kColumns) {
+        float read[3];
+        for (int i = 0; i < 3; ++i)
+          read[i] = weights[0] * corner[i] + weights[1] * corner[right + i] + weights[2] * corner[below + i] +
+                    weights[3] * corner[below + right + i];
+        const float value = read[0], gx = read[1], gy = read[2], t = *wanted;
+        const float of[8] = {gx * gx, gx * gy, gy * gy, gx * value, gy * value, gx * t, gy * t, value * value};
+        for (int i = 0; i < 8; ++i) products[i] += of[i];
+        with_wanted += value * t;
+        const auto dx = static_cast<double>(gx), dy = static_cast<double>(gy);
+        columns[0] += static_cast<double>(value);
+        columns[1] += dx;
+        columns[2] += dy;
+        columns[3] += dx * x;
+        columns[4] += dx * y;
+        columns[5] += dy * x;
+        columns[6] += dy * y;
+      }
+      const double of[6] = {1, x, y, x * x, x * y, y * y};
+      for (int j = 0; j < 6; ++j)
+        for (int i = 0; i < 8; ++i) moments.products[j][i] += static_cast<double>(products[i]) * of[j];
+      moments.value_wanted += static_cast<double>(with_wanted);
+    }
+  }
+}
+
 class Aligner {
  public:
   explicit Aligner(const Shape& shape)
       : shape_(shape),
         pixels_(shape.h * shape.w),
-        stacked_(static_cast<std::size_t>(shape.channels * shape.height * shape.width * 3)),
+        stacked_(static_cast<std::size_t>(shape.channels * shape.height * shape.width * kStacked)),
         wanted_(static_cast<std::size_t>(shape.channels * shape.h * shape.w)),
         means_(static_cast<std::size_t>(shape.channels)),
         sums_(static_cast<std::size_t>(shape.channels) * kColumns) {}
@@ -118,7 +169,7 @@ class Aligner {
         const float *const row = from + y * width, *const above = from + std::max<std::int64_t>(y - 1, 0) * width,
                            *const below = from + std::min(y + 1, height - 1) * width;
         for (std::int64_t x = 0; x < width; ++x) {
-          float* const to = stacked_.data() + ((y * width + x) * shape_.channels + c) * 3;
+          float* const to = stacked_.data() + ((y * width + x) * shape_.channels + c) * kStacked;
           to[0] = static_cast<float>(static_cast<double>(row[x]) - mean);
           to[1] = (row[std::min(x + 1, width - 1)] - row[std::max<std::int64_t>(x - 1, 0)]) / 2;
           to[2] = (below[x] - above[x]) / 2;
@@ -131,78 +182,24 @@ class Aligner {
   // variance. Products of derivatives are moments of products of gradients: Σ g·g′·{1, x, y, x², xy, y²}.
   bool sum(const Map& map) {
     if (!std::all_of(map.begin(), map.end(), [](double each) { return std::isfinite(each); })) return false;
-    const std::int64_t width = shape_.width, channels = shape_.channels;
-    const double center_x = static_cast<double>(width - 1) / 2, center_y = static_cast<double>(shape_.height - 1) / 2;
-    const double last_x = static_cast<double>(width - 1), last_y = static_cast<double>(shape_.height - 1);
-    double squares[3][6] = {}, with_values[2][3] = {}, with_wanted[2][3] = {}, value_square = 0, value_wanted = 0;
-    std::fill(sums_.begin(), sums_.end(), 0.0);
-    for (std::int64_t row = 0; row < shape_.h; ++row) {
-      const double y = static_cast<double>(row) - static_cast<double>(shape_.h - 1) / 2;
-      for (std::int64_t column = 0; column < shape_.w; ++column) {
-        const double x = static_cast<double>(column) - static_cast<double>(shape_.w - 1) / 2;
-        const double at_x = std::clamp(map[0] * x + map[1] * y + map[2] + center_x, 0.0, last_x);
-        const double at_y = std::clamp(map[3] * x + map[4] * y + map[5] + center_y, 0.0, last_y);
-        const auto left = static_cast<std::int64_t>(at_x), top = static_cast<std::int64_t>(at_y);
-        const auto u = static_cast<float>(at_x - static_cast<double>(left));
-        const auto v = static_cast<float>(at_y - static_cast<double>(top));
-        const std::int64_t right = left + 1 < width ? 3 * channels : 0;
-        const std::int64_t below = top + 1 < shape_.height ? 3 * channels * width : 0;
-        const float* corner = stacked_.data() + (top * width + left) * 3 * channels;
-        const float weights[4] = {(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u};
-        const float* wanted = wanted_.data() + row * shape_.w + column;
-        float xx = 0, xy = 0, yy = 0, xv = 0, yv = 0, xt = 0, yt = 0, vv = 0, vt = 0;
-        double* sums = sums_.data();
-        for (std::int64_t c = 0; c < channels; ++c, corner += 3, wanted += pixels_, sums += kColumns) {
-          float read[3];
-          for (int i = 0; i < 3; ++i)
-            read[i] = weights[0] * corner[i] + weights[1] * corner[right + i] + weights[2] * corner[below + i] +
-                      weights[3] * corner[below + right + i];
-          const float value = read[0], gx = read[1], gy = read[2], t = *wanted;
-          xx += gx * gx;
-          xy += gx * gy;
-          yy += gy * gy;
-          xv += gx * value;
-          yv += gy * value;
-          xt += gx * t;
-          yt += gy * t;
-          vv += value * value;
-          vt += value * t;
-          const auto dx = static_cast<double>(gx), dy = static_cast<double>(gy);
-          sums[0] += static_cast<double>(value);
-          sums[1] += dx;
-          sums[2] += dy;
-          sums[3] += dx * x;
-          sums[4] += dx * y;
-          sums[5] += dy * x;
-          sums[6] += dy * y;
-        }
-        const double moments[6] = {1, x, y, x * x, x * y, y * y};
-        const double pairs[3] = {static_cast<double>(xx), static_cast<double>(xy), static_cast<double>(yy)};
-        for (int i = 0; i < 3; ++i)
-          for (int j = 0; j < 6; ++j) squares[i][j] += pairs[i] * moments[j];
-        for (int j = 0; j < 3; ++j) {
-          with_values[0][j] += static_cast<double>(xv) * moments[j];
-          with_values[1][j] += static_cast<double>(yv) * moments[j];
-          with_wanted[0][j] += static_cast<double>(xt) * moments[j];
-          with_wanted[1][j] += static_cast<double>(yt) * moments[j];
-        }
-        value_square += static_cast<double>(vv);
-        value_wanted += static_cast<double>(vt);
-      }
-    }
+    Moments moments{sums_.data(), {}, 0};
+    const Job job{stacked_.data(), wanted_.data(), shape_.channels, shape_.height,
+                  shape_.width,    shape_.h,       shape_.w,        map.data()};
+    if (kernels_ == nullptr || !kernels_->sum(job, moments)) sum_plainly(job, moments);
+    const auto& products = moments.products;
     // Columns: gradient 0 or 1, times 1, x or y.
     static constexpr int gradient[kColumns] = {0, 0, 1, 0, 0, 1, 1}, times[kColumns] = {0, 0, 0, 1, 2, 1, 2};
     static constexpr int moment[3][3] = {{0, 1, 2}, {1, 3, 4}, {2, 4, 5}};
-    normal_[0][0] = value_square;
-    products_[0] = value_wanted;
+    normal_[0][0] = products[0][7];
+    products_[0] = moments.value_wanted;
     for (int j = 1; j < kColumns; ++j) {
-      products_[j] = with_wanted[gradient[j]][times[j]];
-      normal_[j][0] = with_values[gradient[j]][times[j]];
-      for (int k = 1; k <= j; ++k) normal_[j][k] = squares[gradient[j] + gradient[k]][moment[times[j]][times[k]]];
+      products_[j] = products[times[j]][5 + gradient[j]];
+      normal_[j][0] = products[times[j]][3 + gradient[j]];
+      for (int k = 1; k <= j; ++k) normal_[j][k] = products[moment[times[j]][times[k]]][gradient[j] + gradient[k]];
     }
     // Less the means of each channel; the template has none.
-    double total = value_square;  // Σx² of the values as they came
-    for (std::int64_t c = 0; c < channels; ++c) {
+    double total = products[0][7];  // Σx² of the values as they came
+    for (std::int64_t c = 0; c < shape_.channels; ++c) {
       const double* const of = sums_.data() + c * kColumns;
       const double mean = means_[static_cast<std::size_t>(c)];
       total += 2 * mean * of[0] + mean * mean * static_cast<double>(pixels_);
@@ -235,6 +232,7 @@ class Aligner {
   }
 
   const Shape shape_;
+  const Kernels* const kernels_ = cpu::best<Kernels>({.avx2 = avx2_kernels(), .avx512 = avx512_kernels()});
   const std::int64_t pixels_;
   std::vector<float> stacked_, wanted_;
   std::vector<double> means_, sums_;  // of the image, of each column, per channel

@@ -49,6 +49,14 @@ struct Variants {
 
 void make_variants(const Variants& how, const float* images, float* variants, int threads);
 
+// Means of squares of `factor` pixels a side, of the images `rows` (count) among bytes (…, channels, height, width):
+// (count, channels, height / factor, width / factor). factor divides both sides. On any processor.
+struct Pooling {
+  std::int64_t count, channels, height, width, factor;
+};
+
+void pool(const Pooling& how, const std::uint8_t* images, const std::int64_t* rows, float* pooled, int threads);
+
 inline constexpr std::int64_t kPanel = 24;  // templates side by side
 inline constexpr float kFlat = 1e-6f;       // Σ(x − mean)² is at most this share of Σx²: no variance
 

@@ -205,4 +205,34 @@ void make_variants(const Variants& how, const float* images, float* variants, in
   });
 }
 
+void pool(const Pooling& how, const std::uint8_t* images, const std::int64_t* rows, float* pooled, int threads) {
+  const std::int64_t lines = how.channels * how.height / how.factor, across = how.width / how.factor;
+  const auto area = static_cast<float>(how.factor * how.factor);
+  cpu::share(how.count, threads, [&] {
+    const auto scratch = std::make_shared<std::vector<std::int32_t>>(static_cast<std::size_t>(how.width));
+    return [&, area, lines, across, scratch](std::int64_t image) {
+      const std::uint8_t* from = images + rows[image] * lines * how.factor * how.width;
+      float* to = pooled + image * lines * across;
+      std::int32_t* const sums = scratch->data();
+      for (std::int64_t line = 0; line < lines; ++line, to += across, from += how.factor * how.width) {
+        if (how.factor == 2) {
+          for (std::int64_t x = 0; x < across; ++x) {
+            const std::uint8_t *const above = from + 2 * x, *const under = above + how.width;
+            to[x] = static_cast<float>(above[0] + above[1] + under[0] + under[1]) / area;
+          }
+          continue;
+        }
+        for (std::int64_t x = 0; x < how.width; ++x) sums[x] = from[x];
+        for (std::int64_t y = 1; y < how.factor; ++y)
+          for (std::int64_t x = 0; x < how.width; ++x) sums[x] += from[y * how.width + x];
+        for (std::int64_t x = 0; x < across; ++x) {
+          std::int64_t sum = 0;
+          for (std::int64_t i = 0; i < how.factor; ++i) sum += sums[x * how.factor + i];
+          to[x] = static_cast<float>(sum) / area;
+        }
+      }
+    };
+  });
+}
+
 }  // namespace diffmem::alignment

@@ -23,6 +23,7 @@ from diffmem.ops.registry import Backend, Op, native_unavailable, register
 from diffmem.progress import Progress, silent
 from diffmem.search import filtered, stored
 from diffmem.search.faiss_index import FaissIndex, FaissStats
+from diffmem.search.filtered import FilteredRows
 from diffmem.search.gpu import GpuRows
 from diffmem.search.neighbors import Neighbors
 from diffmem.search.rows import Images, as_rows, check_finite, fingerprint, same_images
@@ -129,7 +130,7 @@ class TrainingIndex:
             else:
                 self.filtered = self._kept_code(code_file, progress)
 
-    def _kept_code(self, file: Path, progress: Progress) -> filtered.FilteredRows:
+    def _kept_code(self, file: Path, progress: Progress) -> FilteredRows:
         """The code in the file, or a new one, which is then kept there if that can be done."""
         if file.exists():
             try:

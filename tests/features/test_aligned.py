@@ -248,8 +248,14 @@ def test_variants_of_the_core_are_those_of_the_plain_products(shape):
     torch.testing.assert_close(ours.double(), plain, rtol=0, atol=255 * 2**-22)
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.float32])
-def test_pooling_is_pytorchs(kind):
-    images = (np.random.default_rng(4).random((5, 3, 32, 32)) * 255).astype(kind)
-    reduced = torch.from_numpy(images).float()
-    assert torch.equal(_pooled(reduced, images, 2), torch.nn.functional.avg_pool2d(reduced, 2))
+@pytest.mark.parametrize(
+    ("kind", "size", "factor"), [(np.uint8, 32, 2), (np.float32, 32, 2), (np.uint8, 27, 3), (np.uint8, 30, 4)]
+)
+def test_pooling_is_pytorchs(kind, size, factor):
+    images = (np.random.default_rng(4).random((5, 3, size, size)) * 255).astype(kind)
+    rows = np.array([4, 0, 0, 2])
+    wanted = torch.nn.functional.avg_pool2d(torch.from_numpy(images).float()[rows], factor)
+    assert torch.equal(_pooled(images, rows, Geometry(size, size), factor), wanted)
+    mirrored = images[..., ::-1]  # not contiguous
+    wanted = torch.nn.functional.avg_pool2d(torch.from_numpy(mirrored.copy()).float()[rows], factor)
+    assert torch.equal(_pooled(mirrored, rows, Geometry(size, size), factor), wanted)

@@ -91,6 +91,20 @@ def test_deformations_cost(impl):
     assert affine_alignment(image(), templates, mirrored, 0, impl=impl)[0].tolist() == [1.0] * 3
 
 
+@pytest.mark.skipif(native_module() is None, reason="no compiled core")
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_every_instruction_set_gives_the_same_bits(channels, monkeypatch):
+    image = waves(9, channels, 19, 22, seed=5, mean=100.0)
+    arguments = image(), image(nearby(9, 5, 0.5, 0.02), size=(13, 17)), identity(9), 5
+    found = {}
+    for level in native_module().cpu_levels():
+        monkeypatch.setenv("DIFFMEM_CPU", level)
+        found[level] = affine_alignment(*arguments, impl="native")
+    for remainders, maps in found.values():
+        assert torch.equal(remainders, found["portable"][0])
+        assert torch.equal(maps, found["portable"][1])
+
+
 @pytest.mark.parametrize("impl", ALL)
 def test_nothing_to_align(impl):
     image = waves(4, 3, 12, 12)

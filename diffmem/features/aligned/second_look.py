@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from diffmem.features.aligned.geometry import Geometry
 from diffmem.features.aligned.pairs import as_tensor
 from diffmem.features.aligned.second_stage import against, align
-from diffmem.ops.alignment import alignment
+from diffmem.ops.alignment import alignment, native
+from diffmem.ops.registry import native_unavailable
 
 COARSE = 16  # side at which pairs are looked at first
 # Coarse score up to which a pair is looked at again: 14 % of 10,000 CIFAR-10 (JPEG) test images are, and 99.6 % of
@@ -36,39 +37,42 @@ def align_candidates(
         residuals: float64 [n], what then remains, as `AlignedMatcher` gives it.
     """
     geometry = Geometry(*training.shape[2:])
-    different, where = np.unique(candidates, return_inverse=True)
-    some = geometry.reduce(as_tensor(training[different]))
-    queries = geometry.reduce(as_tensor(images))
-    where = torch.from_numpy(where.reshape(candidates.shape))
     neighbors = max(1, candidates.shape[1] - 1)
     factor = min(geometry.working) // COARSE
-    if factor < 2:
-        scores, columns, remainders, _, _ = align(queries, geometry.templates(some)[where], geometry, neighbors)
+
+    def aligned(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores, best columns and residuals of some images at the working size."""
+        different, where = np.unique(candidates[rows], return_inverse=True)
+        templates = geometry.templates(geometry.reduce(as_tensor(training[different])))
+        templates = templates[torch.from_numpy(where.reshape(len(rows), -1))]
+        scores, columns, remainders, _, _ = align(
+            geometry.reduce(as_tensor(images[rows])), templates, geometry, neighbors
+        )
         return scores, columns[:, 0], remainders[:, 0]
+
+    everything = np.arange(len(images))
+    if factor < 2:
+        return aligned(everything)
+    different, where = np.unique(candidates, return_inverse=True)
     scores, best, residuals = _coarse(
-        *(_pooled(*each, factor) for each in ((queries, images), (some, training))), where, neighbors
+        _pooled(images, everything, geometry, factor),
+        _pooled(training, different, geometry, factor),
+        torch.from_numpy(where.reshape(candidates.shape)),
+        neighbors,
     )
     rows = np.flatnonzero(scores <= COARSE_LIMIT)
     if len(rows):
-        templates = geometry.templates(some)[where[rows]]
-        scores[rows], columns, remainders, _, _ = align(queries[rows], templates, geometry, neighbors)
-        best[rows], residuals[rows] = columns[:, 0], remainders[:, 0]
+        scores[rows], best[rows], residuals[rows] = aligned(rows)
     return scores, best, residuals
 
 
-def _pooled(reduced: torch.Tensor, images: np.ndarray, factor: int) -> torch.Tensor:
-    """Means of squares of pixels, [n, C, h, w] to [n, C, h // factor, w // factor].
-
-    Sums of bytes are exact in any order: two products take half the time of PyTorch's pooling, and give the same.
-    """
-    (height, width), exact = reduced.shape[2:], images.dtype == np.uint8 and images.shape[2:] == reduced.shape[2:]
-    if not exact or height % factor or width % factor:
-        return F.avg_pool2d(reduced, factor)
-    columns = torch.arange(width)
-    ones = torch.zeros(width, width // factor)
-    ones[columns, columns // factor] = 1
-    lines = (reduced.reshape(-1, width) @ ones).view(*reduced.shape[:2], height // factor, factor, -1)
-    return lines.sum(dim=3).div_(factor * factor)
+def _pooled(images: np.ndarray, rows: np.ndarray, geometry: Geometry, factor: int) -> torch.Tensor:
+    """Means of squares of pixels at the working size, of some of the images [N, C, H, W]: [n, C, h, w]."""
+    height, width = geometry.working
+    exact = images.dtype == np.uint8 and images.shape[2:] == (height, width)  # sums of bytes are, in any order
+    if not exact or height % factor or width % factor or native_unavailable("cpu") or not images.flags.c_contiguous:
+        return F.avg_pool2d(geometry.reduce(as_tensor(images[rows])), factor)
+    return native.pool_bytes(images, rows, factor)
 
 
 def _coarse(

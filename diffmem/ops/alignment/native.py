@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from diffmem.ops.alignment.arguments import OP_NAME, check, check_kernel
 from diffmem.ops.cpu_ops import cpu_op
-from diffmem.ops.registry import available_core, native_kernel_unavailable
+from diffmem.ops.registry import available_core, native_kernel_unavailable, native_unavailable
 
 
 class Lines(NamedTuple):
@@ -89,3 +90,25 @@ def variants(images: torch.Tensor, down: Lines, across: Lines) -> torch.Tensor:
             [*images.shape, scales], images.data_ptr(), *tables, made.data_ptr(), torch.get_num_threads()
         )
     return made
+
+
+def pool_bytes(images: np.ndarray, rows: np.ndarray, factor: int) -> torch.Tensor:
+    """Means of squares of pixels of some images.
+
+    Args:
+        images: uint8 [N, C, h, w], C-contiguous.
+        rows: int64 [n], which of them.
+        factor: Pixels a side of a square; divides h and w.
+
+    Returns:
+        float32 [n, C, h // factor, w // factor].
+    """
+    _, channels, height, width = images.shape
+    pooled = torch.empty(len(rows), channels, height // factor, width // factor)
+    rows = np.ascontiguousarray(rows, np.int64)
+    if len(rows):
+        available_core(OP_NAME, native_unavailable("cpu")).pool_bytes(
+            [len(rows), channels, height, width, factor], len(images), images.ctypes.data, rows.ctypes.data,
+            pooled.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return pooled
