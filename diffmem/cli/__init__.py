@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import traceback
@@ -92,6 +93,8 @@ def main(args: list[str] | None = None) -> None:
         atexit._run_exitfuncs()
         _flush()
         os._exit(status)
+    if args is None:
+        gc.freeze()  # at exit the collector would look at every object of PyTorch's modules once more
     sys.exit(status)
 
 

@@ -126,7 +126,7 @@ def test_what_was_there_survives_a_failure(tmp_path, monkeypatch):
     audit.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(
-        "diffmem.memorization.report.write_table", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "diffmem.memorization.report.write_columns", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     with pytest.raises(InputError, match="No space left"):
         audit.save(tmp_path)
