@@ -40,6 +40,12 @@ def matmul_precision() -> str:
     return "tf32" if found == "tf32" else "ieee"
 
 
+def rounds_on_cpu() -> bool:
+    """Whether products of float32 matrices may be of rounded numbers on the CPU too ("medium" precision: bfloat16)."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return getattr(matmul, "fp32_precision", "ieee") not in ("ieee", "none")
+
+
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Products of float32, of matrices and of convolutions, in this precision ("ieee", "tf32") while it lasts; all

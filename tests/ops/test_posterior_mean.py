@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -51,6 +52,7 @@ def test_float32_against_float64(sigma, kept, monkeypatch):
     monkeypatch.setattr(rows_module, "SMALL", 0)
     if not kept:
         monkeypatch.setattr(float32, "KEPT_BYTES", 0)
+        monkeypatch.setattr(float32, "LOGITS_WORK", 0)  # pairs are corrected
         monkeypatch.setattr(float32, "BLOCK_VALUES", 300 * 75)
     y = rows(1000, 75)
     y[7] = y[3]
@@ -79,6 +81,22 @@ def test_tolerances_finer_than_float32(impl):
         found, expected = data.mean(x, levels, 1e-9), posterior_mean(x, levels, y, impl="reference")
         assert float(((found.mean - expected.mean).norm(dim=1) / (expected.mean - 127.5).norm(dim=1)).max()) <= 1e-9
         assert data.quick(x, 127.5 * sigma, 1e-9, 1.0, 0.0) is None
+
+
+def test_products_of_rounded_numbers_are_not_used(monkeypatch):
+    y = rows(600, 256)
+    data = PosteriorRows(y, torch.full((256,), 128.0), torch.device("cpu"), impl="torch")
+    entered = []
+    monkeypatch.setattr(float32, "rounds_on_cpu", lambda: not entered)
+
+    @contextlib.contextmanager
+    def products(precision):
+        entered.append(precision)
+        yield
+
+    monkeypatch.setattr(float32, "float32_products", products)
+    data.quick(noisy(y, 2.0, 64).float(), 255.0, 1e-5, 1.0, 0.0)
+    assert entered == ["ieee"]
 
 
 def test_blocked_against_float64(monkeypatch):

@@ -10,11 +10,14 @@ with float64 where float32 would not do. A logit s_i = (u·z_i − ‖z_i‖²/2
     e = 2^-24·R·(6k‖u‖/√d + (0.7 + 1.3k)·R) / σ²,    k = √(min(d, 384) / 384)
 
 (R: rms of ‖z‖), which is what independent roundings make where a library adds up 384 products at a time. Measured for
-d = 64 to 12,288 and σ = 0.1 to 80 of images in [-1, 1]: 0.3 to 0.9 times that. Where the errors of the weights w are
-independent, the mean is off by e·√Σw² times the spread of the images. That is compared with the tolerance for the
-weights as they are; where it is more, weights above θ = (allowed / e)² are corrected by their logits in float64, and
-what is left obeys it. Where e itself is large, all images whose upper bound by E comes within reach of the best one are
-computed in float64, and no others: what is left out holds at most N·exp(−reach), proven.
+d = 64 to 12,288 and σ = 0.1 to 80 of images in [-1, 1]: 0.3 to 0.9 times that. An error of one logit moves the mean by
+w·(z − mean), and z − mean is 1 − w times the way from the mean of all other images. So where errors are independent the
+mean is off by e·√Σv², v = w(1 − w), times √2 the spread of the images; √Σv² is at most 0.385, and 0 where one image has
+all the weight. That is compared with the tolerance for the weights as they are; where it is more, weights with v above
+θ = (allowed / e)² are corrected by their logits in float64, and what is left obeys it. (Of few values, where calls cost
+more than what they compute, all logits are made in float64 instead.) Where e itself is large, all images whose upper
+bound by E comes within reach of the best one are computed in float64, and no others: what is left out holds at most
+N·exp(−reach), proven.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import cast
 import torch
 
 from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE
+from diffmem.precision import float32_products, rounds_on_cpu
 
 KEPT_BYTES = 1 << 30  # of rows in float32, made once
 WIDE_VALUES = 1 << 18  # of rows of a set so small that float64 costs no more than the calls
@@ -34,6 +38,8 @@ BLOCK_PAIRS = 1 << 24
 BLOCK_VALUES = 1 << 24  # of rows that are not kept
 PAIR_VALUES = 1 << 16  # of pairs at a time: they stay in the cache
 SHARE = 1 / 3  # of the tolerance, for the model's error
+MOST = 0.385  # the largest √Σ(w(1 − w))² of weights
+LOGITS_WORK, SHORT = 1 << 22, 128  # multiplications, of rows of at most so many values, to make all logits in float64
 SEARCHED = 1 / 64  # error of a logit from which all that matter are computed in float64
 
 Means = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -86,6 +92,9 @@ class Float32Rows:
         x: [B, d] float32 or float64, B > 0, unit·x + shift being in units of the rows. sigma: [B] float64, in these
         units, or one for all. What is not finite makes means that are not.
         """
+        if rounds_on_cpu():
+            with float32_products("ieee"):
+                return self.means(x, sigma, tolerance, images, unit, shift, details)
         if isinstance(sigma, torch.Tensor):
             low, high = float(sigma.min()), float(sigma.max())
             if high >= 2 * low:  # bounds are those of the lowest level of a call
@@ -173,24 +182,36 @@ class Float32Rows:
         count, d = of.x.shape
         z = self._narrow(images)
         u = of.narrow()
-        logits = of.logits(self.narrow_half_norms[images], u, z)
         longest = float(torch.linalg.vector_norm(u, dim=1).max())
         unit = 2.0**-24 / of.least**2
         depth = math.sqrt(min(d, 384) / 384)
         typical = 6 * depth * longest / math.sqrt(d) + (0.7 + 1.3 * depth) * self.spread
         typical *= unit * self.spread
+        allowed = SHARE * tolerance * self._length(of.largest) / (math.sqrt(2) * self.spread)
+        best: torch.Tensor | float = 0.0  # what logits are relative to
         if typical > SEARCHED:
+            logits = of.logits(self.narrow_half_norms[images], u, z)
             bound = (d + 4) * unit / (1 - (d + 4) * 2.0**-24) * (longest + self.longest) * self.longest
             return self._searched(of, logits, 2 * bound, reach, images, z, details)
+        if MOST * typical > allowed and d <= SHORT and count * len(z) * d <= LOGITS_WORK:
+            wide = z.double() if self.wide is None else self.wide[images]
+            exact = of.logits(self.half_norms[images], of.wide(), wide)
+            best = exact.amax(dim=1)
+            logits, typical = exact.sub_(best[:, None]).float(), 0.0
+        else:
+            logits = of.logits(self.narrow_half_norms[images], u, z)
         weights = torch.softmax(logits, dim=1)
         log_mass = dropped = None
         if details:
             dropped = torch.zeros(count, dtype=torch.float64)
             top = logits.amax(dim=1)
-            log_mass = top.double() + (logits - top[:, None]).exp_().sum(dim=1, dtype=torch.float64).log()
-        allowed = SHARE * tolerance * self._length(of.largest) / self.spread
-        if float(torch.linalg.vector_norm(weights, dim=1).max()) * typical > allowed:
-            queries, found = torch.nonzero(weights > (allowed / typical) ** 2, as_tuple=True)
+            log_mass = best + top.double() + (logits - top[:, None]).exp_().sum(dim=1, dtype=torch.float64).log()
+        heavy = MOST * typical > allowed
+        if heavy:
+            moving = torch.addcmul(weights, weights, weights, value=-1)
+            heavy = float(torch.linalg.vector_norm(moving, dim=1).max()) * typical > allowed
+        if heavy:
+            queries, found = torch.nonzero(moving > (allowed / typical) ** 2, as_tuple=True)
             exact = self._exact(of, queries, found, images, z)
             before = weights[queries, found]
             after = before * (exact - logits[queries, found]).exp()
@@ -218,7 +239,7 @@ class Float32Rows:
         top = logits.amax(dim=1, keepdim=True)
         queries, found = torch.nonzero(logits >= top - (slack + reach) * (1 + 2.0**-20), as_tuple=True)
         if not details and len(queries) == count:  # one each
-            return of.answer(z[found]), None, None
+            return of.answer(z.index_select(0, found)), None, None
         if not details and count == 1:
             shares = torch.softmax(self._exact(of, queries, found, images, z), dim=0)
             return of.answer((shares.float() @ z[found])[None]), None, None
@@ -236,13 +257,13 @@ class Float32Rows:
         matter = weights > math.exp(-reach)
         queries, found, weights = queries[matter], found[matter], weights[matter]
         if len(queries) == count:
-            mean = z[found]
+            mean = z.index_select(0, found)
         elif len(queries) * 16 > count * len(z):
             mean = torch.zeros(count, len(z)).index_put_((queries, found), weights.float()) @ z
         else:
             mean = torch.zeros(count, d)
             for part in _parts(len(queries), d):
-                mean.index_add_(0, queries[part], z[found[part]].mul_(weights[part, None].float()))
+                mean.index_add_(0, queries[part], z.index_select(0, found[part]).mul_(weights[part, None].float()))
         if not details:
             return of.answer(mean), None, None
         left_out = len(z) - torch.bincount(queries, minlength=count)
@@ -253,13 +274,17 @@ class Float32Rows:
     ) -> torch.Tensor:
         """Logits of pairs in float64."""
         products = torch.empty(len(queries), dtype=torch.float64)
+        wide = of.wide()
         for part in _parts(len(queries), self.d):
-            if self.rows.dtype == torch.uint8:
-                rows = z[found[part]].double()
+            place = found[part]
+            if self.wide is not None and isinstance(images, slice):
+                rows = self.wide[images].index_select(0, place)
+            elif self.rows.dtype == torch.uint8:
+                rows = z.index_select(0, place).double()
             else:
-                place = images[found[part]] if isinstance(images, torch.Tensor) else found[part] + images.start
+                place = images[place] if isinstance(images, torch.Tensor) else place + images.start
                 rows = self._rows(place).double() - self.center
-            products[part] = torch.bmm(rows[:, None], of.wide_of(queries[part])[:, :, None]).flatten()
+            products[part] = rows.mul_(wide.index_select(0, queries[part])).sum(dim=1)
         return (products - self.half_norms[images][found]) * of.weight(queries)
 
     def _length(self, sigma: float) -> float:
@@ -298,9 +323,6 @@ class _Queries:
         if self._wide is None:
             self._wide = torch.add(self.affine.offset, self.x, alpha=self.unit)
         return self._wide
-
-    def wide_of(self, queries: torch.Tensor) -> torch.Tensor:
-        return torch.add(self.affine.offset, self.x[queries], alpha=self.unit)
 
     def answer(self, mean: torch.Tensor) -> torch.Tensor:
         """A mean about the center as it is asked for."""
