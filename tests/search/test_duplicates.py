@@ -75,3 +75,19 @@ def test_negative_zero_is_zero():
 def test_bad_radius(radius):
     with pytest.raises(InputError, match="radius"):
         find_duplicates(np.zeros((2, 1, 2, 2), np.uint8), radius)
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_identical_images_by_keys(collide, monkeypatch):
+    images = np.random.default_rng(7).integers(0, 256, (300, 1, 4, 6), dtype=np.uint8)
+    images[[40, 41, 299]] = images[3]
+    wanted = np.arange(300)
+    wanted[[40, 41, 299]] = 3
+    assert duplicates._keys(images) is not None
+    assert duplicates._keys(images[:, :, :, :5]) is None
+    if collide:  # the keys are no proof
+        monkeypatch.setattr(duplicates, "_keys", lambda images: np.zeros(len(images), np.uint64))
+    monkeypatch.setattr(duplicates, "BLOCK", 64)
+    found = find_duplicates(images)
+    assert found.group_of.tolist() == wanted.tolist()
+    assert found.distinct == 297
