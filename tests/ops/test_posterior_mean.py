@@ -135,6 +135,38 @@ def test_native_against_float64(tolerance, level, monkeypatch):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_light_images_are_not_lost_beside_a_heavy_one(level, monkeypatch):
+    """Nor where the exact logit of that one is higher than its approximate score by more than they weigh."""
+    monkeypatch.setenv("DIFFMEM_CPU", level)
+    y = rows(6003, 77)
+    center = y.double().mean(dim=0).round()
+    basis = principal_components(y[:2000].float() - center.float(), 24)
+    data = native.NativeRows(y, center, float((center - 127.5).norm()), basis)
+    x, squared = y[:1].double(), (y[1:].double() - y[0].double()).square().sum(dim=1)
+    low, high = 1.0, 1000.0  # of sigma; where all others weigh 0.005
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((squared / (-2 * middle**2)).exp().sum()) < 0.005 else (low, middle)
+    levels, bits = torch.tensor([low], dtype=torch.float64), core.posterior_digit_bits()
+    plan = native.Plan(2, 0, 24.0, 77 if bits == 8 else None)
+    call = native._Call(data, x - center, levels, 1e-3, plan, torch.empty(6 * 6008 * 16, dtype=torch.uint8))
+    scores = native._Call._scores
+
+    def lowered(*arguments, **options):
+        found = scores(*arguments, **options)
+        found[0] -= 0.01
+        return found
+
+    monkeypatch.setattr(native._Call, "_scores", lowered)
+    state = call.run(0, len(y), search=False)
+    expected = posterior_mean(x, levels, y, impl="reference")
+    assert float((state.mean() + center - expected.mean).norm() / (expected.mean - 127.5).norm()) <= 1e-4
+    assert (
+        abs(float(state.mass.log() + state.top - (x - center).square().sum() / (2 * low**2) - expected.log_sum)) < 1e-4
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
 def test_native_small_sets(tolerance, level, monkeypatch):
     """Every noise level, few queries and many, levels of their own, parts of the set, and float32 in other units."""

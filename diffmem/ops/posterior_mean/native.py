@@ -82,6 +82,7 @@ FEW = 3  # queries that make products of vectors rather than of matrices: they a
 FLOAT_SHARE = 1 / 8  # and for the rounding of scores in float32, where the first product leaves less than that
 CAPS = (3.0, 6.0, 12.0, 24.0, 96.0)  # times the average weight: heavier images are computed exactly
 PAIR_COST = 100  # of a pair in float64, in units of the same pair's share of a product over all bytes (AVX2: half)
+DOUBTFUL_SHARE = 1 / 8  # of the mass: where less remains, approximate weights are compared with approximate ones
 LANES = 16  # queries in a vector
 INFINITY = torch.tensor(math.inf)
 CHUNK = 256  # components of which a product may be rounded to float32, kPixelChunk of csrc/posterior_mean
@@ -562,7 +563,13 @@ class _Call:
         total = self._sums(weights, starts, images, block)
         # What remains, where it is anything.
         heavy = torch.zeros_like(mass).index_add_(0, column, weights) * (self.state.top - top.double()).exp()
-        chosen = (mass - heavy > DROPPED_SHARE * self.tolerance * mass).nonzero().flatten().to(torch.int32)
+        light = (mass - heavy).clamp(min=0)
+        doubtful = light < DOUBTFUL_SHARE * mass  # where exact weights less approximate ones may hide what remains
+        some = doubtful[column].nonzero().flatten()
+        approximate = (scores[images[some].long(), column[some]] - top[column[some]]).double().exp()
+        listed = torch.zeros_like(mass).index_add_(0, column[some], approximate)
+        light = torch.where(doubtful, (mass - listed).clamp(min=0), light)
+        chosen = (light > DROPPED_SHARE * self.tolerance * mass).nonzero().flatten().to(torch.int32)
         if len(chosen):
             some = chosen.long()
             factor = (limit.double() - self.state.top)[some].exp()
@@ -571,7 +578,7 @@ class _Call:
             total[some] += factor[:, None] * light_total
         left_out = torch.ones(self.count, dtype=torch.bool)
         left_out[chosen.long()] = False
-        self.state.dropped += left_out * (mass - heavy).clamp(min=0) * (top.double() - self.state.top).exp()
+        self.state.dropped += left_out * light * (top.double() - self.state.top).exp()
         self.state.total += total
 
     def _rounded_sums(
