@@ -36,7 +36,6 @@ GUARDED = {
     "diffmem/atomic_io.py": {"fcntl", "os.geteuid"},
     "diffmem/data/storage.py": {"os.posix_fallocate"},
     "diffmem/data/decode_forks.py": {"os.fork", "signal.SIGHUP", "signal.SIGKILL"},  # can_fork: Linux
-    "diffmem/indexes/build.py": {"os.sched_getaffinity"},
     "diffmem/indexes/planning.py": {"os.sysconf"},  # of /proc
     "benchmarks/load.py": {"os.sched_getaffinity", "os.sysconf"},  # of /proc
     "benchmarks/gpu/build.py": {"os.sched_getaffinity"},

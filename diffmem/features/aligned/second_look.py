@@ -70,7 +70,9 @@ def _pooled(images: np.ndarray, rows: np.ndarray, geometry: Geometry, factor: in
     """Means of squares of pixels at the working size, of some of the images [N, C, H, W]: [n, C, h, w]."""
     height, width = geometry.working
     exact = images.dtype == np.uint8 and images.shape[2:] == (height, width)  # sums of bytes are, in any order
-    if not exact or height % factor or width % factor or native_unavailable("cpu") or not images.flags.c_contiguous:
+    # Those of an index on disk are read as they are asked for, and are no array.
+    exact = exact and isinstance(images, np.ndarray) and images.flags.c_contiguous
+    if not exact or height % factor or width % factor or native_unavailable("cpu"):
         return F.avg_pool2d(geometry.reduce(as_tensor(images[rows])), factor)
     return native.pool_bytes(images, rows, factor)
 
