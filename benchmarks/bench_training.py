@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from benchmarks.harness import Bench, Contender
 from diffmem.data import ImageSet
 from diffmem.models import Denoiser
+from diffmem.models.networks import UNet
 from diffmem.training import TrainingConfig, denoiser_config
 from diffmem.training.losses import Draws, draw
 from diffmem.training.trainer import Trainer
@@ -106,6 +107,13 @@ class PlainUNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
         self.dec[f"{size}x{size}_aux_conv"] = nn.Conv2d(channels, config.channels, 3, padding=1)
 
+    @classmethod
+    def like(cls, model: UNet) -> PlainUNet:
+        """One with the weights of `model`."""
+        made, weights = cls(model.config), model.state_dict()
+        made.load_state_dict({name: weights[name] for name in made.state_dict()})
+        return made
+
     def forward(self, x, c_noise):
         half = self.config.model_channels // 2
         frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=torch.float32))
@@ -129,9 +137,7 @@ class PlainTraining:
 
     def __init__(self, config: TrainingConfig, denoiser: Denoiser, images: np.ndarray) -> None:
         self.config, self.images = config, torch.from_numpy(images)
-        self.net = PlainUNet(config.denoiser.network).train()
-        ours = {name: value.contiguous() for name, value in denoiser.model.state_dict().items()}
-        self.net.load_state_dict({name: ours[name] for name in self.net.state_dict()})
+        self.net = PlainUNet.like(denoiser.model).train()
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr)
 
@@ -190,9 +196,11 @@ def compare_once(ours: Trainer, plain: PlainTraining) -> None:
     mine.backward()
     theirs.backward()
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
-    named = dict(plain.net.named_parameters())
+    gradients = copy.deepcopy(ours.denoiser.model)  # theirs, laid out as ours are
+    gradients.load_state_dict({name: each.grad for name, each in plain.net.named_parameters()}, strict=False)
+    named = dict(gradients.named_parameters())
     for name, parameter in ours.denoiser.model.named_parameters():
-        wanted = named[name].grad
+        wanted = named[name].detach()
         if (parameter.grad - wanted).norm() > 1e-3 * wanted.norm() + 1e-4:
             raise AssertionError(f"gradient of {name} differs")
     ours.denoiser.train()

@@ -16,12 +16,14 @@ What a module may say of itself, for the plan of `python -m benchmarks`:
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import importlib.metadata
 import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -241,6 +243,8 @@ def held_to(level: str) -> dict[str, str]:
             "ONEDNN_MAX_CPU_ISA": "AVX2",
             "MKL_ENABLE_INSTRUCTIONS": "AVX2",
             "FAISS_OPT_LEVEL": "AVX2",
+            # Its keys leave ATEN_CPU_CAPABILITY out: code made for wider vectors would be taken, with wrong values.
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor-{getpass.getuser()}-avx2"),
         }
     return {"DIFFMEM_CPU": level}
 
