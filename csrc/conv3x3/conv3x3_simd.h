@@ -213,32 +213,35 @@ inline void for_vectors(std::int64_t count, const Work& work) {
   if (i < count) work(i, [](const float* p) { return load_part(p); });
 }
 
-void transform_images(const Shape& shape, const float* x, std::int64_t first, std::int64_t last, const Points& out,
-                      const float* zeros) {
+// Windows of kSize × kSize pixels, the first of them `before` pixels up and left of each tile's, as 6 × 6 points:
+// `apply` along the columns, then along the rows. Pixels outside the image are zeros.
+template <int kSize, class Apply>
+inline void transform_windows(const Shape& shape, const float* x, std::int64_t channels, int before, std::int64_t first,
+                              std::int64_t last, const Points& out, const float* zeros, const Apply& apply) {
   for (std::int64_t t = 0; t < last - first; ++t) {
     const Tile tile = tile_at(shape, first + t);
-    const float* pixel[6][6];
-    for (int i = 0; i < 6; ++i) {
-      for (int j = 0; j < 6; ++j) {
-        const std::int64_t r = tile.row + i - 1, q = tile.column + j - 1;
+    const float* pixel[kSize][kSize];
+    for (int i = 0; i < kSize; ++i) {
+      for (int j = 0; j < kSize; ++j) {
+        const std::int64_t r = tile.row + i - before, q = tile.column + j - before;
         const bool inside = 0 <= r && r < shape.height && 0 <= q && q < shape.width;
-        pixel[i][j] = inside ? x + ((tile.image * shape.height + r) * shape.width + q) * shape.channels : zeros;
+        pixel[i][j] = inside ? x + ((tile.image * shape.height + r) * shape.width + q) * channels : zeros;
       }
     }
-    for_vectors(shape.channels, [&](std::int64_t c, auto read) {
-      Floats half[6][6], line[6], result[6];
+    for_vectors(channels, [&](std::int64_t c, auto read) {
+      Floats half[6][kSize], line[kSize], result[6];
       float* target = out.values + t * out.row + c;
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) {
+      for (int j = 0; j < kSize; ++j) {
 #pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) line[i] = read(pixel[i][j] + c);
-        transform_inputs(line, result);
+        for (int i = 0; i < kSize; ++i) line[i] = read(pixel[i][j] + c);
+        apply(line, result);
 #pragma GCC unroll 6
         for (int i = 0; i < 6; ++i) half[i][j] = result[i];
       }
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) {
-        transform_inputs(half[i], result);
+        apply(half[i], result);
 #pragma GCC unroll 6
         for (int j = 0; j < 6; ++j) store(target + (6 * i + j) * out.point, result[j]);
       }
@@ -246,37 +249,16 @@ void transform_images(const Shape& shape, const float* x, std::int64_t first, st
   }
 }
 
+void transform_images(const Shape& shape, const float* x, std::int64_t first, std::int64_t last, const Points& out,
+                      const float* zeros) {
+  transform_windows<6>(shape, x, shape.channels, 1, first, last, out, zeros,
+                       [](const Floats* line, Floats* result) { transform_inputs(line, result); });
+}
+
 void transform_gradients(const Shape& shape, const float* gradient, std::int64_t first, std::int64_t last,
                          const Points& out, const float* zeros) {
-  for (std::int64_t t = 0; t < last - first; ++t) {
-    const Tile tile = tile_at(shape, first + t);
-    const float* pixel[4][4];
-    for (int i = 0; i < 4; ++i) {
-      for (int j = 0; j < 4; ++j) {
-        const std::int64_t r = tile.row + i, q = tile.column + j;
-        const bool inside = r < shape.height && q < shape.width;
-        pixel[i][j] = inside ? gradient + ((tile.image * shape.height + r) * shape.width + q) * shape.outputs : zeros;
-      }
-    }
-    for_vectors(shape.outputs, [&](std::int64_t o, auto read) {
-      Floats half[6][4], line[4], result[6];
-      float* target = out.values + t * out.row + o;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) line[i] = read(pixel[i][j] + o);
-        transform_gradients(line, result);
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) half[i][j] = result[i];
-      }
-#pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) {
-        transform_gradients(half[i], result);
-#pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) store(target + (6 * i + j) * out.point, result[j]);
-      }
-    });
-  }
+  transform_windows<4>(shape, gradient, shape.outputs, 0, first, last, out, zeros,
+                       [](const Floats* line, Floats* result) { transform_gradients(line, result); });
 }
 
 void write_outputs(const Shape& shape, const Epilogue& epilogue, std::int64_t first, std::int64_t last,
