@@ -20,11 +20,13 @@ from typing import Any, Protocol, TypeVar, cast
 
 from diffmem import system
 from diffmem.errors import InputError, MissingExtraError
+from diffmem.inert.boundary import one_line
 from diffmem.logs import logger
 
 _log = logger(__name__)
 T = TypeVar("T")
 _WATCH_SECONDS = 5.0  # between looks of a process at whether its parent is still there
+_JOIN_SECONDS = 10.0  # that the machines of a Ray cluster have to join it
 
 
 class Executor(Protocol):
@@ -203,11 +205,20 @@ class Ray:
         if self._started:
             try:
                 ray.init(address=address, log_to_driver=False, **init)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise InputError(f"Ray cluster {address or 'on this machine'}: {error}") from None
-        there: dict[str, float] = cast(Any, ray).cluster_resources()
-        room = [int(there.get(kind, 0) / needed) for kind, needed in (("CPU", cpus), ("GPU", gpus)) if needed]
-        self.slots = min(room, default=1) if slots is None else slots
+            except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+                token = "" if address in (None, "auto") or os.environ.get("RAY_AUTH_MODE") else (
+                    "; where the cluster wants to see a token, set RAY_AUTH_MODE=token"
+                )  # fmt: skip
+                raise InputError(f"Ray cluster {address or 'on this machine'}: {one_line(error)}{token}") from None
+        there: dict[str, float] = {}
+        end = time.monotonic() + _JOIN_SECONDS
+        while True:
+            there = cast(Any, ray).cluster_resources()
+            room = [int(there.get(kind, 0) / needed) for kind, needed in (("CPU", cpus), ("GPU", gpus)) if needed]
+            self.slots = min(room, default=1) if slots is None else slots
+            if self.slots >= 1 or not self._started or address is None or time.monotonic() > end:
+                break
+            time.sleep(0.2)
         if self.slots < 1:
             self.close()
             raise InputError(

@@ -11,7 +11,7 @@ import click
 
 from diffmem.cli.execution import (
     dry_run_option,
-    executor_of,
+    executing,
     executor_options,
     repetitions_option,
     tell_outcome,
@@ -103,8 +103,6 @@ def emm_command(
           --out emm-digits
       diffmem emm --data cifar10.zip --duration 2000 --size-range 100:20000 --workers 8 --device cuda --out emm
     """
-    from contextlib import closing
-
     import torch
 
     from diffmem.data import DatasetSpec
@@ -138,7 +136,7 @@ def emm_command(
     def watch(emm: EMM) -> None:
         write_emm(emm, out, running=True)
 
-    with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
+    with progress_bars() as progress, executing(workers, ray, gpus_per_run, device) as executor:
         found = find_emm(
             setting, out, sizes=sizes, zeta=zeta, precision=precision, repetitions=repetitions, runs=max_runs,
             executor=executor, on_trial=tell_outcome, watch=watch,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -63,6 +65,17 @@ def executor_options(command: Callable) -> Callable:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+@contextlib.contextmanager
+def executing(workers: int | None, ray: str | None, gpus_per_run: float, device: str) -> Iterator[Executor]:
+    """The executor that the options ask for, until it is closed. Standard output is the command's: what Ray writes
+    there, of workers that died, goes to standard error."""
+    with (
+        contextlib.redirect_stdout(sys.stdout if ray is None else sys.stderr),
+        contextlib.closing(executor_of(workers, ray, gpus_per_run, device)) as executor,
+    ):
+        yield executor
 
 
 def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, device: str) -> Executor:

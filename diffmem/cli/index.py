@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from diffmem.cli.execution import executor_of, executor_options
+from diffmem.cli.execution import executing, executor_options
 from diffmem.cli.options import (
     CommandWithJson,
     StreamedSource,
@@ -24,6 +26,7 @@ from diffmem.cli.options import (
 from diffmem.text import printable
 
 if TYPE_CHECKING:
+    from diffmem.executors import Executor
     from diffmem.indexes import IndexFolder
 
 _memory_option = click.option(
@@ -150,19 +153,17 @@ def build_command(
     from diffmem.indexes import build_index
     from diffmem.progress import progress_bars
 
-    with process_group() as ranks, progress_bars(is_first_rank()) as progress:
-        executor = executor_of(workers, ray, gpus_per_run, device) if ray is not None else None
-        executor = Ranks(device) if ranks else executor
-        try:
-            built = build_index(
-                sources, out, features, metric=metric, weights=weights, preprocessing=preprocessing, batch=batch,
-                precision=precision, dtype=dtype, index=index, duplicate_radius=duplicate_radius, shards=shards,
-                memory=memory, workers=workers, executor=executor, device=device, say=_say, progress=progress,
-                resize=resize, center_crop=center_crop, value_range=value_range, **reading(**options),
-            )  # fmt: skip
-        finally:
-            if executor is not None:
-                executor.close()
+    with (
+        process_group() as ranks,
+        progress_bars(is_first_rank()) as progress,
+        _on_ray(None if ranks else ray, workers, gpus_per_run, device) as cluster,
+    ):
+        built = build_index(
+            sources, out, features, metric=metric, weights=weights, preprocessing=preprocessing, batch=batch,
+            precision=precision, dtype=dtype, index=index, duplicate_radius=duplicate_radius, shards=shards,
+            memory=memory, workers=workers, executor=Ranks(device) if ranks else cluster, device=device, say=_say,
+            progress=progress, resize=resize, center_crop=center_crop, value_range=value_range, **reading(**options),
+        )  # fmt: skip
     if is_first_rank():
         _tell(built, as_json)
 
@@ -183,16 +184,11 @@ def add_command(out, sources, retrain, memory, workers, ray, gpus_per_run, devic
     from diffmem.indexes import add_to_index
     from diffmem.progress import progress_bars
 
-    executor = executor_of(workers, ray, gpus_per_run, device) if ray is not None else None
-    try:
-        with progress_bars() as progress:
-            index = add_to_index(
-                out, sources, retrain=retrain, memory=memory, workers=workers, executor=executor, device=device,
-                say=_say, progress=progress,
-            )  # fmt: skip
-    finally:
-        if executor is not None:
-            executor.close()
+    with progress_bars() as progress, _on_ray(ray, workers, gpus_per_run, device) as executor:
+        index = add_to_index(
+            out, sources, retrain=retrain, memory=memory, workers=workers, executor=executor, device=device, say=_say,
+            progress=progress,
+        )  # fmt: skip
     _tell(index, as_json)
 
 
@@ -225,8 +221,7 @@ def verify_command(out, rebuild, prune, memory, workers, ray, gpus_per_run, devi
     from diffmem.indexes.verify import report_of, verify_index
     from diffmem.progress import progress_bars
 
-    executor = executor_of(workers, ray, gpus_per_run, device) if ray is not None else None
-    with progress_bars() as progress:
+    with progress_bars() as progress, _on_ray(ray, workers, gpus_per_run, device) as executor:
         settings = Settings(
             memory=parse_memory(memory), workers=workers, executor=executor, device=device, say=_say, progress=progress
         )
@@ -306,6 +301,16 @@ def plan_command(
     else:
         for line in report_of(cost, features, there, generated):
             click.echo(printable(line))
+
+
+@contextmanager
+def _on_ray(ray: str | None, workers: int | None, gpus_per_run: float, device: str) -> Iterator[Executor | None]:
+    """The Ray cluster that is asked for, or None: then the build itself decides about processes."""
+    if ray is None:
+        yield None
+        return
+    with executing(workers, ray, gpus_per_run, device) as executor:
+        yield executor
 
 
 def _say(line: str) -> None:

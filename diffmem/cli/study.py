@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from diffmem.cli.execution import executor_of, executor_options, repetitions_option, tell_outcome, threads_option
+from diffmem.cli.execution import executing, executor_options, repetitions_option, tell_outcome, threads_option
 from diffmem.cli.options import CommandWithJson, Source, criterion_option, debug_option, json_option, moved_option
 from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.cli.training_options import Numbers
@@ -163,8 +163,6 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
     Runs finished in OUT are not repeated, interrupted runs resume, and a failed run does not stop the others. Several
     of these commands may share one OUT on one machine. Writes a report at the end.
     """
-    from contextlib import closing
-
     import torch
 
     from diffmem.progress import progress_bars
@@ -172,7 +170,7 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
 
     torch.set_flush_denormal(True)
     chosen = _chosen(**choice)
-    with progress_bars() as progress, closing(executor_of(workers, ray, gpus_per_run, device)) as executor:
+    with progress_bars() as progress, executing(workers, ray, gpus_per_run, device) as executor:
         outcomes = run_studies(chosen, out, executor, retry=retry, on_trial=tell_outcome, progress=progress)
     failed = [outcome for outcome in outcomes if outcome.result is None]
     click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")

@@ -71,8 +71,14 @@ def make_shard(job: Job, device: str = "auto") -> dict[str, Any]:
             return known
         _remove_damaged(job.target)
         check_unchanged(job.part)
-        with atomic_folder(job.target) as folder:
-            return _make(job, folder, device)
+        try:
+            with atomic_folder(job.target) as folder:
+                return _make(job, folder, device)
+        except InputError:
+            # Without locks, or cut off from the cluster that took it for lost, another worker may have been faster.
+            if (known := read_shard(job.target)) is not None:
+                return known
+            raise
 
 
 @contextlib.contextmanager

@@ -1,10 +1,15 @@
 """Many workers, some of which die: the index is the one that a single process makes."""
 
+import contextlib
 import json
 import os
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -17,7 +22,7 @@ from processes import Started, as_ranks, start_command
 
 import diffmem
 from diffmem.errors import InputError, OutputInUseError
-from diffmem.executors import Processes, Ray
+from diffmem.executors import Processes
 from diffmem.indexes import build_index, work
 from diffmem.indexes.planning import resident
 
@@ -159,45 +164,115 @@ def _dying_rank(source, out):
         raise SystemExit(1) from None
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray cluster by `ray start`: its head, without CPUs of its own, and two nodes."""
+class Node:
+    """One `ray start`, with its own session of processes, which ends with it."""
+
+    def __init__(self, *words, env):
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
+        ports = ["--min-worker-port", "0", "--max-worker-port", "0", "--dashboard-agent-listen-port", str(free_port())]
+        self.process = subprocess.Popen(
+            [*command, *ports, "--object-store-memory", "80000000", *words],
+            env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def wait(self):
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                return
+        pytest.fail(f"ray start: {''.join(said)}")
+
+    def workers(self):
+        """Processes that make a shard."""
+        session = str(self.process.pid)
+        listed = subprocess.run(["pgrep", "-s", session, "-f", "ray::_run_on_cluster"], capture_output=True, text=True)
+        return [int(process) for process in listed.stdout.split()]
+
+    def end(self):
+        while left := subprocess.run(["pgrep", "-s", str(self.process.pid)], capture_output=True, text=True).stdout:
+            for process in left.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
+            self.process.poll()
+        self.process.stdout.close()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray cluster of two nodes by `ray start`, with one CPU each, which wants to see a token."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
-    from ray.cluster_utils import Cluster
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    address = f"127.0.0.1:{free_port()}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    nodes = []
+    with tempfile.TemporaryDirectory(
+        prefix="ray", ignore_cleanup_errors=True
+    ) as home:  # for sockets, whose names are short
+        head = ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir", home]
+        try:
+            nodes.append(Node(*head, "--node-ip-address", "127.0.0.1", env=env))
+            nodes.append(Node("--address", address, "--node-ip-address", "127.0.0.1", env=env))
+            for node in nodes:
+                node.wait()
+            yield address, *nodes
+        finally:
+            for node in reversed(nodes):
+                node.end()
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
-    made.wait_for_nodes()
-    yield made, nodes
-    import ray
 
-    ray.shutdown()
-    made.shutdown()
-
-
-def test_a_ray_cluster_loses_a_worker_and_a_node(source, alone, tmp_path, cluster):
-    made, nodes = cluster
+def test_a_ray_cluster_has_a_slow_worker_and_loses_one_and_a_node(source, alone, tmp_path, cluster):
+    address, head, node = cluster
     out = tmp_path / "index"
-    executor = Ray(made.address, slots=2)
+    words = ["index", "build", source / "{0..7}.tar", out, "--features", f"torchscript:{source / NETWORK}"]
 
-    def harm():
-        while finished(out) < 1:
+    def until(holds):
+        while not (found := holds()) and build.poll() is None:
             time.sleep(0.02)
-        listed = subprocess.run(["pgrep", "-f", "ray::_run_on_cluster"], capture_output=True, text=True).stdout.split()
-        for process in listed[:1]:
-            os.kill(int(process), signal.SIGKILL)
-        while finished(out) < 3:
-            time.sleep(0.02)
-        made.remove_node(nodes[0], allow_graceful=False)
+        assert found, build.communicate()
+        return found
 
-    thread = threading.Thread(target=harm)
-    thread.start()
-    try:
-        index = built(source, out, executor=executor)
-    finally:
-        executor.close()
-        thread.join()
-    assert everything(index) == alone
+    with start_command(*words, "--preprocessing", "-1-1", "--batch", 16, "--ray", address, "--json") as build:
+        slow = until(node.workers)[0]
+        os.kill(slow, signal.SIGSTOP)
+        before = finished(out)
+        until(lambda: finished(out) >= before + 2)  # the other worker goes on
+        os.kill(slow, signal.SIGCONT)
+        os.kill(until(head.workers)[0], signal.SIGKILL)
+        until(lambda: finished(out) >= before + 3)
+        node.end()
+        out_text, errors = build.communicate()
+    assert build.returncode == 0, errors
+    assert json.loads(out_text)["rows"] == 320
+    assert everything(diffmem.open_index(out)) == alone
+    assert not [name for name in os.listdir(out / "shards") if name.startswith(".")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_second_copy_of_a_shard_may_be_faster(shards, tmp_path, monkeypatch, fails):
+    """A worker that was taken for lost, and lives on where there are no locks."""
+    original = work._make
+
+    def make(job, folder, device):
+        found = original(job, folder, device)
+        shutil.copytree(folder, job.target)
+        if fails:
+            raise InputError("the folder is not there any more")
+        return found
+
+    monkeypatch.setattr(work, "_make", make)
+    twice = build_index(shards, tmp_path / "twice", workers=1)
+    monkeypatch.undo()
+    assert everything(twice) == everything(build_index(shards, tmp_path / "once", workers=1))
+    assert len(os.listdir(twice.path / "shards")) == 3
 
 
 def _measured(file, out):
