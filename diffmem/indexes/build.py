@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from diffmem.executors import Executor, InProcess, Processes, Ranks, Ray
 from diffmem.features.feature_set import Metric
 from diffmem.indexes import remote
 from diffmem.indexes.duplicates import (
+    NearJob,
     StoredDuplicates,
     find_identical,
-    find_near,
+    near_jobs,
+    near_pairs,
     read_duplicates,
     united,
     write_duplicates,
@@ -64,6 +66,15 @@ SORT_BYTES = 2e9  # to find duplicates in, where no memory is given
 _LEFT = re.compile(r"\.([0-9a-f]{32})\.(?:[0-9a-f]{8}\.partial|lock)")
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 Say = Callable[[str], None]
+
+
+class ShardJob(Protocol):
+    """A piece of work on one shard: its address, by which its result is known, and what to call it in a message."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def where(self) -> str: ...
 
 
 def build_index(
@@ -431,19 +442,21 @@ def _entry(job: Job) -> dict[str, Any]:
 def run_jobs(
     executor: Executor,
     function: Callable[..., Any],
-    jobs: Sequence[Job] | Sequence[CodeJob],
+    jobs: Sequence[ShardJob],
     progress: Progress,
     before: int = 0,
     stage: str = "building shards",
-) -> None:
-    """All jobs through an executor. One whose worker dies goes to another; one that fails does not keep the others.
+) -> list[Any]:
+    """What the function returns for each job, through an executor. A job whose worker dies goes to another one; one
+    that fails does not keep the others.
 
     Raises:
         InputError: Some failed: the first one's reason, once all others are done.
     """
-    waiting: list[Job | CodeJob] = list(reversed(jobs))
+    waiting: list[ShardJob] = list(reversed(jobs))
     total = len(jobs) + before
-    running: dict[Future[Any], Job | CodeJob] = {}
+    running: dict[Future[Any], ShardJob] = {}
+    results: dict[str, Any] = {}
     losses: dict[str, int] = {}
     errors: list[Exception] = []
     done = before
@@ -459,17 +472,17 @@ def run_jobs(
             error = future.exception()
             if error is None:
                 done += 1
+                results[job.address] = future.result()
                 progress(stage, done, total)
             elif _is_loss(error) and losses.get(job.address, 0) < LOSSES:
                 losses[job.address] = losses.get(job.address, 0) + 1
-                _log.warning("%s: the worker that indexed it was lost; another one does it", job.where)
+                _log.warning("%s: the worker that was at it was lost; another one does it", job.where)
                 waiting.append(job)
             elif _is_loss(error):
                 errors.append(
                     InputError(
                         f"{job.where}: {LOSSES + 1} workers died over it (out of memory, or a file that crashes "
-                        "its "
-                        "decoder): give each less with memory=…, or remove it"
+                        "its decoder): give each less with memory=…, or remove it"
                     )
                 )
             elif isinstance(error, Exception):
@@ -481,6 +494,27 @@ def run_jobs(
             raise errors[0]
         kept = done
         raise InputError(f"{errors[0]} ({len(errors):,} of {total:,} shards failed; the other {kept:,} are kept)")
+    return [results[job.address] for job in jobs]
+
+
+def run_by_shard(
+    function: Callable[..., Any], jobs: Sequence[ShardJob], size: float, settings: Settings, stage: str
+) -> list[Any]:
+    """What the function returns for each job, wherever the settings say that workers are.
+
+    Args:
+        function: Of a job and a device.
+        jobs: Each with an address of its own.
+        size: Bytes that all of them read, by which the number of processes is chosen.
+        settings: Where to work.
+        stage: For the progress.
+    """
+    executor, own = _executor(settings, len(jobs), size)
+    try:
+        return run_jobs(executor, function, jobs, settings.progress, stage=stage)
+    finally:
+        if own:
+            executor.close()
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -534,8 +568,12 @@ def _duplicates(out: Path, index: IndexFolder, settings: Settings, before: dict[
         known = None
         if before is not None and before["duplicates"]["radius"] == radius and _begins_as(before, index):
             known = read_duplicates(out, before["duplicates"], before["rows"])
-        near = find_near(index.shards, radius, known, settings.progress)
-        members, roots = united([np.stack([members, roots], axis=1), near])
+        jobs: list[NearJob] = near_jobs(index.shards, radius, known)
+        size = len(index) * index.dimension * index.dtype.itemsize
+        near = run_by_shard(near_pairs, jobs, size, settings, "comparing training images with each other")
+        if known is not None:
+            near.append(np.stack([known.members, known.roots], axis=1))
+        members, roots = united([np.stack([members, roots], axis=1), *near])
     return write_duplicates(out, StoredDuplicates(float(radius), members, roots, len(index), distinct))
 
 
@@ -574,12 +612,7 @@ def _quantized(
     if ranks is not None:
         _make_share(ranks, make_codes, jobs, settings)
     elif missing:
-        executor, own = _executor(settings, len(missing), len(index) * index.dimension)
-        try:
-            run_jobs(executor, make_codes, missing, settings.progress, len(jobs) - len(missing), "making codes")
-        finally:
-            if own:
-                executor.close()
+        run_by_shard(make_codes, missing, len(index) * index.dimension, settings, "making codes")
     if known is not None and (note := growth_note(about, len(index))):
         settings.say(f"note: {note}")
     return {**about, "codes": {job.address: file_sha256(job.target) for job in jobs}}

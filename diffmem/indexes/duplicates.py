@@ -89,37 +89,59 @@ def find_identical(shards: Sequence[Shard], memory: int, progress: Progress = si
     return united([link for link in links if len(link)])
 
 
-def find_near(
-    shards: Sequence[Shard], radius: float, known: StoredDuplicates | None, progress: Progress = silent
-) -> np.ndarray:
-    """int64 [m, 2]: pairs of rows within a radius of each other, exactly: every shard is searched for the rows of those
-    behind it, and of itself.
+@dataclass(frozen=True)
+class NearJob:
+    """One shard to be searched for the rows of those behind it, and of itself.
+
+    Attributes:
+        shard: The one that is searched.
+        others: Those whose rows are looked for in it.
+        radius: Root mean square difference per value.
+    """
+
+    shard: Shard
+    others: tuple[Shard, ...]
+    radius: float
+
+    @property
+    def address(self) -> str:
+        return f"{self.shard.address}@{self.shard.start}"  # the same shard may be there twice
+
+    @property
+    def where(self) -> str:
+        return f"shard {self.shard.address}"
+
+
+def near_jobs(shards: Sequence[Shard], radius: float, known: StoredDuplicates | None) -> list[NearJob]:
+    """What finds all pairs of rows within a radius of each other, exactly.
 
     Args:
         shards: All of them.
         radius: Root mean square difference per value.
         known: What was found with this radius when the index had the first `known.rows` rows; pairs among these are
             not looked for again.
-        progress: Called as `progress(stage, done, total)`.
     """
     before = 0 if known is None else known.rows
-    found = [np.empty((0, 2), np.int64)]
-    if known is not None:
-        found.append(np.stack([known.members, known.roots], axis=1))
+    found = []
     for number, shard in enumerate(shards):
-        progress("comparing training images with each other", number, len(shards))
-        others = [other for other in shards[number:] if other.start >= before]
-        if not others:
-            continue
-        rows = shard.take(slice(None))
-        index, tensor = TrainingIndex(rows), as_rows(rows)
-        for other in others:
-            for start in range(0, other.rows, _BLOCK):
-                queries = other.take(slice(start, min(start + _BLOCK, other.rows)))
-                some, theirs = pairs_within_radius(queries, tensor, radius, index)
-                pairs = np.stack([some + other.start + start, theirs + shard.start], axis=1)
-                found.append(pairs[pairs[:, 0] != pairs[:, 1]])
-    progress("comparing training images with each other", len(shards), len(shards))
+        others = tuple(other for other in shards[number:] if other.start >= before)
+        if others:
+            found.append(NearJob(shard, others, radius))
+    return found
+
+
+def near_pairs(job: NearJob, device: str = "auto") -> np.ndarray:
+    """int64 [m, 2]: pairs of rows within the radius of each other, of which the second lies in the job's shard."""
+    shard = job.shard
+    found = [np.empty((0, 2), np.int64)]
+    rows = shard.take(slice(None))
+    index, tensor = TrainingIndex(rows, device=device), as_rows(rows)
+    for other in job.others:
+        for start in range(0, other.rows, _BLOCK):
+            queries = other.take(slice(start, min(start + _BLOCK, other.rows)))
+            some, theirs = pairs_within_radius(queries, tensor, job.radius, index)
+            pairs = np.stack([some + other.start + start, theirs + shard.start], axis=1)
+            found.append(pairs[pairs[:, 0] != pairs[:, 1]])
     return np.concatenate(found)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffmem.inert.boundary import one_line, parsing
 from diffmem.integrity import check_file, file_sha256, read_sealed, sealed
 from diffmem.search import faiss_factory
 from diffmem.search.candidates import Candidates
+from diffmem.system import usable_cores
 
 QUANTIZERS = "quantizers"
 FILE, DESCRIPTION = "quantizer.faiss", "quantizer.json"
@@ -224,14 +226,13 @@ class Quantizer:
         return float(found["error"]), float(found["largest"])
 
     def damaged(self) -> list[Path]:
-        """Files that are not what they were when they were written; all are read."""
+        """Files that are not what they were when they were written; all are read, several at a time."""
         expected = {f"{address}.npy": digest for address, digest in self._about["codes"].items()}
         expected[FILE] = self._about["sha256_of_file"]
-        return [
-            self._home / name
-            for name, digest in expected.items()
-            if not (self._home / name).is_file() or file_sha256(self._home / name) != digest
-        ]
+        files = [self._home / name for name in expected]
+        with ThreadPoolExecutor(usable_cores()) as pool:  # hashing leaves the interpreter to the others
+            found = pool.map(lambda file: file_sha256(file) if file.is_file() else None, files)
+            return [file for file, digest in zip(files, found, strict=True) if digest != expected[file.name]]
 
     def load(self, shards: Sequence[int] | None = None) -> Any:
         """A FAISS index of the codes of some shards, or of all, whose ids are rows of the whole index: in memory.

@@ -14,7 +14,7 @@ import numpy as np
 from diffmem.atomic_io import output_lock
 from diffmem.data.arrays import map_npy
 from diffmem.errors import InputError
-from diffmem.indexes.build import Settings, as_before, finish, make_all, plan_jobs, sweep
+from diffmem.indexes.build import Settings, as_before, finish, make_all, plan_jobs, run_by_shard, sweep
 from diffmem.indexes.duplicates import FILE as DUPLICATES
 from diffmem.indexes.duplicates import find_identical, read_duplicates
 from diffmem.indexes.folder import IndexFolder, read_index
@@ -69,7 +69,7 @@ def verify_index(
         path: The folder.
         rebuild: Make damaged shards again from their sources, and what was derived from them.
         prune: Remove finished shards that the index does not use.
-        settings: Where and with how much to rebuild.
+        settings: Where to check and rebuild, and with how much memory.
         progress: Called as `progress(stage, done, total)`.
 
     Raises:
@@ -80,12 +80,15 @@ def verify_index(
     with output_lock(folder):
         description = read_index(folder)
         entries: list[dict[str, Any]] = description["shards"]
-        damaged: list[tuple[str, str, str]] = []
-        for number, entry in enumerate(entries):
-            progress("verifying shards", number, len(entries))
-            if (problem := shard_problem(folder / SHARDS / entry["address"], entry)) is not None:
-                damaged.append((entry["address"], problem, Part.from_json(entry["part"]).where))
-        progress("verifying shards", len(entries), len(entries))
+        jobs = {entry["address"]: VerifyJob(str(folder.absolute()), entry) for entry in entries}
+        size = sum(job.entry["bytes"] for job in jobs.values())
+        problems = run_by_shard(check_shard, list(jobs.values()), size, settings, "verifying shards")
+        problem_of = dict(zip(jobs, problems, strict=True))
+        damaged = [
+            (entry["address"], problem, Part.from_json(entry["part"]).where)
+            for entry in entries
+            if (problem := problem_of[entry["address"]]) is not None
+        ]
         derived = [] if damaged else _derived_problems(folder, description, settings)
         used = {entry["address"] for entry in entries}
         found = os.listdir(folder / SHARDS)
@@ -103,6 +106,32 @@ def verify_index(
         return Verified(
             len(entries), description["rows"], tuple(damaged), tuple(derived), tuple(unused), tuple(rebuilt)
         )
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """A shard to be checked.
+
+    Attributes:
+        folder: Of the index.
+        entry: What the index says of the shard.
+    """
+
+    folder: str
+    entry: dict[str, Any]
+
+    @property
+    def address(self) -> str:
+        return str(self.entry["address"])
+
+    @property
+    def where(self) -> str:
+        return f"shard {self.address}"
+
+
+def check_shard(job: VerifyJob, device: str = "auto") -> str | None:
+    """`shard_problem`, by a worker."""
+    return shard_problem(Path(job.folder) / SHARDS / job.address, job.entry)
 
 
 def shard_problem(folder: Path, entry: dict[str, Any]) -> str | None:

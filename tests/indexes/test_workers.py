@@ -23,8 +23,10 @@ from processes import Started, as_ranks, start_command
 import diffmem
 from diffmem.errors import InputError, OutputInUseError
 from diffmem.executors import Processes
-from diffmem.indexes import build_index, work
+from diffmem.indexes import build_index, verify_index, work
+from diffmem.indexes.build import Settings
 from diffmem.indexes.planning import resident
+from diffmem.search import find_duplicates
 
 NETWORK = "features.pt"
 
@@ -254,6 +256,34 @@ def test_a_ray_cluster_has_a_slow_worker_and_loses_one_and_a_node(source, alone,
     assert json.loads(out_text)["rows"] == 320
     assert everything(diffmem.open_index(out)) == alone
     assert not [name for name in os.listdir(out / "shards") if name.startswith(".")]
+
+
+def test_shards_are_verified_and_compared_by_several_processes(tmp_path):
+    rng = np.random.default_rng(8)
+    images = rng.integers(0, 256, (120, 1, 6, 6), dtype=np.uint8)
+    for one, other in ((3, 110), (110, 45), (10, 11), (12, 70)):
+        images[other] = np.clip(images[one].astype(int) + rng.integers(-2, 3, images[one].shape), 0, 255)
+    np.save(tmp_path / "images.npy", images)
+    expected = find_duplicates(images, 2)
+    executor = Processes(2, threads=1)
+    try:
+        index = build_index(
+            tmp_path / "images.npy", tmp_path / "index", duplicate_radius=2, shards=6, executor=executor
+        )
+        assert index.duplicates.as_groups().group_of.tolist() == expected.group_of.tolist()
+        settings = Settings(executor=executor, say=lambda line: None)
+        assert verify_index(index.path, settings=settings).intact
+        for number, name in ((1, "digests.npy"), (4, "vectors.npy")):
+            path = index.shards[number].folder / name
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        (index.shards[2].folder / "shard.json").unlink()
+        found = verify_index(index.path, settings=settings)
+        assert found == verify_index(index.path)  # in this process
+        assert [address for address, _, _ in found.damaged] == [index.shards[n].address for n in (1, 2, 4)]
+        assert verify_index(index.path, rebuild=True, settings=settings).rebuilt
+    finally:
+        executor.close()
+    assert verify_index(index.path).intact
 
 
 @pytest.mark.parametrize("fails", [False, True])
