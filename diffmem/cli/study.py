@@ -134,7 +134,7 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
         for variant in study.variants:
             sizes = ", ".join(f"{size:,}" for size in variant.sizes or study.sizes)
             click.echo(f"  {variant.name:24} N = {sizes}")
-        for line in (*(f"the paper: {claim.text}" for claim in study.claims), *study.notes):
+        for line in (*(f"asks: {question.text}" for question in study.questions), *study.notes):
             click.echo(f"  {line}")
     trials = all_trials(chosen)
     click.echo(f"{len(trials)} distinct runs")
@@ -203,6 +203,6 @@ def report_command(studies, runs, out, as_json) -> None:
         click.echo((found if found.is_file() else page.parent / "emm.json").read_text(encoding="utf-8"), nl=False)
         return
     for each in json.loads(found.read_text(encoding="utf-8")) if found.is_file() else ():
-        for judged in each["claims"]:
-            click.echo(f"{each['study']['name']}: {judged['claim']['text']}: {judged['verdict']}")
+        for answer in each["questions"]:
+            click.echo(f"{each['study']['name']}: {answer['question']['text']}: {answer['verdict']}")
     click.echo(f"report: {page}")

@@ -7,15 +7,15 @@ from diffmem.studies.emm import EMM, find_emm
 from diffmem.studies.folder import report_studies, run_studies
 from diffmem.studies.measure import Result, run_trial
 from diffmem.studies.run import Outcome, run_trials
-from diffmem.studies.study import Claim, Study, Variant, load_study
+from diffmem.studies.study import Question, Study, Variant, load_study
 from diffmem.studies.trial import Setting, Trial
 
 __all__ = [
     "EMM",
-    "Claim",
     "InProcess",
     "Outcome",
     "Processes",
+    "Question",
     "Ray",
     "Result",
     "Setting",

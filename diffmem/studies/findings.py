@@ -1,28 +1,41 @@
-"""What a study's runs say: R_mem of every cell, EMM of every variant, and whether the paper's directions hold.
+"""What a study's runs say: R_mem of every cell, EMM of every variant, and the verdicts on the study's questions.
 
-Runs of one cell differ. Their logit R_mem is taken to have one standard deviation τ throughout a study's folder, of
-which its repetitions tell: τ² = (ν₀τ₀² + Σ squared deviations) / (ν₀ + degrees of freedom), with a prior guess of
-τ₀ = 0.4 that counts as much as ν₀ = 4 repetitions. Intervals of means and differences hold this, with the quantiles of
-Student's t at ν₀ + degrees of freedom, and the noise of sampling, by the distances to the ends of the single runs'
-intervals (as in Zou and Donner 2008): to the upper ends in squares; to the lower ends, which allow for R_mem being the
-highest of several snapshots, on average, for such estimates all err upwards.
+How questions are decided stands in `diffmem.studies.analysis`. The interval of a single cell's mean R_mem is about runs
+that are not compared in pairs. Their logit R_mem is taken to have one standard deviation τ throughout a study's folder,
+of which its repetitions tell: τ² = (ν₀τ₀² + Σ squared deviations) / (ν₀ + degrees of freedom), with a prior guess of
+τ₀ = 0.4 that counts as much as ν₀ = 4 repetitions. A cell's interval holds this, with the quantiles of Student's t at
+ν₀ + degrees of freedom, and the noise of sampling, by the distances to the ends of the single runs' intervals (as in
+Zou and Donner 2008): to the upper ends in squares; to the lower ends, which allow for R_mem being the highest of
+several snapshots, on average, for such estimates all err upward.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
+from itertools import accumulate, pairwise
 
+from diffmem.studies.analysis import (
+    ALPHA,
+    UNDECIDED,
+    UNMEASURED,
+    Cells,
+    Estimate,
+    estimate,
+    holm,
+    spent,
+    student,
+    up_to,
+)
 from diffmem.studies.curve import Posterior
 from diffmem.studies.emm import observation
+from diffmem.studies.leveling import LEVELED_OFF, SHORT
 from diffmem.studies.measure import Result
-from diffmem.studies.study import Claim, Study, Variant
+from diffmem.studies.study import Question, Study, Variant
 
 _GUESS, _GUESS_WEIGHT = 0.4, 4.0
-_ALIKE = 0.1  # R_mem that differ by less count as about equal
-HOLDS, CONTRARY, UNDECIDED, UNMEASURED = "holds", "does not hold", "undecided", "not measured"
 
 
 @dataclass(frozen=True)
@@ -59,21 +72,68 @@ class Cell:
         return math.sqrt(below**2 + between) / len(self.results), math.sqrt(above + between) / len(self.results)
 
     @property
+    def level(self) -> str:
+        """In how many runs R_mem had leveled off, in words; empty where their audits cannot tell."""
+        levels = [result.level for result in self.results if result.level.state != SHORT]
+        if not levels:
+            return ""
+        states = Counter(level.state for level in levels)
+        ends = sorted(level.epochs for level in levels if level.epochs is not None)
+        where = f" at {ends[len(ends) // 2]:,.0f} epochs" if ends else ""
+        if len(states) == 1:
+            return next(iter(states)) + where
+        return ", ".join(f"{count} {state}{where * (state == LEVELED_OFF)}" for state, count in states.most_common())
+
+    @property
     def interval(self) -> tuple[float, float]:
         below, above = self.margins
         return max(0.0, self.r_mem - below), min(1.0, self.r_mem + above)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A claim of the paper, and what the runs say: the difference of R_mem, averaged over the sizes at which both
-    variants were measured, with its 95 % interval. verdict: HOLDS, CONTRARY, UNDECIDED or UNMEASURED."""
+class Answer:
+    """A question, and what the runs say of it.
 
-    claim: Claim
-    sizes: tuple[int, ...]
-    difference: float
-    interval: tuple[float, float]
+    Attributes:
+        question: The question.
+        verdict: HOLDS, CONTRARY, EQUIVALENT, UNDECIDED or UNMEASURED.
+        estimate: The estimate on which the verdict rests: of the look that decided, or the last one; None where it was
+            not measured.
+        latest: The estimate from all runs.
+        p: Its p-value, over all looks.
+        adjusted: The same, corrected for the number of questions.
+        family: How many questions the correction is for.
+        looks: After how many repetitions one may have looked; one: the runs are analyzed once.
+    """
+
+    question: Question
     verdict: str
+    estimate: Estimate | None = None
+    latest: Estimate | None = None
+    p: float = 1.0
+    adjusted: float = 1.0
+    family: int = 1
+    looks: tuple[int, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        return self.verdict not in (UNDECIDED, UNMEASURED)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return () if self.estimate is None else self.estimate.sizes
+
+    def interval(self, scale: str, alpha: float = ALPHA) -> tuple[float, float] | None:
+        """Of the difference in "logit" or "points"; None where there is none yet."""
+        effect = None if self.estimate is None else getattr(self.estimate, scale)
+        return None if effect is None else effect.interval(alpha)
+
+    def simultaneous(self, scale: str) -> tuple[float, float] | None:
+        """The interval that holds together with those of all other questions, at all looks."""
+        shares = spent(self.looks[0], self.looks[-1]) if self.looks else {}
+        seen = 0 if self.estimate is None else self.estimate.repetitions
+        share = shares.get(seen, min([1.0, *shares.values()]))
+        return self.interval(scale, ALPHA * share / self.family)
 
 
 @dataclass(frozen=True)
@@ -83,7 +143,7 @@ class Findings:
 
     study: Study
     cells: tuple[Cell, ...]
-    judged: tuple[Judged, ...]
+    answers: tuple[Answer, ...]
     emm: Mapping[str, tuple[float, tuple[float, float]]]
     failures: tuple[tuple[str, int, int, str], ...]
     missing: int
@@ -117,10 +177,35 @@ def spread_of(groups: Sequence[Sequence[Result]]) -> Spread:
 
 
 def find_among(studies: Sequence[Study], results: Mapping[str, Result], errors: Mapping[str, str]) -> list[Findings]:
-    """What `results` (by trial key) and `errors` say of studies that share a spread between runs."""
+    """What `results` (by trial key) and `errors` say of studies that share a spread between runs; their questions are
+    one family."""
     groups = {key: each for study in studies for key, each in _groups(study, results).items()}
     spread = spread_of([list(group.values()) for group in groups.values()])
-    return [findings(study, results, errors, spread) for study in studies]
+    found = [findings(study, results, errors, spread) for study in studies]
+    answers = corrected([answer for each in found for answer in each.answers])
+    ends = list(accumulate((len(each.answers) for each in found), initial=0))
+    return [
+        replace(each, answers=tuple(answers[start:end]))
+        for each, (start, end) in zip(found, pairwise(ends), strict=True)
+    ]
+
+
+def corrected(answers: Sequence[Answer]) -> list[Answer]:
+    """Answers with verdicts that hold together: those of questions that were measured are one family."""
+    measured = [answer for answer in answers if answer.estimate is not None]
+    adjusted = dict(zip(map(id, measured), holm([answer.p for answer in measured]), strict=True))
+    found = []
+    for answer in answers:
+        if (seen := answer.estimate) is None:
+            found.append(replace(answer, verdict=UNMEASURED))
+            continue
+        p = adjusted[id(answer)]
+        answer = replace(answer, adjusted=p, family=len(measured))
+        if p <= ALPHA:
+            found.append(replace(answer, verdict=seen.verdict(answer.question)))
+        else:
+            found.append(replace(answer, verdict=UNDECIDED, estimate=answer.latest))
+    return found
 
 
 def _groups(study: Study, results: Mapping[str, Result]) -> dict[str, dict[int, Result]]:
@@ -128,7 +213,7 @@ def _groups(study: Study, results: Mapping[str, Result]) -> dict[str, dict[int, 
     of repetitions too: runs of one setting and size are as good, whichever study they were made for."""
     repetitions = max([study.repetitions, *(result.repetition + 1 for result in results.values())])
     groups: dict[str, dict[int, Result]] = {}
-    for _, trial in replace(study, repetitions=repetitions).cells():
+    for _, trial in replace(study, repetitions=repetitions, max_repetitions=None).cells():
         if trial.key in results:
             groups.setdefault(replace(trial, repetition=0).key, {})[trial.repetition] = results[trial.key]
     return groups
@@ -154,38 +239,38 @@ def findings(
         for variant, trial in places.values()
         if trial.key in groups
     ]
+    by_place = {(name, size): groups[trial.key] for (name, size), (_, trial) in places.items() if trial.key in groups}
     cells.sort(key=lambda cell: (order.index(cell.variant.name), cell.size))
     return Findings(
         study,
         tuple(cells),
-        tuple(_judged(claim, cells) for claim in study.claims),
+        tuple(corrected([answer(study, question, by_place) for question in study.questions])),
         {name: found for name in order if (found := _emm(cells, name)) is not None},
         tuple(failures),
         missing,
     )
 
 
-def _judged(claim: Claim, cells: Sequence[Cell]) -> Judged:
-    by_place = {(cell.variant.name, cell.size): cell for cell in cells}
-    pairs = [
-        (by_place[claim.higher, size], by_place[claim.lower, size])
-        for size in sorted({cell.size for cell in cells})
-        if (claim.sizes is None or size in claim.sizes)
-        and (claim.higher, size) in by_place
-        and (claim.lower, size) in by_place
-    ]
-    if not pairs:
-        return Judged(claim, (), math.nan, (math.nan, math.nan), UNMEASURED)
-    difference = sum(more.r_mem - less.r_mem for more, less in pairs) / len(pairs)
-    below = sum(more.margins[0] ** 2 + less.margins[1] ** 2 for more, less in pairs)
-    above = sum(more.margins[1] ** 2 + less.margins[0] ** 2 for more, less in pairs)
-    low, high = difference - math.sqrt(below) / len(pairs), difference + math.sqrt(above) / len(pairs)
-    if claim.about_equal:
-        alike, different = low > -_ALIKE and high < _ALIKE, low > _ALIKE or high < -_ALIKE
-        verdict = HOLDS if alike else CONTRARY if different else UNDECIDED
-    else:
-        verdict = HOLDS if low > 0 else CONTRARY if high < 0 else UNDECIDED
-    return Judged(claim, tuple(more.size for more, _ in pairs), difference, (low, high), verdict)
+def answer(study: Study, question: Question, cells: Cells) -> Answer:
+    """A question by itself; see `corrected`. Where the study may add repetitions, at each look so far."""
+    last = study.max_repetitions
+    if last is None:
+        found = estimate(question, study.contrast(question, set(cells)), cells)
+        return Answer(question, UNDECIDED, found, found, 1.0 if found is None else found.p_value(question))
+    shares = spent(study.repetitions, last)
+    best = Answer(question, UNMEASURED, looks=tuple(shares))
+    for repetitions in sorted({each + 1 for results in cells.values() for each in results}):
+        seen = up_to(cells, repetitions)
+        found = estimate(question, study.contrast(question, set(seen)), seen)
+        before = 0 if best.latest is None else best.latest.repetitions
+        if found is None or before >= last or (best.latest is not None and found.repetitions <= before):
+            continue  # no new pair
+        share = shares.get(found.repetitions, 0.0)
+        p = min(1.0, found.p_value(question) / share) if share else 1.0
+        best = replace(best, latest=found)
+        if best.estimate is None or p < best.p:
+            best = replace(best, estimate=found, p=p)
+    return best
 
 
 def _emm(cells: Sequence[Cell], name: str) -> tuple[float, tuple[float, float]] | None:
@@ -195,15 +280,3 @@ def _emm(cells: Sequence[Cell], name: str) -> tuple[float, tuple[float, float]] 
     seen = [observation(result) for cell in own for result in cell.results]
     posterior = Posterior(seen, own[0].size, own[-1].size)
     return posterior.median, posterior.interval()
-
-
-def student(probability: float, freedom: float) -> float:
-    """The quantile of Student's t, from the normal one by the expansion of Fisher and Cornish (1960); off by less than
-    0.01 at 95 % from 4 degrees of freedom on."""
-    z = NormalDist().inv_cdf(probability)
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )

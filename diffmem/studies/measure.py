@@ -29,6 +29,7 @@ from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import CopyDetector, CopyRate, SequentialTest, highest_interval
 from diffmem.memorization.result import software_versions
 from diffmem.models import load
+from diffmem.studies.leveling import LEVELED_OFF, NOISE, Level, audit_steps, level_of
 from diffmem.studies.trial import Trial
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
 
@@ -87,6 +88,7 @@ class Result:
         looks: How many snapshots were to be audited.
         device: "cpu" or "cuda"; None where the run is older than the field.
         threads: Threads of the CPU; None where the run is older than the field.
+        level_off: By how many standard errors R_mem may rise and count as level, where that ends the run.
     """
 
     key: str
@@ -109,6 +111,7 @@ class Result:
     looks: int | None = None
     device: str | None = None
     threads: int | None = None
+    level_off: float | None = None
 
     @property
     def r_mem(self) -> float:
@@ -119,6 +122,9 @@ class Result:
         """95 % interval of this run's R_mem, the highest over its snapshots: the noise of sampling, and that it is the
         highest of several estimates (`diffmem.memorization.highest_interval`); another run differs by more."""
         counts = [(audited.count, audited.total) for audited in self.snapshots] or [(self.count, self.total)]
+        if self.at_least is None and self.snapshots and len(self.snapshots) < (self.looks or 0):
+            # How many snapshots there are depends on what they showed: the run ended when it had leveled off.
+            return highest_interval(counts, looks=self.looks)
         if self.at_least is None:
             # Where only the highest is known (a table of runs), the others, which were no higher, count anyway.
             return highest_interval([*counts, *[(0, self.total)] * ((self.looks or 0) - len(counts))])
@@ -128,6 +134,15 @@ class Result:
     @property
     def seconds(self) -> float:
         return self.training_seconds + self.sampling_seconds
+
+    @property
+    def level(self) -> Level:
+        """Whether R_mem had leveled off by the end of the run; see `diffmem.studies.leveling`."""
+        return level_of([(each.epochs, each.count, each.total) for each in self.snapshots], self.noise)
+
+    @property
+    def noise(self) -> float:
+        return NOISE if self.level_off is None else self.level_off
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "r_mem": self.r_mem, "interval": list(self.interval)}
@@ -195,8 +210,11 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / TRIAL, trial.to_json())
     steps = math.ceil(config.images / config.batch)
-    snapshot_steps = math.ceil(steps / trial.setting.snapshots)
-    audits = _Audits(trial, images, folder, device)
+    snapshots, level_off = trial.setting.snapshots, trial.setting.level_off
+    snapshot_steps = math.ceil(steps / (snapshots if level_off is None else audit_steps(snapshots)[-1]))
+    audits = _Audits(trial, images, folder, device, snapshot_steps * config.batch)
+    if audits.known_end():
+        return _finished(trial, folder, audits, device)
     run = train(
         config,
         images,
@@ -212,7 +230,12 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
     )
     if run.ending == "interrupted":
         raise InterruptedTrialError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
-    result = audits.result(run.images, run.images / len(images), censored=run.ending == "stopped")
+    return _finished(trial, folder, audits, device)
+
+
+def _finished(trial: Trial, folder: Path, audits: _Audits, device: str) -> Result:
+    """The result of a run that has ended, with its gallery."""
+    result = audits.result()
     _write_gallery(folder, audits.detector, trial, result.best_images, device)
     _write_json(folder / RESULT, result.to_json())
     shutil.rmtree(folder / RUN / "state", ignore_errors=True)
@@ -220,9 +243,10 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
 
 
 class _Audits(AuditEvery):
-    """Audits every snapshot of a trial's run, and keeps the list of what was found and spent."""
+    """Audits the snapshots of a trial's run, all or those at doubling lengths, and keeps the list of what was found and
+    spent. interval: images from one snapshot to the next."""
 
-    def __init__(self, trial: Trial, training: ImageSet, folder: Path, device: str) -> None:
+    def __init__(self, trial: Trial, training: ImageSet, folder: Path, device: str, interval: int) -> None:
         setting = trial.setting
         super().__init__(
             training,
@@ -235,11 +259,31 @@ class _Audits(AuditEvery):
             device=device,
             on_audit=self._add,
         )
-        self.trial, self.folder = trial, folder
+        self.trial, self.folder, self.interval = trial, folder, interval
+        self.steps = None if setting.level_off is None else set(audit_steps(setting.snapshots))
         self.audits: list[SnapshotResult] = []
+        self.parameters = self.looks = 0
+
+    def known_end(self) -> bool:
+        """Whether a run that was killed before it wrote its result had been ended by its last audit, in this folder;
+        then all of that is read."""
+        path = self.folder / AUDITS
+        if not path.exists():
+            return False
+        self.audits = _read_audits(path)
+        values = read_checked(path, "")
+        if not isinstance(values, dict) or "parameters" not in values or not self.audits or self._reason() is None:
+            return False
+        self.parameters, self.looks = int(values["parameters"]), int(values["looks"])
+        return snapshot_folder(self.folder / RUN, max(self.audits, key=lambda each: each.ratio).images).is_dir()
 
     def on_start(self, plan: Plan) -> None:
         super().on_start(plan)
+        if self.steps is not None:
+            # Where a run is too short for all of its audits, they stand closer than snapshots can.
+            last = math.ceil(plan.images / self.interval)
+            self.looks = len({step for step in self.steps if step < last}) + 1
+            self.test = None if self.stop is None else self.stop.shared_among(self.looks)
         path = self.folder / AUDITS
         known = _read_audits(path) if path.exists() else []
         self.audits = [audited for audited in known if audited.images <= plan.resumed_at]
@@ -254,7 +298,22 @@ class _Audits(AuditEvery):
         now = time.perf_counter()
         self.training_seconds += now - self.since
         self.since = now
-        return super().on_snapshot(snapshot)
+        at = snapshot.images // self.interval
+        if self.steps is not None and snapshot.images < self.planned and at not in self.steps:
+            return None
+        decision = super().on_snapshot(snapshot)
+        if decision is not None and not decision.stop and (reason := self._reason()) is not None:
+            return replace(decision, stop=True, reason=reason)
+        return decision
+
+    def _reason(self) -> str | None:
+        """Why the run ends with the last audit, if it does."""
+        if self.trial.at_least is not None and self.audits[-1].answer:
+            return f"R_mem is at least {self.trial.at_least:.4g}"
+        if (noise := self.trial.setting.level_off) is not None:
+            level = level_of([(each.epochs, each.count, each.total) for each in self.audits], noise)
+            return str(level) if level.state == LEVELED_OFF else None
+        return None
 
     def _add(self, point: Point) -> None:
         now = time.perf_counter()
@@ -272,9 +331,10 @@ class _Audits(AuditEvery):
                 answer=point.answer,
             )
         )
-        _write_json(self.folder / AUDITS, {"audits": [asdict(each) for each in self.audits]})
+        values = {"parameters": self.parameters, "looks": self.looks}
+        _write_json(self.folder / AUDITS, {"audits": [asdict(each) for each in self.audits], **values})
 
-    def result(self, images: int, epochs: float, censored: bool) -> Result:
+    def result(self) -> Result:
         last, best = self.audits[-1], max(self.audits, key=lambda audited: audited.ratio)
         return Result(
             key=self.trial.key,
@@ -283,9 +343,9 @@ class _Audits(AuditEvery):
             count=best.count,
             total=best.total,
             decided=SequentialTest.of_highest(audited.answer for audited in self.audits),
-            censored=censored,
-            images=images,
-            epochs=epochs,
+            censored=bool(self.trial.at_least is not None and last.answer and len(self.audits) < self.looks),
+            images=last.images,
+            epochs=last.images / len(self.training),
             best_images=best.images,
             parameters=self.parameters,
             training_seconds=last.training_seconds,
@@ -297,6 +357,7 @@ class _Audits(AuditEvery):
             looks=self.looks,
             device=self.device.type,
             threads=self.trial.setting.threads or 1,
+            level_off=self.trial.setting.level_off,
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
-from diffmem.studies.study import Claim, Study, Variant, changed
+from diffmem.studies.study import EQUIVALENCE, Question, Study, Variant, changed
 from diffmem.studies.trial import Setting
 
 SCALES = ("digits", "cifar10")
@@ -111,7 +111,7 @@ def _resolution(scale: str, base: Setting, other: str | None) -> Study:
     high, low = max(levels), min(levels)
     return _study(
         "resolution", scale, "Resolution of the images", "resolution", variants,
-        claims=(Claim("a lower resolution raises R_mem", f"{low}×{low}", f"{high}×{high}"),),
+        questions=(Question("a lower resolution raises R_mem", f"{low}×{low}", f"{high}×{high}"),),
         published="resolution",
         notes=("Attention stays at half the resolution.",),
     )  # fmt: skip
@@ -148,7 +148,7 @@ def _width(scale: str, base: Setting, other: str | None) -> Study:
     variants = [_variant(f"{level} channels", base, {"network.model_channels": level}, level) for level in levels]
     return _study(
         "width", scale, "Width of the network", "channels", variants, _AROUND[scale] if scale == "digits" else None,
-        claims=(Claim("a wider network memorizes more", f"{levels[-1]} channels", f"{levels[0]} channels"),),
+        questions=(Question("a wider network memorizes more", f"{levels[-1]} channels", f"{levels[0]} channels"),),
     )  # fmt: skip
 
 
@@ -188,9 +188,9 @@ def _skips(scale: str, base: Setting, other: str | None) -> Study:
     text = "skip connections at high resolution matter more than those at low resolution"
     return _study(
         "skips", scale, "Skip connections, by resolution", "skip connections kept", variants, sizes, axis="factor",
-        claims=(
-            Claim(text, fine, coarse),
-            Claim("the skip connections at full resolution are nearly enough", "all", fine, about_equal=True),
+        questions=(
+            Question(text, fine, coarse),
+            Question("the skip connections at full resolution are nearly enough", "all", fine, kind=EQUIVALENCE),
         ),
         published="skips",
     )  # fmt: skip
@@ -221,9 +221,9 @@ def _weight_decay(scale: str, base: Setting, other: str | None) -> Study:
     return _study(
         "weight-decay", scale, "Weight decay", "weight decay", variants, (30,) if scale == "digits" else (1000, 2000),
         axis="factor", log_axis=True,
-        claims=(
-            Claim("a large weight decay lowers R_mem", "0", large),
-            Claim("a small one does not", "0", small, about_equal=True),
+        questions=(
+            Question("a large weight decay lowers R_mem", "0", large),
+            Question("a small one does not", "0", small, kind=EQUIVALENCE),
         ),
     )  # fmt: skip
 
@@ -245,10 +245,10 @@ def _conditioning(scale: str, base: Setting, other: str | None) -> Study:
     return _study(
         "conditioning", scale, "Conditioning on labels", "labels", variants,
         _AROUND[scale] if scale == "digits" else None,
-        claims=(
-            Claim("true labels raise R_mem", "true labels", "no labels"),
-            Claim("uninformative labels raise R_mem", "random labels, C = 10", "no labels"),
-            Claim("random labels do as much as true ones", "random labels, C = 10", "true labels", about_equal=True),
+        questions=(
+            Question("true labels raise R_mem", "true labels", "no labels"),
+            Question("uninformative labels raise R_mem", "random labels, C = 10", "no labels"),
+            Question("random labels do as much as true ones", "random labels, C = 10", "true labels", kind=EQUIVALENCE),
         ),
         published="conditioning",
     )  # fmt: skip
@@ -263,9 +263,9 @@ def _random_labels(scale: str, base: Setting, other: str | None) -> Study:
     return _study(
         "random-labels", scale, "Random labels of C classes", "classes C", variants, sizes, axis="factor",
         log_axis=True,
-        claims=(
-            Claim("random labels of 10 classes raise R_mem", "C = 10", "C = 1"),
-            Claim("random labels of more classes raise it further", f"C = {levels[-1]}", "C = 10"),
+        questions=(
+            Question("random labels of 10 classes raise R_mem", "C = 10", "C = 1"),
+            Question("random labels of more classes raise it further", f"C = {levels[-1]}", "C = 10"),
         ),
         published="random_labels",
     )  # fmt: skip
@@ -282,7 +282,7 @@ def _unique_labels(scale: str, base: Setting, other: str | None) -> Study:
     variants = [_variant("no labels", base, {}), _variant("unique labels", base, {"data.labels": "unique"})]
     return _study(
         "unique-labels", scale, "A label of its own for every image", "labels", variants, sizes,
-        claims=(Claim("unique labels raise R_mem", "unique labels", "no labels"),), published="unique_labels",
+        questions=(Question("unique labels raise R_mem", "unique labels", "no labels"),), published="unique_labels",
     )  # fmt: skip
 
 

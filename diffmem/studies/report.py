@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +23,9 @@ from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
 from diffmem.plotting import grid, picture_url, plot, svg
-from diffmem.studies.findings import Findings, find_among
-from diffmem.studies.measure import GALLERY, Result
+from diffmem.studies.findings import Answer, Findings, find_among
+from diffmem.studies.leveling import SHORT
+from diffmem.studies.measure import GALLERY, Result, SnapshotResult
 from diffmem.studies.run import trials_folder
 from diffmem.studies.study import Study
 from diffmem.studies.trial import Trial
@@ -41,6 +43,7 @@ SHOWN = 8  # generated images per variant in a gallery
 RUN_COLUMNS = (
     "study", "variant", "size", "repetition", "key", "r_mem", "low", "high", "count", "total", "images", "epochs",
     "best_images", "parameters", "training_seconds", "sampling_seconds", "device", "threads", "versions",
+    "looks", "leveled_off", "snapshots",
 )  # fmt: skip
 STUDIES, RUNS, EMM_FILE, PAGE = "studies.json", "runs.csv", "emm.json", "report.html"
 
@@ -156,16 +159,22 @@ def _read_report(source: Path) -> tuple[list[Findings], dict[str, list[Picture]]
 
 
 def _result(row: Mapping[str, str], trial: Trial) -> Result:
-    """The result of a line of `runs.csv`, which says nothing of the snapshots but how many there were."""
+    """The result of a line of `runs.csv`; those of earlier versions say nothing of the snapshots but how many there
+    were."""
     if row["key"] != trial.key:
         raise InputError(f"run {row['key']} is not the one of {row['study']}, {row['variant']}: that is {trial.key}")
     versions = dict(each.rsplit(" ", 1) for each in (row.get("versions") or "").split("; ") if each)
+    snapshots = []
+    for each in (row.get("snapshots") or "").split():
+        images, count, total = map(int, re.split("[:/]", each))
+        snapshots.append(SnapshotResult(images, images / trial.size, math.nan, count, total, math.nan, math.nan))
     return Result(
         trial.key, trial.size, trial.repetition, count=int(row["count"]), total=int(row["total"]), decided=None,
         censored=False, images=int(row["images"]), epochs=float(row["epochs"]), best_images=int(row["best_images"]),
         parameters=int(row["parameters"]), training_seconds=float(row["training_seconds"]),
-        sampling_seconds=float(row["sampling_seconds"]), training_set="", snapshots=(), versions=versions,
-        looks=trial.setting.snapshots, device=row.get("device") or None, threads=int(row.get("threads") or 0) or None,
+        sampling_seconds=float(row["sampling_seconds"]), training_set="", snapshots=tuple(snapshots),
+        versions=versions, looks=int(row.get("looks") or trial.setting.snapshots), level_off=trial.setting.level_off,
+        device=row.get("device") or None, threads=int(row.get("threads") or 0) or None,
     )  # fmt: skip
 
 
@@ -386,7 +395,41 @@ def _row(result: Result) -> dict[str, Any]:
     seconds = {name: f"{getattr(result, name):.1f}" for name in ("training_seconds", "sampling_seconds")}
     versions = "; ".join(f"{name} {version}" for name, version in result.versions.items())
     texts = {name: f"{value:.6g}" for name, value in numbers.items()}
-    return {**vars(result), **texts, **seconds, "versions": versions}
+    return {
+        **vars(result),
+        **texts,
+        **seconds,
+        "versions": versions,
+        "leveled_off": "" if result.level.state == SHORT else str(result.level),
+        "snapshots": " ".join(f"{each.images}:{each.count}/{each.total}" for each in result.snapshots),
+    }
+
+
+def _answer_as_json(answer: Answer) -> dict[str, Any]:
+    estimate = answer.estimate
+    scales = {}
+    for scale in ("logit", "points"):
+        effect = None if estimate is None else getattr(estimate, scale)
+        scales[scale] = effect and {
+            "difference": effect.estimate,
+            "error": effect.error,
+            "freedom": effect.freedom,
+            "interval": answer.interval(scale),
+            "simultaneous": answer.simultaneous(scale),
+        }
+    return {
+        "question": asdict(answer.question),
+        "verdict": answer.verdict,
+        "sizes": list(answer.sizes),
+        "repetitions": 0 if estimate is None else estimate.repetitions,
+        "method": None if estimate is None else estimate.method,
+        "scale": None if estimate is None else estimate.scale,
+        **scales,
+        "p": answer.p,
+        "p_adjusted": answer.adjusted,
+        "family": answer.family,
+        "looks": list(answer.looks),
+    }
 
 
 def _as_json(found: Findings) -> dict[str, Any]:
@@ -403,16 +446,7 @@ def _as_json(found: Findings) -> dict[str, Any]:
             for cell in found.cells
         ],
         "emm": {name: {"emm": size, "interval": list(interval)} for name, (size, interval) in found.emm.items()},
-        "claims": [
-            {
-                "claim": asdict(judged.claim),
-                "sizes": list(judged.sizes),
-                "difference": judged.difference if judged.sizes else None,
-                "interval": list(judged.interval) if judged.sizes else None,
-                "verdict": judged.verdict,
-            }
-            for judged in found.judged
-        ],
+        "questions": [_answer_as_json(answer) for answer in found.answers],
         "failures": [
             dict(zip(("variant", "size", "repetition", "error"), each, strict=True)) for each in found.failures
         ],

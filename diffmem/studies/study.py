@@ -1,10 +1,17 @@
-"""What a study is: a grid of trials, each with its place in a figure, and what the paper says of the outcome."""
+"""What a study is: a grid of trials, each with its place in a figure, and the questions that it is to decide.
+
+Repetition r of every variant is trained on the same images with the same seed, and sampled from the same latents: runs
+are compared in pairs, and what a repetition has of its own cancels. Where a factor is the choice of images itself, only
+seeds are shared (`Study.unpaired` says what differs). Pairs of one repetition are then no more alike than others, and
+the analysis by pairs is still right, with less to gain. Runs of another width or depth share the seed, not the weights.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,8 @@ from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.studies.trial import Setting, Trial
+
+DIRECTION, EQUIVALENCE, TREND = "direction", "equivalence", "trend"
 
 
 @dataclass(frozen=True)
@@ -33,27 +42,70 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A direction that the paper reports: R_mem under the variant `higher` is above that under `lower`.
+class Question:
+    """A finding of the paper, or a guess of one's own, as what the runs are to decide.
+
+    Each is a weighted sum of logit R_mem over the study's cells (`contrast`): of a direction and an equivalence, the
+    variant `higher` minus the variant `lower`, averaged over the sizes; of a trend, the change from the first level to
+    the last of a straight line through all levels.
 
     Attributes:
-        text: The paper's finding in words.
-        higher: A variant's name.
-        lower: Another's.
+        text: In words.
+        higher: Of a direction, the variant of which R_mem is said to be higher; of an equivalence, one of the two.
+        lower: The other.
         sizes: At which N; None: wherever both were measured.
-        about_equal: The paper finds no difference worth speaking of.
+        kind: "direction": R_mem is higher; "equivalence": there is no difference worth speaking of; "trend": R_mem
+            rises along an ordered factor.
+        variants: Of a trend: its levels, in order; none: all that have an x, by x.
+        over: Of a trend: "factor", or "size", along ln N.
+        falls: Of a trend: R_mem is said to fall.
+        margin: In logit R_mem: what differs by less is equivalent. The default, 0.4, is nowhere more than 10 points of
+            R_mem, and about what an eighth more or fewer training images do (the paper's curves fall by 2 to 4 per unit
+            of ln N); runs of one setting differ by more (0.6 at the digits scale).
+        points: The margin in R_mem itself, for where R_mem is near 0 or 1 and logits say little.
     """
 
     text: str
-    higher: str
-    lower: str
+    higher: str | None = None
+    lower: str | None = None
     sizes: tuple[int, ...] | None = None
-    about_equal: bool = False
+    kind: str = DIRECTION
+    variants: tuple[str, ...] = ()
+    over: str = "factor"
+    falls: bool = False
+    margin: float = 0.4
+    points: float = 0.1
+
+    def __post_init__(self) -> None:
+        what = f"the question “{self.text}”"
+        if self.kind not in (DIRECTION, EQUIVALENCE, TREND):
+            raise InputError(f"{what}: kind is {self.kind!r}, but must be one of {DIRECTION}, {EQUIVALENCE}, {TREND}")
+        if self.kind != TREND and (self.higher is None or self.lower is None or self.higher == self.lower):
+            raise InputError(f"{what}: needs two variants, higher and lower")
+        if self.over not in ("factor", "size"):
+            raise InputError(f"{what}: over is {self.over!r}, but must be 'factor' or 'size'")
+        if not (self.margin > 0 and 0 < self.points < 1):
+            raise InputError(f"{what}: margin is {self.margin} and points {self.points}, but both must be above 0")
+
+    @property
+    def names(self) -> set[str]:
+        """The variants that it names."""
+        return {name for name in (self.higher, self.lower, *self.variants) if name is not None}
+
+    @property
+    def compared(self) -> str:
+        """What is compared, in words."""
+        if self.kind != TREND:
+            return f"{self.higher} against {self.lower}"
+        return "largest N against smallest" if self.over == "size" else "last level against first"
+
+
+Place = tuple[str, int]  # a cell of a study: the variant's name, N
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid: every variant at every size, `repetitions` times.
+    """A grid: every variant at every size, `repetitions` times, and further ones where questions are open.
 
     Attributes:
         name: For the command line.
@@ -65,9 +117,11 @@ class Study:
         axis: Axis of the figure, "size" (a curve of R_mem over N per variant) or "factor" (a curve over the factor per
             size).
         log_axis: Whether the factor's axis is logarithmic.
-        claims: What the paper reports.
+        questions: What is to be decided.
         published: The key of `published.json` that holds the paper's numbers.
         notes: What a reader should know, one line each.
+        max_repetitions: Where given, cells of questions that are still open after `repetitions` get more runs, up to so
+            many; one may look after each (see `diffmem.studies.analysis`). None: the runs are analyzed once.
     """
 
     name: str
@@ -78,9 +132,10 @@ class Study:
     repetitions: int = 1
     axis: str = "size"
     log_axis: bool = False
-    claims: tuple[Claim, ...] = ()
+    questions: tuple[Question, ...] = ()
     published: str | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    max_repetitions: int | None = None
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -90,9 +145,13 @@ class Study:
             raise InputError(f"study {self.name}: needs variants, sizes and repetitions, at least one of each")
         if self.axis not in ("size", "factor"):
             raise InputError(f"study {self.name}: axis is {self.axis!r}, but must be 'size' or 'factor'")
-        for claim in self.claims:
-            if unknown := {claim.higher, claim.lower} - set(names):
-                raise InputError(f"study {self.name}: a claim names {', '.join(unknown)}, which is not a variant")
+        for question in self.questions:
+            if unknown := question.names - set(names):
+                raise InputError(f"study {self.name}: a question names {', '.join(unknown)}, which is not a variant")
+        if self.max_repetitions is not None and self.max_repetitions < self.repetitions:
+            raise InputError(
+                f"study {self.name}: max_repetitions is {self.max_repetitions}, below repetitions, {self.repetitions}"
+            )
 
     def trials(self) -> list[Trial]:
         """All trials, the first repetitions of everything first."""
@@ -107,11 +166,84 @@ class Study:
             for size in variant.sizes or self.sizes
         ]
 
+    def places(self) -> list[Place]:
+        """All cells."""
+        return [(variant.name, size) for variant in self.variants for size in variant.sizes or self.sizes]
+
+    def contrast(self, question: Question, measured: Collection[Place] | None = None) -> dict[Place, float]:
+        """What a question asks about, as weights of the cells; their sum is 0.
+
+        Args:
+            question: One of the study's.
+            measured: Cells to do with; None: all.
+
+        Returns:
+            The weight of each cell that counts; none where the question cannot be asked of these cells.
+        """
+        places = [place for place in self.places() if measured is None or place in measured]
+        if question.sizes is not None:
+            places = [place for place in places if place[1] in question.sizes]
+        if question.kind == TREND and question.over == "size":
+            return self._trend_over_sizes(question, places)
+        levels = (question.higher, question.lower) if question.kind != TREND else self._levels(question)
+        sizes = [
+            size for size in sorted({size for _, size in places}) if all((name, size) in places for name in levels)
+        ]
+        if len(levels) < 2 or not sizes:
+            return {}
+        if question.kind != TREND:
+            weights = [1.0, -1.0]
+        else:
+            weights = _line(self._positions(levels), -1.0 if question.falls else 1.0)
+        return {
+            (name, size): weight / len(sizes)
+            for name, weight in zip(levels, weights, strict=True)
+            for size in sizes
+            if name is not None
+        }
+
+    def _levels(self, question: Question) -> tuple[str, ...]:
+        """The levels of a trend, in order."""
+        if question.variants:
+            return question.variants
+        ordered = [variant for variant in self.variants if variant.x is not None]
+        return tuple(variant.name for variant in sorted(ordered, key=lambda variant: variant.x or 0.0))
+
+    def _positions(self, levels: Sequence[str | None]) -> list[float]:
+        """Where levels stand on the factor's axis: by x, or its logarithm; by rank where that is not possible."""
+        x = [next(variant.x for variant in self.variants if variant.name == name) for name in levels]
+        if any(each is None or (self.log_axis and each <= 0) for each in x):
+            return [float(rank) for rank in range(len(levels))]
+        return [math.log(each) if self.log_axis else each for each in x if each is not None]
+
+    def _trend_over_sizes(self, question: Question, places: Sequence[Place]) -> dict[Place, float]:
+        named = question.variants or tuple(variant.name for variant in self.variants)
+        weights: dict[Place, float] = {}
+        for name in named:
+            sizes = sorted(size for other, size in places if other == name)
+            if len(sizes) > 1:
+                line = _line([math.log(size) for size in sizes], -1.0 if question.falls else 1.0)
+                weights |= {(name, size): weight for size, weight in zip(sizes, line, strict=True)}
+        count = len({name for name, _ in weights})
+        return {place: weight / count for place, weight in weights.items()}
+
+    @property
+    def unpaired(self) -> tuple[str, ...]:
+        """In what the training images of one repetition and size differ between variants, as names of fields of
+        `DatasetSpec`; pixels of the same pictures (resolution, color) and labels do not count."""
+        recipes = [variant.setting.data.to_json() for variant in self.variants]
+        same = {"resolution", "color", "center_crop", "labels"}
+        return tuple(
+            name
+            for name in {name: None for recipe in recipes for name in recipe}
+            if name not in same and any(recipe.get(name) != recipes[0].get(name) for recipe in recipes)
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The study as plain JSON values."""
         variants = [{**vars(variant), "setting": variant.setting.to_json()} for variant in self.variants]
-        claims = [vars(claim) for claim in self.claims]
-        return json.loads(json.dumps({**vars(self), "variants": variants, "claims": claims}))
+        questions = [vars(question) for question in self.questions]
+        return json.loads(json.dumps({**vars(self), "variants": variants, "questions": questions}))
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Study:
@@ -129,11 +261,26 @@ class Study:
                 changes = each.pop("changes", {})
                 setting = Setting.from_json(changed(each.pop("setting", base), changes))
                 variants.append(Variant(setting=setting, **{**each, "sizes": _tuple(each.get("sizes"))}))
-            claims = [Claim(**{**each, "sizes": _tuple(each.get("sizes"))}) for each in values.pop("claims", ())]
+            questions = tuple(map(_question, [*values.pop("claims", ()), *values.pop("questions", ())]))
             sequences = {name: tuple(values.pop(name, ())) for name in ("sizes", "notes")}
-            return Study(**{**values, **sequences, "variants": tuple(variants), "claims": tuple(claims)})
+            return Study(**{**values, **sequences, "variants": tuple(variants), "questions": questions})
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"a study: a field is missing, unknown or of the wrong type ({error})") from None
+
+
+def _question(values: Mapping[str, Any]) -> Question:
+    """A question in JSON values; those of earlier versions were claims, about equal or not."""
+    values = dict(values)
+    if values.pop("about_equal", False):
+        values["kind"] = EQUIVALENCE
+    return Question(**{**values, "sizes": _tuple(values.get("sizes")), "variants": tuple(values.get("variants", ()))})
+
+
+def _line(x: Sequence[float], sign: float) -> list[float]:
+    """Weights that give the change of a straight line from the smallest x to the largest."""
+    mean = sum(x) / len(x)
+    scale = sign * (max(x) - min(x)) / sum((each - mean) ** 2 for each in x)
+    return [scale * (each - mean) for each in x]
 
 
 def changed(setting: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> dict[str, Any]:

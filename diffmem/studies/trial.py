@@ -39,6 +39,10 @@ class Setting:
         threads: On the CPU, of every run, wherever it is made, for sums are rounded in an order that depends on their
             number; None: one.
         criterion: By which images are copies, in place of the ratio rule, as for `diffmem.evaluation.trajectory`.
+        level_off: The run ends once R_mem has leveled off, at the latest after `length`: the number of standard errors
+            that R_mem may rise over a doubling of the length and still count as level (see `leveling`). Its audits, at
+            most `snapshots`, stand at lengths a factor of √2 apart. None: the run has its whole length, and audits are
+            evenly spaced.
     """
 
     data: DatasetSpec
@@ -50,6 +54,7 @@ class Setting:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
     criterion: str | None = None
+    level_off: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "seed", "label_seed"):
@@ -64,6 +69,10 @@ class Setting:
         for name in ("snapshots", "samples", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.level_off is not None and not (self.level_off >= 0 and self.snapshots >= 4):
+            raise InputError(
+                f"level_off is {self.level_off} with {self.snapshots} snapshots, but must be at least 0, with 4 or more"
+            )
         if check_criterion(self.criterion) == "ratio":  # the default, under which results were stored without its name
             object.__setattr__(self, "criterion", None)
         self.sample_settings()

@@ -9,8 +9,8 @@ import pytest
 from studies.tiny import TINY
 
 from diffmem.integrity import sealed
-from diffmem.studies import EMM, Claim, Result, Study, Trial, Variant
-from diffmem.studies.findings import CONTRARY, HOLDS, UNDECIDED, UNMEASURED, Cell, Spread, findings, spread_of, student
+from diffmem.studies import EMM, Question, Result, Study, Trial, Variant
+from diffmem.studies.findings import Answer, Cell, Spread, findings, spread_of
 from diffmem.studies.folder import find_all
 from diffmem.studies.measure import RESULT
 from diffmem.studies.report import made_with, write_emm
@@ -25,49 +25,31 @@ def result(trial, count, total=1000) -> Result:
     )
 
 
-def study(claim: Claim, repetitions: int = 2) -> Study:
+def study(*questions: Question, repetitions: int = 2, **fields) -> Study:
     wide = replace(TINY, network={**TINY.network, "model_channels": 8})
-    variants = (Variant("narrow", TINY), Variant("wide", wide))
-    return Study("width", "Width", "channels", variants, (20, 30), repetitions, claims=(claim,))
+    variants = (Variant("narrow", TINY, 4), Variant("wide", wide, 8))
+    return Study("width", "Width", "channels", variants, (20, 30), repetitions, questions=questions, **fields)
 
 
-def judged(claim: Claim, shares: dict[str, tuple[float, ...]], spread: Spread = Spread(0.4, 20)):  # noqa: B008
-    subject = study(claim)
-    results = {}
-    for variant, trial in subject.cells():
-        if variant.name in shares:
-            results[trial.key] = result(trial, round(1000 * shares[variant.name][trial.repetition]))
-    return findings(subject, results, {}, spread).judged[0]
+def results_of(subject: Study, shares: dict[str, tuple[float, ...]]) -> dict[str, Result]:
+    """By key: a run of each variant and repetition at every size, with these shares of copies."""
+    runs = replace(subject, repetitions=max(map(len, shares.values())), max_repetitions=None)
+    return {
+        trial.key: result(trial, round(1000 * shares[variant.name][trial.repetition]))
+        for variant, trial in runs.cells()
+        if trial.repetition < len(shares.get(variant.name, ()))
+    }
 
 
-def test_verdicts():
-    more = Claim("width raises R_mem", "wide", "narrow")
-    assert judged(more, {"wide": (0.8, 0.82), "narrow": (0.3, 0.25)}).verdict == HOLDS
-    assert judged(more, {"wide": (0.2, 0.25), "narrow": (0.7, 0.75)}).verdict == CONTRARY
-    assert judged(more, {"wide": (0.52, 0.5), "narrow": (0.48, 0.47)}).verdict == UNDECIDED
-    assert judged(more, {"wide": (0.5, 0.5)}).verdict == UNMEASURED
-    alike = replace(more, about_equal=True)
-    assert judged(alike, {"wide": (0.99, 0.99), "narrow": (0.98, 0.99)}).verdict == HOLDS
-    assert judged(alike, {"wide": (0.9, 0.9), "narrow": (0.2, 0.2)}).verdict == CONTRARY
-    assert judged(alike, {"wide": (0.5, 0.6), "narrow": (0.5, 0.5)}).verdict == UNDECIDED
-    # The same shares decide less where runs differ more.
-    shares = {"wide": (0.6, 0.6), "narrow": (0.45, 0.45)}
-    assert [judged(more, shares, Spread(tau, 20)).verdict for tau in (0.1, 1.0)] == [HOLDS, UNDECIDED]
-
-
-def test_the_difference_is_that_of_the_means():
-    found = judged(Claim("", "wide", "narrow"), {"wide": (0.8, 0.6), "narrow": (0.3, 0.2)})
-    assert found.sizes == (20, 30)
-    assert found.difference == pytest.approx(0.45)
-    low, high = found.interval
-    assert (low + high) / 2 == pytest.approx(0.45, abs=0.01)
-    assert 0.1 < high - low < 0.4
+def answer(question: Question, shares: dict[str, tuple[float, ...]], **fields) -> Answer:
+    subject = study(question, **fields)
+    return findings(subject, results_of(subject, shares), {}).answers[0]
 
 
 def test_a_mean_covers_though_each_run_is_its_highest_snapshot():
     """Four runs, each with three snapshots of R_mem 0.5: the interval of their mean covers it in 95 % of cases, which
     it would not if each run were one estimate."""
-    random, subject = np.random.default_rng(0), study(Claim("", "wide", "narrow"), 4)
+    random, subject = np.random.default_rng(0), study(repetitions=4)
     highest = random.binomial(100, 0.5, (100, 4, 3)).max(axis=2)
     covered = 0
     for counts in highest.tolist():
@@ -81,7 +63,7 @@ def test_a_mean_covers_though_each_run_is_its_highest_snapshot():
 
 
 def test_spread_between_runs_is_learnt_from_repetitions():
-    trials = study(Claim("", "wide", "narrow"), 30).trials()
+    trials = study(repetitions=30).trials()
     # Logits alternate between ±0.8: a standard deviation of 0.8 but for the noise of sampling.
     groups = [[result(trial, 310 + 380 * (trial.repetition % 2), 1000) for trial in trials if trial.size == 20]]
     assert spread_of(groups).tau == pytest.approx(0.8, abs=0.05)
@@ -89,13 +71,8 @@ def test_spread_between_runs_is_learnt_from_repetitions():
     assert spread_of([[result(trials[0], 500)]]).freedom == spread_of([]).freedom
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.776), (10, 2.228), (30, 2.042), (1000, 1.962)])
-def test_student(freedom, quantile):
-    assert student(0.975, freedom) == pytest.approx(quantile, abs=0.01)
-
-
 def test_what_is_missing_and_what_failed_is_counted():
-    subject = study(Claim("", "wide", "narrow"))
+    subject = study()
     first, second, *rest = subject.trials()
     found = findings(subject, {first.key: result(first, 500)}, {second.key: "diverged"})
     assert found.missing == len(rest)
@@ -104,7 +81,7 @@ def test_what_is_missing_and_what_failed_is_counted():
 
 def test_a_cell_holds_every_finished_run_of_its_trial_whichever_study_asked_for_it(tmp_path):
     """Two repetitions were asked for, and a third lies in the folder: made for another study, or when more were."""
-    subject = study(Claim("", "wide", "narrow"), 2)
+    subject = study()
     counts = {0: 300, 1: 400, 2: 800}
     for trial in replace(subject, repetitions=3).trials():
         if trial.repetition < 2 or trial.size == 30:
@@ -153,7 +130,7 @@ def test_the_page_of_a_search_that_runs_reloads_itself_and_says_what_is_known_so
 
 
 def test_what_runs_were_made_with_is_told_apart():
-    trial = study(Claim("", "wide", "narrow")).trials()[0]
+    trial = study().trials()[0]
     one, other = {"torch": "2.13.0"}, {"torch": "2.14.0"}
     ways = [(one, "cpu", 1), (other, "cuda", None), (one, "cpu", 1), ({}, None, None)]
     made = made_with([replace(result(trial, 1), versions=v, device=d, threads=t) for v, d, t in ways])
@@ -165,7 +142,7 @@ def test_what_runs_were_made_with_is_told_apart():
 
 
 def test_a_schedule_fills_its_workers():
-    trials = study(Claim("", "wide", "narrow")).trials()
+    trials = study().trials()
     estimates = [Cost(trial, seconds, 0.0) for trial, seconds in zip(trials, (4, 3, 2, 1, 1, 1, 5, 1), strict=True)]
     assert schedule(estimates, 1).seconds == schedule(estimates, 1).work == 18
     assert schedule(estimates, 100).seconds == 5
@@ -175,7 +152,7 @@ def test_a_schedule_fills_its_workers():
 
 
 def test_costs_are_measured_per_network_and_grow_with_length(tmp_path):
-    short, long = (next(iter(study(Claim("", "wide", "narrow")).trials())) for _ in range(2))
+    short, long = (next(iter(study().trials())) for _ in range(2))
     long = replace(long, setting=replace(long.setting, length={"images": 480}, samples=200))
     first, second = costs([short, long], tmp_path, "cpu")
     assert second.training == pytest.approx(10 * first.training)

@@ -64,7 +64,7 @@ def test_own_studies_from_json_and_python(tmp_path):
         "setting": TINY.to_json(),
         "variants": [{"name": "slow"}, {"name": "fast", "changes": {"training.lr": 1e-2}, "sizes": [30]}],
         "sizes": [20],
-        "claims": [{"text": "fast learning memorizes more", "higher": "fast", "lower": "slow"}],
+        "questions": [{"text": "fast learning memorizes more", "higher": "fast", "lower": "slow"}],
     }
     (tmp_path / "rates.json").write_text(json.dumps(values))
     study = load_study(tmp_path / "rates.json")

@@ -1,0 +1,173 @@
+"""Questions and their verdicts: by pairs, at 5 % for a whole report, also where one looks after every repetition."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from studies.test_findings import answer, result, results_of, study
+
+from diffmem.errors import InputError
+from diffmem.studies import Question, Study
+from diffmem.studies.analysis import (
+    CONTRARY,
+    EQUIVALENT,
+    HOLDS,
+    UNDECIDED,
+    UNMEASURED,
+    Effect,
+    estimate,
+    holm,
+    spent,
+    student,
+    up_to,
+)
+from diffmem.studies.findings import answer as question_answered
+from diffmem.studies.findings import corrected, find_among
+
+MORE = Question("width raises R_mem", "wide", "narrow")
+ALIKE = replace(MORE, kind="equivalence")
+
+
+def test_verdicts_follow_the_pairs():
+    """Repetitions differ by far more than the variants do within each."""
+    low, high = (0.2, 0.5, 0.8, 0.4), (0.3, 0.62, 0.87, 0.53)
+    assert answer(MORE, {"wide": high, "narrow": low}).verdict == HOLDS
+    assert answer(MORE, {"wide": low, "narrow": high}).verdict == CONTRARY
+    # The same runs, paired otherwise.
+    assert answer(MORE, {"wide": high, "narrow": low[::-1]}).verdict == UNDECIDED
+    assert answer(MORE, {"wide": high}).verdict == UNMEASURED
+    # One pair decides nothing, however large the difference.
+    assert answer(MORE, {"wide": (0.9,), "narrow": (0.1,)}).verdict == UNDECIDED
+    near = (0.21, 0.49, 0.8, 0.41)
+    assert answer(MORE, {"wide": near, "narrow": low}).verdict == EQUIVALENT
+    assert answer(ALIKE, {"wide": near, "narrow": low}).verdict == EQUIVALENT
+    assert answer(replace(ALIKE, margin=0.02), {"wide": near, "narrow": low}).verdict == UNDECIDED
+    assert answer(ALIKE, {"wide": tuple(1 - each for each in low), "narrow": low}).verdict == UNDECIDED
+    assert answer(ALIKE, {"wide": (0.8, 0.93, 0.97, 0.9), "narrow": low}).verdict == CONTRARY
+
+
+def test_a_difference_is_that_of_the_means_and_both_scales_are_given():
+    found = answer(MORE, {"wide": (0.8, 0.6), "narrow": (0.3, 0.2)})
+    assert found.sizes == (20, 30)
+    assert found.estimate.points.estimate == pytest.approx(0.45)
+    logit = [math.log((1000 * p + 0.5) / (1000 * (1 - p) + 0.5)) for p in (0.8, 0.6, 0.3, 0.2)]
+    assert found.estimate.logit.estimate == pytest.approx((logit[0] + logit[1] - logit[2] - logit[3]) / 2)
+    assert found.estimate.logit.freedom == 1
+    low, high = found.interval("points")
+    assert high - low == pytest.approx(2 * 12.706 * 0.05, rel=1e-3)  # two pairs: 0.5 and 0.4
+    wide = found.simultaneous("points")
+    assert wide == (low, high)  # one question
+
+
+def test_where_r_mem_is_saturated_points_decide():
+    found = answer(MORE, {"wide": (1.0, 0.999, 1.0), "narrow": (0.995, 0.996, 0.994)})
+    assert (found.estimate.scale, found.verdict) == ("points", EQUIVALENT)
+    # At one end only one of the two is saturated: the logits say it.
+    found = answer(MORE, {"wide": (0.5, 0.6, 0.7), "narrow": (0.0, 0.0, 0.0)})
+    assert (found.estimate.scale, found.verdict) == ("logit", HOLDS)
+
+
+def test_trends_are_straight_lines_over_levels_or_sizes():
+    subject = study(Question("", kind="trend"), log_axis=True)
+    assert subject.contrast(subject.questions[0]) == pytest.approx(
+        {("wide", 20): 0.5, ("wide", 30): 0.5, ("narrow", 20): -0.5, ("narrow", 30): -0.5}
+    )
+    falls = Question("", kind="trend", over="size", falls=True)
+    subject = replace(study(falls), sizes=(10, 20, 40))
+    weights = subject.contrast(falls)
+    assert weights == pytest.approx(
+        {(name, size): w for name in ("narrow", "wide") for size, w in ((10, 0.5), (20, 0.0), (40, -0.5))}
+    )
+    # R_mem that falls by 2 in logit for every factor of e falls by 2 ln 4 over all sizes.
+    assert sum(w * -2 * math.log(size) for (_, size), w in weights.items()) == pytest.approx(2 * math.log(4))
+    assert subject.contrast(falls, {("wide", 10)}) == {}
+
+
+def test_a_question_that_makes_no_sense_is_refused():
+    with pytest.raises(InputError, match="kind is 'more'"):
+        replace(MORE, kind="more")
+    with pytest.raises(InputError, match="needs two variants"):
+        Question("", "wide")
+    with pytest.raises(InputError, match="which is not a variant"):
+        study(Question("", "wide", "wider"))
+    with pytest.raises(InputError, match="below repetitions"):
+        study(MORE, max_repetitions=1)
+    old = study(MORE).to_json()
+    old["claims"] = [{"text": "", "higher": "wide", "lower": "narrow", "sizes": None, "about_equal": True}]
+    del old["questions"]
+    assert Study.from_json(old).questions == (Question("", "wide", "narrow", kind="equivalence"),)
+
+
+def test_student():
+    """Exact where there are few pairs."""
+    assert [student(0.975, freedom) for freedom in (1, 2, 3, 11)] == pytest.approx(
+        [12.706, 4.303, 3.182, 2.201], abs=1e-3
+    )
+    assert Effect(1.0, 0.0, 3).p_difference == 0
+    assert Effect(0.5, 0.25, 4).p_difference == pytest.approx(0.1161, abs=1e-4)
+    assert Effect(0.1, 0.1, 4).p_equivalence(0.4) == pytest.approx(0.0200, abs=1e-4)
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=8))
+def test_holm_is_step_down(thousandths):
+    """Rejected one by one: the smallest at α/m, the next at α/(m − 1), until one is not."""
+    values = [each / 1000 for each in thousandths]
+    for alpha in (0.0501, 0.3001):
+        order, rejected = np.argsort(values, kind="stable"), set()
+        for rank, index in enumerate(order):
+            if (len(values) - rank) * values[index] > alpha:
+                break
+            rejected.add(int(index))
+        assert {index for index, p in enumerate(holm(values)) if p <= alpha} == rejected
+
+
+@given(st.integers(2, 6), st.integers(0, 12))
+def test_looks_spend_all_of_alpha_and_no_more(first, more):
+    shares = spent(first, first + more)
+    assert list(shares) == list(range(first, first + more + 1))
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) > 0
+
+
+def test_more_questions_and_more_looks_ask_for_more():
+    shares = {"wide": (0.5, 0.6, 0.56, 0.4), "narrow": (0.35, 0.5, 0.42, 0.3)}
+    once = answer(MORE, shares)
+    assert once.verdict == HOLDS
+    several = study(*[MORE] * 40)
+    many = find_among([several], results_of(several, shares), {})[0].answers
+    assert {each.verdict for each in many} == {UNDECIDED}
+    assert many[0].p == once.p
+    assert many[0].family == 40
+    low, high = many[0].simultaneous("logit")
+    assert low < once.interval("logit")[0] < once.interval("logit")[1] < high
+    looked = answer(MORE, shares, max_repetitions=8)
+    assert looked.looks == tuple(range(2, 9))
+    assert looked.p > once.p
+
+
+def test_looking_after_every_repetition_keeps_the_error():
+    """No difference, and up to ten pairs: the verdicts of all looks together are wrong in 5 % at most, where tests
+    of 5 % each would be in more than 15 %."""
+    random, subject = np.random.default_rng(0), study(MORE, max_repetitions=10)
+    trials = {(variant.name, trial.size): trial for variant, trial in subject.cells()}
+    wrong = naive = 0
+    for _ in range(200):
+        logits = random.normal(0, 0.8, 10) + random.normal(0, 0.3, (2, 1, 10)) + random.normal(0, 0.2, (2, 2, 10))
+        counts = random.binomial(500, 1 / (1 + np.exp(-logits)))
+        cells = {
+            (name, size): {
+                r: result(replace(trials[name, size], repetition=r), int(counts[i, j, r]), 500) for r in range(10)
+            }
+            for i, name in enumerate(("wide", "narrow"))
+            for j, size in enumerate((20, 30))
+        }
+        (found,) = corrected([question_answered(subject, MORE, cells)])
+        wrong += found.verdict in (HOLDS, CONTRARY)
+        naive += any(
+            estimate(MORE, subject.contrast(MORE), up_to(cells, n)).logit.p_difference < 0.05 for n in range(2, 11)
+        )
+    assert wrong <= 16  # of 200, where 5 % are allowed
+    assert naive >= 30
