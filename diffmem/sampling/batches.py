@@ -73,7 +73,7 @@ def sample_latents(
     Args:
         denoiser: Called as `denoiser(x, sigma, labels)`; its range and rounding count where it has them.
         latents: (B, C, H, W), standard normal.
-        config: How to sample; its class_index, batch, precision and compile are not looked at.
+        config: How to sample; its class_index, classes, batch, precision and compile are not looked at.
         labels: As the denoiser takes them.
         noise: Draws the noise of churn, float64 (B, C, H, W), once per step. Default: torch's own generator.
         callback: Called after each step with a `StepInfo`.
@@ -146,7 +146,9 @@ def sample_batches(
         batch_labels = None
         if denoiser.label_dim:
             # Drawn also where it is given, so that noise drawn later does not depend on where the class came from.
-            batch_labels = generators.randint(denoiser.label_dim)
+            dim = denoiser.label_dim
+            among = config.classes
+            batch_labels = generators.randint(dim) if among is None else generators.randint_among(dim, among)
             if given is not None:
                 batch_labels = given[start : start + size]
                 batch_labels = torch.cat([batch_labels, batch_labels[-1:].expand(len(filled) - size, *given.shape[1:])])

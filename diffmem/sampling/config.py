@@ -38,6 +38,9 @@ class SamplerConfig:
         S_noise: See `Churn`.
         class_index: The class of all images; None: drawn per seed, where the network has classes. A class that is given
             replaces the one that the seed draws, so that noise added on the way is the same.
+        classes: Where given, classes are drawn among these, as for a training set that has no images of the others: a
+            seed that draws another class draws once more, among these, so that the images of all other seeds stay
+            what they are. None: among all of the network's.
         batch: Images at a time.
         precision: Precision of the network's products: "ieee" (the protocol's float32), "tf32", "bf16" or "fp16", see
             `diffmem.precision`; "float32" is another name of "ieee".
@@ -62,6 +65,7 @@ class SamplerConfig:
     S_max: float = math.inf
     S_noise: float = 1.0
     class_index: int | None = None
+    classes: tuple[int, ...] | None = None
     batch: int = 64
     precision: str = "ieee"
     compile: str | bool = "auto"
@@ -83,14 +87,23 @@ class SamplerConfig:
             raise InputError(f"batch is {self.batch}, but must be at least 1")
         if self.rho is not None and not 0 < self.rho < math.inf:
             raise InputError(f"rho is {self.rho:g}, but must be positive and finite")
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(sorted({int(each) for each in self.classes})))
+            if not self.classes:
+                raise InputError("classes: name at least one")
+            if self.class_index is not None:
+                raise InputError("class_index and classes: give one of them; class_index is the class of all images")
         if not all(value >= 0 for value in (self.S_churn, self.S_min, self.S_max, self.S_noise)):
             raise InputError("churn: S_churn, S_min, S_max and S_noise must not be negative")
         if self.S_churn and self.solver != "heun":
             raise InputError(f"churn is for the solver heun; {self.solver} adds no noise")
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; no bound on S_max is None."""
-        return {**dataclasses.asdict(self), "S_max": None if math.isinf(self.S_max) else self.S_max}
+        """The configuration as plain JSON values; no bound on S_max is None, and classes are there where given."""
+        values = {**dataclasses.asdict(self), "S_max": None if math.isinf(self.S_max) else self.S_max}
+        # Without classes it reads as what was stored before there were any.
+        del values["classes"]
+        return values if self.classes is None else {**values, "classes": list(self.classes)}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -134,6 +147,10 @@ class SamplerConfig:
             raise InputError(f"class {self.class_index}: this network is unconditional")
         if self.class_index is not None and not 0 <= self.class_index < classes:
             raise InputError(f"class {self.class_index}: this network has the classes 0 … {classes - 1}")
+        if self.classes is not None and not classes:
+            raise InputError("classes: this network is unconditional")
+        if self.classes is not None and not 0 <= self.classes[0] <= self.classes[-1] < classes:
+            raise InputError(f"classes: this network has the classes 0 … {classes - 1}")
         multistep = self.solver != "heun"
         if sigmas is None:
             sigmas = self.sigmas(denoiser)

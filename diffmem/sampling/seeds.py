@@ -30,3 +30,11 @@ class SeededGenerators:
     def randint(self, high: int) -> torch.Tensor:
         """(images,) int64, uniform over 0 … high − 1."""
         return torch.stack([torch.randint(high, (), generator=g, device=self.device) for g in self.generators])
+
+    def randint_among(self, high: int, choices: Sequence[int]) -> torch.Tensor:
+        """(images,) int64, uniform over `choices`, some of 0 … high − 1: where `randint(high)` is among them, it is
+        that; the other generators draw once more."""
+        drawn, allowed = self.randint(high), torch.tensor(sorted(choices), device=self.device)
+        for row in (~torch.isin(drawn, allowed)).nonzero().flatten().tolist():
+            drawn[row] = allowed[torch.randint(len(allowed), (), generator=self.generators[row], device=self.device)]
+        return drawn

@@ -254,7 +254,7 @@ class _Audits(AuditEvery):
             samples=setting.samples,
             stop=None if trial.at_least is None else SequentialTest(trial.at_least),
             flip=bool(setting.training.get("xflip")),
-            sampler=setting.sample_settings(),
+            sampler=setting.sample_settings(training),
             criterion=setting.criterion,
             device=device,
             on_audit=self._add,
@@ -364,7 +364,7 @@ class _Audits(AuditEvery):
 def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, at: int, device: str) -> None:
     """The first images of the snapshot after `at` images, beside the training images nearest to them (mirrored where
     that is nearer, for a run that counts mirrored images)."""
-    sampler = trial.setting.sample_settings()
+    sampler = trial.setting.sample_settings(cast(ImageSet, detector.training))
     denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
     config = replace(sampler, batch=SHOWN, compile="off")
     found = evaluate(denoiser, range(SHOWN), config, detector)

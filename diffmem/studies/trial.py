@@ -11,7 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffmem.data import DatasetSpec, ImageSet
+from diffmem.data.classes import class_indices
 from diffmem.data.classes import label_dim as label_dim_of
 from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
 from diffmem.errors import InputError
@@ -20,6 +23,7 @@ from diffmem.sampling import SamplerConfig
 from diffmem.training import TrainingConfig, images_of, training_config
 from diffmem.training.configure import check_parts
 
+OCCUPIED = "occupied"
 _SAMPLING = {f.name for f in dataclasses.fields(SamplerConfig)} - {"precision", "class_index"}
 
 
@@ -35,7 +39,8 @@ class Setting:
         training: T, fields of `TrainingConfig`, `ema` as those of `EMA`.
         snapshots: R_mem is the highest over so many, evenly spaced.
         samples: Images generated per snapshot at most.
-        sampling: Fields of `SamplerConfig`, all but precision and class_index.
+        sampling: Fields of `SamplerConfig`, all but precision and class_index. classes "occupied": those that the
+            run's training images have; random labels leave some without any.
         threads: On the CPU, of every run, wherever it is made, for sums are rounded in an order that depends on their
             number; None: one.
         criterion: By which images are copies, in place of the ratio rule, as for `diffmem.evaluation.trajectory`.
@@ -94,11 +99,28 @@ class Setting:
         """(number of classes, of which sizes should be multiples; the largest size that is one)."""
         return self.data.limits(_read(self.data.reading(), _changed(self.data.source)))
 
-    def sample_settings(self) -> SamplerConfig:
-        """How images are sampled; raises InputError for unknown fields."""
+    def sample_settings(self, training: ImageSet | None = None) -> SamplerConfig:
+        """How images are sampled.
+
+        Args:
+            training: The run's training set, whose labels say which classes are occupied; None: before it is known,
+                all of them count as such.
+
+        Raises:
+            InputError: For unknown fields.
+        """
         if unknown := set(self.sampling) - _SAMPLING:
             raise InputError(f"sampling has no field {', '.join(sorted(unknown))}: there are {', '.join(_SAMPLING)}")
-        return SamplerConfig(**self.sampling)
+        values = dict(self.sampling)
+        if values.get("classes") == OCCUPIED:
+            values["classes"] = None if training is None else self._occupied(training)
+        return SamplerConfig(**values)
+
+    def _occupied(self, training: ImageSet) -> tuple[int, ...] | None:
+        """The classes of a run's training images; None where the model has none."""
+        if self.data.labels == "none":
+            return None
+        return tuple(np.unique(class_indices(training, f"sampling classes='{OCCUPIED}'")).tolist())
 
     def config(self, images: ImageSet, repetition: int = 0) -> TrainingConfig:
         """The training run on `images`."""

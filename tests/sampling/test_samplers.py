@@ -249,6 +249,7 @@ def test_config_as_json():
         SamplerConfig(),
         SamplerConfig(solver="unipc", compile=False),
         SamplerConfig(S_churn=3.0, S_max=9.0),
+        SamplerConfig(classes=(5, 2, 5)),
     ):
         values = config.to_json()
         assert SamplerConfig.from_json(json.loads(json.dumps(values, allow_nan=False))) == config
@@ -281,6 +282,31 @@ def test_chosen_classes():
         sample(denoiser, [5], labels=10)
     with pytest.raises(InputError, match="2 for 1 seeds"):
         sample(denoiser, [5], labels=torch.tensor([1, 2]))
+
+
+def test_classes_without_images_are_drawn_again_and_other_images_stay():
+    denoiser, tensors = golden_denoiser("ncsnpp-ve-cond")
+    every = sample(denoiser, SEEDS, steps=3, compile=False)
+    occupied = sorted(set(tensors["sample_class_index"].tolist()))[::2]
+    some = sample(denoiser, SEEDS, steps=3, batch=3, compile=False, classes=tuple(occupied))
+    kept = torch.isin(every.labels, torch.tensor(occupied))
+    assert kept.any()
+    assert not kept.all()
+    assert set(some.labels.tolist()) <= set(occupied)
+    assert torch.equal(some.labels[kept], every.labels[kept])
+    assert (some.images[kept].int() - every.images[kept].int()).abs().max() <= 1
+    # Those drawn again have the class of the second draw, from the latent that they had.
+    second = sample(denoiser, SEEDS, labels=some.labels, steps=3, batch=3, compile=False)
+    assert torch.equal(second.images, some.images)
+    # Uniform over the occupied classes: each of 4 among 10 about 500 times in 2,000.
+    counts = torch.bincount(SeededGenerators(range(2000)).randint_among(10, (1, 4, 5, 9)), minlength=10)
+    assert counts[[0, 2, 3, 6, 7, 8]].sum() == 0
+    assert (counts[[1, 4, 5, 9]] - 500).abs().max() < 90  # 4.6 standard deviations
+    for classes, message in (((), "at least one"), ((3, 10), "0 … 9")):
+        with pytest.raises(InputError, match=message):
+            sample(denoiser, [5], classes=classes)
+    with pytest.raises(InputError, match="class_index and classes"):
+        SamplerConfig(class_index=1, classes=(1, 2))
 
 
 def test_a_given_class_shifts_no_noise():

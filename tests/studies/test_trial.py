@@ -66,6 +66,20 @@ def test_labels_make_the_model_conditional():
     assert (first.images != second.images).any(axis=(1, 2, 3)).sum() == 10
 
 
+def test_occupied_classes_are_those_of_the_training_images():
+    crowded = replace(
+        TINY, data=replace(TINY.data, labels="random:50"), sampling={**TINY.sampling, "classes": "occupied"}
+    )
+    images = crowded.training_set(20, repetition=1)
+    classes = crowded.sample_settings(images).classes
+    assert classes == tuple(sorted(set(images.labels.tolist())))
+    assert 1 < len(classes) <= 20
+    assert crowded.config(images).denoiser.network.label_dim == 50
+    assert Trial(crowded, 20).key != Trial(replace(crowded, sampling=TINY.sampling), 20).key
+    plain = replace(TINY, sampling=crowded.sampling)
+    assert plain.sample_settings(plain.training_set(20)).classes is None
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
