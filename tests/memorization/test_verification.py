@@ -123,7 +123,9 @@ def with_copies(training, others, seed=0):
     return np.concatenate([others, training[60:80], np.clip(noisy, 0, 255).astype(np.uint8)])
 
 
-@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF16,Flat", "IVF16,PQ8", "PCA16,IVF16,Flat", "OPQ4,PQ4", "HNSW8"])
+@pytest.mark.parametrize(
+    "factory", ["Flat", "SQ8", "IVF16,Flat", "IVF16,PQ8x4", "PCA16,IVF16,Flat", "OPQ4,PQ4x4", "HNSW8"]
+)
 def test_what_was_not_looked_at_is_as_far_as_is_said(factory):
     """Against all distances: fewer images are nearer than the bound than were candidates, and no neighbor that is
     nearer was missed; verdicts that are settled are those of exact search."""
