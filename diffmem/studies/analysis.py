@@ -3,10 +3,21 @@
 A question is a weighted sum of cells (`Study.contrast`). Repetition r gives one value of it, Δ_r = Σ w·logit R_mem, in
 which the subset, the seed and the latents that all variants of a repetition share cancel. Δ_1 … Δ_R are independent, so
 their mean has the interval of Student's t with R − 1 degrees of freedom, whatever else the runs have in common
-(`paired`). A run's logit is that of (copies + ½) / (images − copies + ½); its noise of sampling, of variance
-1 / (copies + ½) + 1 / (images − copies + ½), is in the spread of the Δ_r already, and the error is never taken smaller
-than it alone. That R_mem is the highest of several snapshots raises all runs alike: it cancels in a difference between
-runs with as many audits, and makes the noise smaller than what is assumed. The same is computed in points of R_mem.
+(`paired`). Few repetitions tell little of their own spread: two give a quantile of 12.7. So up to four repetitions the
+spread of all the study's variants counts (`pooled`): logit R_mem, averaged over the question's sizes, is
+
+    y_rv = μ_v + a_r + e_rv,   var e_rv = σ² + the noise of sampling,
+
+the mixed model of variant and repetition, with nothing assumed about the a_r: whatever a repetition has of its own, at
+all sizes or at one of them, is in a_r, and what a variant has of its own in a repetition, at all sizes, in e_rv. The
+degrees of freedom are (R − 1)(V − 1) where all runs are there; σ² follows from the weighted squares (Paule and Mandel
+1982). Variants may differ in their spread: the error is never taken smaller than that of the question's own pairs. From
+five repetitions on these decide alone.
+
+A run's logit is that of (copies + ½) / (images − copies + ½). Its noise of sampling has the variance 1 / (copies + ½) +
+1 / (images − copies + ½); it is in the spread of the Δ_r already, and the error is never taken smaller than it alone.
+That R_mem is the highest of several snapshots raises all runs alike: it cancels in a difference between runs with as
+many audits, and makes the noise smaller than what is assumed. The same is computed in points of R_mem.
 
 Where R_mem saturates, in all cells of a size above 98 % or all below 2 %, logits turn single images into large
 differences, and hardly any difference can show. Such sizes are left out; where there are no others, points decide, and
@@ -27,8 +38,10 @@ the union bound that holds whatever the looks have in common, and whatever made 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from diffmem.studies.measure import Result
 from diffmem.studies.study import EQUIVALENCE, TREND, Place, Question
@@ -37,7 +50,8 @@ HOLDS, CONTRARY, EQUIVALENT = "holds", "contrary", "equivalent"
 UNDECIDED, UNMEASURED = "undecided", "not measured"
 ALPHA = 0.05
 SATURATED = 0.02  # R_mem this close to 0 or 1 tells little
-PAIRS, MIXED = "pairs", "mixed model"
+PAIRS, POOLED = "pairs", "pooled spread"
+FEW = 4  # repetitions up to which the spread of all variants counts
 
 Cells = Mapping[Place, Mapping[int, Result]]  # of every cell, the results by repetition
 
@@ -85,7 +99,7 @@ class Estimate:
         logit: In logit R_mem; None where fewer than two repetitions have all of its cells.
         points: In R_mem itself; likewise.
         scale: Which of the two decides, "logit" or "points".
-        method: PAIRS or MIXED.
+        method: PAIRS or POOLED.
         repetitions: How many repetitions have all of its cells.
         sizes: At which N it was measured, and R_mem is not saturated.
     """
@@ -166,18 +180,20 @@ def paired(weights: Mapping[Place, float], cells: Cells) -> tuple[Effect | None,
     return found[0], found[1], len(common)
 
 
+def _end(place: Place, cells: Cells) -> int:
+    """Whether R_mem of a cell is saturated, near 1 or near 0 (−1); else 0."""
+    results = cells[place].values()
+    share = sum(result.count for result in results) / sum(result.total for result in results)
+    return 1 if share > 1 - SATURATED else -1 if share < SATURATED else 0
+
+
 def informative(question: Question, weights: Mapping[Place, float], cells: Cells) -> tuple[dict[Place, float], bool]:
     """(the weights without the sizes at which R_mem is saturated, whether it is so at all sizes: then all remain)."""
-
-    def end(place: Place) -> int:
-        results = cells[place].values()
-        share = sum(result.count for result in results) / sum(result.total for result in results)
-        return 1 if share > 1 - SATURATED else -1 if share < SATURATED else 0
 
     along_sizes = question.kind == TREND and question.over == "size"
     ends: dict[int, set[int]] = {}
     for place in weights:
-        ends.setdefault(0 if along_sizes else place[1], set()).add(end(place))
+        ends.setdefault(0 if along_sizes else place[1], set()).add(_end(place, cells))
     saturated = {size for size, found in ends.items() if len(found) == 1 and 0 not in found}
     if len(saturated) == len(ends):
         return dict(weights), True
@@ -200,8 +216,91 @@ def estimate(question: Question, weights: Mapping[Place, float], cells: Cells) -
         return None
     weights, saturated = informative(question, weights, cells)
     logit, points, repetitions = paired(weights, cells)
+    method = PAIRS
+    if 2 <= repetitions <= FEW and logit is not None and points is not None:
+        columns = _columns(question, weights, cells)
+        both = [pooled(*columns, cells, scale, own) for scale, own in ((logit_of, logit), (points_of, points))]
+        if both[0] is not None and both[1] is not None:
+            (logit, points), method = both, POOLED
     sizes = tuple(sorted({size for _, size in weights}))
-    return Estimate(logit, points, "points" if saturated else "logit", PAIRS, repetitions, sizes)
+    return Estimate(logit, points, "points" if saturated else "logit", method, repetitions, sizes)
+
+
+def _columns(
+    question: Question, weights: Mapping[Place, float], cells: Cells
+) -> tuple[dict[Hashable, dict[Place, float]], dict[Hashable, float]]:
+    """(the cells that are averaged in each column of a question's layout, with their shares; the columns' weights): a
+    column per variant, over the sizes, or, of a trend over sizes, per size, over the variants."""
+    along_sizes = question.kind == TREND and question.over == "size"
+    column, other = (1, 0) if along_sizes else (0, 1)
+    across = {place[other] for place in weights}
+    columns: dict[Hashable, dict[Place, float]] = {}
+    for place in cells:
+        if place[other] in across:
+            columns.setdefault(place[column], {})[place] = 1 / len(across)
+    totals: dict[Hashable, float] = dict.fromkeys(columns, 0.0)
+    for place, weight in weights.items():
+        totals[place[column]] += weight
+    for name, places in list(columns.items()):
+        asked = any(place in weights for place in places)
+        if len(places) < len(across) or not (asked or any(_end(place, cells) == 0 for place in places)):
+            del columns[name], totals[name]
+    return columns, totals
+
+
+def pooled(
+    columns: Mapping[Hashable, Mapping[Place, float]],
+    weights: Mapping[Hashable, float],
+    cells: Cells,
+    scale: Callable[[Result], tuple[float, float]],
+    own: Effect,
+) -> Effect | None:
+    """The contrast of columns with the spread of all of them.
+
+    Args:
+        columns: The cells that are averaged in each column, with their shares.
+        weights: Of the columns.
+        cells: The results.
+        scale: `logit_of` or `points_of`.
+        own: The contrast by pairs, whose error is the least that is taken.
+
+    Returns:
+        None where the columns have no more degrees of freedom than the pairs.
+    """
+    places = {column: index for index, column in enumerate(columns)}
+    values, noise, at = [], [], []
+    for column, shares in columns.items():
+        for repetition in set.intersection(*(set(cells[place]) for place in shares)):
+            parts = [(share, *scale(cells[place][repetition])) for place, share in shares.items()]
+            values.append(sum(share * value for share, value, _ in parts))
+            noise.append(sum(share**2 * variance for share, _, variance in parts))
+            at.append((places[column], repetition))
+    repetitions = {each: index for index, each in enumerate(sorted({r for _, r in at}))}
+    design = np.zeros((len(at), len(columns) + len(repetitions)))
+    for row, (column_index, repetition) in enumerate(at):
+        design[row, column_index] = design[row, len(columns) + repetitions[repetition]] = 1
+    freedom = len(at) - (rank := int(np.linalg.matrix_rank(design)))
+    if freedom <= own.freedom or rank < len(columns) + len(repetitions) - 1:
+        return None
+    y, sampling = np.array(values), np.array(noise)
+    contrast = np.zeros(design.shape[1])
+    contrast[: len(columns)] = [weights[column] for column in columns]
+
+    def fitted(variance: float) -> tuple[float, np.ndarray, np.ndarray]:
+        """(weighted squares of what is left over, coefficients, their covariances)."""
+        w = 1 / (variance + sampling)
+        covariance = np.linalg.pinv(design.T @ (w[:, None] * design), hermitian=True)
+        coefficients = covariance @ (design.T @ (w * y))
+        return float((w * (y - design @ coefficients) ** 2).sum()), coefficients, covariance
+
+    low, high = 0.0, float(np.var(y) * len(y) + 1e-12)  # at the upper end the squares are below 1
+    if fitted(low)[0] > freedom:
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fitted(middle)[0] > freedom else (low, middle)
+    _, coefficients, covariance = fitted(low)
+    error = math.sqrt(float(contrast @ covariance @ contrast))
+    return Effect(float(contrast @ coefficients), max(error, own.error), freedom)
 
 
 def spent(first: int, last: int) -> dict[int, float]:
