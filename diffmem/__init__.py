@@ -1,8 +1,8 @@
 """diffmem: measure, reproduce and study memorization in diffusion models.
 
 The names below are the front door; everything else lives in the subpackages, which resolve as attributes
-(`diffmem.search`, `diffmem.models`, …) without an import of their own. All are loaded when first used, so that
-`import diffmem` costs little beyond `import torch`.
+(`diffmem.search`, `diffmem.models`, …) without an import of their own. All are loaded when first used, and
+so is PyTorch (`diffmem.lazy`): `import diffmem` costs little.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 import diffmem
 import diffmem.ops
-import diffmem.search  # registers how it searches
+import diffmem.search.gpu  # registers how it searches
 from diffmem.ops.registry import OPS, build_info, native_module
 
 # Packages of the module `faiss`. Each writes over the others' files, so that an environment holds one of them.
@@ -48,7 +48,8 @@ def describe() -> dict[str, Any]:
     and the optional packages found."""
     for module in pkgutil.iter_modules(diffmem.ops.__path__):
         if module.ispkg:  # importing an op's folder registers it
-            importlib.import_module(f"diffmem.ops.{module.name}")
+            folder = importlib.import_module(f"diffmem.ops.{module.name}")
+            getattr(folder, "OP", None)  # one that is registered when it is first asked for
     module, built = native_module(), build_info()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {

@@ -24,6 +24,7 @@ EVERYBODY = {
     "logs",
     "inert",
     "integrity",
+    "lazy",
     "plotting",
     "precision",
     "progress",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import finished, start_script
 
-from diffmem.devices import SETTING, pick_device
+from diffmem.devices import SETTING, is_cpu, pick_device
 from diffmem.errors import InputError
 
 HERE = Path(__file__).parent
@@ -24,6 +24,9 @@ def test_auto(monkeypatch, setting, gpu, expected):
         monkeypatch.setenv(SETTING, setting)
     assert str(pick_device()) == str(pick_device("auto")) == expected
     assert pick_device("cpu").type == "cpu"
+    assert is_cpu() == (expected == "cpu")
+    assert is_cpu("cpu")
+    assert is_cpu(torch.device("cpu"))
 
 
 def test_a_setting_that_is_no_device(monkeypatch):
@@ -31,8 +34,9 @@ def test_a_setting_that_is_no_device(monkeypatch):
     with pytest.raises(InputError, match="device 'abacus' is unknown"):
         pick_device()
     monkeypatch.setenv(SETTING, "auto")
-    with pytest.raises(InputError, match="device 'auto' is unknown"):
-        pick_device()
+    for asked in (pick_device, is_cpu):
+        with pytest.raises(InputError, match="device 'auto' is unknown"):
+            asked()
 
 
 # One of each kind that would pick a GPU by itself: audit, search, sampling, training. The whole suite passes so too:

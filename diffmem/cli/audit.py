@@ -226,17 +226,19 @@ def audit_command(
         vectors_only = features == "precomputed" or (folder is not None and folder.features.precomputed)
         with decoded_meanwhile({} if vectors_only else sources, given) as loading:
             with without_collector():
-                import torch
-
+                from diffmem.devices import is_cpu
                 from diffmem.features import load_features
                 from diffmem.memorization import audit, parse_threshold
+                from diffmem.memorization.second_look import needs_pytorch
+
+                if (features, index, ranks()) != ("pixels", "exact", 1) or vectors or not is_cpu(device):
+                    _import_pytorch()
 
             if rule == "ratio" and threshold is not None:
                 try:
                     parse_threshold(threshold)
                 except InputError as error:
                     raise click.BadParameter(str(error), param_hint="--threshold") from None
-            torch.set_flush_denormal(True)
             limits = limits_of(fail_above, require_below, max_copies)
             reserve_report(out)
             network = {"weights": weights, "preprocessing": preprocessing, "batch": batch, "precision": precision}
@@ -250,6 +252,8 @@ def audit_command(
                     found = found if given(name)["limit"] is None else found.select(slice(given(name)["limit"]))
                 else:
                     found = loading[name].result()
+                if needs_pytorch(found):  # now, while the next set is decoded
+                    _import_pytorch()
                 say_notes([found], is_first_rank())
                 return found
 
@@ -280,6 +284,13 @@ def audit_command(
     gate = result.gate(**limits) if limits else None
     tell_audit(result, out, as_json, gate)
     return tell_gate(gate)
+
+
+def _import_pytorch() -> None:
+    with without_collector():
+        import torch
+
+        torch.set_flush_denormal(True)
 
 
 def _is_index(source: str) -> bool:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.data.arrays import to_numpy
 from diffmem.errors import InputError
 from diffmem.features.feature_set import Metric
+from diffmem.lazy import torch
 
 HASH_SIDE, HASH_FACTOR = 8, 4  # as imagehash.phash has them
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.features import networks
 from diffmem.features.builtin import Function, PerceptualHash, Pixels
 from diffmem.features.feature_set import FeatureExtractor, Metric, check_metric
 from diffmem.features.preprocessing import preprocessing_preset
+from diffmem.lazy import torch
 
 NAMES = ("pixels", "hash", "sscd", "dinov2", "clip", "timm:NAME", "torchscript:PATH", "onnx:PATH")
 
@@ -82,6 +80,8 @@ def _by_name(features: str, weights: str | None, preprocessing: str | None, chos
     if features in ("pixels", "hash"):
         _refuse(f"features={features!r}", {"weights": weights, "preprocessing": preprocessing, **chosen})
         return Pixels() if features == "pixels" else PerceptualHash()
+    from diffmem.features import networks
+
     if kind == "sscd":
         return networks.sscd(rest if colon else networks.SSCD[0], weights, preprocessing, chosen)
     if features in ("dinov2", "clip"):

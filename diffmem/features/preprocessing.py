@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch.nn.functional import interpolate
-
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -64,7 +62,9 @@ class Preprocessing:
             )
             for step in ((height, size[1]), size):  # Pillow resizes lines, then columns, and rounds after each
                 if step != tuple(images.shape[2:]):
-                    values = interpolate(images.float(), step, mode=self.filter, antialias=True, align_corners=False)
+                    values = torch.nn.functional.interpolate(
+                        images.float(), step, mode=self.filter, antialias=True, align_corners=False
+                    )
                     images = values.round().clamp(0, 255).to(torch.uint8)
         if self.crop is not None:
             height, width = images.shape[2:]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
 from diffmem.features import FeatureSet
@@ -25,6 +24,7 @@ from diffmem.indexes.shards import DESCRIPTION, SHARDS, content_digests
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import unsealed
+from diffmem.lazy import torch
 from diffmem.progress import Progress, silent
 from diffmem.search import Neighbors, TrainingIndex, VectorIndex
 from diffmem.search.rows import Images, as_rows

@@ -9,9 +9,9 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.ops.nearest import exact_squared_distances, pairs_within
 from diffmem.progress import Progress, silent
 from diffmem.search import FaissStats, Neighbors, TrainingIndex, VectorIndex

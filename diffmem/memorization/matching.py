@@ -142,7 +142,7 @@ class RowMatching:
         )
         check_distinct(self.groups, training)
         self.search = self._new_search()
-        self.device = str(self.index.device)
+        self.device = getattr(self.index, "device_name", None) or str(self.index.device)
 
     def _new_search(self) -> DistinctNeighbors:
         return DistinctNeighbors(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 import diffmem
 from diffmem.data import ImageSet, SkippedFile
@@ -410,7 +411,13 @@ def software_versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     return {
         "diffmem": diffmem.__version__,
-        "torch": torch.__version__,
+        "torch": _torch_version(),
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+def _torch_version() -> str:
+    """That of PyTorch, without importing it."""
+    torch = sys.modules.get("torch")
+    return version("torch") if torch is None else torch.__version__

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,16 @@ class NearRule:
     def twins(self, look: SecondLook) -> np.ndarray:
         """bool [n], which images are surely a training image, moved or recolored."""
         return look.scores < self.twin
+
+
+def needs_pytorch(images: Any) -> bool:
+    """Whether a comparison and a second look at these images are for PyTorch: all but small images of bytes."""
+    if getattr(getattr(images, "images", None), "dtype", None) != np.uint8:
+        return True
+    from diffmem.features.aligned.byte_images import fit
+    from diffmem.features.aligned.geometry import Geometry
+
+    return min(images.image_shape[1:]) >= LEAST_SIDE and not fit(images.images, Geometry(*images.image_shape[1:]))
 
 
 def look_again(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Any
 
 from diffmem.errors import InputError
 from diffmem.logs import logger
+from diffmem.system import usable_cores
 
 _log = logger(__name__)
 NAMES = ("reference", "torch", "native", "triton", "cuda")
@@ -217,6 +219,18 @@ def native_module() -> Any:
         _log.info("no compiled core, ops use PyTorch only: %s", error)
         return None
     return _C
+
+
+def core_threads() -> int:
+    """How many threads the compiled core uses: as many as PyTorch, or would without a setting in the process where it
+    is not imported."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return torch.get_num_threads()
+    for setting in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        value = os.environ.get(setting, "").partition(",")[0]
+        if value.isdecimal() and int(value):
+            return int(value)
+    return usable_cores()
 
 
 @cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from diffmem.lazy import torch
 from diffmem.progress import Progress, silent
 from diffmem.search.bounds import LowerBounds
 from diffmem.search.index import TrainingIndex

@@ -8,9 +8,11 @@ only decides how much is pruned, so float32 and a randomized method are good eno
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
+
+from diffmem.lazy import torch
 
 SAMPLE = 4096  # rows the components are computed from
 SAMPLE_VALUES = 1 << 26  # and at most that many values: wide images are sampled less
@@ -18,8 +20,8 @@ EXTRA = 8  # dimensions beyond those asked for (Halko, Martinsson & Tropp 2011, 
 POWER_ITERATIONS = 2
 
 
-def sample_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced rows of the training set."""
+def sample_rows(rows: Any) -> Any:
+    """Evenly spaced rows of the training set, of an array or a tensor."""
     wanted = min(len(rows), SAMPLE, max(64, SAMPLE_VALUES // rows.shape[1]))
     return rows[np.linspace(0, len(rows) - 1, wanted).astype(np.int64)]
 
@@ -63,21 +65,36 @@ class ByteBasis:
         return float(np.sqrt(np.square(np.maximum(mean, 255 - mean)).sum()))
 
 
-def byte_basis(rows: torch.Tensor, coordinates: int) -> ByteBasis:
+def byte_basis(rows: np.ndarray, coordinates: int) -> ByteBasis:
     """Basis of `coordinates` rows for the uint8 rows [N, d]; rows beyond the rank of the sample are zero."""
-    sample = sample_rows(rows).float()
-    mean = sample.mean(dim=0).round_()
-    components = principal_components(sample.sub_(mean), coordinates).double()
-    p = torch.zeros(coordinates, rows.shape[1], dtype=torch.float64)
+    sample = sample_rows(rows).astype(np.float32)
+    mean = sample.mean(axis=0, dtype=np.float64).round()
+    sample -= mean.astype(np.float32)
+    components = _components_of_array(sample, coordinates).astype(np.float64)
+    p = np.zeros((coordinates, rows.shape[1]))
     # The largest scale at which every entry fits int16 and no product overflows, less what rounding can add.
-    longest = components.abs().sum(dim=1).max().clamp(min=1e-9)
-    largest = components.abs().max().clamp(min=1e-9)
-    scale = min(float((2.0**24 - 1 - rows.shape[1]) / longest), float(32766 / largest))
-    p[: len(components)] = (components * scale).round_()
+    longest = max(float(np.abs(components).sum(axis=1).max(initial=0)), 1e-9)
+    largest = max(float(np.abs(components).max(initial=0)), 1e-9)
+    scale = min((2.0**24 - 1 - rows.shape[1]) / longest, 32766 / largest)
+    p[: len(components)] = (components * scale).round()
     # ‖P‖² = ‖PPᵀ‖ is at most the largest absolute row sum of PPᵀ: integers below 2^53, so exact up to the square root.
-    norm = float((p @ p.T).abs().sum(dim=1).max().sqrt()) * (1 + 1e-12)
-    shift = (p @ (mean.double() - 128)).round_().long()
-    return ByteBasis(p.short().numpy(), norm, mean.byte().numpy(), shift.numpy())
+    norm = float(np.sqrt(np.abs(p @ p.T).sum(axis=1).max())) * (1 + 1e-12)
+    shift = (p @ (mean - 128)).round().astype(np.int64)
+    return ByteBasis(p.astype(np.int16), norm, mean.astype(np.uint8), shift)
+
+
+def _components_of_array(centered: np.ndarray, count: int) -> np.ndarray:
+    """`principal_components` of an array, without PyTorch: another random start, and so components that are as good
+    and not the same."""
+    n, d = centered.shape
+    width = min(count + EXTRA, n, d)
+    start = np.random.default_rng(0).standard_normal((n, width), np.float32)
+    subspace = np.linalg.qr(centered.T @ start).Q
+    for _ in range(POWER_ITERATIONS):
+        subspace = np.linalg.qr(centered.T @ (centered @ subspace)).Q
+    projected = centered @ subspace
+    _, rotation = np.linalg.eigh((projected.T @ projected).astype(np.float64))
+    return (subspace @ rotation[:, ::-1][:, :count].astype(np.float32)).T
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
-from diffmem.precision import float32_products
+from diffmem.lazy import torch
 from diffmem.search.filtered import LEVEL_COORDINATES, FilteredRows
 from diffmem.search.index import TrainingIndex
 
@@ -65,6 +64,8 @@ class LowerBounds:
         Returns:
             bool [q, n]: True for every pair at most so far apart, and for some others.
         """
+        from diffmem.precision import float32_products
+
         shape = tuple(len(range(*part.indices(n))) for part, n in zip((rows, columns), self.shape, strict=True))
         if self.coded is None:
             return torch.ones(shape, dtype=torch.bool)

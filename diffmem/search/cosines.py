@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from diffmem.lazy import torch
 from diffmem.ops.registry import native_module
-from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
 from diffmem.search.bounds import LowerBounds
 from diffmem.search.index import TrainingIndex
@@ -151,6 +150,8 @@ class _Search:
 
     def block(self, some: torch.Tensor, others: torch.Tensor) -> None:
         """The pairs of some queries and other rows."""
+        from diffmem.precision import float32_products
+
         if not self.factors or bool(self.outside[some].any()):
             self._all(some, others)
             return

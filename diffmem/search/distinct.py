@@ -3,14 +3,16 @@ no duplicate of the first."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.ops.nearest import exact_squared_distances, pairs_within
 from diffmem.progress import Progress, silent
 from diffmem.search.duplicates import squared_radius
@@ -23,6 +25,7 @@ from diffmem.search.vectors import VectorIndex
 
 SearchIndex = TrainingIndex | ShardedIndex | FaissIndex | VectorIndex
 
+GATHERED = 1 << 24  # values compared at a time
 WIDEST_QUERY = 64  # neighbors asked for at once before duplicates are left out of the training set instead
 
 
@@ -98,10 +101,13 @@ class DistinctNeighbors:
         self.index, self.training, self.groups, self.flip, self.progress = index, training, groups, flip, progress
         self._exact: DistinctNeighbors | None = None
         self.radius = radius
-        self._rows = as_rows(training) if isinstance(training, np.ndarray) else None
-        dimension = training.dimension if self._rows is None else self._rows.shape[1]  # type: ignore[union-attr]
+        dimension = math.prod(training.shape[1:]) if isinstance(training, np.ndarray) else training.dimension
         integer = training.dtype == np.uint8
         self._limit = squared_radius(radius, dimension, integer)
+
+    @cached_property
+    def _rows(self) -> torch.Tensor | None:
+        return as_rows(self.training) if isinstance(self.training, np.ndarray) else None
 
     def exactly(self) -> DistinctNeighbors:
         """The same through an exact index, where this one may miss neighbors."""
@@ -163,6 +169,8 @@ class DistinctNeighbors:
     def squared_distances(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
         """[n]: the squared distances of training images some[i] and others[i], the smaller one of the two orientations
         with `flip`; int64 for uint8 images."""
+        if isinstance(self.training, np.ndarray) and self.training.dtype == np.uint8:
+            return self._of_bytes(some, others)
         columns = torch.from_numpy(others)
         if self._rows is None:
             which, columns = (torch.from_numpy(each) for each in np.unique(others, return_inverse=True))
@@ -176,6 +184,19 @@ class DistinctNeighbors:
             mirrored = as_rows(mirror(left))
             flipped = exact_squared_distances(mirrored, right, torch.from_numpy(rows), columns).numpy()
             squared = np.minimum(squared, flipped)
+        return squared
+
+    def _of_bytes(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """`squared_distances` of images of bytes in memory, without PyTorch."""
+        assert isinstance(self.training, np.ndarray)
+        squared = np.empty(len(some), np.int64)
+        step = max(1, GATHERED // math.prod(self.training.shape[1:]))
+        for start in range(0, len(some), step):
+            part = slice(start, start + step)
+            left, right = self._take(some[part]), self._take(others[part])
+            squared[part] = _squared_differences(left, right)
+            if self.flip and left.ndim == 4:
+                squared[part] = np.minimum(squared[part], _squared_differences(mirror(left), right))
         return squared
 
     def _take(self, rows: np.ndarray) -> np.ndarray:
@@ -218,6 +239,13 @@ class DistinctNeighbors:
 
     def _query(self, index: SearchIndex, images: np.ndarray, k: int) -> Neighbors:
         return index.query(images, k, progress=self.progress)
+
+
+def _squared_differences(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """int64 [n], of images of bytes [n, …]."""
+    # A square of a difference of bytes is below 2^16 and fits int32; the sums are int64.
+    difference = (left.astype(np.int32) - right).reshape(len(left), -1)
+    return np.square(difference).sum(axis=1, dtype=np.int64)
 
 
 def _all_within(images: int, radius: float, first: int) -> str:

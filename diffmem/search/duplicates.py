@@ -16,9 +16,9 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.ops.nearest import pairs_within
 from diffmem.progress import Progress, silent
 from diffmem.search.faiss_index import FaissIndex

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.devices import SETTING
 from diffmem.errors import InputError, MissingExtraError
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import check_file, file_sha256
-from diffmem.ops.nearest import exact_squared_distances, nearest
+from diffmem.lazy import torch
+from diffmem.ops.nearest import exact_squared_distances
 from diffmem.progress import Progress, silent
 from diffmem.search import stored
 from diffmem.search.candidates import Candidates
@@ -214,6 +214,8 @@ class FaissIndex:
         self.tunable = False
         queries = _checked_rows(images, "query images")
         progress("choosing how widely FAISS searches", 0, 1)
+        from diffmem.ops.nearest import nearest
+
         truth = nearest(queries, self.rows, min(2, len(self)))[1].numpy()
         floats, most = _floats(queries), min(len(self), MOST_CANDIDATES)
         probes: int | None = None if self.nprobe is None else 1
@@ -302,6 +304,8 @@ class FaissIndex:
         squared, indices = squared.gather(1, order), proposed.gather(1, order)
         short = (valid.sum(dim=1) < k).nonzero().flatten()
         if len(short):
+            from diffmem.ops.nearest import nearest
+
             squared[short], indices[short] = nearest(queries[short], self.rows, k)
         return squared, indices, short
 

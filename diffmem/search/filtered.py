@@ -7,15 +7,16 @@ limit on its k-th smallest distance.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
-from diffmem.ops.nearest import native_rows
-from diffmem.ops.registry import native_module
+from diffmem.lazy import torch
+from diffmem.ops.nearest import dtype_name, native_rows
+from diffmem.ops.registry import core_threads, native_module
 from diffmem.progress import Progress, silent
 from diffmem.search.basis import ByteBasis, FloatBasis, byte_basis, float_basis
 
@@ -26,6 +27,7 @@ LARGEST_CODE = 32766
 COMPONENTS = 180
 COARSE_STEPS = 16  # pairs of values in the coarse code: 31 coordinates and the remainder's length
 LARGEST_LEVELS = 64  # 3,840 coordinates: nearest.h counts on fewer than 4,096
+CACHE_LINE = 64  # bytes
 BLOCK_VALUES = 1 << 25  # values projected at a time
 CLUSTER_SAMPLE = 16384
 CLUSTER_ITERATIONS = 4
@@ -43,10 +45,10 @@ class Code:
     @classmethod
     def empty(cls, count: int, steps: int, levels: int) -> Code:
         return cls(
-            _empty((count, 2 * steps), torch.int16),
-            _empty((levels, count, ROW), torch.int16),
-            _empty((count, 1 + levels), torch.int32),
-            _empty((count, 1 + levels), torch.float32),
+            on_cache_lines((count, 2 * steps), np.int16),
+            on_cache_lines((levels, count, ROW), np.int16),
+            on_cache_lines((count, 1 + levels), np.int32),
+            on_cache_lines((count, 1 + levels), np.float32),
         )
 
     @property
@@ -58,11 +60,12 @@ class Code:
 class FilteredRows:
     """Training rows and their code, ready to be searched.
 
-    rows: [N, d] uint8, float32 or float64. basis: what the coordinates are. scale: code units per unit of distance.
+    rows: [N, d] uint8, float32 or float64; an array or a tensor. basis: what the coordinates are. scale: code units per
+    unit of distance.
     panels, bias, fine, order, error, centroids, centroid_bias, starts: as in csrc/nearest/nearest.h.
     """
 
-    rows: torch.Tensor
+    rows: np.ndarray | torch.Tensor
     basis: ByteBasis | FloatBasis
     scale: float
     panels: np.ndarray
@@ -107,17 +110,17 @@ class FilteredRows:
         norms = (queries.double() - torch.from_numpy(self.basis.mean)).norm(dim=1)
         return norms < self.largest_norm
 
-    def encode(self, queries: torch.Tensor) -> Code:
+    def encode(self, queries: np.ndarray | torch.Tensor) -> Code:
         """Codes of query rows, none of them farther than `largest_norm` from the mean."""
         return _encode(queries, self.basis, self.scale, self.steps, self.levels, True)
 
-    def encode_rows(self, rows: torch.Tensor) -> Code:
+    def encode_rows(self, rows: np.ndarray | torch.Tensor) -> Code:
         """Codes of training rows, as `build` makes them."""
         return _encode(rows, self.basis, self.scale, self.steps, self.levels, False)
 
-    def search(self, queries: torch.Tensor, code: Code, k: int, allowance: float = 1.0) -> Any:
+    def search(self, queries: np.ndarray | torch.Tensor, code: Code, k: int, allowance: float = 1.0) -> Any:
         """Squared distances [Q, k], indices [Q, k] and the core's account of the work; see `search_filtered` there."""
-        integer = queries.dtype == torch.uint8
+        integer = dtype_name(queries) == "uint8"
         squared = np.empty((len(queries), k), np.int64 if integer else np.float64)
         indices = np.empty((len(queries), k), np.int64)
         work = native_module().nearest_search_filtered(
@@ -128,20 +131,20 @@ class FilteredRows:
             allowance,
             squared.ctypes.data,
             indices.ctypes.data,
-            torch.get_num_threads(),
+            core_threads(),
         )
         return squared, indices, work
 
 
-def build(rows: torch.Tensor, components: int | None = None, progress: Progress = silent) -> FilteredRows:
-    """The code of training rows [N, d]; float rows must be finite."""
+def build(rows: Any, components: int | None = None, progress: Progress = silent) -> FilteredRows:
+    """The code of training rows [N, d], an array of bytes or a tensor; float rows must be finite."""
     n, d = rows.shape
     wanted = min(COMPONENTS if components is None else components, d)
     levels = min(LARGEST_LEVELS, -(-wanted // LEVEL_COORDINATES))
     steps = min(COARSE_STEPS, max(2, levels * LEVEL_COORDINATES // 4), -(-(d + 1) // 2))
     basis: ByteBasis | FloatBasis
-    if rows.dtype == torch.uint8:
-        basis = byte_basis(rows, levels * LEVEL_COORDINATES)
+    if dtype_name(rows) == "uint8":
+        basis = byte_basis(rows if isinstance(rows, np.ndarray) else rows.numpy(), levels * LEVEL_COORDINATES)
         largest = basis.largest_norm
     else:
         basis = float_basis(rows, levels * LEVEL_COORDINATES)
@@ -186,10 +189,15 @@ def _block(d: int) -> int:
 
 
 def _encode(
-    rows: torch.Tensor, basis: ByteBasis | FloatBasis, scale: float, steps: int, levels: int, queries: bool
+    rows: Any,
+    basis: ByteBasis | FloatBasis,
+    scale: float,
+    steps: int,
+    levels: int,
+    queries: bool,
 ) -> Any:
     code = Code.empty(len(rows), steps, levels)
-    core, threads = native_module(), torch.get_num_threads()
+    core, threads = native_module(), core_threads()
     if isinstance(basis, ByteBasis):
         native = core.NearestBasis(
             steps=steps,
@@ -216,23 +224,24 @@ def _clusters(coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     n = len(coarse)
     count = int(np.clip(np.sqrt(n), 1, 4096))
-    sample = torch.from_numpy(coarse[np.linspace(0, n - 1, min(n, CLUSTER_SAMPLE)).astype(np.int64)]).float()
-    centers = sample[torch.linspace(0, len(sample) - 1, count).long()].clone()
+    sample = coarse[np.linspace(0, n - 1, min(n, CLUSTER_SAMPLE)).astype(np.int64)].astype(np.float32)
+    centers = sample[np.linspace(0, len(sample) - 1, count).astype(np.int64)]
     for _ in range(CLUSTER_ITERATIONS):
         nearest = _nearest_center(sample, centers)
-        size = torch.bincount(nearest, minlength=count)
-        total = torch.zeros_like(centers).index_add_(0, nearest, sample)
-        centers = torch.where(size[:, None] > 0, total / size.clamp(min=1)[:, None], centers)
-    centers = centers.round_()
-    assigned = torch.cat([_nearest_center(block.float(), centers) for block in torch.from_numpy(coarse).split(16384)])
-    order = assigned.argsort(stable=True)
+        size = np.bincount(nearest, minlength=count)
+        total = np.stack([np.bincount(nearest, column, count) for column in sample.T], axis=1)
+        centers = np.where(size[:, None] > 0, total / np.maximum(size, 1)[:, None], centers).astype(np.float32)
+    centers = np.round(centers)
+    assigned = np.concatenate(
+        [_nearest_center(coarse[start : start + 16384].astype(np.float32), centers) for start in range(0, n, 16384)]
+    )
     starts = np.zeros(count + 1, np.int64)
-    starts[1:] = torch.bincount(assigned, minlength=count).cumsum(0).numpy()
-    return order.numpy(), starts, centers.short().numpy()
+    starts[1:] = np.bincount(assigned, minlength=count).cumsum()
+    return assigned.argsort(kind="stable"), starts, centers.astype(np.int16)
 
 
-def _nearest_center(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(centers.square().sum(dim=1), points, centers.T, alpha=-2).argmin(dim=1)
+def _nearest_center(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    return (points @ (-2 * centers.T) + np.square(centers).sum(axis=1)).argmin(axis=1)
 
 
 def _panels(values: np.ndarray) -> np.ndarray:
@@ -240,18 +249,21 @@ def _panels(values: np.ndarray) -> np.ndarray:
     n, width = values.shape
     padded = np.zeros((-(-n // PANEL) * PANEL, width), np.int16)
     padded[:n] = values
-    panels = _empty((len(padded) // PANEL, width // 2, PANEL, 2), torch.int16)
+    panels = on_cache_lines((len(padded) // PANEL, width // 2, PANEL, 2), np.int16)
     panels[:] = padded.reshape(-1, PANEL, width // 2, 2).transpose(0, 2, 1, 3)
     return panels
 
 
 def _padded(values: np.ndarray) -> np.ndarray:
-    padded = _empty((-(-len(values) // PANEL) * PANEL,), torch.int32)
+    padded = on_cache_lines((-(-len(values) // PANEL) * PANEL,), np.int32)
     padded[len(values) :] = 0
     padded[: len(values)] = values
     return padded
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-    """An array that starts on a cache line (torch aligns to 64 bytes, numpy to 16), which the kernels are faster on."""
-    return torch.empty(shape, dtype=dtype).numpy()
+def on_cache_lines(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that starts on a cache line, which the kernels are faster on; its values are not set."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    held = np.empty(size + CACHE_LINE, np.uint8)
+    start = -held.ctypes.data % CACHE_LINE
+    return held[start : start + size].view(dtype).reshape(shape)

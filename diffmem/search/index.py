@@ -10,23 +10,23 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.data import ImageSet
-from diffmem.devices import pick_device
+from diffmem.devices import is_cpu, pick_device
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.logs import logger
-from diffmem.ops.nearest import nearest, nearest_native
+from diffmem.ops.nearest import dtype_name, search_dense
 from diffmem.ops.registry import Backend, Op, native_unavailable, register
 from diffmem.progress import Progress, silent
 from diffmem.search import filtered, stored
 from diffmem.search.faiss_index import FaissIndex, FaissStats
 from diffmem.search.filtered import FilteredRows
-from diffmem.search.gpu import GpuRows
 from diffmem.search.neighbors import Neighbors
-from diffmem.search.rows import Images, as_rows, check_finite, fingerprint, same_images
+from diffmem.search.rows import Images, as_rows, byte_rows, check_finite, fingerprint, same_images
 
 METHODS = ("auto", "filtered", "dense", "faiss", "torch", "reference")
 SMALL = 1024  # training sets below this are searched densely by "auto": a code would not pay for itself
@@ -97,8 +97,8 @@ class TrainingIndex:
     """
 
     method: str
-    rows: torch.Tensor
     filtered: filtered.FilteredRows | None
+    _rows: np.ndarray | torch.Tensor  # an array where the core alone searches it
     _faiss: FaissIndex | None
 
     def __init__(
@@ -112,8 +112,11 @@ class TrainingIndex:
         code_file: Path | None = None,
         progress: Progress = silent,
     ):
-        rows = as_rows(images, "training images")
-        if rows.numel() == 0:
+        rows: Any = None
+        if method in ("auto", "filtered", "dense") and native_unavailable("cpu") is None and is_cpu(device):
+            rows = byte_rows(images)
+        rows = as_rows(images, "training images") if rows is None else rows
+        if math.prod(rows.shape) == 0:
             raise InputError("the training set is empty")
         if components is not None and components < 1:
             raise InputError(f"components must be at least 1, got {components}")
@@ -126,7 +129,7 @@ class TrainingIndex:
         self.fingerprint  # noqa: B018  taken now: the caller's array may be written to later
         if self.method == "filtered" or (self.method == "auto" and len(rows) >= SMALL):
             if code_file is None or components is not None:
-                self.filtered = filtered.build(self.rows, components, progress)
+                self.filtered = filtered.build(self._rows, components, progress)
             else:
                 self.filtered = self._kept_code(code_file, progress)
 
@@ -134,40 +137,62 @@ class TrainingIndex:
         """The code in the file, or a new one, which is then kept there if that can be done."""
         if file.exists():
             try:
-                return stored.load_code(file, self.rows, self.fingerprint)
+                return stored.load_code(file, self._rows, self.fingerprint)
             except InputError as error:
                 _log.info("%s: it is made again", error)
-        code = filtered.build(self.rows, None, progress)
+        code = filtered.build(self._rows, None, progress)
         with suppress(InputError):
             stored.save_code(file, code, self.fingerprint)
         return code
 
-    def _prepare(self, rows: torch.Tensor, method: str, device: str) -> None:
+    @property
+    def rows(self) -> torch.Tensor:
+        """[N, d], the training images."""
+        return as_rows(self._rows) if isinstance(self._rows, np.ndarray) else self._rows
+
+    @property
+    def device(self) -> torch.device:
+        """Where the training images are searched."""
+        return torch.device("cpu") if self._device is None else self._device
+
+    @property
+    def device_name(self) -> str:
+        """The same as a string."""
+        return "cpu" if self._device is None else str(self._device)
+
+    def _prepare(self, rows: Any, method: str, device: str) -> None:
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        self.device = pick_device(device)
+        # Arrays are for the core alone, which needs no PyTorch.
+        self._device = None if isinstance(rows, np.ndarray) else pick_device(device)
         self._faiss = None
         # Rows whose values are not adjacent are copied: the core reads whole rows.
-        self.rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+        adjacent = isinstance(rows, np.ndarray) or rows.stride(1) == 1 or rows.shape[1] == 1
+        self._rows = rows if adjacent else rows.contiguous()
+        kind = "cpu" if self._device is None else self._device.type
         if method == "auto":
-            selected = OP.select(self.device.type, None, rows).name
+            selected = OP.select(kind, None, rows).name
             method = selected if selected != "filtered" else "auto"  # which goes over to "dense" where that is faster
-        elif method != "faiss" and (reason := OP[method].supports(self.device.type, rows)) is not None:
+        elif method != "faiss" and (reason := OP[method].supports(kind, rows)) is not None:
             raise InputError(f"method {method!r} cannot be used here: {reason}")
-        self.gpu = GpuRows(self.rows, self.device) if method == "gpu" else None
+        self.gpu = None
+        if method == "gpu":
+            from diffmem.search.gpu import GpuRows
+
+            self.gpu = GpuRows(self.rows, self.device)
         if method not in ("torch", "reference"):  # these look for themselves
-            check_finite(self.rows, "training images")
+            check_finite(self._rows, "training images")
         self.method = method
         self.stats: QueryStats | FaissStats = QueryStats(method, 0, len(rows))
         self._dense_seconds_per_pair: float | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the images that the index was made of, in their order."""
-        return fingerprint(self.rows) if self._faiss is None else self._faiss.fingerprint
+        return fingerprint(self._rows) if self._faiss is None else self._faiss.fingerprint
 
     def holds(self, images: Images) -> bool:
         """Whether the index was made of exactly these images [N, ...], in this order."""
@@ -176,7 +201,7 @@ class TrainingIndex:
     @property
     def dimension(self) -> int:
         """d, the number of values of one image."""
-        return self.rows.shape[1]
+        return self._rows.shape[1]
 
     def query(self, images: Images, k: int = 2, *, progress: Progress = silent) -> Neighbors:
         """The k nearest training images of each query image, exactly, ties to the lower index.
@@ -197,16 +222,20 @@ class TrainingIndex:
             assert self._faiss.stats is not None
             self.stats = self._faiss.stats
             return answer
-        queries = as_rows(images, "query images")
-        if queries.shape[1] != self.dimension or queries.dtype != self.rows.dtype:
+        queries: Any = byte_rows(images) if isinstance(self._rows, np.ndarray) else None
+        if queries is None:
+            queries = as_rows(images, "query images")
+        if queries.shape[1] != self.dimension or dtype_name(queries) != dtype_name(self._rows):
             raise InputError(
-                f"query images must be like the training images, {self.dimension} values of {self.rows.dtype}; "
-                f"got {queries.shape[1]} values of {queries.dtype}"
+                f"query images must be like the training images, {self.dimension} values of torch."
+                f"{dtype_name(self._rows)}; got {queries.shape[1]} values of torch.{dtype_name(queries)}"
             )
+        if isinstance(self._rows, np.ndarray) and not isinstance(queries, np.ndarray):
+            queries = byte_rows(queries.detach().cpu().numpy())
         if not (isinstance(k, Integral) and 1 <= k <= len(self)):
             raise InputError(f"k must be between 1 and the number of training images, {len(self)}; got {k}")
         search = _Search(self, k)
-        squared = np.empty((len(queries), k), np.int64 if queries.dtype == torch.uint8 else np.float64)
+        squared = np.empty((len(queries), k), np.int64 if dtype_name(queries) == "uint8" else np.float64)
         indices = np.empty((len(queries), k), np.int64)
         start = 0
         progress("searching nearest training images", 0, len(queries))
@@ -269,15 +298,16 @@ class _Search:
 
     def block(self) -> int:
         """Queries of the next block."""
-        n, d = self.index.rows.shape
+        n, d = self.index._rows.shape
         if self.index.gpu is not None:
             return self.index.gpu.query_block()
         if self.index.filtered is None:
             return int(np.clip(DENSE_PRODUCTS // (n * d), 256, QUERY_BLOCK))
         return int(np.clip(FILTERED_PAIRS // n, 256, QUERY_BLOCK))
 
-    def __call__(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        queries = queries.to(self.index.device)
+    def __call__(self, queries: Any) -> tuple[np.ndarray, np.ndarray]:
+        if not isinstance(queries, np.ndarray):
+            queries = queries.to(self.index.device)
         if self.index.gpu is not None:
             check_finite(queries, "query images")
             start = time.perf_counter()
@@ -287,7 +317,7 @@ class _Search:
             return answer
         if self.index.method in ("torch", "reference"):
             return self._op(queries, self.index.method)
-        if queries.stride(1) != 1:
+        if not isinstance(queries, np.ndarray) and queries.stride(1) != 1:
             queries = queries.contiguous()
         check_finite(queries, "query images")
         if self.index.filtered is None:
@@ -296,10 +326,10 @@ class _Search:
             certain = self._filtered(queries, NEVER)
             assert certain is not None  # it never gives up
             return certain
-        if len(queries) * self.index.rows.numel() <= SMALL_PROBLEM:
+        if len(queries) * math.prod(self.index._rows.shape) <= SMALL_PROBLEM:
             return self._dense(queries)
         if not self.trusted and len(queries) > 4 * PROBE:
-            probe = queries[torch.linspace(0, len(queries) - 1, PROBE).long()]
+            probe = queries[np.linspace(0, len(queries) - 1, PROBE).astype(np.int64)]
             before = self.filtered_queries
             self.trusted = self._filtered(probe, ALLOWANCE) is not None
             self.filtered_queries = before
@@ -337,17 +367,19 @@ class _Search:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def _op(self, queries: torch.Tensor, impl: str) -> tuple[np.ndarray, np.ndarray]:
+        from diffmem.ops.nearest import nearest
+
         start = time.perf_counter()
         squared, indices = nearest(queries, self.index.rows, self.k, impl=impl)
         answer = squared.cpu().numpy(), indices.cpu().numpy()
         self._count(impl, time.perf_counter() - start)
         return answer
 
-    def _filtered(self, queries: torch.Tensor, allowance: float) -> tuple[np.ndarray, np.ndarray] | None:
+    def _filtered(self, queries: Any, allowance: float) -> tuple[np.ndarray, np.ndarray] | None:
         """None where the bounds prune too little."""
         index = self.index.filtered
         assert index is not None
-        near = None if queries.dtype == torch.uint8 else index.within_reach(queries)
+        near = None if dtype_name(queries) == "uint8" else index.within_reach(queries)
         if near is not None and not bool(near.all()):
             # Farther out than the code reaches: no training image is near, and there are few such queries.
             inside, outside = self._filtered(queries[near], allowance), self._dense(queries[~near])
@@ -371,19 +403,19 @@ class _Search:
         self.filtered_queries += len(queries)
         return squared, indices
 
-    def _dense(self, queries: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _dense(self, queries: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         start = time.perf_counter()
-        squared, indices = nearest_native(queries, self.index.rows, self.k)
+        squared, indices = search_dense(queries, self.index._rows, self.k)
         self._count("dense", time.perf_counter() - start)
         self.dense_queries += len(queries)
-        return squared.numpy(), indices.numpy()
+        return squared, indices
 
-    def _dense_seconds_per_pair(self, queries: torch.Tensor) -> float:
+    def _dense_seconds_per_pair(self, queries: np.ndarray | torch.Tensor) -> float:
         """Measured once, on a part small beside the query."""
         if self.index._dense_seconds_per_pair is None:
-            rows, some = self.index.rows[:2048], queries[:96]
+            rows, some = self.index._rows[:2048], queries[:96]
             start = time.perf_counter()
-            nearest_native(some, rows, 1)
+            search_dense(some, rows, 1)
             self.index._dense_seconds_per_pair = (time.perf_counter() - start) / (len(rows) * len(some))
         return self.index._dense_seconds_per_pair
 
@@ -404,15 +436,16 @@ def _faiss_missing(device_type: str) -> str | None:
     return None
 
 
-def _takes(*dtypes: torch.dtype) -> Callable[[torch.Tensor], str | None]:
-    def unfit(rows: torch.Tensor) -> str | None:
-        return None if rows.dtype in dtypes else f"it does not take {rows.dtype} rows"
+def _takes(*dtypes: str) -> Callable[[np.ndarray | torch.Tensor], str | None]:
+    def unfit(rows: np.ndarray | torch.Tensor) -> str | None:
+        return None if dtype_name(rows) in dtypes else f"it does not take torch.{dtype_name(rows)} rows"
 
     return unfit
 
 
-def _off_the_cpu(rows: torch.Tensor) -> str | None:
-    return None if rows.device.type == "cpu" else f"the training images are on {rows.device}"
+def _off_the_cpu(rows: np.ndarray | torch.Tensor) -> str | None:
+    on_cpu = isinstance(rows, np.ndarray) or rows.device.type == "cpu"
+    return None if on_cpu else f"the training images are on {rows.device}"
 
 
 # What `method="auto"` selects, and `diffmem info` explains: the first that supports the device and the training rows.
@@ -425,7 +458,7 @@ OP = register(
                 "exact, by the fastest backend of gpu search",
                 TrainingIndex,
                 _on_gpu,
-                _takes(torch.uint8, torch.float32),
+                _takes("uint8", "float32"),
             ),
             Backend(
                 "filtered",
@@ -448,12 +481,12 @@ OP = register(
                 "approximate, FAISS proposes candidates, exact distances decide",
                 partial(TrainingIndex, method="faiss"),
                 _faiss_missing,
-                _takes(torch.uint8, torch.float32),
+                _takes("uint8", "float32"),
             ),
         ),
         cases={
-            "images": (torch.empty(0, 1, dtype=torch.uint8),),
-            "float32 vectors": (torch.empty(0, 1),),
+            "images": (np.empty((0, 1), np.uint8),),
+            "float32 vectors": (np.empty((0, 1), np.float32),),
         },
     )
 )

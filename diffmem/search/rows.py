@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
+from diffmem.lazy import torch
+from diffmem.ops.nearest import dtype_name
 
-Images = ImageSet | np.ndarray | torch.Tensor
+if TYPE_CHECKING:
+    Images = ImageSet | np.ndarray | torch.Tensor
+else:
+    Images = Any
 
 
 def as_rows(images: Images, what: str = "images") -> torch.Tensor:
@@ -35,11 +41,22 @@ def as_rows(images: Images, what: str = "images") -> torch.Tensor:
     return images.flatten(1)
 
 
-def fingerprint(rows: torch.Tensor) -> str:
+def byte_rows(images: Images) -> np.ndarray | None:
+    """Images of bytes in an array, or an ImageSet, as rows [N, d] whose values are adjacent; None for others. Sharing
+    memory with the input where its layout allows, and without PyTorch."""
+    array = images.images if isinstance(images, ImageSet) else images
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim < 2:
+        return None
+    rows = np.asarray(array).reshape(len(array), math.prod(array.shape[1:]))
+    return rows if rows.strides[1] == 1 and rows.strides[0] >= 0 else np.ascontiguousarray(rows)
+
+
+def fingerprint(rows: np.ndarray | torch.Tensor) -> str:
     """SHA-256 over shape, dtype and values: equal for equal rows, wherever they lie; `ImageSet.pixel_fingerprint`."""
-    digest = hashlib.sha256(repr((tuple(rows.shape), str(rows.dtype))).encode())
+    digest = hashlib.sha256(repr((tuple(rows.shape), f"torch.{dtype_name(rows)}")).encode())
     for start in range(0, len(rows), 4096):
-        digest.update(np.ascontiguousarray(rows[start : start + 4096].cpu().numpy()).data)
+        block = rows[start : start + 4096]
+        digest.update(np.ascontiguousarray(block if isinstance(block, np.ndarray) else block.cpu().numpy()).data)
     return digest.hexdigest()
 
 
@@ -51,9 +68,9 @@ def same_images(images: Images, rows: torch.Tensor, rows_fingerprint: str) -> bo
     return rows_fingerprint == (images.pixel_fingerprint if isinstance(images, ImageSet) else fingerprint(theirs))
 
 
-def check_finite(rows: torch.Tensor, what: str) -> None:
+def check_finite(rows: Any, what: str) -> None:
     """Raises InputError where float rows [N, d] hold values that are not finite, or too large to be squared."""
-    if rows.dtype == torch.uint8:
+    if dtype_name(rows) == "uint8":
         return
     for block in rows.split(max(1, (1 << 24) // rows.shape[1])):
         if not bool(torch.isfinite(block.double().square().sum())):

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from numbers import Integral
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.progress import Progress, silent
 from diffmem.search.index import TrainingIndex
 from diffmem.search.neighbors import Neighbors
@@ -41,9 +40,9 @@ class ShardedIndex:
         *,
         device: str = "auto",
         build: Callable[..., TrainingIndex] = TrainingIndex,
-        group: dist.ProcessGroup | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
     ):
-        if not dist.is_initialized():
+        if not torch.distributed.is_initialized():
             raise InputError(
                 "torch.distributed is not initialized: start with torchrun and call init_process_group first"
             )
@@ -51,7 +50,7 @@ class ShardedIndex:
         if len(rows) == 0:
             raise InputError("the training set is empty")
         self.group = group
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         self.total = len(rows)
         self.dtype = rows.dtype
         self.start, self.stop = (self.total * part // ranks for part in (rank, rank + 1))
@@ -91,8 +90,8 @@ class ShardedIndex:
 
     def _gather(self, values: np.ndarray) -> list[np.ndarray]:
         """Everybody's `values`, by rank."""
-        device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend(self.group) == "nccl" else "cpu"
+        device = f"cuda:{torch.cuda.current_device()}" if torch.distributed.get_backend(self.group) == "nccl" else "cpu"
         mine = torch.from_numpy(values).to(device)
-        everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(everybody, mine, group=self.group)
+        everybody = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(everybody, mine, group=self.group)
         return [part.cpu().numpy() for part in everybody]

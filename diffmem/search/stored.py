@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.atomic_io import atomic_file, atomic_replacement
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import load_arrays, save_arrays, sealed, unsealed
+from diffmem.lazy import torch
+from diffmem.ops.nearest import dtype_name
 from diffmem.ops.registry import native_module
 from diffmem.search.basis import ByteBasis, FloatBasis
 from diffmem.search.filtered import (
@@ -27,6 +28,7 @@ from diffmem.search.filtered import (
     PANEL,
     ROW,
     FilteredRows,
+    on_cache_lines,
 )
 from diffmem.search.rows import as_rows
 
@@ -78,7 +80,7 @@ def save_code(path: Path, code: FilteredRows, fingerprint: str) -> None:
         save_arrays(file, {"about": np.array(about), **arrays})
 
 
-def load_code(path: Path, rows: torch.Tensor, fingerprint: str) -> FilteredRows:
+def load_code(path: Path, rows: np.ndarray | torch.Tensor, fingerprint: str) -> FilteredRows:
     """The code that `save_code` wrote of these rows.
 
     Args:
@@ -100,7 +102,7 @@ def load_code(path: Path, rows: torch.Tensor, fingerprint: str) -> FilteredRows:
 
 def _on_cache_lines(values: np.ndarray) -> np.ndarray:
     """A copy that starts on a cache line, which the kernels are faster on."""
-    copy = torch.empty(values.shape, dtype=torch.from_numpy(values).dtype).numpy()
+    copy = on_cache_lines(values.shape, values.dtype)
     copy[...] = values
     return copy
 
@@ -147,7 +149,7 @@ def load(folder: Path) -> tuple[str, torch.Tensor, FilteredRows | None]:
         return description["method"], rows, _code_of(arrays, description, rows)
 
 
-def _code_of(arrays: dict[str, np.ndarray], numbers: dict[str, Any], rows: torch.Tensor) -> FilteredRows:
+def _code_of(arrays: dict[str, np.ndarray], numbers: dict[str, Any], rows: np.ndarray | torch.Tensor) -> FilteredRows:
     """The code of rows from what `_parts` made of it; raises ValueError where it is not one of them."""
     scale, (count, dimension) = float.fromhex(numbers["scale"]), rows.shape
     fields = {name.removeprefix("basis_"): a for name, a in arrays.items() if name.startswith("basis_")}
@@ -163,13 +165,13 @@ def _code_of(arrays: dict[str, np.ndarray], numbers: dict[str, Any], rows: torch
             raise ValueError("a basis whose products overflow")
         norm = float.fromhex(numbers["basis_norm"])
         basis: ByteBasis | FloatBasis = ByteBasis(norm=norm, **fields)
-        if rows.dtype != torch.uint8 or not (math.isfinite(norm) and norm >= 0):
+        if dtype_name(rows) != "uint8" or not (math.isfinite(norm) and norm >= 0):
             raise ValueError("a basis for other images")
     else:
         check_array(fields["a"], "basis_a", (coordinates, dimension), np.float64)
         check_array(fields["mean"], "basis_mean", (dimension,), np.float64)
         basis = FloatBasis(**{name: np.array(values) for name, values in fields.items()})
-        if rows.dtype == torch.uint8 or not all(np.isfinite(values).all() for values in vars(basis).values()):
+        if dtype_name(rows) == "uint8" or not all(np.isfinite(values).all() for values in vars(basis).values()):
             raise ValueError("a basis for other images")
     found = FilteredRows(rows, basis, scale, **code)
     _check_sample(found, steps)
@@ -217,7 +219,8 @@ def _check_sample(index: FilteredRows, steps: int) -> None:
     if native_module() is None:
         return  # without the core the code is not used either
     places = np.unique(np.linspace(0, len(index.order) - 1, SAMPLE).astype(np.int64))
-    again = index.encode_rows(index.rows[torch.from_numpy(index.order[places])].contiguous())
+    rows = index.rows[index.order[places]]  # a copy
+    again = index.encode_rows(rows)
     coarse = index.panels[places // PANEL, :, places % PANEL].reshape(len(places), 2 * steps)
     for stored, made in ((coarse, again.coarse), (index.fine[:, places], again.fine)):
         # Projections of floats round as the machine does.

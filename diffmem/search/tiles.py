@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
+from diffmem.lazy import torch
 from diffmem.ops.nearest import exact_squared_distances, native_rows
 from diffmem.ops.registry import native_module
 from diffmem.progress import Progress, silent

@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.atomic_io import atomic_folder, atomic_replacement
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import sealed, unsealed
+from diffmem.lazy import torch
 from diffmem.ops.registry import native_module
-from diffmem.precision import float32_products
 from diffmem.progress import Progress, silent
 from diffmem.search.basis import principal_components
 from diffmem.search.vector_shards import VectorShards
@@ -92,6 +91,8 @@ class Rotation:
 
     def rotate(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 [n, d] of float32 rows; a row that is not finite then, or too long, is far beyond `LARGEST`."""
+        from diffmem.precision import float32_products
+
         scaled = rows - self.mean
         scaled *= self.unit
         with float32_products("ieee"):

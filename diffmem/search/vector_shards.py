@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
+from diffmem.lazy import torch
 from diffmem.search.rows import Images
 
 BLOCK_VALUES = 1 << 22  # values read at a time: 16 MiB as float32

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.ops.nearest.blocked import exact_squared_distances, nearest_of_blocks
 from diffmem.ops.registry import native_module, native_unavailable
 from diffmem.progress import Progress, silent

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import run
 from processes import finished, start_command
 
 import diffmem
 from diffmem.data import ImageSet, write_edm_zip, write_folder
+from diffmem.ops.registry import native_module
 
 
 @pytest.fixture(scope="module")
@@ -292,15 +294,16 @@ def test_faiss_from_the_command_line(monkeypatch):
 
 
 def test_nothing_slow_is_imported_for_a_page(tmp_path):
-    """Each of these takes a second of every audit."""
+    """Each of these takes a second of every audit; PyTorch where the compiled core does all alone."""
     script = f"""
 import sys
 from diffmem.cli import cli
-cli.main(["audit", "builtin:patches?n=20&seed=1", "builtin:patches?n=200", "--out", {str(tmp_path / "out")!r}],
+cli.main(["audit", "builtin:patches?n=20&seed=1", "builtin:patches?n=1200", "--out", {str(tmp_path / "out")!r}],
          standalone_mode=False)
-print([name for name in ("matplotlib.figure", "sympy", "torch._dynamo", "triton") if name in sys.modules])
+print([name for name in ("matplotlib.figure", "sympy", "torch", "triton") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    needed = native_module() is None or torch.cuda.is_available()
+    assert done.stdout.splitlines()[-1] in (["['torch']"] if needed else ["[]"])
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()

@@ -6,10 +6,9 @@ import torch
 
 import diffmem
 from diffmem.errors import InputError
-from diffmem.features.aligned import AlignedMatcher, align_pairs, reference
+from diffmem.features.aligned import AlignedMatcher, align_pairs, byte_images, reference, second_look_tensors
 from diffmem.features.aligned.candidates import nearest_once
 from diffmem.features.aligned.geometry import Geometry
-from diffmem.features.aligned.second_look import _pooled
 from diffmem.ops.alignment import native
 
 
@@ -255,7 +254,39 @@ def test_pooling_is_pytorchs(kind, size, factor):
     images = (np.random.default_rng(4).random((5, 3, size, size)) * 255).astype(kind)
     rows = np.array([4, 0, 0, 2])
     wanted = torch.nn.functional.avg_pool2d(torch.from_numpy(images).float()[rows], factor)
-    assert torch.equal(_pooled(images, rows, Geometry(size, size), factor), wanted)
+    assert torch.equal(second_look_tensors._pooled(images, rows, Geometry(size, size), factor), wanted)
     mirrored = images[..., ::-1]  # not contiguous
     wanted = torch.nn.functional.avg_pool2d(torch.from_numpy(mirrored.copy()).float()[rows], factor)
-    assert torch.equal(_pooled(mirrored, rows, Geometry(size, size), factor), wanted)
+    assert torch.equal(second_look_tensors._pooled(mirrored, rows, Geometry(size, size), factor), wanted)
+
+
+@pytest.mark.skipif(native.unavailable("cpu") is not None, reason=f"no compiled alignment: {native.unavailable('cpu')}")
+@pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (1, (28, 28)), (2, (13, 20)), (1, (4, 9))])
+def test_small_images_of_bytes_are_aligned_as_tensors_are(channels, size):
+    height, width = size
+    training = np.ascontiguousarray(blobs(40, channels)[:, :, :height, :width])
+    gray = np.full((1, channels, height, width), 90, np.uint8)
+    images = np.concatenate([training[:12, :, :, ::-1] // 2, moved(training[:9], 1, 0), training[:1], gray])
+    candidates = np.random.default_rng(1).integers(0, 40, (len(images), 8))
+    candidates[:, 0] = [*range(12), *range(9), 0, 0]
+    geometry = Geometry(height, width)
+    assert byte_images.fit(images, geometry)
+    assert not byte_images.fit(images.astype(np.float32), geometry)
+    assert not byte_images.fit(images[..., ::-1], geometry)
+    arguments = images, training, candidates, geometry
+    results = [(byte_images.aligned(*arguments, 7), second_look_tensors.aligned(*arguments, 7))]
+    if size == (32, 32):
+        results.append((byte_images.coarse(*arguments, 2, 7), second_look_tensors.coarse(*arguments, 2, 7)))
+    for ours, theirs in results:
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12)
+        np.testing.assert_array_equal(ours[1], theirs[1])
+        np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-12)
+    beside = training[candidates[:, 0]]
+    ours, theirs = align_pairs(images, beside), align_pairs(torch.from_numpy(images), torch.from_numpy(beside))
+    for name, tolerance in {"residuals": 0, "mirrored": 0, "maps": 0, "scale": 1e-6, "shift": 0, "gain": 1e-4}.items():
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(ours.offset, theirs.offset, atol=1e-2)
+    apart = np.abs(ours.aligned_training.astype(int) - theirs.aligned_training)
+    assert apart.max() <= 1  # sums are rounded in another order
+    assert (apart > 0).mean() < 1e-3
+    assert np.abs(ours.difference.astype(int) - theirs.difference).max() <= 1

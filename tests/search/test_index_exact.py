@@ -245,6 +245,24 @@ def test_bad_arguments_are_one_clear_line():
 
 
 @needs_core
+@pytest.mark.parametrize("method", ["filtered", "dense"])
+def test_arrays_and_tensors_are_searched_alike(method):
+    images = hostile(np.random.default_rng(3), "low rank", 300, 75)
+    tensors = torch.from_numpy(images)
+    array, tensor = (TrainingIndex(each[50:], method=method) for each in (images, tensors))
+    found = [index.query(each[:50], 5) for index in (array, tensor) for each in (images, tensors)]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.indices, found[0].indices)
+        np.testing.assert_array_equal(other.squared_distances, found[0].squared_distances)
+    assert array.fingerprint == tensor.fingerprint
+    assert torch.equal(array.rows, tensor.rows)
+    assert array.device == tensor.device == torch.device(array.device_name)
+    assert array.holds(tensors[50:])
+    assert array.holds(images[50:])
+    assert not tensor.holds(images[:250])
+
+
+@needs_core
 def test_codes_keep_their_promises():
     """The proof's premises: no overflow in int32, a norm of at most 1, a bound below the distance."""
     rng = np.random.default_rng(0)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 
 from diffmem.errors import InputError
-from diffmem.ops.alignment import native
+from diffmem.lazy import torch
+
+if TYPE_CHECKING:
+    from diffmem.ops.alignment import native
 
 WORKING_SIZE = 32
 LEAST_SIZE = 4
@@ -62,10 +65,12 @@ class Geometry:
         images = images.float()
         if tuple(images.shape[2:]) == self.working:
             return images
-        return F.interpolate(images, size=self.working, mode="bilinear", antialias=True, align_corners=False)
+        return torch.nn.functional.interpolate(
+            images, size=self.working, mode="bilinear", antialias=True, align_corners=False
+        )
 
-    def templates(self, images: torch.Tensor) -> torch.Tensor:
-        """The central windows of images [..., h, w] at the working size."""
+    def templates(self, images: Any) -> Any:
+        """The central windows of images [..., h, w] at the working size, of an array or a tensor."""
         (top, left), (height, width) = self.margin, self.working
         return images[..., top : height - top, left : width - left]
 
@@ -85,6 +90,8 @@ class Geometry:
 
         Variant m·len(SCALES) + s is mirrored where m = 1. Beyond the border the nearest pixel continues.
         """
+        from diffmem.ops.alignment import native
+
         n, channels, height, width = images.shape
         if images.dtype == torch.float32 and native.unavailable(images.device.type) is None:
             return native.variants(images, _lines(height), _lines(width))
@@ -101,7 +108,7 @@ class Geometry:
 
 def resampling(size: int, scale: float) -> torch.Tensor:
     """The matrix [size, size] that enlarges a line of pixels by `scale` about its center, by linear interpolation."""
-    below, weight = _interpolated(size, scale)
+    below, weight = map(torch.from_numpy, interpolated(size, scale))
     matrix = torch.zeros(size, size, dtype=torch.float64)
     rows = torch.arange(size)
     matrix[rows, below] += 1 - weight
@@ -109,18 +116,21 @@ def resampling(size: int, scale: float) -> torch.Tensor:
     return matrix
 
 
-def _interpolated(size: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def interpolated(size: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """For each pixel of the enlarged line the pixel of the line at or below it, and the weight of the next one."""
     center = (size - 1) / 2
-    at = ((torch.arange(size, dtype=torch.float64) - center) / scale + center).clamp(0, size - 1)
-    below = at.floor().long().clamp(max=max(0, size - 2))
+    at = np.clip((np.arange(size, dtype=np.float64) - center) / scale + center, 0, size - 1)
+    below = np.minimum(np.floor(at).astype(np.int64), max(0, size - 2))
     return below, at - below
 
 
 @lru_cache(maxsize=64)
 def _lines(size: int) -> native.Lines:
     """`resampling` by all `SCALES`, as the compiled core takes it."""
-    below, weight = (torch.stack(each) for each in zip(*(_interpolated(size, scale) for scale in SCALES), strict=True))
+    from diffmem.ops.alignment import native
+
+    pairs = zip(*(interpolated(size, scale) for scale in SCALES), strict=True)
+    below, weight = (torch.from_numpy(np.stack(each)) for each in pairs)
     return native.Lines(below.int(), (1 - weight).float(), weight.float())
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from diffmem.errors import InputError
-from diffmem.features.aligned.geometry import WORKING_SIZE, Geometry, starts
-from diffmem.ops.affine_alignment import affine_alignment
-from diffmem.ops.alignment import alignment
+from diffmem.features.aligned import byte_images
+from diffmem.features.aligned.geometry import LEAST_SIZE, WORKING_SIZE, Geometry, starts
+from diffmem.lazy import torch
 from diffmem.search.rows import check_finite
 
 BLOCK = 64
@@ -63,6 +62,8 @@ def align_pairs(generated: np.ndarray | torch.Tensor, training: np.ndarray | tor
     Raises:
         InputError: Shapes differ, images are smaller than 4 pixels, or values are not finite.
     """
+    if (found := _of_bytes(generated, training)) is not None:
+        return found
     generated, training = (as_tensor(each) for each in (generated, training))
     if generated.ndim != 4 or generated.shape != training.shape:
         raise InputError(
@@ -80,6 +81,16 @@ def align_pairs(generated: np.ndarray | torch.Tensor, training: np.ndarray | tor
     return Alignments(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
+def _of_bytes(generated: Any, training: Any) -> Alignments | None:
+    """The answer where it can be had without PyTorch."""
+    if np.ndim(generated) != 4 or np.shape(generated) != np.shape(training) or min(generated.shape[2:]) < LEAST_SIZE:
+        return None
+    geometry = Geometry(*generated.shape[2:])
+    if not (byte_images.fit(generated, geometry) and byte_images.fit(training, geometry)):
+        return None
+    return Alignments(*byte_images.pairs(generated, training, geometry, ITERATIONS))
+
+
 def as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(images, torch.Tensor):
         return images.cpu()
@@ -90,6 +101,9 @@ def as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def _align(generated: torch.Tensor, training: torch.Tensor, geometry: Geometry) -> tuple[np.ndarray, ...]:
+    from diffmem.ops.affine_alignment import affine_alignment
+    from diffmem.ops.alignment import alignment
+
     small, goal = geometry.reduce(generated), geometry.reduce(training)
     templates = geometry.templates(goal)
     _, position = alignment(geometry.variants(small), templates[:, None])
@@ -144,7 +158,9 @@ def bring(images: torch.Tensor, mirrored: torch.Tensor, maps: torch.Tensor) -> t
     points = torch.stack([sign * x, y.expand(len(images), height, width)], dim=-1) - maps[:, None, None, :, 2]
     grid = torch.einsum("nij,nhwj->nhwi", back, points) * torch.tensor([2 / width, 2 / height])
     covered = (grid.abs() <= 1).all(dim=-1)[:, None]
-    return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False), covered
+    return torch.nn.functional.grid_sample(
+        images, grid, mode="bicubic", padding_mode="border", align_corners=False
+    ), covered
 
 
 def fit_colors(images: torch.Tensor, wanted: torch.Tensor, covered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from diffmem.features.aligned.geometry import SCALES, Geometry, resampling
-from diffmem.features.aligned.second_stage import ITERATIONS, LEAST_SHARE, REFINED
+from diffmem.features.aligned.scoring import ITERATIONS, LEAST_SHARE, REFINED
 from diffmem.ops.affine_alignment import affine_alignment
-from diffmem.ops.affine_alignment.arguments import SCALING
 from diffmem.ops.alignment import alignment
 from diffmem.ops.alignment.reference import normalized
+from diffmem.ops.core_arrays import SCALING
 
 
 def candidates(

@@ -6,13 +6,10 @@ import numpy as np
 import torch
 
 from diffmem.features.aligned.geometry import Geometry, starts
+from diffmem.features.aligned.scoring import ITERATIONS, REFINED, against
 from diffmem.ops.affine_alignment import affine_alignment
-from diffmem.ops.affine_alignment.arguments import SCALING
 from diffmem.ops.alignment import alignment
-
-REFINED = 4  # candidates of each image for which an affine map is sought
-ITERATIONS = 6
-LEAST_SHARE = 0.7  # of the last candidates' residual: what the best one is held against at least
+from diffmem.ops.core_arrays import SCALING
 
 
 def align(
@@ -55,17 +52,3 @@ def align(
         mirrored[row, first].numpy(),
         maps[row, first].double().numpy(),
     )
-
-
-def against(correlations: np.ndarray, neighbors: int) -> np.ndarray:
-    """What the least residual is held against, of candidates' correlations [Q, k], largest first: float64 [Q].
-
-    √(1 − mean) of the next correlations after the first one, and at least `LEAST_SHARE` of that of the last ones:
-    where the training set holds an image several times, the next ones are that image too. 1, the residual of an image
-    that has nothing to do with it, where there are no others.
-    """
-    others = correlations[:, 1:]
-    if others.shape[1] == 0 or neighbors < 1:
-        return np.ones(len(correlations))
-    near, far = (np.sqrt(1 - each.mean(axis=1)) for each in (others[:, :neighbors], others[:, -neighbors:]))
-    return np.maximum(np.maximum(near, LEAST_SHARE * far), np.finfo(np.float32).eps)

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.progress import Progress, silent
 from diffmem.search import Neighbors, TrainingIndex
 from diffmem.search.cosines import largest_cosines

@@ -24,9 +24,9 @@ FID, and one that copies everything a low one, and M decides between them only b
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.memorization.criteria.comparison import BLOCK_VALUES, Comparison, Points
 from diffmem.memorization.criteria.criterion import Criterion, Measured, Value, Variant
 

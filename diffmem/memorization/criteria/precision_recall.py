@@ -21,9 +21,9 @@ one, and more density: a high value of these beside a sign of copying means copy
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.memorization.criteria.comparison import Comparison, Points, Searches
 from diffmem.memorization.criteria.criterion import Criterion, Measured, Value
 from diffmem.memorization.statistics import wilson_interval

@@ -22,9 +22,9 @@ The measure was made against false alarms on images with one large background, a
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from diffmem.errors import InputError
+from diffmem.lazy import torch
 from diffmem.memorization.criteria.comparison import Comparison
 from diffmem.memorization.criteria.criterion import Criterion, Measured, Value, Variant
 from diffmem.search.bounds import LowerBounds

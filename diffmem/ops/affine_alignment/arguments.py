@@ -14,7 +14,7 @@ REAL = (torch.float32, torch.float64)
 MOST_ITERATIONS = 1000
 
 # csrc/affine_alignment/affine_alignment.h has the same.
-DEFORMATION, SCALING = 3.0, 0.5  # what the logarithm of a deformation, and of a scaling, costs
+DEFORMATION = 3.0  # what the logarithm of a deformation costs; of a scaling: SCALING
 DAMPING = 1e-2  # of the normal equations, relative to their diagonal
 LONGEST_SHIFT, LONGEST_STEP = 1.0, 0.1  # of one iteration: of b in pixels, of A
 FLAT = 1e-6  # Σ(x − mean)² is at most this share of Σx²: no variance

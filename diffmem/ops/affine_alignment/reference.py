@@ -12,8 +12,8 @@ from diffmem.ops.affine_alignment.arguments import (
     FLAT,
     LONGEST_SHIFT,
     LONGEST_STEP,
-    SCALING,
 )
+from diffmem.ops.core_arrays import SCALING
 
 
 def affine_alignment(

@@ -11,8 +11,8 @@ from diffmem.ops.affine_alignment.arguments import (
     FLAT,
     LONGEST_SHIFT,
     LONGEST_STEP,
-    SCALING,
 )
+from diffmem.ops.core_arrays import SCALING
 
 BLOCK_VALUES = 1 << 24  # values of the templates' derivatives held at a time
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from diffmem.ops import core_arrays
 from diffmem.ops.alignment.arguments import OP_NAME, check, check_kernel
 from diffmem.ops.cpu_ops import cpu_op
 from diffmem.ops.registry import available_core, native_kernel_unavailable, native_unavailable
@@ -103,12 +104,5 @@ def pool_bytes(images: np.ndarray, rows: np.ndarray, factor: int) -> torch.Tenso
     Returns:
         float32 [n, C, h // factor, w // factor].
     """
-    _, channels, height, width = images.shape
-    pooled = torch.empty(len(rows), channels, height // factor, width // factor)
-    rows = np.ascontiguousarray(rows, np.int64)
-    if len(rows):
-        available_core(OP_NAME, native_unavailable("cpu")).pool_bytes(
-            [len(rows), channels, height, width, factor], len(images), images.ctypes.data, rows.ctypes.data,
-            pooled.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-    return pooled
+    available_core(OP_NAME, native_unavailable("cpu"))
+    return torch.from_numpy(core_arrays.pool_bytes(images, rows, factor))

@@ -30,10 +30,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
-
 from diffmem.errors import InputError
-from diffmem.precision import float32_products
+from diffmem.lazy import torch
 
 QUERY_BLOCK = 2048
 TRAINING_BLOCK = 4096
@@ -117,6 +115,8 @@ class _Products:
 
     def scores(self, training: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
         """a for each pair of the block, [q, n]; keeps what `margin` needs. norms: of float rows, squared, if known."""
+        from diffmem.precision import float32_products
+
         y = self._centered(training)
         norms = self._squared_norms(y) if norms is None else norms
         self.largest_norm = norms.max().sqrt()

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
-from diffmem.ops.registry import native_module, native_unavailable
+from diffmem.lazy import torch
+from diffmem.ops.registry import core_threads, native_module, native_unavailable
 
 LARGEST_K = 64
 
 
-def native_rows(rows: torch.Tensor):
-    """The compiled core's view of CPU rows [n, d] whose values are adjacent."""
+def dtype_name(rows: np.ndarray | torch.Tensor) -> str:
+    """ "uint8", "float32", …, of an array or a tensor."""
+    return str(rows.dtype).removeprefix("torch.")
+
+
+def native_rows(rows: np.ndarray | torch.Tensor):
+    """The compiled core's view of rows [n, d], an array or a tensor in the CPU's memory, whose values are adjacent."""
     core = native_module()
-    types = {
-        torch.uint8: core.NearestType.u8,
-        torch.float32: core.NearestType.f32,
-        torch.float64: core.NearestType.f64,
-    }
-    stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
-    return core.NearestRows(rows.data_ptr(), len(rows), stride, rows.shape[1], types[rows.dtype])
+    types = {"uint8": core.NearestType.u8, "float32": core.NearestType.f32, "float64": core.NearestType.f64}
+    if isinstance(rows, np.ndarray):
+        address, stride = rows.ctypes.data, rows.strides[0] // rows.itemsize
+    else:
+        address, stride = rows.data_ptr(), rows.stride(0)
+    stride = stride if len(rows) > 1 else rows.shape[1]
+    return core.NearestRows(address, len(rows), stride, rows.shape[1], types[dtype_name(rows)])
 
 
 def unavailable(device_type: str) -> str | None:
@@ -38,14 +44,22 @@ def unfit(queries: torch.Tensor, training: torch.Tensor, k: int) -> str | None:
 def nearest_native(queries: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared distances [Q, k] and indices [Q, k]; see `diffmem.ops.nearest.nearest`."""
     queries, training = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (queries, training))
-    squared = torch.empty(len(queries), k, dtype=torch.int64 if queries.dtype == torch.uint8 else torch.float64)
-    indices = torch.empty(len(queries), k, dtype=torch.int64)
+    squared, indices = search_dense(queries, training, k)
+    return torch.from_numpy(squared), torch.from_numpy(indices)
+
+
+def search_dense(
+    queries: np.ndarray | torch.Tensor, training: np.ndarray | torch.Tensor, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of rows whose values are adjacent, arrays or tensors, as arrays."""
+    squared = np.empty((len(queries), k), np.int64 if dtype_name(queries) == "uint8" else np.float64)
+    indices = np.empty((len(queries), k), np.int64)
     native_module().nearest_search_dense(
         native_rows(training),
         native_rows(queries),
         k,
-        squared.data_ptr(),
-        indices.data_ptr(),
-        torch.get_num_threads(),
+        squared.ctypes.data,
+        indices.ctypes.data,
+        core_threads(),
     )
     return squared, indices

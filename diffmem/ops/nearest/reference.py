@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from diffmem.lazy import torch
 
 
 def nearest_reference(queries: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
