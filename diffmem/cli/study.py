@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from diffmem.cli.execution import executing, executor_options, repetitions_option, tell_outcome, threads_option
-from diffmem.cli.options import CommandWithJson, Source, criterion_option, debug_option, json_option, moved_option
+from diffmem.cli.options import (
+    Color,
+    CommandWithJson,
+    Source,
+    criterion_option,
+    debug_option,
+    json_option,
+    moved_option,
+)
 from diffmem.cli.sampling_options import device_option, folder_option
 from diffmem.cli.training_options import Numbers
 
@@ -26,10 +34,13 @@ def _choice_options(command):
             click.argument("studies", nargs=-1, required=True),
             click.option(
                 "--scale",
-                type=click.Choice(["digits", "cifar10"]),
+                type=click.Choice(["digits", "digits-fast", "cifar16", "cifar10"]),
                 default="digits",
                 show_default=True,
-                help="digits: networks and training lengths for a laptop; cifar10: the paper's.",
+                help=(
+                    "digits: a small network, trained until R_mem has leveled off; digits-fast: the same, for 1000"
+                    " steps whatever N is; cifar16: CIFAR-10 at 16×16, for one core; cifar10: the paper's."
+                ),
             ),
             click.option(
                 "--data",
@@ -38,6 +49,7 @@ def _choice_options(command):
                 help="The training images: they replace the scale's own.",
             ),
             click.option("--other", type=Source(), help="The images that the study of intra-class diversity mixes in."),
+            click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
             click.option("--sizes", type=Numbers(), help="Training-set sizes instead of the study's."),
             repetitions_option("per cell."),
             moved_option("--seeds", "runs per cell are --repetitions, since --seeds are those of images"),
@@ -49,7 +61,7 @@ def _choice_options(command):
     return command
 
 
-def _chosen(studies, scale, source, other, sizes, repetitions, threads, criterion) -> list[Study]:
+def _chosen(studies, scale, source, other, color, sizes, repetitions, threads, criterion) -> list[Study]:
     """Studies by name or file."""
     from diffmem.studies import load_study
     from diffmem.studies.presets import NAMES, build
@@ -58,7 +70,7 @@ def _chosen(studies, scale, source, other, sizes, repetitions, threads, criterio
     found = []
     for name in NAMES if studies == ("all",) else studies:
         own = name.endswith((".json", ".py"))
-        study = load_study(name) if own else build(name, scale, source, other)
+        study = load_study(name) if own else build(name, scale, source, other, color)
         found.append(at_sizes(study, sizes, repetitions, threads, criterion))
     return found
 
@@ -82,23 +94,31 @@ def study_command() -> None:
 @json_option("the studies")
 @debug_option
 def list_command(as_json: bool) -> None:
-    """List the built-in studies with their number of runs at both scales."""
-    from diffmem.studies.presets import NAMES, SCALES, build
+    """List the built-in studies with their number of runs at each scale, and about what they cost."""
+    from diffmem.studies.presets import NAMES, SCALES, build, core_seconds
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "title": build(name).title,
-            "runs": {scale: len(build(name, scale).trials()) for scale in SCALES},
-        }
-        for name in NAMES
-    ]
+    rows: list[dict[str, Any]] = []
+    for name in NAMES:
+        studies = {scale: build(name, scale) for scale in SCALES}
+        rows.append(
+            {
+                "name": name,
+                "title": studies["digits"].title,
+                "runs": {scale: len(study.trials()) for scale, study in studies.items()},
+                "core_seconds": {scale: core_seconds(study, scale) for scale, study in studies.items()},
+            }
+        )
     if as_json:
         click.echo(json.dumps(rows))
         return
-    click.echo(f"{'study':16} {'digits':>7} {'cifar10':>8}   runs per scale")
+    click.echo(f"{'study':16}" + "".join(f"{scale:>16}" for scale in SCALES))
     for row in rows:
-        click.echo(f"{row['name']:16} {row['runs']['digits']:7} {row['runs']['cifar10']:8}   {row['title']}")
+        places = []
+        for scale in SCALES:
+            runs, seconds = row["runs"][scale], row["core_seconds"][scale]
+            places.append(f"{runs}" if seconds is None else f"{runs} ({seconds / 3600:.1f} h)")
+        click.echo(f"{row['name']:16}" + "".join(f"{place:>16}" for place in places) + f"   {row['title']}")
+    click.echo("Runs, and about how many hours of one core they take at most; cifar10 needs a GPU.")
 
 
 @study_command.command("show", cls=CommandWithJson)

@@ -1,40 +1,55 @@
-"""The paper's factors as studies, at two scales: `cifar10`, with the paper's settings, and `digits`, with built-in data
-and networks small enough for a laptop (Gu et al., arXiv 2310.02664).
+"""The paper's factors as studies, at four scales (Gu et al., arXiv 2310.02664): `cifar10`, with the paper's settings;
+`cifar16`, CIFAR-10 at 16×16 with a network that one core can train; and with built-in images of digits `digits` and
+`digits-fast`.
 
-At the digits scale every run sees the same number of images whatever N is: runs of the paper's length in epochs would
-be too short for a small N or too long for a large one. EMA weights follow with a decay of 0.99 per step there, for
-a run has a thousand steps only.
+At `cifar16` and `digits` lengths are in epochs, as the paper's are, and a run ends earlier once its R_mem has leveled
+off (`diffmem.studies.leveling`). At `digits-fast` every run sees the same number of images whatever N is, in a minute
+of one core: too few for R_mem to level off, so that it tells how fast a network memorizes rather than how much it can
+hold. At these scales EMA weights follow with a decay of 0.99 per step, for a run has some thousand steps only. Most
+factors are studied at one N, at which R_mem of the reference is neither near 0 nor near 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
-from diffmem.studies.study import EQUIVALENCE, Question, Study, Variant, changed
-from diffmem.studies.trial import Setting
+from diffmem.studies.study import EQUIVALENCE, TREND, Question, Study, Variant, changed
+from diffmem.studies.trial import OCCUPIED, Setting
 
-SCALES = ("digits", "cifar10")
 DIGITS_SOURCE, CIFAR10_SOURCE = "builtin:digits", "cifar10-train.zip"
 _DOG, _CAT = 5, 3  # CIFAR-10's class indices
 
+_SMALL_TRAINING = {
+    "batch": 64,
+    "lr": 3e-3,
+    "warmup_epochs": 20,
+    "weight_decay": 0.0,
+    "ema": {"rule": "target", "target": 0.99},
+}
 DIGITS = Setting(
     DatasetSpec(DIGITS_SOURCE, resolution=8),
-    length={"images": 64_000},
+    length={"epochs": 4000},
     network={"precond": "edm", "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "dropout": 0.0},
-    training={
-        "batch": 64,
-        "lr": 3e-3,
-        "warmup_epochs": 20,
-        "weight_decay": 0.0,
-        "ema": {"rule": "target", "target": 0.99},
-    },
-    snapshots=3,
+    training=_SMALL_TRAINING,
+    snapshots=7,
     samples=500,
     sampling={"solver": "unipc", "batch": 250},
+    level_off=1.0,
+)
+DIGITS_FAST = replace(DIGITS, length={"images": 64_000}, snapshots=3, level_off=None)
+CIFAR16 = Setting(
+    DatasetSpec(CIFAR10_SOURCE, resolution=16, color="gray"),
+    length={"epochs": 4000},
+    network={"precond": "edm", "model_channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1, "dropout": 0.0},
+    training=_SMALL_TRAINING,
+    snapshots=7,
+    samples=300,
+    sampling={"solver": "unipc", "batch": 100},
+    level_off=1.0,
 )
 CIFAR10 = Setting(
     DatasetSpec(CIFAR10_SOURCE, resolution=32),
@@ -45,29 +60,207 @@ CIFAR10 = Setting(
     samples=10_000,
     sampling={"solver": "heun", "batch": 512},
 )
-_BASES = {"digits": DIGITS, "cifar10": CIFAR10}
-_SIZES = {"digits": (20, 30, 40, 50, 70, 100), "cifar10": (1000, 2000, 3000, 4000, 5000)}
-_AROUND = {"digits": (30, 50), "cifar10": (1000, 2000)}  # where R_mem of the base is neither 0 nor 1
-_REPETITIONS = {"digits": 2, "cifar10": 1}
-_DIGITS_NOTE = (
-    "Digits scale: scikit-learn's digits, a small network, and runs of the same length in images for every N (the"
-    " paper: a fixed number of epochs); see each study's settings for its data."
+Resolutions = Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What the studies of a scale are made of.
+
+    Attributes:
+        base: The reference setting.
+        sizes: Of the study of N.
+        around: The N at which most factors are studied.
+        curves: Those of the studies of width and of labels.
+        few: Those of weight decay and EMA; skip connections are studied at the first of them.
+        repetitions: Runs per cell.
+        seconds: Of one core, per training image seen, for the reference; None where it needs a GPU.
+        resolutions: Sizes by resolution.
+        widths: Channels.
+        depths: Blocks per resolution.
+        embedding_depths: Blocks per resolution of the study of embeddings.
+        skips: Resolutions of the network's levels.
+        single_skips: Those of a resolution's skip connections that are also kept alone.
+        batches: Batch sizes.
+        weight_decays: From 0, with 1e-4 and 1e-1.
+        emas: Final decays, 0.99 and 0 among them.
+        shares: Of images from another set.
+        random_labels: Numbers of classes.
+        random_sizes: N of the study of random labels.
+        unique_sizes: N of that of unique labels.
+        kinds: The classes whose diversity is studied, by name.
+        other: The images mixed into them.
+        notes: What a reader should know.
+    """
+
+    base: Setting
+    sizes: tuple[int, ...]
+    around: tuple[int, ...]
+    curves: tuple[int, ...]
+    few: tuple[int, ...]
+    repetitions: int
+    seconds: float | None
+    resolutions: Resolutions
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    embedding_depths: tuple[int, ...]
+    skips: tuple[int, ...]
+    single_skips: tuple[int, ...]
+    batches: tuple[int, ...]
+    weight_decays: tuple[float, ...]
+    emas: tuple[float, ...]
+    shares: tuple[float, ...]
+    random_labels: tuple[int, ...]
+    random_sizes: tuple[int, ...]
+    unique_sizes: tuple[int, ...]
+    kinds: Mapping[str, int]
+    other: str
+    notes: tuple[str, ...] = ()
+
+
+_DIGITS = _Scale(
+    base=DIGITS,
+    sizes=(20, 30, 50, 70, 100),
+    around=(50,),
+    curves=(50,),
+    few=(50,),
+    repetitions=4,
+    seconds=0.0007,
+    resolutions=dict.fromkeys((8, 4), (30, 50, 100)),
+    widths=(8, 16, 32),
+    depths=(1, 2, 3),
+    embedding_depths=(1,),
+    skips=(8, 4),
+    single_skips=(),
+    batches=(32, 64, 128),
+    weight_decays=(0.0, 1e-4, 1e-1),
+    emas=(0.99, 0.9, 0.0),
+    shares=(0.0, 0.5, 1.0),
+    random_labels=(1, 10, 50),
+    random_sizes=(50,),
+    unique_sizes=(100,),
+    kinds={"ones": 1},
+    other="builtin:patches?n=2000",
+    notes=("Digits: scikit-learn's, and a small network; see each study's settings for its data.",),
 )
+_SCALES = {
+    "digits": _DIGITS,
+    "digits-fast": replace(
+        _DIGITS,
+        base=DIGITS_FAST,
+        sizes=(20, 30, 40, 50, 70, 100),
+        around=(30, 50),
+        curves=(30, 50),
+        few=(30,),
+        resolutions=dict.fromkeys((8, 4), (20, 30, 50, 100)),
+        embedding_depths=(1, 2),
+        batches=(16, 32, 64, 128),
+        weight_decays=(0.0, 1e-4, 1e-3, 1e-2, 1e-1),
+        emas=(0.999, 0.99, 0.9, 0.5, 0.0),
+        shares=(0.0, 0.2, 0.5, 0.8, 1.0),
+        random_labels=(1, 2, 10, 50),
+        unique_sizes=(50, 100),
+        notes=(*_DIGITS.notes, "All runs have the same length in images, whatever N is (the paper: in epochs)."),
+    ),
+    "cifar16": _Scale(
+        base=CIFAR16,
+        sizes=(20, 30, 50, 70, 100),
+        around=(50,),
+        curves=(50,),
+        few=(50,),
+        repetitions=3,
+        seconds=0.0025,
+        resolutions=dict.fromkeys((16, 8), (50,)),
+        widths=(8, 16, 24),
+        depths=(1, 2, 3),
+        embedding_depths=(1,),
+        skips=(16, 8, 4),
+        single_skips=(),
+        batches=(32, 64, 128),
+        weight_decays=(0.0, 1e-4, 1e-1),
+        emas=(0.99, 0.9, 0.0),
+        shares=(0.0, 0.5, 1.0),
+        random_labels=(1, 10, 50),
+        random_sizes=(50,),
+        unique_sizes=(100,),
+        kinds={"dogs": _DOG},
+        other="imagenet-32.zip",
+        notes=("CIFAR-10 at 16×16, unless said otherwise in gray levels, and a network of 0.3 million parameters.",),
+    ),
+    "cifar10": _Scale(
+        base=CIFAR10,
+        sizes=(1000, 2000, 3000, 4000, 5000),
+        around=(1000, 2000),
+        curves=(1000, 2000, 3000, 4000, 5000),
+        few=(1000, 2000),
+        repetitions=1,
+        seconds=None,
+        resolutions={
+            32: (500, 1000, 2000, 4000),
+            16: (1000, 2000, 4000, 8000, 16000),
+            8: (1000, 2000, 4000, 8000, 16000),
+        },
+        widths=(128, 192, 256, 320),
+        depths=(2, 4, 6, 8, 10, 12),
+        embedding_depths=(2, 4),
+        skips=(32, 16, 8),
+        single_skips=(0, 1, 2),
+        batches=tuple(range(128, 897, 128)),
+        weight_decays=(0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+        emas=(0.99929, 0.999, 0.99, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0),
+        shares=(0.0, 0.2, 0.5, 0.8, 1.0),
+        random_labels=(1, 2, 5, 10, 20, 50, 100, 500, 1000),
+        random_sizes=(1000, 2000, 5000),
+        unique_sizes=(50_000,),
+        kinds={"dogs": _DOG, "cats": _CAT},
+        other="imagenet-32.zip",
+    ),
+}
+SCALES = tuple(_SCALES)
 
 
-def build(name: str, scale: str = "digits", source: str | None = None, other: str | None = None) -> Study:
-    """The study of that name (see NAMES) at a scale. source: the images instead of the scale's own. other: those that
-    the study of intra-class diversity mixes in. Raises InputError for unknown names."""
+def build(
+    name: str, scale: str = "digits", source: str | None = None, other: str | None = None, color: str | None = None
+) -> Study:
+    """The study of that name at a scale.
+
+    Args:
+        name: One of NAMES.
+        scale: One of SCALES.
+        source: The images instead of the scale's own.
+        other: Those that the study of intra-class diversity mixes in, instead of the scale's own.
+        color: "gray" or "rgb", as for `diffmem.data.derive`, instead of the scale's own.
+
+    Raises:
+        InputError: For unknown names.
+    """
     if name not in _STUDIES:
         raise InputError(f"no study {name!r}: there are {', '.join(NAMES)}, or give a file of your own")
     if scale not in SCALES:
         raise InputError(f"scale {scale!r}: choose from {', '.join(SCALES)}")
-    base = _BASES[scale]
+    made = _SCALES[scale]
+    data = made.base.data
     if source is not None:
-        base = replace(base, data=replace(base.data, source=source))
-    study = _STUDIES[name](scale, base, other)
-    notes = (_DIGITS_NOTE,) if scale == "digits" else ()
-    return replace(study, notes=notes + study.notes)
+        data = replace(data, source=source)
+    if color is not None:
+        data = replace(data, color=color)
+    made = replace(made, base=replace(made.base, data=data), other=made.other if other is None else other)
+    study = _STUDIES[name](made)
+    return replace(study, notes=made.notes + study.notes)
+
+
+def core_seconds(study: Study, scale: str) -> float | None:
+    """What a study costs on one core at most, about: its training images, at the cost of the scale's reference network.
+    None at a scale that needs a GPU. `diffmem study show --plan` measures it."""
+    seconds = _SCALES[scale].seconds
+    if seconds is None:
+        return None
+    return sum(seconds * _images(trial.setting, trial.size) for trial in study.trials())
+
+
+def _images(setting: Setting, size: int) -> float:
+    length = dict(setting.length)
+    return length["images"] if "images" in length else length.get("epochs", 20 * length.get("duration", 0)) * size
 
 
 def _variant(name: str, base: Setting, changes: dict[str, Any], x: float | None = None, sizes: Any = None) -> Variant:
@@ -76,39 +269,33 @@ def _variant(name: str, base: Setting, changes: dict[str, Any], x: float | None 
 
 def _study(
     name: str,
-    scale: str,
+    scale: _Scale,
     title: str,
     factor: str,
-    variants: Sequence[Variant],
+    variants: Iterable[Variant],
     sizes: Sequence[int] | None = None,
     **fields: Any,
 ) -> Study:
-    return Study(
-        name,
-        title,
-        factor,
-        tuple(variants),
-        tuple(_SIZES[scale] if sizes is None else sizes),
-        _REPETITIONS[scale],
-        **fields,
-    )
+    variants, sizes = tuple(variants), tuple(scale.around if sizes is None else sizes)
+    if len({size for variant in variants for size in variant.sizes or sizes}) == 1:
+        fields["axis"] = "factor"  # a single point is no curve
+    return Study(name, title, factor, variants, sizes, scale.repetitions, **fields)
 
 
-def _size(scale: str, base: Setting, other: str | None) -> Study:
-    variants = [_variant("reference", base, {})]
-    return _study("size", scale, "Memorization against the number of training images", "training images", variants)
+def _size(scale: _Scale) -> Study:
+    return _study(
+        "size", scale, "Memorization against the number of training images", "training images",
+        [_variant("reference", scale.base, {})], scale.sizes,
+        questions=(Question("R_mem falls with the number of training images", kind=TREND, over="size", falls=True),),
+    )  # fmt: skip
 
 
-def _resolution(scale: str, base: Setting, other: str | None) -> Study:
-    levels: dict[int, tuple[int, ...]]
-    if scale == "digits":
-        levels = dict.fromkeys((8, 4), (20, 30, 50, 100))
-    else:
-        levels = {32: (500, 1000, 2000, 4000), 16: (1000, 2000, 4000, 8000, 16000), 8: (1000, 2000, 4000, 8000, 16000)}
+def _resolution(scale: _Scale) -> Study:
     variants = [
-        _variant(f"{level}×{level}", base, {"data.resolution": level}, level, sizes) for level, sizes in levels.items()
+        _variant(f"{level}×{level}", scale.base, {"data.resolution": level}, level, sizes)
+        for level, sizes in scale.resolutions.items()
     ]
-    high, low = max(levels), min(levels)
+    high, low = max(scale.resolutions), min(scale.resolutions)
     return _study(
         "resolution", scale, "Resolution of the images", "resolution", variants,
         questions=(Question("a lower resolution raises R_mem", f"{low}×{low}", f"{high}×{high}"),),
@@ -117,77 +304,88 @@ def _resolution(scale: str, base: Setting, other: str | None) -> Study:
     )  # fmt: skip
 
 
-def _classes(scale: str, base: Setting, other: str | None) -> Study:
-    variants = [_variant(f"C = {count}", base, {"data.classes": count}, count) for count in (1, 2, 5, 10)]
-    return _study("classes", scale, "Number of classes", "classes", variants, log_axis=True)
-
-
-def _diversity(scale: str, base: Setting, other: str | None) -> Study:
-    shares = (0.0, 0.2, 0.5, 0.8, 1.0)
-    if scale == "digits":
-        # There is no second set of digits: photographs stand in for it, one of their two labels being the class.
-        kinds, source = {"ones": 1}, other or "builtin:patches?n=2000"
-        base = replace(base, data=replace(base.data, color="grey"))
-        notes = ("Images of the digit 1 are replaced by patches of a photograph, as there is no second set of digits.",)
-    else:
-        kinds, source = {"dogs": _DOG, "cats": _CAT}, other or "imagenet-32.zip"
-        notes = ("The other set must be labeled with CIFAR-10's class indices.",)
-    variants = [
-        _variant(f"{kind}, α = {share:g}", base, {"data.only_class": index, "data.mix": [source, share, index]}, share)
-        for kind, index in kinds.items()
-        for share in shares
-    ]
+def _classes(scale: _Scale) -> Study:
+    variants = [_variant(f"C = {count}", scale.base, {"data.classes": count}, count) for count in (1, 2, 5, 10)]
     return _study(
-        "diversity", scale, "Intra-class diversity: images of the class from another set", "share α", variants,
-        _AROUND[scale], axis="factor", notes=notes,
+        "classes", scale, "Number of classes", "classes", variants, scale.curves, axis="factor", log_axis=True,
+        questions=(Question("R_mem falls as there are more classes", kind=TREND, falls=True),),
     )  # fmt: skip
 
 
-def _width(scale: str, base: Setting, other: str | None) -> Study:
-    levels = (8, 16, 32) if scale == "digits" else (128, 192, 256, 320)
-    variants = [_variant(f"{level} channels", base, {"network.model_channels": level}, level) for level in levels]
+def _diversity(scale: _Scale) -> Study:
+    base, notes = scale.base, ("The other set must be labeled with CIFAR-10's class indices.",)
+    if "ones" in scale.kinds:
+        # There is no second set of digits: photographs stand in for it, one of their two labels being the class.
+        base = replace(base, data=replace(base.data, color="gray"))
+        notes = ("Images of the digit 1 are replaced by patches of a photograph, as there is no second set of digits.",)
+    variants = [
+        _variant(
+            f"{kind}, α = {share:g}", base, {"data.only_class": index, "data.mix": [scale.other, share, index]}, share
+        )
+        for kind, index in scale.kinds.items()
+        for share in scale.shares
+    ]
+    kind = next(iter(scale.kinds))
+    levels = tuple(f"{kind}, α = {share:g}" for share in scale.shares)
     return _study(
-        "width", scale, "Width of the network", "channels", variants, _AROUND[scale] if scale == "digits" else None,
+        "diversity", scale, "Intra-class diversity: images of the class from another set", "share α", variants,
+        axis="factor", notes=notes,
+        questions=(Question(f"R_mem of {kind} falls with the share α", kind=TREND, variants=levels, falls=True),),
+    )  # fmt: skip
+
+
+def _width(scale: _Scale) -> Study:
+    levels = scale.widths
+    variants = [_variant(f"{level} channels", scale.base, {"network.model_channels": level}, level) for level in levels]
+    return _study(
+        "width", scale, "Width of the network", "channels", variants, scale.curves,
         questions=(Question("a wider network memorizes more", f"{levels[-1]} channels", f"{levels[0]} channels"),),
     )  # fmt: skip
 
 
-def _depth(scale: str, base: Setting, other: str | None) -> Study:
-    levels = (1, 2, 3) if scale == "digits" else (2, 4, 6, 8, 10, 12)
-    variants = [_variant(f"{level} blocks", base, {"network.num_blocks": level}, level) for level in levels]
+def _depth(scale: _Scale) -> Study:
+    variants = [_variant(f"{level} blocks", scale.base, {"network.num_blocks": level}, level) for level in scale.depths]
     return _study(
-        "depth", scale, "Depth: residual blocks per resolution", "blocks", variants, _AROUND[scale], axis="factor",
-        notes=("The paper finds no monotone effect of depth.",),
+        "depth", scale, "Depth: residual blocks per resolution", "blocks", variants, axis="factor",
+        questions=(Question("R_mem rises with the number of blocks", kind=TREND),),
+        notes=("The paper finds no monotone effect of depth: it would say equivalent, or undecided.",),
     )  # fmt: skip
 
 
-def _embedding(scale: str, base: Setting, other: str | None) -> Study:
-    depths = (1, 2) if scale == "digits" else (2, 4)
+def _embedding(scale: _Scale) -> Study:
+    depths = scale.embedding_depths
     variants = [
-        _variant(f"{kind}, {blocks} blocks", base, {"network.embedding": kind, "network.num_blocks": blocks}, blocks)
+        _variant(f"{kind}, {blocks} blocks", scale.base, {"network.embedding": kind, "network.num_blocks": blocks})
         for kind in ("positional", "fourier")
         for blocks in depths
     ]
-    return _study("embedding", scale, "Embedding of the noise level", "embedding", variants, _AROUND[scale])
+    return _study(
+        "embedding", scale, "Embedding of the noise level", "embedding", variants, axis="factor",
+        questions=tuple(
+            Question(
+                f"the positional embedding memorizes more than the Fourier one, {blocks} blocks",
+                f"positional, {blocks} blocks", f"fourier, {blocks} blocks",
+            )
+            for blocks in depths
+        ),
+    )  # fmt: skip
 
 
-def _skips(scale: str, base: Setting, other: str | None) -> Study:
-    if scale == "digits":
-        kept = {"all": None, "8×8 only": ["8"], "4×4 only": ["4"], "none": []}
-        fine, coarse, sizes = "8×8 only", "4×4 only", (30,)
-    else:
-        kept = {"all": None, "none": []}
-        for resolution in (32, 16, 8):
-            kept[f"{resolution}² only"] = [str(resolution)]
-            kept |= {f"{resolution}.{index} only": [f"{resolution}.{index}"] for index in range(3)}
-        fine, coarse, sizes = "32² only", "8² only", (1000,)
+def _skips(scale: _Scale) -> Study:
+    levels = scale.skips
+    kept: dict[str, list[str] | None] = {"all": None, "none": []}
+    for level in levels:
+        kept[f"{level}×{level} only"] = [str(level)]
+        kept |= {f"{level}.{index} only": [f"{level}.{index}"] for index in scale.single_skips}
+    fine, coarse = f"{levels[0]}×{levels[0]} only", f"{levels[-1]}×{levels[-1]} only"
     variants = [
-        _variant(name, base, {} if names is None else {"network.skips": names}, position)
+        _variant(name, scale.base, {} if names is None else {"network.skips": names}, position)
         for position, (name, names) in enumerate(kept.items())
     ]
     text = "skip connections at high resolution matter more than those at low resolution"
     return _study(
-        "skips", scale, "Skip connections, by resolution", "skip connections kept", variants, sizes, axis="factor",
+        "skips", scale, "Skip connections, by resolution", "skip connections kept", variants, scale.few[:1],
+        axis="factor",
         questions=(
             Question(text, fine, coarse),
             Question("the skip connections at full resolution are nearly enough", "all", fine, kind=EQUIVALENCE),
@@ -196,31 +394,28 @@ def _skips(scale: str, base: Setting, other: str | None) -> Study:
     )  # fmt: skip
 
 
-def _batch(scale: str, base: Setting, other: str | None) -> Study:
-    reference = base.training["batch"]
-    levels = (16, 32, 64, 128) if scale == "digits" else tuple(range(128, 897, 128))
+def _batch(scale: _Scale) -> Study:
+    reference, lr = scale.base.training["batch"], scale.base.training["lr"]
     variants = [
         _variant(
-            f"batch {level}",
-            base,
-            {"training.batch": level, "training.lr": base.training["lr"] * level / reference},
-            level,
+            f"batch {level}", scale.base, {"training.batch": level, "training.lr": lr * level / reference}, level
         )
-        for level in levels
-    ]
+        for level in scale.batches
+    ]  # fmt: skip
     return _study(
-        "batch", scale, "Batch size, with the learning rate scaled accordingly", "batch", variants, _AROUND[scale],
-        axis="factor", log_axis=True,
+        "batch", scale, "Batch size, with the learning rate scaled accordingly", "batch", variants, axis="factor",
+        log_axis=True,
+        questions=(Question("R_mem rises with batch size and learning rate", kind=TREND),),
     )  # fmt: skip
 
 
-def _weight_decay(scale: str, base: Setting, other: str | None) -> Study:
-    levels = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1) if scale == "cifar10" else (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-    variants = [_variant(f"{level:g}", base, {"training.weight_decay": level}, level) for level in levels]
+def _weight_decay(scale: _Scale) -> Study:
+    variants = [
+        _variant(f"{level:g}", scale.base, {"training.weight_decay": level}, level) for level in scale.weight_decays
+    ]
     small, large = f"{1e-4:g}", f"{1e-1:g}"
     return _study(
-        "weight-decay", scale, "Weight decay", "weight decay", variants, (30,) if scale == "digits" else (1000, 2000),
-        axis="factor", log_axis=True,
+        "weight-decay", scale, "Weight decay", "weight decay", variants, scale.few, axis="factor", log_axis=True,
         questions=(
             Question("a large weight decay lowers R_mem", "0", large),
             Question("a small one does not", "0", small, kind=EQUIVALENCE),
@@ -228,23 +423,24 @@ def _weight_decay(scale: str, base: Setting, other: str | None) -> Study:
     )  # fmt: skip
 
 
-def _ema(scale: str, base: Setting, other: str | None) -> Study:
-    if scale == "digits":
-        levels, sizes = [0.999, 0.99, 0.9, 0.5, 0.0], [30]
-    else:
-        levels, sizes = [0.99929, 0.999, 0.99, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0], [1000, 2000]
+def _ema(scale: _Scale) -> Study:
     variants = [
-        _variant(f"{level:g}", base, {"training.ema": {"rule": "target", "target": level}}, level) for level in levels
+        _variant(f"{level:g}", scale.base, {"training.ema": {"rule": "target", "target": level}}, level)
+        for level in scale.emas
     ]
-    return _study("ema", scale, "EMA weights: final decay", "EMA decay", variants, sizes, axis="factor")
-
-
-def _conditioning(scale: str, base: Setting, other: str | None) -> Study:
-    labels = {"no labels": "none", "true labels": "true", "random labels, C = 10": "random:10"}
-    variants = [_variant(name, base, {"data.labels": value}) for name, value in labels.items()]
     return _study(
-        "conditioning", scale, "Conditioning on labels", "labels", variants,
-        _AROUND[scale] if scale == "digits" else None,
+        "ema", scale, "EMA weights: final decay", "EMA decay", variants, scale.few, axis="factor",
+        questions=(
+            Question("EMA weights and the last weights memorize alike", f"{0.99:g}", "0", kind=EQUIVALENCE),
+        ),
+    )  # fmt: skip
+
+
+def _conditioning(scale: _Scale) -> Study:
+    labels = {"no labels": "none", "true labels": "true", "random labels, C = 10": "random:10"}
+    return _study(
+        "conditioning", scale, "Conditioning on labels", "labels",
+        [_variant(name, scale.base, {"data.labels": value}) for name, value in labels.items()], scale.curves,
         questions=(
             Question("true labels raise R_mem", "true labels", "no labels"),
             Question("uninformative labels raise R_mem", "random labels, C = 10", "no labels"),
@@ -254,26 +450,36 @@ def _conditioning(scale: str, base: Setting, other: str | None) -> Study:
     )  # fmt: skip
 
 
-def _random_labels(scale: str, base: Setting, other: str | None) -> Study:
-    if scale == "digits":
-        levels, sizes = [1, 2, 10, 50], [50]
-    else:
-        levels, sizes = [1, 2, 5, 10, 20, 50, 100, 500, 1000], [1000, 2000, 5000]
-    variants = [_variant(f"C = {count}", base, {"data.labels": f"random:{count}"}, count) for count in levels]
+def _random_labels(scale: _Scale) -> Study:
+    variants = [
+        _variant(f"C = {count}", scale.base, {"data.labels": f"random:{count}"}, count) for count in scale.random_labels
+    ]
+    most = scale.random_labels[-1]
+    last, occupied = f"C = {most}", f"C = {most}, occupied"
+    # Where there are many more images than classes, hardly any class is without.
+    sparse = tuple(size for size in scale.random_sizes if size <= 2 * most)
+    changes = {"data.labels": f"random:{most}", "sampling.classes": OCCUPIED}
+    variants.append(_variant(occupied, scale.base, changes, most, sparse))
     return _study(
-        "random-labels", scale, "Random labels of C classes", "classes C", variants, sizes, axis="factor",
+        "random-labels", scale, "Random labels of C classes", "classes C", variants, scale.random_sizes, axis="factor",
         log_axis=True,
         questions=(
             Question("random labels of 10 classes raise R_mem", "C = 10", "C = 1"),
-            Question("random labels of more classes raise it further", f"C = {levels[-1]}", "C = 10"),
+            Question("random labels of more classes raise it further", last, "C = 10"),
+            Question("classes without images lower R_mem", occupied, last),
+            Question("more classes raise it further where only those with images are sampled", occupied, "C = 10"),
         ),
         published="random_labels",
+        notes=(
+            "Of C random classes a share of about exp(−N/C) has no image, and images are sampled from those too;"
+            " “occupied”: classes are drawn among those that have images, all other images are the same.",
+        ),
     )  # fmt: skip
 
 
-def _unique_labels(scale: str, base: Setting, other: str | None) -> Study:
-    sizes = (50, 100) if scale == "digits" else (50_000,)
-    if scale == "cifar10":
+def _unique_labels(scale: _Scale) -> Study:
+    base = scale.base
+    if base.length == CIFAR10.length:
         fields = {
             "network.precond": "edm", "network.num_blocks": 4, "length": {"duration": 600}, "training.lr": 1e-3,
             "snapshots": 20,
@@ -281,12 +487,12 @@ def _unique_labels(scale: str, base: Setting, other: str | None) -> Study:
         base = Setting.from_json(changed(base.to_json(), fields))
     variants = [_variant("no labels", base, {}), _variant("unique labels", base, {"data.labels": "unique"})]
     return _study(
-        "unique-labels", scale, "A label of its own for every image", "labels", variants, sizes,
+        "unique-labels", scale, "A label of its own for every image", "labels", variants, scale.unique_sizes,
         questions=(Question("unique labels raise R_mem", "unique labels", "no labels"),), published="unique_labels",
     )  # fmt: skip
 
 
-_STUDIES: dict[str, Callable[[str, Setting, str | None], Study]] = {
+_STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "size": _size,
     "resolution": _resolution,
     "classes": _classes,

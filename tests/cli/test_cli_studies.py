@@ -8,6 +8,7 @@ import pytest
 from studies.tiny import TINY
 
 from diffmem.cli import main
+from diffmem.studies.presets import SCALES
 
 TINY_RUN = [
     "--data", "builtin:digits", "--resize", "4", "--images", "48", "--num-channels", "4", "--channel-mult", "1",
@@ -114,7 +115,11 @@ def test_a_study_of_ones_own_from_run_to_report(run, own_study, tmp_path):
 def test_list_and_show(run, own_study):
     status, stdout, _ = run("study", "list", "--json")
     assert status == 0
-    names = [each["name"] for each in json.loads(stdout)]
+    listed = json.loads(stdout)
+    names = [each["name"] for each in listed]
+    assert all(set(each["runs"]) == set(each["core_seconds"]) == set(SCALES) for each in listed)
+    assert listed[0]["core_seconds"]["digits"] > 0
+    assert listed[0]["core_seconds"]["cifar10"] is None
     assert {"resolution", "classes", "diversity", "width", "depth", "embedding", "skips", "batch", "weight-decay"} <= {
         *names
     }
@@ -122,7 +127,7 @@ def test_list_and_show(run, own_study):
     assert status == 1  # a network that cannot be
     status, stdout, stderr = run("study", "show", "ema", "--plan", "1,3")
     assert status == 0, stderr
-    assert "10 distinct runs" in stdout
+    assert "12 distinct runs" in stdout
     assert "3 devices" in stdout
     status, stdout, _ = run("study", "show", "width", "--criterion", "m3", "--json")
     assert {each["setting"]["criterion"] for each in json.loads(stdout)["variants"]} == {"m3"}

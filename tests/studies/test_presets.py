@@ -1,14 +1,17 @@
 """The paper's factors as studies, and studies of one's own."""
 
+import csv
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from studies.tiny import TINY
 
 from diffmem.errors import InputError
-from diffmem.models import PRESETS
+from diffmem.models import PRESETS, Denoiser
 from diffmem.studies import Study, load_study
-from diffmem.studies.presets import CIFAR10, NAMES, SCALES, build
+from diffmem.studies.presets import CIFAR10, NAMES, SCALES, build, core_seconds
 from diffmem.studies.report import published
 from diffmem.studies.study import at_sizes
 from diffmem.training import EMA
@@ -22,12 +25,37 @@ def test_every_study_is_whole(name, scale):
     assert len({trial.key for trial in trials}) == len(trials)
     assert Study.from_json(study.to_json()) == study
     assert study.published is None or study.published in published()
-    if scale == "digits":  # its data are here: every variant can be trained
+    assert study.questions
+    assert all(study.contrast(question) for question in study.questions)
+    if scale.startswith("digits"):  # its data are here: every variant can be trained
         for variant in study.variants:
             size = (variant.sizes or study.sizes)[0]
             images = variant.setting.training_set(size)
             assert len(images) == size
             variant.setting.config(images)
+
+
+def test_published_runs_are_those_of_the_fast_scale():
+    """Their keys are found again by today's studies, so that nothing that was run is run again."""
+    with open(Path(__file__).parents[2] / "benchmarks/results/studies/runs.csv", newline="") as file:
+        published_keys = {row["key"] for row in csv.DictReader(file)}
+    fast = [trial.key for name in NAMES for trial in replace(build(name, "digits-fast"), repetitions=3).trials()]
+    assert published_keys <= set(fast)
+
+
+def test_the_cifar16_scale_fits_one_core(cifar10):
+    study = build("size", "cifar16", str(cifar10 / "cifar10-test.zip"))
+    setting = study.variants[0].setting
+    images = setting.training_set(study.sizes[0])
+    config = setting.config(images)
+    assert images.image_shape == (1, 16, 16)
+    assert 300_000 <= sum(parameter.numel() for parameter in Denoiser(config.denoiser).parameters()) <= 1_000_000
+    assert (config.batch, setting.level_off is not None, set(setting.length)) == (64, True, {"epochs"})
+    longest = max(setting.config(setting.training_set(size)).images for size in study.sizes)
+    assert core_seconds(replace(study, repetitions=1), "cifar16") >= 0.0025 * longest
+    assert core_seconds(build("size", "cifar10"), "cifar10") is None
+    in_color = build("size", "cifar16", str(cifar10 / "cifar10-test.zip"), color="rgb").variants[0].setting
+    assert in_color.training_set(20).image_shape == (3, 16, 16)
 
 
 def test_the_cifar10_scale_is_the_protocol(cifar10):
