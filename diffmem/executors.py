@@ -172,7 +172,8 @@ class Ray:
     calls write to.
 
     Args:
-        address: Address of a running cluster, "auto" to find one, None to start one on this machine.
+        address: Address of a running cluster, "auto" to find one; None or "local" to start one on this machine, whether
+            or not another runs there.
         gpus: That a call takes; a fraction of a GPU lets several calls share one.
         cpus: That a call takes.
         retries: Retries of a call whose machine or process is lost.
@@ -202,21 +203,24 @@ class Ray:
             raise MissingExtraError("ray", "ray", "running on a Ray cluster") from None
         self._ray, self._started = ray, not ray.is_initialized()
         self._references: list[Any] = []
+        address = address or "local"  # without one Ray would join whatever cluster it finds here
         if self._started:
             try:
                 ray.init(address=address, log_to_driver=False, **init)
             except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-                token = "" if address in (None, "auto") or os.environ.get("RAY_AUTH_MODE") else (
+                token = "" if address in ("auto", "local") or os.environ.get("RAY_AUTH_MODE") else (
                     "; where the cluster wants to see a token, set RAY_AUTH_MODE=token"
                 )  # fmt: skip
-                raise InputError(f"Ray cluster {address or 'on this machine'}: {one_line(error)}{token}") from None
+                raise InputError(
+                    f"Ray cluster {'on this machine' if address == 'local' else address}: {one_line(error)}{token}"
+                ) from None
         there: dict[str, float] = {}
         end = time.monotonic() + _JOIN_SECONDS
         while True:
             there = cast(Any, ray).cluster_resources()
             room = [int(there.get(kind, 0) / needed) for kind, needed in (("CPU", cpus), ("GPU", gpus)) if needed]
             self.slots = min(room, default=1) if slots is None else slots
-            if self.slots >= 1 or not self._started or address is None or time.monotonic() > end:
+            if self.slots >= 1 or not self._started or address == "local" or time.monotonic() > end:
                 break
             time.sleep(0.2)
         if self.slots < 1:

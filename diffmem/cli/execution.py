@@ -83,9 +83,8 @@ def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, devic
     from diffmem.executors import InProcess, Processes, Ray
 
     if ray is not None:
-        local = {"address": None, "include_dashboard": False}
-        where = local if ray == "local" else {"address": ray}
-        return Ray(**where, gpus=gpus_per_run, slots=workers, device=device)
+        where: dict[str, Any] = {"include_dashboard": False} if ray == "local" else {}
+        return Ray(ray, **where, gpus=gpus_per_run, slots=workers, device=device)
     if workers is not None and workers > 1:
         return Processes(workers, device=device)
     return InProcess(device)

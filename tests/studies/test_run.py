@@ -223,10 +223,11 @@ def test_a_folder_of_an_earlier_version_is_continued_once_it_is_renamed(tmp_path
     assert (trial_folder(tmp_path, outcome.trial) / "result.json").stat().st_mtime_ns == written
 
 
-def test_ray_runs_trials_and_reports_their_errors_as_they_are(tmp_path):
+def test_ray_runs_trials_and_reports_their_errors_as_they_are(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="the extra ray is not installed")
     from diffmem.studies import Ray
 
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # a cluster that is not asked for
     wrong = replace(TINY, network={**TINY.network, "model_channels": 3})
     executor = Ray(num_cpus=2, include_dashboard=False, cpus=2)  # one worker: each imports PyTorch
     try:
