@@ -1,13 +1,13 @@
 """The op tests once more, with the core under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
-import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import core_builds
 import pytest
+from core_builds import preloaded
 
 ROOT = Path(__file__).parents[2]
 TESTS = [
@@ -49,43 +49,17 @@ def test_refusals():
 
 @pytest.fixture(scope="module")
 def libraries() -> str:
-    """What is preloaded: libasan, and libstdc++, whose exceptions it has to find."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ was not found")
-    found = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")
-    ]
-    if not all(map(os.path.isabs, found)):
-        pytest.skip("g++ has no AddressSanitizer here")
-    return " ".join(found)
+    if (found := preloaded()) is None:
+        pytest.skip("g++ was not found, or has no AddressSanitizer here")
+    return found
 
 
 @pytest.fixture(scope="module")
-def core(libraries) -> Path:
-    """The instrumented module; what the last run of this test compiled is not compiled again."""
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11, which builds the core, is missing")
-    if missing := [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=path()) is None]:
-        pytest.skip(f"{missing[0]} was not found")
-    folder = ROOT / "build" / f"sanitize-{sys.implementation.cache_tag}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = [
-            "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", "-DDIFFMEM_SANITIZE=ON",
-            "-DDIFFMEM_CHECK=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF",
-            "-DDIFFMEM_CUDA=off", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        ]  # fmt: skip
-        for command in (configure, ["cmake", "--build", folder]):
-            done = subprocess.run(
-                [str(word) for word in command], capture_output=True, text=True, env={**os.environ, "PATH": path()}
-            )
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    return next(folder.glob("_C*.so"))
-
-
-def path() -> str:
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def core(libraries, tmp_path_factory) -> Path:
+    """The instrumented module."""
+    pytest.importorskip("pybind11", reason="pybind11, which builds the core, is missing")
+    core_builds.found("cmake", "ninja")
+    return core_builds.instrumented(tmp_path_factory.mktemp("instrumented")).core
 
 
 def run(core: Path, libraries: str, log: Path, *arguments: str) -> tuple[int, str]:

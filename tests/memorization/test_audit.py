@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from examples_made import at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +44,7 @@ def plain_audit(generated, training, threshold, duplicates, radius, flip):
     flip=st.booleans(),
     widest=st.sampled_from([3, 64]),
 )
-@settings(max_examples=40)
+@settings(max_examples=at_most(40))
 def test_equals_the_definition(seed, threshold, duplicates, radius, flip, widest):
     random = np.random.default_rng(seed)
     originals = random.integers(0, 256, (4, 1, 3, 4))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from examples_made import at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
@@ -60,7 +61,7 @@ def test_finds_the_map(impl):
     less=st.tuples(st.integers(0, 3), st.integers(0, 3)), mean=st.sampled_from((0.0, 100.0)), seed=st.integers(0, 99),
     iterations=st.integers(0, 4),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=at_most(25), deadline=None)
 def test_equals_the_plain_formula(impl, pairs, channels, size, less, mean, seed, iterations):
     image = waves(pairs, channels, *size, seed=seed, mean=mean)
     window = tuple(side - 2 * each for side, each in zip(size, less, strict=True))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from examples_made import at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
@@ -49,7 +50,7 @@ def check(searched, templates, impl):
     mean=st.sampled_from((0.0, 100.0)),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=at_most(20), deadline=None)
 def test_equals_the_plain_formula(impl, sizes, window, beyond, mean, seed):
     queries, variants, channels, count = sizes
     (h, w), (down, right) = window, beyond

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from examples_made import at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
@@ -198,7 +199,7 @@ def test_empty_batches_give_empty_results(op):
 
 
 @needs_core
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=at_most(30), deadline=None)
 @given(st.data())
 def test_layouts_change_nothing(data):
     """Transposed, strided, expanded and overlapping tensors give what their copies give."""

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from examples_made import at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
@@ -46,7 +47,7 @@ def hostile_images(rng: np.random.Generator, kind: str, n: int, d: int) -> np.nd
     d=st.integers(1, 300),
     data=st.data(),
 )
-@settings(max_examples=60)
+@settings(max_examples=at_most(60))
 def test_equals_integer_brute_force(impl, seed, kind, n, q, d, data):
     k = data.draw(st.integers(1, n))
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from examples_made import at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ def components(images: np.ndarray, limit: float, flip: bool) -> np.ndarray:
     block=st.sampled_from([7, 2048]),
     given_index=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=at_most(40))
 def test_equals_connected_components(seed, radius, flip, asked, block, given_index):
     random = np.random.default_rng(seed)
     centers = random.integers(0, 60, (8, 1, 2, 3))
