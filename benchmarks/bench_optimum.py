@@ -7,6 +7,11 @@ matmul. Values are checked against float64 on 32 of the queries before anything 
 its note. Queries of a call are those that the sampler meets there. Preparing the rows is not timed; the note says what
 it takes. "torch fallback" is what there is without the compiled core. Small sets, of 500 to 5,000 images of 64 to 3,072
 values, are asked for 1, 16 and 256 images at nine noise levels; the row is of the level at which diffmem gains least.
+
+    python -m benchmarks.bench_optimum --impl torch --sizes 500,2000 --values 64,768
+
+sweeps such sets alone, up to 20,000 images of 12,288 values, for both tolerances, and lists the cases that take longer
+than the direct computation, and than the same with products of matrices and known norms in place of cdist.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
@@ -30,6 +36,11 @@ CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10-train.zip"
 QUERIES, CHECKED = 256, 32
 
 
+SIZES, VALUES_OF_ROWS, BATCHES = (500, 1000, 2000, 5000, 20000), (64, 768, 3072, 12288), (1, 16, 256)
+LEVELS = (80.0, 20.0, 8.0, 3.0, 1.0, 0.5, 0.2, 0.05, 0.002)
+TIE = 0.97  # of the direct computation's time over ours: what timing cannot tell apart
+
+
 class Direct:
     """cdist, softmax, matmul."""
 
@@ -40,6 +51,18 @@ class Direct:
         squared = torch.cdist(x.float().flatten(1), self.rows).square_()
         weights = torch.softmax(squared.mul_(-0.5 / float(sigma) ** 2), dim=1)
         return (weights @ self.rows).reshape(x.shape)
+
+
+class Products(Direct):
+    """matmul, softmax, matmul, with the norms of the rows computed beforehand."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        super().__init__(images)
+        self.half_norms = self.rows.square().sum(dim=1) / 2
+
+    def __call__(self, x: torch.Tensor, sigma, labels=None) -> torch.Tensor:
+        logits = (x.flatten(1) @ self.rows.T - self.half_norms) / float(sigma) ** 2
+        return (torch.softmax(logits, dim=1) @ self.rows).reshape(x.shape)
 
 
 def run(bench: Bench) -> None:
@@ -89,22 +112,17 @@ def run(bench: Bench) -> None:
 
 def small_sets(bench: Bench, images: np.ndarray) -> None:
     pixels = torch.from_numpy(images[: 500 if bench.quick else 5000])
-    kinds = {3072: pixels, 768: shrunk(pixels, 2), 64: shrunk(pixels.float().mean(dim=1, keepdim=True), 4)}
     ways = (("", None), (", torch fallback", "torch"))
-    sizes = (500, 1000, 2000, 5000)
-    for (d, kind), count, (text, impl) in itertools.product(kinds.items(), sizes, ways):
-        names = {b: f"optimum, {count} images of {d} values, batch {b}{text}" for b in (1, 16, 256)}
-        if count > len(kind) or not any(map(bench.wants, names.values())):
+    for d, count, (text, impl) in itertools.product(VALUES_OF_ROWS[:3], SIZES[:4], ways):
+        names = {b: f"optimum, {count} images of {d} values, batch {b}{text}" for b in BATCHES}
+        if count > len(pixels) or not any(map(bench.wants, names.values())):
             continue
-        training = kind[:count]
+        training = shaped(pixels[:count], d)
         direct, denoiser = Direct(training), OptimalDenoiser(training.numpy(), labels=False, impl=impl)
         for batch, name in names.items():
-            generator = torch.Generator().manual_seed(0)
-            clean = training[torch.randint(0, count, (batch,), generator=generator)].float() / 127.5 - 1
             gains = {}
-            for sigma in (80.0, 20.0, 8.0, 3.0, 1.0, 0.5, 0.2, 0.05, 0.002):
-                x = clean + sigma * torch.randn(clean.shape, generator=generator)
-                seconds = [shortest(lambda way=way, x=x, s=sigma: way(x, s)) for way in (direct, denoiser)]
+            for sigma, x in noisy(training, batch):
+                seconds = shortest([direct, denoiser], x, sigma)
                 gains[sigma] = seconds[0] / seconds[1], x
             sigma = min(gains, key=lambda level: gains[level][0])
             note, x = f"tolerance 1e-05, at sigma {sigma:g}, the one with the least gain", gains[sigma][1]
@@ -115,19 +133,77 @@ def small_sets(bench: Bench, images: np.ndarray) -> None:
             bench.compare(name, contenders, repeats=9)
 
 
+def shaped(pixels: torch.Tensor, d: int) -> torch.Tensor:
+    """Images of d values each, uint8: averages of pixels, or, for more values than there are, what lies between."""
+    if d == 64:
+        return shrunk(pixels.float().mean(dim=1, keepdim=True), 4)
+    if d > pixels[0].numel():
+        larger = torch.nn.functional.interpolate(pixels.float(), scale_factor=2, mode="bicubic", align_corners=False)
+        return larger.round_().clip_(0, 255).to(torch.uint8)
+    return pixels if d == pixels[0].numel() else shrunk(pixels, 2)
+
+
 def shrunk(pixels: torch.Tensor, times: int) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(pixels.float(), times).round().to(torch.uint8)
 
 
-def shortest(run: Callable[[], object]) -> float:
-    """Seconds of the shortest of a few runs."""
-    run()
-    seconds = []
-    for _ in range(5):
+def noisy(training: torch.Tensor, batch: int) -> list[tuple[float, torch.Tensor]]:
+    """Images of the set with noise of each level."""
+    generator = torch.Generator().manual_seed(0)
+    clean = training[torch.randint(0, len(training), (batch,), generator=generator)].float() / 127.5 - 1
+    return [(sigma, clean + sigma * torch.randn(clean.shape, generator=generator)) for sigma in LEVELS]
+
+
+def shortest(ways: list[Callable[..., object]], x: torch.Tensor, sigma: float, rounds: int = 5) -> list[float]:
+    """Seconds of each way's shortest run, taken in turns; a run is repeated until it takes a millisecond."""
+    found, repeats = [], []
+    for way in ways:
+        way(x, sigma)
         began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+        way(x, sigma)
+        found.append(time.perf_counter() - began)
+        repeats.append(1 + int(1e-3 / found[-1]))
+    for _ in range(rounds if max(found) < 0.1 else 2):
+        for number, way in enumerate(ways):
+            began = time.perf_counter()
+            for _ in range(repeats[number]):
+                way(x, sigma)
+            found[number] = min(found[number], (time.perf_counter() - began) / repeats[number])
+    return found
+
+
+def numbers(_context: object, _option: object, text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+@click.command()
+@click.option("--impl", help="Backend of the posterior mean, such as torch.")
+@click.option("--sizes", default="500,1000,2000,5000", callback=numbers, help="Numbers of images.")
+@click.option("--values", default="64,768,3072", callback=numbers, help="Values of an image: 64, 768, 3072 or 12288.")
+@click.option("--batches", default="1,16,256", callback=numbers)
+@click.option("--all", "everything", is_flag=True, help="List all cases.")
+def sweep(impl: str | None, sizes: list[int], values: list[int], batches: list[int], everything: bool) -> None:
+    """Time single calls beside the direct computation, and list those that take longer."""
+    pixels = torch.from_numpy(load_images(CIFAR10, limit=max(sizes)).images)
+    slower, cases = {"cdist": 0, "products": 0}, 0
+    for d, count in itertools.product(values, sizes):
+        training = shaped(pixels[:count], d)
+        ours = {t: OptimalDenoiser(training.numpy(), labels=False, impl=impl, tolerance=t) for t in (1e-3, 1e-5)}
+        ways = [Direct(training), Products(training), *ours.values()]
+        for batch in batches:
+            for sigma, x in noisy(training, batch):
+                direct, products, *seconds = shortest(ways, x, sigma)
+                for tolerance, taken in zip(ours, seconds, strict=True):
+                    cases += 1
+                    slower["cdist"] += direct / taken < TIE
+                    slower["products"] += products / taken < TIE
+                    if everything or min(direct, products) / taken < TIE:
+                        print(
+                            f"{count} x {d}, batch {batch}, sigma {sigma:g}, tolerance {tolerance:g}: "
+                            f"{1e6 * taken:.0f} us, x{direct / taken:.2f} cdist, x{products / taken:.2f} products",
+                            flush=True,
+                        )
+    print(f"{cases} cases; slower than with cdist {slower['cdist']}, than with products {slower['products']}")
 
 
 def states(denoiser: OptimalDenoiser, latents: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
@@ -153,3 +229,7 @@ def exact(rows: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
     logits = torch.cat([flat @ y.T - 0.5 * y.square().sum(dim=1) for y in blocks], dim=1) / sigma**2
     weights = torch.softmax(logits, dim=1)
     return sum(w @ y for w, y in zip(weights.split(10000, dim=1), blocks, strict=True)).reshape(x.shape)
+
+
+if __name__ == "__main__":
+    sweep()

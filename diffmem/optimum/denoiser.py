@@ -112,6 +112,7 @@ class OptimalDenoiser(nn.Module):
             )
         self.images = images
         self.channels, self.resolution = channels, width
+        self.image_shape = images.image_shape
         self.tolerance, self.regularization, self.subset, self.seed = tolerance, regularization, subset, seed
         self.integer = images.images.dtype == np.uint8
         rows = as_rows(images, "training images")
@@ -204,7 +205,7 @@ class OptimalDenoiser(nn.Module):
         InputError where these do not fit.
         """
         self._check_shape(x)
-        if (denoised := self._quick(x, sigma, labels)) is not None:
+        if labels is None and (denoised := self._quick(x, sigma)) is not None:
             return denoised
         checks = self._check(x)
         rows, levels = x.double().flatten(1), self._levels(sigma, len(x), x.device, checks)
@@ -342,24 +343,22 @@ class OptimalDenoiser(nn.Module):
         return {BAD_X: x.isfinite().all()}
 
     def _check_shape(self, x: torch.Tensor) -> None:
-        if x.ndim != 4 or x.shape[1:] != (self.channels, self.resolution, self.resolution):
+        if x.ndim != 4 or x.shape[1:] != self.image_shape:
             size = f"{self.channels}, {self.resolution}, {self.resolution}"
             raise InputError(f"x: shape {tuple(x.shape)}, but this denoiser takes (B, {size})")
 
-    def _quick(self, x: torch.Tensor, sigma: torch.Tensor | float, labels: torch.Tensor | None) -> torch.Tensor | None:
+    def _quick(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor | None:
         """D(x; σ) where it is nothing but the mean of all images, of a set or a batch so small that the dozens of
         PyTorch's operations around it would take longer than itself; None elsewhere."""
-        plain = labels is None and self.regularization is None and self.subset is None and len(x) > 0
-        if not plain or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        if self.regularization is not None or self.subset is not None or not x.is_cpu:
             return None
-        if not self.rows.is_quick(len(x), self.tolerance, x.dtype == torch.float64):
+        count = x.shape[0]  # len(x) would cost a microsecond
+        if not count or not self.rows.is_quick(count, self.tolerance, x.dtype):
             return None
-        unit = 127.5 if self.integer else 1.0
+        unit, shift = (127.5, 127.5) if self.integer else (1.0, 0.0)
         one = isinstance(sigma, int | float) or (isinstance(sigma, torch.Tensor) and sigma.numel() == 1)
-        levels = float(sigma) * unit if one else _per_image(sigma, len(x)) * unit
-        shift = unit if self.integer else 0.0
-        mean = self.rows.quick(x.detach().flatten(1), levels, self.tolerance, unit, shift)
-        return None if mean is None else mean.view(x.shape)
+        levels = float(sigma) * unit if one else _per_image(sigma, count) * unit
+        return self.rows.quick(x.detach() if x.requires_grad else x, levels, self.tolerance, unit, shift)
 
 
 def _per_image(sigma: torch.Tensor | float, count: int) -> torch.Tensor:

@@ -52,7 +52,7 @@ def test_float32_against_float64(sigma, kept, monkeypatch):
     monkeypatch.setattr(rows_module, "SMALL", 0)
     if not kept:
         monkeypatch.setattr(float32, "KEPT_BYTES", 0)
-        monkeypatch.setattr(float32, "LOGITS_WORK", 0)  # pairs are corrected
+        monkeypatch.setattr(float32, "SHORT", 0)  # pairs are corrected
         monkeypatch.setattr(float32, "BLOCK_VALUES", 300 * 75)
     y = rows(1000, 75)
     y[7] = y[3]
@@ -196,8 +196,9 @@ def test_native_small_sets(tolerance, level, monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["torch", *(["native"] if LEVELS else [])])
-def test_quick_means_say_what_is_wrong(impl):
-    data = PosteriorRows(rows(50, 12), torch.full((12,), 128.0), torch.device("cpu"), impl=impl)
+@pytest.mark.parametrize("n", [50, 9000])  # few enough to be added up at once, or not
+def test_quick_means_say_what_is_wrong(impl, n):
+    data = PosteriorRows(rows(n, 12), torch.full((12,), 128.0), torch.device("cpu"), impl=impl)
     for count in (1, 5):
         x = torch.zeros(count, 12)
         for wrong in (math.nan, math.inf, -math.inf):
@@ -209,6 +210,20 @@ def test_quick_means_say_what_is_wrong(impl):
             for sigma in (wrong, torch.tensor([1.0] * (count - 1) + [wrong], dtype=torch.float64)):
                 with pytest.raises(InputError, match="sigma: noise levels must be positive and finite"):
                     data.quick(x, sigma, 1e-5, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("impl", ["torch"])
+def test_queries_so_long_that_float32_overflows(impl):
+    y = rows(9000, 12)
+    data = PosteriorRows(y, torch.full((12,), 128.0), torch.device("cpu"), impl=impl)
+    for count, sigma in ((1, 1.0), (5, 1.0), (5, 1e17)):
+        x = torch.zeros(count, 12)
+        x[-1, 3], x[0, 5] = 1e38, -3e37
+        levels, z = torch.full((count,), sigma), y.double() - 128
+        logits = (x.double() - 128) @ z.T - z.square().sum(dim=1) / 2  # differences would lose y beside x
+        expected = torch.softmax(logits / levels[:, None].double() ** 2, dim=1) @ y.double()
+        assert relative_error(data.quick(x, sigma, 1e-5, 1.0, 0.0), expected) <= 1e-5
+        assert relative_error(data.mean(x, levels, 1e-5).mean, expected) <= 1e-5
 
 
 @pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))

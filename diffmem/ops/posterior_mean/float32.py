@@ -13,11 +13,10 @@ with float64 where float32 would not do. A logit s_i = (u·z_i − ‖z_i‖²/2
 d = 64 to 12,288 and σ = 0.1 to 80 of images in [-1, 1]: 0.3 to 0.9 times that. An error of one logit moves the mean by
 w·(z − mean), and z − mean is 1 − w times the way from the mean of all other images. So where errors are independent the
 mean is off by e·√Σv², v = w(1 − w), times √2 the spread of the images; √Σv² is at most 0.385, and 0 where one image has
-all the weight. That is compared with the tolerance for the weights as they are; where it is more, weights with v above
-θ = (allowed / e)² are corrected by their logits in float64, and what is left obeys it. (Of few values, where calls cost
-more than what they compute, all logits are made in float64 instead.) Where e itself is large, all images whose upper
-bound by E comes within reach of the best one are computed in float64, and no others: what is left out holds at most
-N·exp(−reach), proven.
+all the weight. That is compared with half the tolerance for the weights as they are; where it is more, the query's
+weights with v above θ = (allowed / e)² are corrected by their logits in float64 (of short rows all of them), and what
+is left obeys it. Where e itself is large, all images whose upper bound by E comes within reach of the best one are
+computed in float64, and no others: what is left out holds at most N·exp(−reach), proven.
 """
 
 from __future__ import annotations
@@ -31,16 +30,19 @@ from diffmem.ops.posterior_mean.blocked import DROPPED_SHARE
 from diffmem.precision import float32_products, rounds_on_cpu
 
 KEPT_BYTES = 1 << 30  # of rows in float32, made once
-WIDE_VALUES = 1 << 18  # of rows of a set so small that float64 costs no more than the calls
-WIDE_WORK = 1 << 17  # multiplications with these
+WIDE_VALUES = 1 << 20  # of rows of a set so small that float64 costs no more than the calls
+WIDE_WORK = 1 << 16  # multiplications with these
 EXACT_WORK = 1 << 21  # and where more is asked than the mean in float32
 BLOCK_PAIRS = 1 << 24
 BLOCK_VALUES = 1 << 24  # of rows that are not kept
 PAIR_VALUES = 1 << 16  # of pairs at a time: they stay in the cache
-SHARE = 1 / 3  # of the tolerance, for the model's error
+SHARE = 1 / 2  # of the tolerance, for the model's error
 MOST = 0.385  # the largest √Σ(w(1 − w))² of weights
-LOGITS_WORK, SHORT = 1 << 22, 128  # multiplications, of rows of at most so many values, to make all logits in float64
+SHORT = 128  # values of rows of which all logits of a query are corrected
+HUGE = 2.0**100  # logits beyond which float32 may overflow
 SEARCHED = 1 / 64  # error of a logit from which all that matter are computed in float64
+
+NOTHING = torch.empty(0, dtype=torch.int64)
 
 Means = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -100,20 +102,22 @@ class Float32Rows:
             if high >= 2 * low:  # bounds are those of the lowest level of a call
                 return self._by_octave(x, sigma, tolerance, images, unit, shift, details)
             sigma = sigma if low < high else low
-        if (unit, shift) not in self.affine:
-            self.affine[unit, shift] = _Affine(unit, shift - self.center)
-        queries = _Queries(x, sigma, self.affine[unit, shift])
+        affine = self.affine.get((unit, shift))
+        if affine is None:
+            affine = self.affine[unit, shift] = _Affine(unit, shift - self.center)
         start, stop = (0, len(images)) if isinstance(images, torch.Tensor) else images
-        work = len(x) * (stop - start) * self.d
-        if work <= WIDE_WORK and self.wide is not None and not isinstance(images, torch.Tensor):
-            return self._in_float64(queries, self.wide[start:stop], self.half_norms[start:stop], details)
+        count = x.shape[0]
+        work = count * (stop - start) * self.d
+        if work <= WIDE_WORK and self.wide is not None and not details and stop - start == self.count:
+            return self._at_once(x, sigma, affine), None, None
+        queries = _Queries(x, sigma, affine)
         if (details or x.dtype == torch.float64) and work <= EXACT_WORK:
             chosen = images if isinstance(images, torch.Tensor) else slice(start, stop)
             return self._in_float64(
                 queries, self._rows(chosen).double() - self.center, self.half_norms[chosen], details
             )
         rows = BLOCK_VALUES // self.d if self.kept is None or isinstance(images, torch.Tensor) else stop
-        step = max(1, min(BLOCK_PAIRS // len(x), rows))
+        step = max(1, min(BLOCK_PAIRS // count, rows))
         reach = math.log((stop - start) / (DROPPED_SHARE * tolerance))
         more = details or step < stop - start
         found = []
@@ -158,13 +162,34 @@ class Float32Rows:
     def _rows(self, images: slice | torch.Tensor) -> torch.Tensor:
         return self.rows[images] if self.order is None else self.rows[self.order[images]]
 
+    def _chosen(self, of_all: torch.Tensor, images: slice | torch.Tensor) -> torch.Tensor:
+        every = isinstance(images, slice) and images.stop - images.start == self.count
+        return of_all if every else of_all[images]
+
     def _narrow(self, images: slice | torch.Tensor) -> torch.Tensor:
         """Rows less the center, float32."""
         if self.kept is not None:
-            return self.kept[images]
+            return self._chosen(self.kept, images)
         rows = self._rows(images)
         exact = rows.dtype == torch.uint8  # the center is one of whole numbers then
         return rows.float().sub_(self.center.float()) if exact else (rows.double() - self.center).float()
+
+    def _at_once(self, x: torch.Tensor, sigma: torch.Tensor | float, affine: _Affine) -> torch.Tensor:
+        """The mean of all rows in float64, by as few operations as there can be: each costs as much as it computes."""
+        assert self.wide is not None
+        assert self.kept is not None
+        if affine.bias is None:
+            affine.bias = self.wide @ affine.offset - self.half_norms
+        if isinstance(sigma, torch.Tensor):
+            logits = torch.addmm(affine.bias, x.double(), self.wide.T, alpha=affine.unit)
+            logits = logits.div_(sigma.square()[:, None])
+        else:
+            weight = sigma**-2
+            logits = torch.addmm(affine.bias, x.double(), self.wide.T, beta=weight, alpha=affine.unit * weight)
+        weights = torch.softmax(logits, dim=1)
+        if x.dtype is torch.float32:
+            return torch.addmm(affine.narrow_back, weights.float(), self.kept, alpha=1 / affine.unit)
+        return torch.addmm(affine.back, weights, self.wide, alpha=1 / affine.unit)
 
     def _in_float64(self, of: _Queries, z: torch.Tensor, half: torch.Tensor, details: bool) -> Means:
         logits = of.logits(half, of.wide(), z)
@@ -181,48 +206,76 @@ class Float32Rows:
         weights' sum and the dropped share."""
         count, d = of.x.shape
         z = self._narrow(images)
-        u = of.narrow()
-        longest = float(torch.linalg.vector_norm(u, dim=1).max())
+        u, half = of.narrow(), self._chosen(self.narrow_half_norms, images)
+        longest = (torch.linalg.vector_norm(u, dim=1).max() if count > 1 else torch.linalg.vector_norm(u)).item()
+        if not longest * self.longest < HUGE * of.least**2:  # or no number at all
+            return self._in_parts(of, images)
         unit = 2.0**-24 / of.least**2
         depth = math.sqrt(min(d, 384) / 384)
         typical = 6 * depth * longest / math.sqrt(d) + (0.7 + 1.3 * depth) * self.spread
         typical *= unit * self.spread
         allowed = SHARE * tolerance * self._length(of.largest) / (math.sqrt(2) * self.spread)
-        best: torch.Tensor | float = 0.0  # what logits are relative to
         if typical > SEARCHED:
-            logits = of.logits(self.narrow_half_norms[images], u, z)
+            logits = of.logits(half, u, z)
             bound = (d + 4) * unit / (1 - (d + 4) * 2.0**-24) * (longest + self.longest) * self.longest
             return self._searched(of, logits, 2 * bound, reach, images, z, details)
-        if MOST * typical > allowed and d <= SHORT and count * len(z) * d <= LOGITS_WORK:
-            wide = z.double() if self.wide is None else self.wide[images]
-            exact = of.logits(self.half_norms[images], of.wide(), wide)
-            best = exact.amax(dim=1)
-            logits, typical = exact.sub_(best[:, None]).float(), 0.0
-        else:
-            logits = of.logits(self.narrow_half_norms[images], u, z)
+        logits = of.logits(half, u, z)
         weights = torch.softmax(logits, dim=1)
         log_mass = dropped = None
         if details:
             dropped = torch.zeros(count, dtype=torch.float64)
             top = logits.amax(dim=1)
-            log_mass = best + top.double() + (logits - top[:, None]).exp_().sum(dim=1, dtype=torch.float64).log()
-        heavy = MOST * typical > allowed
-        if heavy:
-            moving = torch.addcmul(weights, weights, weights, value=-1)
-            heavy = float(torch.linalg.vector_norm(moving, dim=1).max()) * typical > allowed
-        if heavy:
-            queries, found = torch.nonzero(moving > (allowed / typical) ** 2, as_tuple=True)
-            exact = self._exact(of, queries, found, images, z)
-            before = weights[queries, found]
-            after = before * (exact - logits[queries, found]).exp()
-            mass = torch.ones(count, dtype=torch.float64).index_add_(0, queries, after - before)
-            weights.index_put_((queries, found), after.float())
-            if log_mass is not None:
-                log_mass += mass.log()
-            return of.answer((weights @ z).div_(mass.float()[:, None])), log_mass, dropped
+            log_mass = top.double() + (logits - top[:, None]).exp_().sum(dim=1, dtype=torch.float64).log()
+        if MOST * typical > allowed:
+            heavy = _movable(weights, allowed / typical)
+            if heavy.numel():
+                mass = self._correct(of, heavy, weights, logits, allowed / typical, images, z)
+                if log_mass is not None:
+                    log_mass[heavy] += mass.log()
         if of.x.dtype == torch.float32:
             return torch.addmm(of.affine.narrow_back, weights, z, alpha=1 / of.unit), log_mass, dropped
         return of.answer(weights @ z), log_mass, dropped
+
+    def _correct(
+        self,
+        of: _Queries,
+        heavy: torch.Tensor,
+        weights: torch.Tensor,
+        logits: torch.Tensor,
+        allowed: float,
+        images: slice | torch.Tensor,
+        z: torch.Tensor,
+    ) -> torch.Tensor:
+        """Puts right the weights [B, n] of these queries; returns what they summed up to in units of what they had."""
+        before = weights.index_select(0, heavy)
+        if self.d <= SHORT:  # all of them: to list them would take longer
+            wide = z.double() if self.wide is None else self.wide[images]
+            exact = of.some(heavy).logits(self.half_norms[images], of.wide()[heavy], wide)
+            after = (exact - logits[heavy]).exp_().mul_(before)
+        else:
+            moving = torch.addcmul(before, before, before, value=-1)
+            queries, found = torch.nonzero(moving > allowed**2, as_tuple=True)
+            change = self._exact(of, heavy[queries], found, images, z) - logits[heavy[queries], found]
+            after = before.double()
+            after[queries, found] *= change.exp()
+        mass = after.sum(dim=1)
+        weights[heavy] = after.div_(mass[:, None]).float()
+        return mass
+
+    def _in_parts(self, of: _Queries, images: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`_block` in float64, some rows at a time."""
+        chosen = images if isinstance(images, torch.Tensor) else torch.arange(images.start, images.stop)
+        parts = chosen.split(max(1, BLOCK_VALUES // self.d))
+        logits = torch.cat(
+            [of.logits(self.half_norms[part], of.wide(), self._rows(part).double() - self.center) for part in parts],
+            dim=1,
+        )
+        weights = torch.softmax(logits, dim=1).split(len(parts[0]), dim=1)
+        mean = torch.zeros(of.wide().shape, dtype=torch.float64)
+        for weight, part in zip(weights, parts, strict=True):
+            mean.addmm_(weight, self._rows(part).double() - self.center)
+        log_mass = torch.logsumexp(logits, dim=1)
+        return of.answer(mean), log_mass, torch.zeros_like(log_mass)
 
     def _searched(
         self,
@@ -299,6 +352,7 @@ class _Affine:
     def __init__(self, unit: float, offset: torch.Tensor) -> None:
         self.unit, self.offset, self.back = unit, offset, offset * (-1 / unit)
         self.narrow_offset, self.narrow_back = offset.float(), self.back.float()
+        self.bias: torch.Tensor | None = None  # of rows z: offset·z − ‖z‖²/2
 
 
 class _Queries:
@@ -324,6 +378,11 @@ class _Queries:
             self._wide = torch.add(self.affine.offset, self.x, alpha=self.unit)
         return self._wide
 
+    def some(self, queries: torch.Tensor) -> _Queries:
+        """Those listed."""
+        sigma = self.sigma[queries] if isinstance(self.sigma, torch.Tensor) else self.sigma
+        return _Queries(self.x[queries], sigma, self.affine)
+
     def answer(self, mean: torch.Tensor) -> torch.Tensor:
         """A mean about the center as it is asked for."""
         if self.x.dtype == mean.dtype == torch.float32:
@@ -342,8 +401,21 @@ class _Queries:
         """(u·z − half) / σ² [B, n]."""
         if not isinstance(self.sigma, torch.Tensor):
             weight = self.sigma**-2
-            return torch.addmm(half, u, z.T, beta=-weight, alpha=weight)
+            # Without factors PyTorch adds the bias while it multiplies; else it copies the bias into the result before.
+            return torch.addmm(half * -weight, u * weight, z.T)
         return torch.addmm(half, u, z.T, beta=-1).div_(self.sigma.square().to(u.dtype)[:, None])
+
+
+def _movable(weights: torch.Tensor, most: float) -> torch.Tensor:
+    """Queries whose weights w [B, n] have √Σ(w(1 − w))² > most."""
+    # The others sum up to 1 − the largest, and none of them is larger than that, nor is the largest one's v.
+    rest = 1 - weights.amax(dim=1)
+    if math.sqrt(2) * rest.max().item() <= most:
+        return NOTHING
+    heavy = (rest > most / math.sqrt(2)).nonzero().view(-1)
+    some = weights.index_select(0, heavy)
+    moving = torch.addcmul(some, some, some, value=-1)
+    return heavy[torch.linalg.vector_norm(moving, dim=1) > most]
 
 
 def _parts(count: int, d: int) -> list[slice]:

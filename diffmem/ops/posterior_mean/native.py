@@ -264,6 +264,7 @@ class NativeRows:
         progress: Progress = silent,
     ):
         self.length = length
+        self.count, self.d = rows.shape
         self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
         self.center = center.to(torch.uint8)
         middle = center.double()
@@ -330,22 +331,22 @@ class NativeRows:
         shift: float = 0.0,
         details: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Mean [B, d] in x's dtype, log-sum-exp and dropped share, by one call of the core.
+        """Mean in x's dtype and shape, log-sum-exp and dropped share, by one call of the core.
 
-        x: [B, d] float32 or float64, unit·x + shift being in units of the rows. sigma: [B] float64, in these units, or
-        one for all. details: without them the latter two are None.
+        x: [B, …], d values each, float32 or float64, unit·x + shift being in units of the rows. sigma: [B] float64, in
+        these units, or one for all. details: without them the latter two are None.
 
         Raises:
             InputError: x or sigma is not finite, or sigma not positive.
         """
-        x, count, share = x.contiguous(), len(x), SMALL_SHARE * tolerance / self.spread
+        x, count, share = x.contiguous(), x.shape[0], SMALL_SHARE * tolerance / self.spread
         if isinstance(sigma, float):
             levels = array("d", [sigma]) * count
             allowed = array("d", [share * self._length(sigma) if sigma > 0 else share]) * count
         else:
             levels = array("d", sigma.tolist())
             allowed = array("d", [share * self._length(level) if level > 0 else share for level in levels])
-        work = count * (stop - start) * x.shape[1]
+        work = count * (stop - start) * self.d
         exact = count <= FEW or work <= (EXACT_WORK if details or x.dtype == torch.float64 else QUICK_WORK)
         mean = torch.empty_like(x)
         log_sum = dropped = None

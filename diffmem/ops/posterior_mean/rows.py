@@ -147,42 +147,47 @@ class PosteriorRows:
             products = {"products": tensor_cores.TensorCoreProducts} if self.backend.name == "triton" else {}
             self.resident = ResidentRows(rows, self.center, device, order, **products)
 
-    def is_quick(self, queries: int, tolerance: float, wide: bool) -> bool:
-        """Whether `quick` has a way for so many; wide: of float64."""
-        if self.native is not None and not self.native.small(queries):
+    def is_quick(self, queries: int, tolerance: float, dtype: torch.dtype) -> bool:
+        """Whether `quick` has a way for so many of this type."""
+        if self.native is not None:
+            if not self.native.small(queries):
+                return False
+        elif self.float32 is None:
             return False
-        has = self.native is not None or self.float32 is not None
-        return has and not self._in_float64(queries, (0, self.count), tolerance, wide)
+        if dtype is torch.float32:
+            return tolerance >= native.FINEST
+        return dtype is torch.float64 and not self._in_float64(queries, self.count, tolerance, True)
 
-    def _in_float64(self, queries: int, images: tuple[int, int] | torch.Tensor, tolerance: float, wide: bool) -> bool:
+    def _in_float64(self, queries: int, images: int, tolerance: float, wide: bool) -> bool:
         """Whether all of it is to be in float64: sums in float32 would not do, or the queries are float64 and their
         products take no more than a moment."""
-        count = len(images) if isinstance(images, torch.Tensor) else images[1] - images[0]
-        return tolerance < native.FINEST or (wide and queries * count * self.dimension <= SMALL)
+        return tolerance < native.FINEST or (wide and queries * images * self.dimension <= SMALL)
 
     def quick(
         self, x: torch.Tensor, sigma: torch.Tensor | float, tolerance: float, unit: float, shift: float
     ) -> torch.Tensor | None:
-        """The mean [B, d] of all rows alone, in x's dtype and units, by the way that takes the fewest calls; None where
+        """The mean [B, …] of all rows alone, in x's dtype and units, by the way that takes the fewest calls; None where
         there is none. unit·x + shift is in units of the rows.
 
-        x: [B, d] float32 or float64, B > 0, on the CPU. sigma: [B] float64, in units of the rows, or one for all.
+        x: [B, …] of B > 0 rows of any shape, float32 or float64, on the CPU. sigma: [B] float64, in units of the rows,
+        or one for all.
 
         Raises:
             InputError: x or sigma is not finite, or sigma not positive.
         """
-        if not self.is_quick(len(x), tolerance, x.dtype == torch.float64):
+        if not self.is_quick(x.shape[0], tolerance, x.dtype):
             return None
         if self.native is not None:
-            return self.native.small_means(x, sigma, tolerance, 0, self.count, unit, shift, details=False)[0]
+            return self.native.small_means(x, sigma, tolerance, 0, self.native.count, unit, shift, details=False)[0]
         assert self.float32 is not None
         least, largest = (sigma, sigma) if isinstance(sigma, float) else (float(sigma.min()), float(sigma.max()))
-        if not (least > 0 and math.isfinite(largest)):
+        if not (least > 0 and largest < math.inf):
             raise InputError(BAD_SIGMA)
-        mean = self.float32.means(x, sigma, tolerance, (0, self.count), unit, shift, details=False)[0]
-        if not math.isfinite(float(mean.sum())):
+        flat = x.flatten(1)
+        mean = self.float32.means(flat, sigma, tolerance, (0, self.float32.count), unit, shift, details=False)[0]
+        if not math.isfinite(mean.sum().item()):
             raise InputError(BAD_X)
-        return mean
+        return mean.view(x.shape)
 
     @property
     def count(self) -> int:
@@ -237,7 +242,8 @@ class PosteriorRows:
             return PosteriorMean(*means[0])
         check_values(x, sigma)
         wide = x.dtype == torch.float64 if wide is None else wide
-        exact = self._in_float64(len(x), images, tolerance, wide)
+        some = len(images) if isinstance(images, torch.Tensor) else images[1] - images[0]
+        exact = self._in_float64(len(x), some, tolerance, wide)
         if self.native is not None and not isinstance(images, torch.Tensor):
             result = None if exact and self.native.small(len(x)) else self.native.mean(x, sigma, tolerance, *images)
             if result is not None:
