@@ -29,13 +29,13 @@ def test_documents(tmp_path):
     assert sealed(sealed(values)) == sealed(values)
     refusals = []
     for position in range(len(text)):
-        for bit in (1, 4, 16):
+        for bit in (1, 4, 16)[position % 3 :: 3]:
             path.write_bytes(text[:position] + bytes([text[position] ^ bit]) + text[position + 1 :])
             try:
                 assert read_sealed(path, "delete it") == values  # white space became other white space
             except InputError as error:
                 refusals.append(str(error))
-    assert len(refusals) > 2 * len(text)
+    assert len(refusals) > 2 / 3 * len(text)
     assert all(message.startswith(f"{path}: ") and message.endswith(": delete it") for message in refusals)
     with pytest.raises(NoChecksumError, match="has no checksum"):
         unsealed(values, path, "delete it")
@@ -50,14 +50,15 @@ def test_arrays(tmp_path):
         assert values.dtype == ARRAYS[name].dtype
     content = path.read_bytes()
     refusals = []
-    for position in range(len(content)):
+    positions = range(0, len(content), 3)
+    for position in positions:
         path.write_bytes(content[:position] + bytes([content[position] ^ 8]) + content[position + 1 :])
         try:
             found = load_arrays(path, "delete it")
             assert arrays_sha256(found) == arrays_sha256(ARRAYS)  # a date, or padding
         except InputError as error:
             refusals.append(str(error))
-    assert len(refusals) > len(content) / 3
+    assert len(refusals) > len(positions) / 3
     assert all(message.startswith(f"{path}: ") and message.endswith(": delete it") for message in refusals)
 
 

@@ -241,11 +241,14 @@ def test_streams():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), name
 
 
+SIDE = 4 if DRY else 8
+
+
 def small(**changes) -> DenoiserConfig:
-    values = {"model_channels": 32, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (8,), "dropout": 0.0}
+    values = {"model_channels": 32, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (SIDE,), "dropout": 0.0}
     if DRY:
         values["model_channels"] = 8
-    return DenoiserConfig(UNetConfig(8, **{**values, **changes}), VP())
+    return DenoiserConfig(UNetConfig(SIDE, **{**values, **changes}), VP())
 
 
 @pytest.mark.skipif(DRY and TRITON is not None, reason=str(TRITON))
@@ -260,7 +263,7 @@ def test_compiled_sampler(monkeypatch):
         for parameter in denoiser.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     steps = 2 if DRY else 3
-    latents = normal(1 if DRY else 4, 3, 8, 8, dtype=torch.float64, device="cpu")
+    latents = normal(1 if DRY else 4, 3, SIDE, SIDE, dtype=torch.float64, device="cpu")
     with by("PyTorch's"):
         expected = sample_latents(denoiser, latents, steps=steps)
     denoiser.to(DEVICE)
@@ -271,7 +274,7 @@ def test_compiled_sampler(monkeypatch):
 
 
 def trained(device, steps=1 if DRY else 2, graph=False, **changes):
-    images = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, SIDE, SIDE), dtype=np.uint8)
     config = TrainingConfig(small(), images=1000, batch=1 if DRY else 8, warmup_epochs=0, **changes)
     with contextlib.ExitStack() as stack:
         trainer = Trainer(config, ImageSet(images), device, compile=False)

@@ -4,10 +4,10 @@ from inert import fuzz
 
 
 def test_changed_files():
-    found = fuzz.run(600, 0.0, seed=1)
+    found = fuzz.run(300, 0.0, seed=1)
     assert not found.wrong, found.wrong[0]
     assert found.intact == len(fuzz.seeds()), "a file that nobody changed was not read"
-    assert found.read > 10
-    assert found.refused > 100
+    assert found.read > 5
+    assert found.refused > 50
     assert found.slowest < 10
     assert found.memory < fuzz.MEMORY

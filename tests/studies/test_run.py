@@ -111,7 +111,7 @@ def test_a_question_ends_the_run_once_it_is_answered(tmp_path):
 
 
 def test_processes_survive_the_death_of_one(tmp_path):
-    trials = [Trial(TINY, 20), Trial(replace(TINY, length={"images": 800}, snapshots=10), 20), Trial(TINY, 30)]
+    trials = [Trial(TINY, 20), Trial(replace(TINY, length={"images": 400}, snapshots=10), 20), Trial(TINY, 30)]
     long = trial_folder(tmp_path, trials[1])
     executor = Processes(2, threads=1)
 
@@ -132,7 +132,7 @@ def test_processes_survive_the_death_of_one(tmp_path):
     assert all(outcome.error is None for outcome in outcomes)
     assert Ledger(tmp_path).entries()[trials[1].key].attempts >= 1
     assert numbers(outcomes[0].result) == numbers(run_trial(trials[0], tmp_path / "here"))
-    assert outcomes[1].result.images == 800
+    assert outcomes[1].result.images == 400
 
 
 def seen_by_a_worker(name, device):
