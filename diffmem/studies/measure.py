@@ -28,7 +28,8 @@ from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import CopyDetector, CopyRate, SequentialTest, highest_interval
 from diffmem.memorization.result import software_versions
-from diffmem.models import load
+from diffmem.models import Denoiser, WrappedDenoiser, load
+from diffmem.studies.checks import GENERATED, Check, checks
 from diffmem.studies.leveling import LEVELED_OFF, NOISE, Level, audit_steps, level_of
 from diffmem.studies.trial import Trial
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
@@ -89,6 +90,7 @@ class Result:
         device: "cpu" or "cuda"; None where the run is older than the field.
         threads: Threads of the CPU; None where the run is older than the field.
         level_off: By how many standard errors R_mem may rise and count as level, where that ends the run.
+        checks: What the rule does by itself and what other criteria say; none where the run is older, or has a test.
     """
 
     key: str
@@ -112,6 +114,7 @@ class Result:
     device: str | None = None
     threads: int | None = None
     level_off: float | None = None
+    checks: tuple[Check, ...] = ()
 
     @property
     def r_mem(self) -> float:
@@ -151,7 +154,9 @@ class Result:
     def from_json(values: Mapping[str, Any]) -> Result:
         """The result that `to_json` gave."""
         values = {name: value for name, value in values.items() if name not in ("r_mem", "interval")}
-        return Result(**{**values, "snapshots": tuple(SnapshotResult(**each) for each in values["snapshots"])})
+        snapshots = tuple(SnapshotResult(**each) for each in values["snapshots"])
+        found = tuple(map(Check.from_json, values.get("checks", ())))
+        return Result(**{**values, "snapshots": snapshots, "checks": found})
 
 
 def read_result(folder: Path) -> Result | None:
@@ -236,7 +241,14 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
 def _finished(trial: Trial, folder: Path, audits: _Audits, device: str) -> Result:
     """The result of a run that has ended, with its gallery."""
     result = audits.result()
-    _write_gallery(folder, audits.detector, trial, result.best_images, device)
+    denoiser = load(snapshot_folder(folder / RUN, result.best_images), pick_device(device))
+    _write_gallery(folder, audits.detector, trial, denoiser)
+    if trial.at_least is None:
+        training = cast(ImageSet, audits.detector.training)
+        sampler = replace(trial.setting.sample_settings(training), compile="off")
+        sampled = evaluate(denoiser, range(min(trial.setting.samples, GENERATED)), sampler)
+        assert sampled is not None  # on one rank
+        result = replace(result, checks=checks(trial, training, sampled.images, pick_device(device)))
     _write_json(folder / RESULT, result.to_json())
     shutil.rmtree(folder / RUN / "state", ignore_errors=True)
     return result
@@ -361,11 +373,10 @@ class _Audits(AuditEvery):
         )
 
 
-def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, at: int, device: str) -> None:
-    """The first images of the snapshot after `at` images, beside the training images nearest to them (mirrored where
+def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, denoiser: Denoiser | WrappedDenoiser) -> None:
+    """The first images of a snapshot, beside the training images nearest to them (mirrored where
     that is nearer, for a run that counts mirrored images)."""
     sampler = trial.setting.sample_settings(cast(ImageSet, detector.training))
-    denoiser = load(snapshot_folder(folder / RUN, at), pick_device(device))
     config = replace(sampler, batch=SHOWN, compile="off")
     found = evaluate(denoiser, range(SHOWN), config, detector)
     assert found is not None  # on one rank

@@ -95,6 +95,11 @@ class Setting:
         """The images of `dataset`, whose source is read once for all sizes; raises InputError as `derive` does."""
         return self.dataset(size, repetition).load(read=_read(self.data.reading(), _changed(self.data.source)))
 
+    def pool(self) -> ImageSet:
+        """All images that training sets are taken from."""
+        recipe = replace(self.data, labels="none")
+        return recipe.load(read=_read(self.data.reading(), _changed(self.data.source)))
+
     def limits(self) -> tuple[int, int]:
         """(number of classes, of which sizes should be multiples; the largest size that is one)."""
         return self.data.limits(_read(self.data.reading(), _changed(self.data.source)))
