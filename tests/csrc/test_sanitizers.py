@@ -24,14 +24,15 @@ spec.loader.exec_module(diffmem._C)
 import pytest
 
 # Left out is what would run without that core: other implementations, what Inductor compiles, whose code is not ours,
-# and what starts processes, which load the installed core.
+# and what starts processes, which load the installed core; and a large mean, which changes no address.
 class ReachTheCore:
     def pytest_collection_modifyitems(self, items):
         def reaches(item):
             given = getattr(item, "callspec", None)
             given = set() if given is None else set(map(str, given.params.values()))
+            values = {"torch", "reference", "attention", "300.0"}
             words = ("compile", "opcheck", "registered", "forked", "refuses_what_numbers_tell")
-            return not given & {"torch", "reference", "attention"} and not any(word in item.name for word in words)
+            return not given & values and not any(word in item.name for word in words)
 
         kept = [item for item in items if reaches(item)]
         assert len(kept) > 0.5 * len(items)

@@ -55,7 +55,7 @@ def test_golden(name):
     assert_relative("a network, golden", out, tensors["denoised"])
 
 
-@pytest.mark.parametrize("name", ["ddpmpp-vp-skips", "ncsnpp-ve-cond"])
+@pytest.mark.parametrize("name", ["ddpmpp-vp-skips", pytest.param("ncsnpp-ve-cond", marks=pytest.mark.exhaustive)])
 def test_one_graph_without_breaks(name):
     made, tensors = golden_denoiser(name)
     traced = torch.compile(made, fullgraph=True, backend="aot_eager")
