@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,12 @@ FALSE_DISCOVERIES = 0.1  # the share of false copies for which the count is told
 def write_report(audit: Audit, folder: str | Path) -> Path:
     """Write the three files into `folder` (made if need be), together, and return the path of `report.html`."""
     folder = check_output_folder(folder)
-    with atomic_set(folder) as stage:
+    with atomic_set(folder) as stage, ThreadPoolExecutor(1) as pool:
+        page = pool.submit(render, audit)  # which waits for the pictures' alignment and compression in between
         summary = json.dumps(audit.to_dict(), separators=(",", ":"))
-        write_texts(stage, {"report.json": summary, "report.html": render(audit)})
         with open(stage / "samples.csv", "w", encoding="utf-8", newline="") as file:
             write_columns(file, columns(audit))
+        write_texts(stage, {"report.json": summary, "report.html": page.result()})
     return folder / "report.html"
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from diffmem.logs import logger
 from diffmem.system import usable_cores
 
 _log = logger(__name__)
+_own = threading.local()  # how many threads a thread may use
 NAMES = ("reference", "torch", "native", "triton", "cuda")
 
 
@@ -221,9 +224,22 @@ def native_module() -> Any:
     return _C
 
 
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """What this thread asks of the compiled core is computed by this thread alone."""
+    before = getattr(_own, "threads", None)
+    _own.threads = 1
+    try:
+        yield
+    finally:
+        _own.threads = before
+
+
 def core_threads() -> int:
     """How many threads the compiled core uses: as many as PyTorch, or would without a setting in the process where it
     is not imported."""
+    if (own := getattr(_own, "threads", None)) is not None:
+        return own
     if (torch := sys.modules.get("torch")) is not None:
         return torch.get_num_threads()
     for setting in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

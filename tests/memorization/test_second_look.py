@@ -6,8 +6,9 @@ import pytest
 import diffmem
 from diffmem.features.aligned import AlignedMatcher, align_candidates
 from diffmem.features.aligned.second_look import COARSE_LIMIT
-from diffmem.memorization import CopyDetector
+from diffmem.memorization import CopyDetector, second_look
 from diffmem.memorization.calibration import images_needed
+from diffmem.ops import registry
 from diffmem.search import TrainingIndex
 
 
@@ -138,3 +139,31 @@ def test_many_twins_are_doubted():
     assert any("of 120 holdout images resemble a training image" in warning for warning in result.holdout.warnings)
     few = diffmem.audit(TRAINING[:2], TRAINING, rule="calibrated", holdout=np.concatenate([twins[:5], UNSEEN[:100]]))
     assert not few.holdout.warnings
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_the_number_of_threads_makes_no_difference(monkeypatch, threads):
+    """Blocks side by side, each by one thread, give what one after the other gives."""
+    monkeypatch.setattr(second_look, "BLOCK", 16)
+    monkeypatch.setattr(registry, "core_threads", lambda: int(threads))
+    images = np.concatenate([DISGUISES["shifted"].astype(np.uint8), UNSEEN[:40]])
+    candidates = np.stack([np.arange(60) % 300, *np.random.default_rng(2).integers(0, 300, (5, 60))], axis=1)
+    told = []
+    wanted = np.arange(60) % 7 > 0
+    look = second_look.look_again(images, TRAINING, candidates, wanted, lambda *each: told.append(each[1:]))
+    scores, best, residuals = align_candidates(images[wanted], TRAINING, candidates[wanted])
+    np.testing.assert_array_equal(look.scores[wanted], scores)
+    np.testing.assert_array_equal(look.residuals[wanted], residuals)
+    np.testing.assert_array_equal(look.indices[wanted], candidates[wanted, best])
+    assert np.isnan(look.scores[~wanted]).all()
+    assert told == [(0, 51), (16, 51), (32, 51), (48, 51), (51, 51)]
+
+
+def test_an_interrupt_ends_the_second_look():
+    """Blocks that wait are not done first."""
+
+    def interrupted(stage, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        second_look.look_again(UNSEEN, TRAINING, np.zeros((150, 2), np.int64), np.ones(150, bool), interrupted)

@@ -133,14 +133,17 @@ def _brought(images: np.ndarray, mirrored: np.ndarray, maps: np.ndarray) -> tupl
         for first, size in ((left, width), (top, height))
     )
     weights = _cubic(across - left)
-    which = np.arange(len(images))[:, None, None]
-    brought = np.zeros(images.shape, np.float32)
+    first = np.arange(len(images))[:, None, None] * height
+    pixels = np.moveaxis(images, 1, -1).reshape(-1, images.shape[1])  # [n·h·w, C]
+    brought = np.zeros((*grid.shape[:3], images.shape[1]), np.float32)
     for line, of_line in zip(lines, _cubic(down - top), strict=True):
+        start = (first + line) * width
         row = sum(
-            images[which, :, line, column] * weight[..., None] for column, weight in zip(columns, weights, strict=True)
+            np.take(pixels, start + column, axis=0) * weight[..., None]
+            for column, weight in zip(columns, weights, strict=True)
         )
-        brought += np.moveaxis(row * of_line[..., None], -1, 1)
-    return brought, covered
+        brought += row * of_line[..., None]
+    return np.moveaxis(brought, -1, 1), covered
 
 
 def _cubic(part: np.ndarray) -> list[np.ndarray]:
