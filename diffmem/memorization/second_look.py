@@ -7,8 +7,7 @@ made brighter, shifted or mirrored resembles its original again once both are br
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -110,7 +109,7 @@ def look_again(
         wanted: bool [n], which images to look at.
         progress: A callback.
     """
-    from diffmem.features.aligned import align_candidates
+    from diffmem.features.aligned.second_look import align_candidates, side_by_side
 
     count = len(images)
     look = SecondLook(candidates[:, 0].copy(), np.full(count, np.nan), np.full(count, np.nan))
@@ -122,7 +121,7 @@ def look_again(
         return align_candidates(images[some], training, candidates[some])
 
     done = 0
-    for some, (scores, best, residuals) in zip(blocks, _each(aligned, blocks, images, training), strict=True):
+    for some, (scores, best, residuals) in zip(blocks, side_by_side(aligned, blocks, images, training), strict=True):
         progress(stage, done, len(rows))
         look.scores[some], look.residuals[some] = scores, residuals
         look.indices[some] = candidates[some, best]
@@ -130,29 +129,3 @@ def look_again(
     if len(rows):
         progress(stage, len(rows), len(rows))
     return look
-
-
-def _each(
-    work: Callable[[np.ndarray], Any], blocks: Sequence[np.ndarray], images: np.ndarray, training: np.ndarray
-) -> Iterator[Any]:
-    """`work` of each block, in their order. Blocks that are for the compiled core alone are done side by side, each by
-    one thread: what is between its calls keeps no other core waiting."""
-    from diffmem.features.aligned.byte_images import fit
-    from diffmem.features.aligned.geometry import Geometry
-    from diffmem.ops.registry import core_threads, on_one_core
-
-    geometry = Geometry(*training.shape[2:])
-    threads = min(core_threads(), len(blocks))
-    if threads < 2 or not (fit(images, geometry) and fit(training, geometry)):
-        yield from map(work, blocks)
-        return
-
-    def alone(block: np.ndarray) -> Any:
-        with on_one_core():
-            return work(block)
-
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield from pool.map(alone, blocks)
-    finally:
-        pool.shutdown(cancel_futures=True)

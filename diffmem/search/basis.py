@@ -89,12 +89,22 @@ def _components_of_array(centered: np.ndarray, count: int) -> np.ndarray:
     n, d = centered.shape
     width = min(count + EXTRA, n, d)
     start = np.random.default_rng(0).standard_normal((n, width), np.float32)
-    subspace = np.linalg.qr(centered.T @ start).Q
+    subspace = _orthonormal(centered.T @ start)
     for _ in range(POWER_ITERATIONS):
-        subspace = np.linalg.qr(centered.T @ (centered @ subspace)).Q
+        subspace = _orthonormal(centered.T @ (centered @ subspace))
     projected = centered @ subspace
     _, rotation = np.linalg.eigh((projected.T @ projected).astype(np.float64))
     return (subspace @ rotation[:, ::-1][:, :count].astype(np.float32)).T
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """An orthonormal basis, float32, of what the columns float32 [d, width] span, without directions in which they are
+    hardly longer than their rounding. By their Gram matrix, in float64: two products and a small matrix, where LAPACK's
+    QR makes very many small steps, each of which waits for all threads."""
+    wide = columns.astype(np.float64)
+    squares, rotation = np.linalg.eigh(wide.T @ wide)
+    kept = squares > 1e-12 * squares.max(initial=0)
+    return (wide @ (rotation[:, kept] / np.sqrt(squares[kept]))).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import pytest
 
 import diffmem
 from diffmem.features.aligned import AlignedMatcher, align_candidates
+from diffmem.features.aligned import second_look as aligned_second_look
 from diffmem.features.aligned.second_look import COARSE_LIMIT
 from diffmem.memorization import CopyDetector, second_look
 from diffmem.memorization.calibration import images_needed
-from diffmem.ops import registry
 from diffmem.search import TrainingIndex
 
 
@@ -145,7 +145,7 @@ def test_many_twins_are_doubted():
 def test_the_number_of_threads_makes_no_difference(monkeypatch, threads):
     """Blocks side by side, each by one thread, give what one after the other gives."""
     monkeypatch.setattr(second_look, "BLOCK", 16)
-    monkeypatch.setattr(registry, "core_threads", lambda: int(threads))
+    monkeypatch.setattr(aligned_second_look, "core_threads", lambda: int(threads))
     images = np.concatenate([DISGUISES["shifted"].astype(np.uint8), UNSEEN[:40]])
     candidates = np.stack([np.arange(60) % 300, *np.random.default_rng(2).integers(0, 300, (5, 60))], axis=1)
     told = []

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 
 from diffmem.features.aligned import byte_images
 from diffmem.features.aligned.geometry import Geometry
+from diffmem.ops.registry import core_threads, on_one_core
 
 COARSE = 16  # side at which pairs are looked at first
 # Coarse score up to which a pair is looked at again: 14 % of 10,000 CIFAR-10 (JPEG) test images are, and 99.6 % of
@@ -48,3 +53,25 @@ def align_candidates(
         some = aligned(images[rows], training, candidates[rows], geometry, neighbors)
         scores[rows], best[rows], residuals[rows] = some
     return scores, best, residuals
+
+
+def side_by_side(
+    work: Callable[[np.ndarray], Any], blocks: Sequence[np.ndarray], images: np.ndarray, training: np.ndarray
+) -> Iterator[Any]:
+    """`work` of each block, in their order. Blocks that are for the compiled core alone are done side by side, each by
+    one thread: what is between its calls keeps no other core waiting."""
+    geometry = Geometry(*training.shape[2:])
+    threads = min(core_threads(), len(blocks))
+    if threads < 2 or not (byte_images.fit(images, geometry) and byte_images.fit(training, geometry)):
+        yield from map(work, blocks)
+        return
+
+    def alone(block: np.ndarray) -> Any:
+        with on_one_core():
+            return work(block)
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from pool.map(alone, blocks)
+    finally:
+        pool.shutdown(cancel_futures=True)
