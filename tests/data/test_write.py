@@ -5,7 +5,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from examples_made import at_most
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -44,6 +45,7 @@ def same(one, two):
 
 
 @given(image_sets())
+@settings(max_examples=at_most(20))
 def test_edm_zip_round_trip(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("edm")
     write_images(images, folder / "a.zip")
@@ -55,6 +57,7 @@ def test_edm_zip_round_trip(tmp_path_factory, images):
 
 
 @given(image_sets(channels=(1, 2, 3, 4)), st.data())
+@settings(max_examples=at_most(20))
 def test_npz_round_trip(tmp_path_factory, images, data):
     path = tmp_path_factory.mktemp("npz") / "a.npz"
     names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
@@ -70,6 +73,7 @@ def test_npz_round_trip(tmp_path_factory, images, data):
 
 
 @given(image_sets(), st.data())
+@settings(max_examples=at_most(20))
 def test_folder_round_trip(tmp_path_factory, images, data):
     path = tmp_path_factory.mktemp("folder") / "a"
     seeds = data.draw(
