@@ -37,14 +37,19 @@ from diffmem.indexes.planning import (
     first_rows,
     parse_memory,
     plan_memory,
+    size_text,
     warn_of_machine,
     with_metric,
 )
 from diffmem.indexes.quantizer import (
+    AUTO,
+    FLAT_BYTES,
     QUANTIZERS,
     CodeJob,
+    check_choice,
     chosen_factory,
     growth_note,
+    keeps,
     make_codes,
     plan_quantizer,
     read_quantizer,
@@ -88,7 +93,7 @@ def build_index(
     preprocessing: str | None = None,
     batch: int | None = None,
     precision: str | None = None,
-    index: str = "flat",
+    index: str = "auto",
     duplicate_radius: float = 0,
     shards: int | None = None,
     memory: str | float | None = None,
@@ -117,7 +122,8 @@ def build_index(
         batch: Images per call of a network.
         precision: In which a network computes.
         index: Codes for finding candidates, which FAISS makes (extra `faiss`): "flat" stores none, the search is exact;
-            "ivf", "ivf1024" or a factory string with inverted lists ("IVF4096,PQ64"); "auto" goes by the size.
+            "ivf", "ivf1024" or a factory string with inverted lists ("IVF4096,PQ64"); "auto": flat up to 16 GB of
+            vectors, and where there is no FAISS, else ivf.
         duplicate_radius: Rows within this distance (root mean square per value, gray levels for pixels) are duplicates;
             0: identical ones. Beyond 0 all rows are compared with each other, exactly.
         shards: Into about how many shards sources that can be divided are; default by the size of each file. A tar
@@ -178,7 +184,7 @@ def add_to_index(
     Args:
         path: Folder of the index.
         sources: As for `build_index`; none with `retrain` alone.
-        retrain: Train the codes again, on all rows that there are then.
+        retrain: Train the codes again, on all rows that there are then; an index without codes gets those of "auto".
         memory: As for `build_index`.
         workers: As for `build_index`.
         executor: As for `build_index`.
@@ -243,6 +249,7 @@ def build(sources: Sequence[str], out: Path, settings: Settings) -> IndexFolder:
     """`build_index`, with everything said."""
     if not sources:
         raise InputError("sources is empty, but must name at least one")
+    check_choice(settings.index)
     sources = [absolute(source) for source in sources]
     ranks = settings.executor if isinstance(settings.executor, Ranks) else None
     if ranks is None or ranks.first:
@@ -588,16 +595,19 @@ def _quantized(
 ) -> dict[str, Any] | None:
     """The quantizer, trained if need be, with the codes of all shards made."""
     known = None if before is None or settings.retrain else before["quantizer"]
-    if known is not None:
+    if known is not None and keeps(settings.index, known["factory"]):
         plan = {name: known[name] for name in ("id", "factory", "rows")}
     else:
-        asked = settings.index
-        if asked is None:
-            asked = before["quantizer"]["factory"] if before is not None and before["quantizer"] else "flat"
+        known, asked = None, settings.index
+        if asked is None and before is not None:
+            asked = before["quantizer"]["factory"] if before["quantizer"] else AUTO if settings.retrain else "flat"
+        asked = asked or AUTO
         size = len(index) * index.dimension * index.dtype.itemsize
         factory, why = chosen_factory(asked, len(index), index.dimension, size)
         settings.say(f"index: {why}")
         if factory is None:
+            if settings.index is None and size > FLAT_BYTES and not settings.retrain:
+                settings.say(f"note: {size_text(size)} of vectors are many to search exactly: retrain=True makes codes")
             return None
         plan = plan_quantizer(factory, index.shards, index.dimension)
     if ranks is None or ranks.first:

@@ -7,6 +7,7 @@ wherever there is a worker, and any shards can be loaded together.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ from diffmem.system import usable_cores
 
 QUANTIZERS = "quantizers"
 FILE, DESCRIPTION = "quantizer.faiss", "quantizer.json"
-FLAT_BYTES = 16e9  # up to which "auto" leaves it to the exact search
+AUTO = "auto"
+FLAT_BYTES = 16e9  # up to which "auto" leaves it to the exact search: minutes for 10,000 images
 GROWTH = 4  # times the rows that a quantizer was trained for, beyond which a note says so
 CODE_BYTES = 64  # of a product quantizer that is chosen here
 SAMPLE_BYTES = 2e9
@@ -52,11 +54,16 @@ def chosen_factory(text: str, rows: int, dimension: int, size: int) -> tuple[str
     name = text.strip()
     if name.lower() == "flat":
         return None, "flat, as asked for: no codes, the search is exact"
-    if name.lower() == "auto":
+    if name.lower() == AUTO:
         if size <= FLAT_BYTES:
             return (
                 None,
                 f"flat: {size_text(size)} of vectors are searched exactly (codes from {size_text(FLAT_BYTES)} on)",
+            )
+        if not has_faiss():
+            return None, (
+                f"flat: codes would find candidates in {size_text(size)} of vectors faster, but are made by FAISS: "
+                "pip install 'diffmem[faiss]', then run the same command again; what is finished is kept"
             )
         name = "ivf"
     if re.fullmatch(r"ivf[0-9]*", name.lower()):
@@ -69,7 +76,27 @@ def chosen_factory(text: str, rows: int, dimension: int, size: int) -> tuple[str
             "FAISS "
             "such as IVF4096,PQ64"
         )
-    return name, f"{name}: {size_text(size)} of vectors are too many to search all of them each time"
+    why = "are too many to search all of them each time" if text.strip().lower() == AUTO else "get codes, as asked for"
+    return name, f"{name}: {size_text(size)} of vectors {why}"
+
+
+def check_choice(text: str | None) -> None:
+    """Raises what `chosen_factory` and FAISS's absence would raise once all shards are made."""
+    if text is not None and text.strip().lower() != AUTO and chosen_factory(text, 10**6, 512, 0)[0] is not None:
+        _faiss()
+
+
+def keeps(text: str | None, factory: str) -> bool:
+    """Whether an index that has codes by this factory string may keep them where `text` is asked for."""
+    asked = (text or AUTO).strip().lower()
+    return asked in (AUTO, "ivf", factory.lower()) or bool(
+        re.fullmatch(r"ivf[0-9]+", asked) and factory.lower().startswith(f"{asked},")
+    )
+
+
+def has_faiss() -> bool:
+    """Whether FAISS is installed."""
+    return importlib.util.find_spec("faiss") is not None
 
 
 def plan_quantizer(factory: str, shards: Sequence[Shard], dimension: int) -> dict[str, Any]:

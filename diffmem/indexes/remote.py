@@ -76,6 +76,12 @@ def file_system(url: str) -> tuple[Any, str]:
         ) from None
 
 
+def protocols(files: Any) -> tuple[str, ...]:
+    """By which protocols fsspec knows a file system."""
+    known = files.protocol
+    return (known,) if isinstance(known, str) else tuple(known)
+
+
 def patiently(ask: Callable[[], T], url: str) -> T:
     """What `ask()` returns, tried several times where it fails in a way that may pass.
 
@@ -146,6 +152,8 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         self.url, self.name = url, printable(without_secrets(url))
         self._files, self._path = file_system(url)
+        # The Hub's driver opens the file each time, and would read ahead for nothing.
+        self._options = {"cache_type": "none"} if "hf" in protocols(self._files) else {}
         self.size: int = file_info(url)["size"] if size is None else size
         self._position = 0
         self._start, self._block = 0, b""
@@ -210,7 +218,7 @@ class RemoteFile(io.RawIOBase):
         """The bytes from start up to stop."""
 
         def ask() -> bytes:
-            data = bytes(call(self._files, "cat_file", self._path, start=start, end=stop))
+            data = bytes(call(self._files, "cat_file", self._path, start=start, end=stop, **self._options))
             if len(data) > stop - start:
                 raise InputError(f"{self.name}: the server does not answer requests for parts of a file: download it")
             if len(data) < stop - start:

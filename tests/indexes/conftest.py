@@ -1,10 +1,15 @@
 """Training sets in pieces, and an object store on this machine."""
 
+import hashlib
 import io
+import json
+import re
 import socket
 import tarfile
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote
 
 import numpy as np
 import pytest
@@ -69,6 +74,84 @@ class Faults:
         if read:
             self.counts["bytes"] += len(body)
         return [body[: len(body) // 2]] if fault == "cut" else [body]
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """What gcsfs and huggingface_hub ask for when they list, look at and read files: Google's JSON API, with the bucket
+    "train", and the Hub's, with the dataset "me/train". The server has `files`, by name, and counts `bytes`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        asked = {name: values[0] for name, values in parse_qs(query).items()}
+        files, about = self.server.files, self.server.about
+        if (name := after(path, "/storage/v1/b/train/o/")) in files:
+            self.answer(about(name))
+        elif path == "/storage/v1/b/train/o":
+            names = [name for name in sorted(files) if name.startswith(asked.get("prefix", ""))]
+            self.answer({"items": [about(name) for name in names]})
+        elif path.startswith("/api/datasets/me/train/tree/main"):
+            folder = unquote(after(path, "/api/datasets/me/train/tree/main").strip("/"))
+            names = [name for name in sorted(files) if name.startswith(f"{folder}/" if folder else "")]
+            inner = {name: name[len(folder) :].strip("/").partition("/")[0] for name in names}
+            flat = asked.get("recursive") != "false"
+            folders = {
+                f"{folder}/{first}".strip("/") for name, first in inner.items() if not f"/{name}".endswith(f"/{first}")
+            }
+            found = [about(name) for name in names if flat or f"/{name}".endswith(f"/{inner[name]}")]
+            self.answer(found + [{"type": "directory", "path": each, "oid": "0"} for each in sorted(folders)])
+        elif path in ("/api/datasets/me/train", "/api/datasets/me/train/revision/main"):
+            self.answer({"id": "me/train", "sha": "0" * 40, "siblings": []})
+        else:
+            name = after(path, "/download/storage/v1/b/train/o/") or after(path, "/datasets/me/train/resolve/main/")
+            found = re.fullmatch(r"bytes=([0-9]+)-([0-9]+)", self.headers.get("Range", ""))
+            if name in files and found:
+                self.answer(files[name][int(found[1]) : int(found[2]) + 1], 206)
+            else:
+                self.answer({"error": {"message": "not found", "code": 404}}, 404)
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        names = json.loads(asked)["paths"] if asked.startswith("{") else parse_qs(asked)["paths"]
+        self.answer([self.server.about(name) for name in names if name in self.server.files])
+
+    def answer(self, body, status=200):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.server.bytes += len(data)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/octet-stream" if data is body else "application/json")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def after(path, beginning):
+    return unquote(path.removeprefix(beginning)) if path.startswith(beginning) else ""
+
+
+@pytest.fixture
+def elsewhere():
+    """A server on this machine that is Google's store and the Hugging Face Hub for what is in its `files`."""
+
+    def about(name):
+        data = server.files[name]
+        version = hashlib.sha1(data).hexdigest()
+        return {
+            "name": name, "bucket": "train", "size": len(data), "etag": version, "md5Hash": version, "type": "file",
+            "path": name, "oid": version, "generation": "1",
+        }  # fmt: skip
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    server.files, server.about, server.bytes = {}, about, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

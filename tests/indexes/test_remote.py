@@ -55,6 +55,37 @@ def test_every_kind_of_source_is_read_where_it_lies(tmp_path, store, shards, dig
     assert len(build_index(url, tmp_path / "http")) == 50
 
 
+@pytest.mark.parametrize(("url", "package"), [("gs://train", "gcsfs"), ("hf://datasets/me/train", "huggingface_hub")])
+def test_other_stores_are_read_by_ranges(tmp_path, elsewhere, monkeypatch, url, package):
+    pytest.importorskip("fsspec", reason="the extra remote is not installed")
+    # The bucket's type is asked for by gRPC otherwise, which the server does not speak.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip(package, reason="the extra remote is not installed")
+    import fsspec.config
+
+    options = {
+        "gs": {"endpoint_url": elsewhere.url, "token": "anon"},
+        "hf": {"endpoint": elsewhere.url, "token": False},
+    }
+    for protocol, values in options.items():
+        monkeypatch.setitem(fsspec.config.conf, protocol, values)
+    images = np.random.default_rng(2).integers(0, 256, (150, 3, 120, 120), dtype=np.uint8)
+    for number in range(2):
+        file = write_tar(tmp_path / f"{number}.tar", images[number * 75 :][:75], number * 75)
+        elsewhere.files[f"tars/{number}.tar"] = file.read_bytes()
+    size = sum(map(len, elsewhere.files.values()))
+    here = build_index(tmp_path / "{0..1}.tar", tmp_path / "here")
+    there = build_index(f"{url}/tars/*.tar", tmp_path / "there")
+    assert same(here, there)
+    assert elsewhere.bytes < 1.1 * size + remote.BLOCK  # the first image is looked at before the plan
+    before = elsewhere.bytes
+    assert same(build_index(f"{url}/tars/*.tar", tmp_path / "there"), here)
+    assert elsewhere.bytes - before < remote.BLOCK + size / 10  # what is finished is not read again
+    assert same(build_index(f"{url}/tars/{{0..1}}.tar", tmp_path / "brace"), here)
+    with pytest.raises(InputError, match=r"nothing\.tar: cannot be read \(no such file"):
+        build_index(f"{url}/nothing.tar", tmp_path / "index")
+
+
 def test_vectors_are_read_by_ranges(tmp_path, store):
     vectors = np.random.default_rng(1).normal(size=(3000, 256)).astype(np.float16)
     folder = tmp_path / "emb" / "img_emb"
@@ -121,6 +152,9 @@ def test_names_that_cannot_be_opened(tmp_path, store, monkeypatch):
         build_index("s3://train/nothing.tar", tmp_path / "index")
     with pytest.raises(InputError, match="cannot be opened"):
         build_index("nonsense://train/nothing.tar", tmp_path / "index")
+    import fsspec.registry
+
+    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingExtraError, match=r"gcsfs: pip install 'diffmem\[remote\]'"):
         build_index("gs://train/nothing.tar", tmp_path / "index")
