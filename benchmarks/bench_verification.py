@@ -55,7 +55,7 @@ def settings() -> Iterator[Setting]:
 def run(bench: Bench) -> None:
     for count in (0, 1, 17.5, 300):  # not the real one, which takes most of the time
         assert np.allclose(share_interval(count, 300, 0.95), verification._share_interval(count, 300, 0.95), atol=1e-9)
-    verification._share_interval = share_interval  # type: ignore[assignment]
+    verification._share_interval = share_interval
     rows = [
         summary(setting, 10 if bench.quick else AUDITS if setting[0] < MANY else AUDITS_OF_MANY)
         for setting in settings()
