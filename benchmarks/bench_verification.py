@@ -2,7 +2,7 @@
 
 `python -m benchmarks verification` simulates audits through an index with codes: Q images are drawn of a population
 with a share of copies; the verdict of some is open (no bound settles it). The search finds the copies among these with
-its recall, and calls a thousandth of the others copies that are none. So many of the open images, chosen by strata as
+its recall, and calls a thousandth of the others copies that are not. So many of the open images, chosen by strata as
 `diffmem audit --verify` does it, are searched exactly. results/verification.csv holds a row per setting: how many of
 the audits' intervals hold the share of copies of the population, how many intervals of the count hold that of exact
 search, and how wide they are beside Wilson's interval of an exact audit (median).
@@ -34,7 +34,7 @@ AUDITS, AUDITS_OF_MANY = (
     400,
 )  # per setting: coverage of 95 % is known within 1.4 and 2.1 points; beyond MANY images
 MANY = 5000
-ALARMS = 0.001  # of open images that are no copies: called copies where the second nearest was missed
+ALARMS = 0.001  # of open images that are not copies: called copies where the second nearest was missed
 COLUMNS = (
     "images", "verified", "copies", "open", "recall", "audits", "covered", "counted", "width", "wilson_covered",
     "exact_covered",
