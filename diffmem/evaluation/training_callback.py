@@ -11,7 +11,7 @@ from diffmem.data import read_data
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.evaluation.detectors import sample_detector
-from diffmem.evaluation.evaluator import decide_compile
+from diffmem.evaluation.evaluator import Evaluation, decide_compile
 from diffmem.evaluation.trajectories import Point, evaluate_snapshot
 from diffmem.memorization import SequentialTest
 from diffmem.sampling import SamplerConfig
@@ -61,6 +61,15 @@ class AuditEvery(Callback):
             self.training, self.training.image_shape, self.device, flip=flip, criterion=criterion
         )
         self.points: list[Point] = []
+        self.keep_images: int | None = 0  # of those of an audit; None: all
+
+    def on_evaluation(self, snapshot: Snapshot, found: Evaluation) -> None:
+        """For subclasses: called with every audit, before `on_audit`.
+
+        Args:
+            snapshot: The snapshot.
+            found: What was sampled and judged of it.
+        """
 
     def on_start(self, plan: Plan) -> None:
         self.planned, self.last = plan.images, plan.resumed_at
@@ -76,8 +85,10 @@ class AuditEvery(Callback):
         if self.stop is None:  # else few batches may do
             self.sampler = decide_compile(snapshot.denoiser, self.sampler, len(self.seeds) * self.looks)
         found = evaluate_snapshot(
-            self.out, snapshot.images, snapshot.denoiser, self.seeds, self.sampler, self.detector, self.test
+            self.out, snapshot.images, snapshot.denoiser, self.seeds, self.sampler, self.detector, self.test,
+            keep=self.keep_images,
         )  # fmt: skip
+        self.on_evaluation(snapshot, found)
         point = Point(snapshot.images, snapshot.epochs, snapshot.loss, found, self.test)
         self.points.append(point)
         self.on_audit(point)

@@ -76,13 +76,14 @@ def evaluate_snapshot(
     test: SequentialTest | None,
     stage: str = "",
     progress: Progress = silent,
+    keep: int | None = 0,
 ) -> Evaluation:
     """The snapshot of a run after so many `images`, evaluated until the test is answered; the run's folder keeps what
-    is known of it."""
+    is known of it, with the first `keep` images (None: all)."""
     identity = identity_of(fingerprint(denoiser), sampler, detector, next(denoiser.parameters()).device)
     store = SeedStore.within(run / FOLDER / "audits", f"{images:09d}", identity)
     found = evaluate(
-        denoiser, seeds, sampler, detector, store, test, images=0, copies=COPIES, stage=stage, progress=progress
+        denoiser, seeds, sampler, detector, store, test, images=keep, copies=COPIES, stage=stage, progress=progress
     )  # fmt: skip
     assert found is not None  # on one rank
     return found

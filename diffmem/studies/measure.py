@@ -23,7 +23,7 @@ import torch
 from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
-from diffmem.evaluation import AuditEvery, Point, evaluate
+from diffmem.evaluation import AuditEvery, Evaluation, Point, evaluate
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import CopyDetector, CopyRate, SequentialTest, highest_interval
@@ -32,6 +32,7 @@ from diffmem.models import Denoiser, WrappedDenoiser, load
 from diffmem.studies.checks import GENERATED, Check, checks
 from diffmem.studies.leveling import LEVELED_OFF, NOISE, Level, audit_steps, level_of
 from diffmem.studies.trial import Trial
+from diffmem.studies.watch import Watch, Watched, Watcher
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
 
 TRIAL, RUN, AUDITS, RESULT, GALLERY = "trial.json", "run", "audits.json", "result.json", "gallery.npz"
@@ -46,7 +47,8 @@ class InterruptedTrialError(Exception):
 class SnapshotResult:
     """R_mem of one snapshot: copies among the images of seeds 0 … total − 1, and what the run had cost by then.
 
-    answer: to the trial's test, None where it has none or it stayed open. training_seconds, sampling_seconds:
+    answer: to the trial's test, None where it has none or it stayed open. watched: what else was found, where the
+    setting has a watch. training_seconds, sampling_seconds:
     wall-clock time since the start of the trial, over all its continuations.
     """
 
@@ -58,6 +60,7 @@ class SnapshotResult:
     training_seconds: float
     sampling_seconds: float
     answer: bool | None = None
+    watched: Watched | None = None
 
     @property
     def ratio(self) -> float:
@@ -75,7 +78,8 @@ class Result:
         count: Copies among the images of the snapshot with the highest share, R_mem.
         total: Images of that snapshot.
         decided: The answer to the run's test; None where it has none or it stayed open.
-        censored: The run was ended by its answer, so that R_mem is at least what was seen.
+        censored: The run was ended by its answer, or by what it was watched for, so that R_mem is at least what was
+            seen.
         images: Length of the run, images seen.
         epochs: Length of the run.
         best_images: Images seen at the snapshot with the highest share.
@@ -91,6 +95,9 @@ class Result:
         threads: Threads of the CPU; None where the run is older than the field.
         level_off: By how many standard errors R_mem may rise and count as level, where that ends the run.
         checks: What the rule does by itself and what other criteria say; none where the run is older, or has a test.
+        alarms: Of unseen images, how many the rule calls copies, and how many there are; where they are watched.
+        delta: Distance within which images count as the same in the three phases, root mean square in gray levels;
+            where they are watched.
     """
 
     key: str
@@ -115,6 +122,8 @@ class Result:
     threads: int | None = None
     level_off: float | None = None
     checks: tuple[Check, ...] = ()
+    alarms: tuple[int, int] | None = None
+    delta: float | None = None
 
     @property
     def r_mem(self) -> float:
@@ -126,7 +135,7 @@ class Result:
         highest of several estimates (`diffmem.memorization.highest_interval`); another run differs by more."""
         counts = [(audited.count, audited.total) for audited in self.snapshots] or [(self.count, self.total)]
         if self.at_least is None and self.snapshots and len(self.snapshots) < (self.looks or 0):
-            # How many snapshots there are depends on what they showed: the run ended when it had leveled off.
+            # How many snapshots there are depends on what they showed: the run ended by it.
             return highest_interval(counts, looks=self.looks)
         if self.at_least is None:
             # Where only the highest is known (a table of runs), the others, which were no higher, count anyway.
@@ -154,9 +163,18 @@ class Result:
     def from_json(values: Mapping[str, Any]) -> Result:
         """The result that `to_json` gave."""
         values = {name: value for name, value in values.items() if name not in ("r_mem", "interval")}
-        snapshots = tuple(SnapshotResult(**each) for each in values["snapshots"])
-        found = tuple(map(Check.from_json, values.get("checks", ())))
-        return Result(**{**values, "snapshots": snapshots, "checks": found})
+        alarms = values.get("alarms")
+        fields = {
+            "snapshots": tuple(map(_snapshot_result, values["snapshots"])),
+            "checks": tuple(map(Check.from_json, values.get("checks", ()))),
+            "alarms": None if alarms is None else tuple(alarms),
+        }
+        return Result(**{**values, **fields})
+
+
+def _snapshot_result(values: Mapping[str, Any]) -> SnapshotResult:
+    watched = values.get("watched")
+    return SnapshotResult(**{**values, "watched": None if watched is None else Watched(**watched)})
 
 
 def read_result(folder: Path) -> Result | None:
@@ -215,8 +233,8 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / TRIAL, trial.to_json())
     steps = math.ceil(config.images / config.batch)
-    snapshots, level_off = trial.setting.snapshots, trial.setting.level_off
-    snapshot_steps = math.ceil(steps / (snapshots if level_off is None else audit_steps(snapshots)[-1]))
+    snapshots = trial.setting.snapshots
+    snapshot_steps = math.ceil(steps / (audit_steps(snapshots)[-1] if trial.setting.spread_audits else snapshots))
     audits = _Audits(trial, images, folder, device, snapshot_steps * config.batch)
     if audits.known_end():
         return _finished(trial, folder, audits, device)
@@ -272,7 +290,14 @@ class _Audits(AuditEvery):
             on_audit=self._add,
         )
         self.trial, self.folder, self.interval = trial, folder, interval
-        self.steps = None if setting.level_off is None else set(audit_steps(setting.snapshots))
+        self.steps = set(audit_steps(setting.snapshots)) if setting.spread_audits else None
+        self.watch: Watch | None = None
+        self.watcher: Watcher | None = None
+        self.watched: Watched | None = None
+        if (unseen := setting.unseen(trial.size, trial.repetition)) is not None:
+            self.watch = Watch.of(setting.watch or {})
+            self.watcher = Watcher(training, unseen, self.detector)
+            self.keep_images = None  # all
         self.audits: list[SnapshotResult] = []
         self.parameters = self.looks = 0
 
@@ -318,8 +343,13 @@ class _Audits(AuditEvery):
             return replace(decision, stop=True, reason=reason)
         return decision
 
+    def on_evaluation(self, snapshot: Snapshot, found: Evaluation) -> None:
+        self.watched = None if self.watcher is None else self.watcher.measure(snapshot.denoiser, found)
+
     def _reason(self) -> str | None:
         """Why the run ends with the last audit, if it does."""
+        if self.watch is not None:
+            return self.watch.ends(self.audits[-1].images, self.audits[-1].ratio)
         if self.trial.at_least is not None and self.audits[-1].answer:
             return f"R_mem is at least {self.trial.at_least:.4g}"
         if (noise := self.trial.setting.level_off) is not None:
@@ -341,6 +371,7 @@ class _Audits(AuditEvery):
                 training_seconds=self.training_seconds,
                 sampling_seconds=self.sampling_seconds,
                 answer=point.answer,
+                watched=self.watched,
             )
         )
         values = {"parameters": self.parameters, "looks": self.looks}
@@ -355,7 +386,8 @@ class _Audits(AuditEvery):
             count=best.count,
             total=best.total,
             decided=SequentialTest.of_highest(audited.answer for audited in self.audits),
-            censored=bool(self.trial.at_least is not None and last.answer and len(self.audits) < self.looks),
+            censored=len(self.audits) < self.looks
+            and bool(self.watch is not None or (self.trial.at_least is not None and last.answer)),
             images=last.images,
             epochs=last.images / len(self.training),
             best_images=best.images,
@@ -370,6 +402,8 @@ class _Audits(AuditEvery):
             device=self.device.type,
             threads=self.trial.setting.threads or 1,
             level_off=self.trial.setting.level_off,
+            alarms=None if self.watcher is None else self.watcher.alarms,
+            delta=None if self.watcher is None else self.watcher.delta,
         )
 
 
@@ -394,7 +428,7 @@ def _read_audits(path: Path) -> list[SnapshotResult]:
     values = read_checked(path, advice)
     with parsing(path, "the audits of a trial", advice):
         values = values["audits"] if isinstance(values, dict) else values  # without checksums it was a plain list
-        return [SnapshotResult(**each) for each in values]
+        return [_snapshot_result(each) for each in values]
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

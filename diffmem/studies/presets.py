@@ -12,7 +12,7 @@ factors are studied at one N, at which R_mem of the reference is neither near 0 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from diffmem.data import DatasetSpec
@@ -60,6 +60,17 @@ CIFAR10 = Setting(
     samples=10_000,
     sampling={"solver": "heun", "batch": 512},
 )
+# Runs that are watched until memorization is well under way. An EMA or a warm-up that is long beside the shortest of
+# them, or grows with N, would bend a law. A repetition of the five sizes is about 9,000 steps of the digits' network.
+_WATCHED: dict[str, Any] = {
+    "length": {"images": 524_288},
+    "snapshots": 16,
+    "samples": 300,
+    "level_off": None,
+    "training.ema": {"rule": "target", "target": 0.9},
+    "training.warmup_epochs": 0,
+    "watch": {"holdout": 400, "stop_at": 0.6, "stop_after": 32_000},
+}
 Resolutions = Mapping[int, tuple[int, ...]]
 
 
@@ -91,6 +102,8 @@ class _Scale:
         kinds: The classes whose diversity is studied, by name.
         other: The images mixed into them.
         notes: What a reader should know.
+        law_sizes: N of the runs off which laws of the field are read.
+        law: In what these runs differ from the reference, as dotted names.
     """
 
     base: Setting
@@ -116,6 +129,8 @@ class _Scale:
     kinds: Mapping[str, int]
     other: str
     notes: tuple[str, ...] = ()
+    law_sizes: tuple[int, ...] = (10, 20, 40, 80, 160)
+    law: Mapping[str, Any] = field(default_factory=lambda: _WATCHED)
 
 
 _DIGITS = _Scale(
@@ -214,6 +229,15 @@ _SCALES = {
         unique_sizes=(50_000,),
         kinds={"dogs": _DOG, "cats": _CAT},
         other="imagenet-32.zip",
+        law_sizes=(250, 500, 1000, 2000, 4000),
+        law={
+            **_WATCHED,
+            "length": {"images": 80_000_000},
+            "snapshots": 20,
+            "samples": 2000,
+            "training.ema": {"rule": "target", "target": 0.999},
+            "watch": {"holdout": 2000, "stop_at": 0.6, "stop_after": 8_000_000},
+        },
     ),
 }
 SCALES = tuple(_SCALES)
@@ -492,6 +516,18 @@ def _unique_labels(scale: _Scale) -> Study:
     )  # fmt: skip
 
 
+def _law(name: str, title: str) -> Callable[[_Scale], Study]:
+    """A law of the field (see `diffmem.studies.laws`); all of them are read off the same runs."""
+
+    def study(scale: _Scale) -> Study:
+        return _study(
+            name, scale, title, "training images", [_variant("reference", scale.base, dict(scale.law))],
+            scale.law_sizes, law=name, notes=("The runs of onset, early-warning and spurious are the same.",),
+        )  # fmt: skip
+
+    return study
+
+
 _STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "size": _size,
     "resolution": _resolution,
@@ -507,5 +543,6 @@ _STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "conditioning": _conditioning,
     "random-labels": _random_labels,
     "unique-labels": _unique_labels,
+    "onset": _law("onset", "Onset of memorization against the number of training images"),
 }
 NAMES = tuple(_STUDIES)

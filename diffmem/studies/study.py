@@ -22,6 +22,7 @@ from diffmem.inert.documents import read_json
 from diffmem.studies.trial import Setting, Trial
 
 DIRECTION, EQUIVALENCE, TREND = "direction", "equivalence", "trend"
+LAWS = ("onset", "early-warning", "spurious")  # of which `diffmem.studies.laws` says more
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Study:
         notes: What a reader should know, one line each.
         max_repetitions: Where given, cells of questions that are still open after `repetitions` get more runs, up to so
             many; one may look after each (see `diffmem.studies.analysis`). None: the runs are analyzed once.
+        law: A law of the field that is read off the runs; see `diffmem.studies.laws`.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Study:
     published: str | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
     max_repetitions: int | None = None
+    law: str | None = None
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -148,6 +151,11 @@ class Study:
         for question in self.questions:
             if unknown := question.names - set(names):
                 raise InputError(f"study {self.name}: a question names {', '.join(unknown)}, which is not a variant")
+        if self.law is not None:
+            if self.law not in LAWS:
+                raise InputError(f"study {self.name}: law is {self.law!r}, but must be one of {', '.join(LAWS)}")
+            if any(variant.setting.watch is None for variant in self.variants):
+                raise InputError(f"study {self.name}: its law needs settings with a watch")
         if self.max_repetitions is not None and self.max_repetitions < self.repetitions:
             raise InputError(
                 f"study {self.name}: max_repetitions is {self.max_repetitions}, below repetitions, {self.repetitions}"

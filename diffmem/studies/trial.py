@@ -20,6 +20,7 @@ from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
 from diffmem.errors import InputError
 from diffmem.memorization import check_criterion
 from diffmem.sampling import SamplerConfig
+from diffmem.studies.watch import Watch
 from diffmem.training import TrainingConfig, images_of, training_config
 from diffmem.training.configure import check_parts
 
@@ -48,6 +49,8 @@ class Setting:
             that R_mem may rise over a doubling of the length and still count as level (see `leveling`). Its audits, at
             most `snapshots`, stand at lengths a factor of √2 apart. None: the run has its whole length, and audits are
             evenly spaced.
+        watch: Fields of `diffmem.studies.watch.Watch`: what is measured of every snapshot beside its copies, and when
+            the run ends by it; audits then stand at lengths a factor of √2 apart, too.
     """
 
     data: DatasetSpec
@@ -60,6 +63,7 @@ class Setting:
     threads: int | None = None
     criterion: str | None = None
     level_off: float | None = None
+    watch: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "seed", "label_seed"):
@@ -78,6 +82,10 @@ class Setting:
             raise InputError(
                 f"level_off is {self.level_off} with {self.snapshots} snapshots, but must be at least 0, with 4 or more"
             )
+        if self.watch is not None:
+            Watch.of(self.watch)
+            if self.level_off is not None or (self.data.labels or "none") == "unique":
+                raise InputError("watch: goes with neither level_off nor a label of its own for every image")
         if check_criterion(self.criterion) == "ratio":  # the default, under which results were stored without its name
             object.__setattr__(self, "criterion", None)
         self.sample_settings()
@@ -99,6 +107,30 @@ class Setting:
         """All images that training sets are taken from."""
         recipe = replace(self.data, labels="none")
         return recipe.load(read=_read(self.data.reading(), _changed(self.data.source)))
+
+    def unseen(self, size: int, repetition: int = 0) -> ImageSet | None:
+        """The images that `watch` keeps from the runs of a repetition, the same ones for all sizes; None where nothing
+        is watched. Raises InputError where `size` leaves too few."""
+        if self.watch is None:
+            return None
+        count = Watch.of(self.watch).holdout
+        classes, most = self.limits()
+        rest = (most - count) // classes * classes
+        if size > rest:
+            raise InputError(
+                f"{self.data.source}: N = {size:,} leaves fewer than {count:,} images unseen: the largest size is "
+                f"{rest:,}"
+            )
+        everything, trained = (self.training_set(each, repetition) for each in (most, rest))
+        seen = {image.tobytes() for image in trained.images}
+        return everything.select(
+            np.array([row for row, each in enumerate(everything.images) if each.tobytes() not in seen])
+        )
+
+    @property
+    def spread_audits(self) -> bool:
+        """Whether audits stand at lengths a factor of √2 apart."""
+        return self.level_off is not None or self.watch is not None
 
     def limits(self) -> tuple[int, int]:
         """(number of classes, of which sizes should be multiples; the largest size that is one)."""
