@@ -18,6 +18,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "cpu/aligned.h"
 #include "cpu/features.h"
@@ -393,6 +394,7 @@ void put_sums(const Small& of, const float* weights) {
 Checked small_means(const SmallSet& set, const SmallQueries& queries, void* out, double* log_sum, double* dropped,
                     int threads) {
   constexpr double kExact = 0.25;  // error of a logit from which all that matter are computed in float64
+  constexpr double kHuge = 1e30;   // logits beyond which float32 may overflow
   const Kernels& kernel = *kernels();
   const std::int64_t count = queries.count, d = set.rows.d, n = set.n, columns = divide_up(count, kLanes) * kLanes;
   const auto size = static_cast<std::size_t>(columns);
@@ -407,12 +409,15 @@ Checked small_means(const SmallSet& set, const SmallQueries& queries, void* out,
     return Checked::good;
   };
   std::vector<double> weights;
-  if (queries.exact) {
+  bool exactly = queries.exact;
+  for (std::int64_t c = 0; c < count; ++c)
+    exactly = exactly || state.length[c] * set.longest * std::max(1.0, state.weight[c]) > kHuge;
+  if (exactly) {
     Pairs pairs;
     pairs.starts.resize(size + 1, n * count);
     for (std::int64_t c = 0; c <= count; ++c) pairs.starts[c] = n * c;
     pairs.images.resize(static_cast<std::size_t>(n * count));
-    for (std::int64_t p = 0; p < n * count; ++p) pairs.images[p] = static_cast<std::int32_t>(p % n);
+    for (std::int64_t c = 0; c < count; ++c) std::iota(&pairs.images[n * c], &pairs.images[n * c] + n, 0);
     weigh_pairs(state, pairs, exact(state, pairs), weights);
     put_pairs(state, pairs, weights);
     return finish();

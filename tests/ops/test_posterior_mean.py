@@ -212,7 +212,7 @@ def test_quick_means_say_what_is_wrong(impl, n):
                     data.quick(x, sigma, 1e-5, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("impl", ["torch"])
+@pytest.mark.parametrize("impl", ["torch", *(["native"] if LEVELS else [])])
 def test_queries_so_long_that_float32_overflows(impl):
     y = rows(9000, 12)
     data = PosteriorRows(y, torch.full((12,), 128.0), torch.device("cpu"), impl=impl)
@@ -224,6 +224,9 @@ def test_queries_so_long_that_float32_overflows(impl):
         expected = torch.softmax(logits / levels[:, None].double() ** 2, dim=1) @ y.double()
         assert relative_error(data.quick(x, sigma, 1e-5, 1.0, 0.0), expected) <= 1e-5
         assert relative_error(data.mean(x, levels, 1e-5).mean, expected) <= 1e-5
+        if impl == "native":
+            coded = PosteriorRows(y, data.center, torch.device("cpu"), impl=impl, basis=torch.eye(12))
+            assert relative_error(coded.mean(x, levels, 1e-5).mean, expected) <= 1e-5
 
 
 @pytest.mark.skipif(native.unavailable("cpu") is not None, reason=str(native.unavailable("cpu")))
