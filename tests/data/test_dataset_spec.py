@@ -36,7 +36,7 @@ SPECS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(SPECS, SPECS)
 def test_json_both_ways(spec, other):
     there = DatasetSpec.from_json(json.loads(json.dumps(spec.to_json())))

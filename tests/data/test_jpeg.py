@@ -112,7 +112,7 @@ def test_odd_pictures(way):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_damaged_files_end_as_in_the_ordinary_way(data):
     damaged = bytearray(data.draw(st.sampled_from(FILES)))
     damaged = damaged[: data.draw(st.integers(0, len(damaged)))]

@@ -127,7 +127,7 @@ def test_what_is_known_is_neither_sampled_nor_searched_again(temporary, tmp_path
     ),
     damage=st.integers(0, 3),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_order_of_runs(tmp_path_factory, runs, damage):
     """Runs over any seeds, with any batch, interrupted anywhere, a block damaged: the truth, and nothing twice."""
     folder = tmp_path_factory.mktemp("seeds")

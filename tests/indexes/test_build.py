@@ -101,7 +101,7 @@ def test_near_duplicates_are_those_of_the_set_read_at_once(tmp_path):
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=40))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_united_links_are_connected_components(links):
     pairs = np.array([link for link in links if link[0] != link[1]], np.int64).reshape(-1, 2)
     members, roots = united([pairs] if len(pairs) else [])

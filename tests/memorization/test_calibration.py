@@ -26,7 +26,7 @@ def test_p_values_and_threshold_are_one_decision(holdout, some, alarms):
 
 
 @given(scores, st.sampled_from([0.05, 0.1, 0.3]))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_p_values_are_super_uniform_under_exchangeability(everything, alarms):
     """Each image in turn is the one that is tested against the others: exactly the probability over permutations."""
     everything = np.array(everything)

@@ -89,7 +89,7 @@ def threads():
     count=st.integers(1, 3),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_integer_brute_force(level, method, threads, monkeypatch, seed, kinds, n, q, d, count, data):
     monkeypatch.setenv("DIFFMEM_CPU", level)
     threads(count)
@@ -173,7 +173,7 @@ def test_wide_images(method):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("level", LEVELS)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 80), d=st.integers(1, 100), data=st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_floats_equal_float64_brute_force(dtype, level, monkeypatch, seed, n, d, data):
     monkeypatch.setenv("DIFFMEM_CPU", level)
     rng = np.random.default_rng(seed)

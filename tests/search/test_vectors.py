@@ -66,7 +66,7 @@ def assert_exact(queries: np.ndarray, shards: list[np.ndarray], k: int, **option
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(KINDS),
     n=st.integers(1, 300),

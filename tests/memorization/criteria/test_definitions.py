@@ -39,7 +39,7 @@ def others(x: np.ndarray) -> np.ndarray:
     return found
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(2))
 def test_authenticity(drawn):
     generated, training = drawn
@@ -53,7 +53,7 @@ def test_authenticity(drawn):
     assert found["authenticity:fld"] == 100 * np.mean(expected) - 50
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(2))
 def test_authenticity_of_alaa(drawn):
     generated, training = drawn
@@ -67,7 +67,7 @@ def test_authenticity_of_alaa(drawn):
     assert diffmem.measure(generated, training, measures="authenticity:alaa")["authenticity:alaa"] == expected
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(2))
 def test_distances(drawn):
     generated, training = drawn
@@ -87,7 +87,7 @@ def test_distances(drawn):
     assert found["m3"] == np.mean(d1 < found["m3_median"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(3))
 def test_distance_against_the_holdout_set(drawn):
     generated, training, holdout = drawn
@@ -98,7 +98,7 @@ def test_distance_against_the_holdout_set(drawn):
     assert found.honest["dcr_closer_to_training"] == len(training) / (len(training) + len(holdout))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(3))
 def test_z_score_counts_pairs(drawn):
     generated, training, holdout = drawn
@@ -149,7 +149,7 @@ def test_cells_that_cannot_be_used():
         diffmem.measure(few, points, points, measures="c_t", cells=(labels, labels, labels[:20]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(2), st.booleans())
 def test_cosines(drawn, negative):
     generated, training = drawn
@@ -193,7 +193,7 @@ def test_cosines_among_many_equal_directions():
     assert found["top1_similarity_background"] == pytest.approx((100 + alone) / 101, abs=1e-12)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(2, least=6, most=12))
 def test_precision_recall_density_coverage(drawn):
     generated, training = drawn
@@ -208,7 +208,7 @@ def test_precision_recall_density_coverage(drawn):
     assert found["coverage"] == (pairs.min(axis=1) < real).mean()
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sets(2), st.integers(0, 12), st.integers(0, 12))
 def test_three_phases(drawn, delta_m, delta_s):
     generated, training = (each.astype(np.float32) for each in drawn)
@@ -266,7 +266,7 @@ def test_fid_of_known_gaussians():
     assert same["mifid:torchmetrics"] == 0
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(2, 9), st.integers(2, 5), st.integers(0, 2**32 - 1))
 def test_cliques(count, size, seed):
     from itertools import combinations
