@@ -23,6 +23,7 @@ from diffmem.cli.training_options import Numbers
 
 if TYPE_CHECKING:
     from diffmem.studies import Study
+    from diffmem.studies.findings import Findings
 
 FAILURE = 1
 
@@ -55,23 +56,44 @@ def _choice_options(command):
             moved_option("--seeds", "runs per cell are --repetitions, since --seeds are those of images"),
             threads_option,
             criterion_option,
+            click.option(
+                "--epochs",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="E",
+                help="Length of the runs, instead of the study's.",
+            ),
+            click.option(
+                "--level-off",
+                is_flag=True,
+                help="End a run once its R_mem has leveled off: over a doubling of its length it has not risen beyond "
+                "noise. It has its full length at most, and is audited up to nine times, from a sixteenth of it on.",
+            ),
+            click.option(
+                "--until",
+                type=click.Choice(["decided"]),
+                help="decided: go on after --repetitions, one at a time, with the cells of open questions, until all "
+                "are decided or have --max-repetitions. The error of the verdicts holds for all looks together.",
+            ),
+            click.option("--max-repetitions", type=click.IntRange(min=2), metavar="K", help="With --until: at most."),
         ]
     ):
         command = cast(Any, option)(command)
     return command
 
 
-def _chosen(studies, scale, source, other, color, sizes, repetitions, threads, criterion) -> list[Study]:
+def _chosen(studies, scale, source, other, color, until, max_repetitions, **changes) -> list[Study]:
     """Studies by name or file."""
     from diffmem.studies import load_study
     from diffmem.studies.presets import NAMES, build
     from diffmem.studies.study import at_sizes
 
+    if (until is None) != (max_repetitions is None):
+        raise click.UsageError("--until decided and --max-repetitions K belong together: give both")
     found = []
     for name in NAMES if studies == ("all",) else studies:
         own = name.endswith((".json", ".py"))
         study = load_study(name) if own else build(name, scale, source, other, color)
-        found.append(at_sizes(study, sizes, repetitions, threads, criterion))
+        found.append(at_sizes(study, **changes, max_repetitions=max_repetitions))
     return found
 
 
@@ -85,6 +107,7 @@ def study_command() -> None:
       diffmem study list
       diffmem study show width --plan 1,8
       diffmem study run size width --out studies
+      diffmem study run width --until decided --max-repetitions 8 --out studies
       diffmem study run resolution --scale cifar10 --data cifar10.zip --workers 8 --device cuda --out studies
       diffmem study report --runs studies
     """
@@ -191,13 +214,26 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
     torch.set_flush_denormal(True)
     chosen = _chosen(**choice)
     with progress_bars() as progress, executing(workers, ray, gpus_per_run, device) as executor:
-        outcomes = run_studies(chosen, out, executor, retry=retry, on_trial=tell_outcome, progress=progress)
+        outcomes = run_studies(
+            chosen, out, executor, retry=retry, on_trial=tell_outcome, on_look=_tell_look, progress=progress
+        )
     failed = [outcome for outcome in outcomes if outcome.result is None]
     click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")
     for outcome in failed:
         click.echo(f"N = {outcome.trial.size:,}, repetition {outcome.trial.repetition}: {outcome.error}")
     click.echo(f"report: {report_studies(out)}")
     return FAILURE if failed else 0
+
+
+def _tell_look(found: list[Findings]) -> None:
+    """Lines about the questions that are open, on standard error."""
+    answers = [(each.study, answer) for each in found for answer in each.answers]
+    click.echo(f"{sum(answer.decided for _, answer in answers)} of {len(answers)} questions are decided", err=True)
+    for study, answer in answers:
+        if not answer.decided and study.max_repetitions is not None:
+            pairs = 0 if answer.latest is None else answer.latest.repetitions
+            limit = f"after {pairs} of at most {study.max_repetitions} repetitions"
+            click.echo(f"  open {limit}: {study.name}: {answer.question.text}", err=True)
 
 
 @study_command.command("report", cls=CommandWithJson)

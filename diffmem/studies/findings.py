@@ -225,10 +225,10 @@ def findings(
     """What `results` (by trial key) and `errors` say of a study: a cell has all the results of its setting and size,
     also those of repetitions that the study does not ask for. spread: of runs; None: from this study alone."""
     failures, missing = [], 0
-    for variant, trial in study.cells():
+    for variant, trial in replace(study, repetitions=study.max_repetitions or study.repetitions).cells():
         if trial.key not in results and trial.key in errors:
             failures.append((variant.name, trial.size, trial.repetition, errors[trial.key]))
-        elif trial.key not in results:
+        elif trial.key not in results and trial.repetition < study.repetitions:
             missing += 1
     groups = _groups(study, results)
     spread = spread_of([list(each.values()) for each in groups.values()]) if spread is None else spread

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffmem.atomic_io import atomic_write, output_lock
@@ -16,6 +17,7 @@ from diffmem.executors import Executor
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.progress import Progress, silent
+from diffmem.studies.analysis import informative
 from diffmem.studies.findings import Findings, find_among
 from diffmem.studies.ledger import FAILED, FILE, Ledger
 from diffmem.studies.measure import Result, read_result
@@ -33,10 +35,12 @@ def run_studies(
     *,
     retry: bool = False,
     on_trial: Callable[[Outcome], None] = lambda outcome: None,
+    on_look: Callable[[list[Findings]], None] = lambda found: None,
     progress: Progress = silent,
 ) -> list[Outcome]:
     """Runs what is not done yet of some studies in a folder; see `run_trials`. The first repetition of every study
-    comes before the second of any.
+    comes before the second of any. Then, of studies with `max_repetitions`, the cells of questions that are still open
+    get one more repetition at a time, until all are decided, or have so many.
 
     Args:
         studies: What to run.
@@ -44,10 +48,15 @@ def run_studies(
         executor: See `diffmem.executors`; default: in this process.
         retry: Try again what failed for good.
         on_trial: Called with every run that ends here.
+        on_look: Called with what was found, before further repetitions are run.
         progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: The folder holds a study of the same name with another `max_repetitions`.
     """
     root = Path(root)
     trials_folder(root)  # before anything is written
+    studies = [_as_planned(study, root) for study in studies]
     (root / STUDIES).mkdir(parents=True, exist_ok=True)
     for study in studies:
         atomic_write(root / STUDIES / f"{study.name}.json", json.dumps(study.to_json(), indent=1) + "\n")
@@ -55,7 +64,67 @@ def run_studies(
     with output_lock(root, shared=True):
         if retry:
             Ledger(root).retry([trial.key for trial in trials])
-        return run_trials(trials, root, executor, on_trial=on_trial, progress=progress)
+        outcomes = {o.trial.key: o for o in run_trials(trials, root, executor, on_trial=on_trial, progress=progress)}
+        if any(study.max_repetitions for study in studies):
+            names = {study.name for study in studies}
+            while True:
+                found = find_all(read_studies(root), root)  # verdicts hold for all questions of the folder together
+                on_look([each for each in found if each.study.name in names])
+                more = [trial for each in found if each.study.name in names for trial in further_trials(each)]
+                if not more:
+                    break
+                more = list({trial.key: trial for trial in more if trial.key not in outcomes}.values())
+                if not more:
+                    break
+                found_now = run_trials(more, root, executor, on_trial=on_trial, progress=progress)
+                outcomes |= {outcome.trial.key: outcome for outcome in found_now}
+        return list(outcomes.values())
+
+
+def _as_planned(study: Study, root: Path) -> Study:
+    """The study, with the `max_repetitions` under which it was begun in this folder: each look spends its share of the
+    error by that plan."""
+    path = root / STUDIES / f"{study.name}.json"
+    if not path.is_file():
+        return study
+    (begun,) = read_studies(root, [study.name])
+    if begun.max_repetitions is None or begun.max_repetitions == study.max_repetitions:
+        return study
+    if study.max_repetitions is None:
+        return replace(
+            study,
+            repetitions=min(study.repetitions, begun.max_repetitions),
+            max_repetitions=begun.max_repetitions,
+        )
+    raise InputError(
+        f"study {study.name}: max_repetitions is {study.max_repetitions}, but it was begun in {root} with "
+        f"{begun.max_repetitions}, by which its error is spent: keep that number, or use another folder"
+    )
+
+
+def further_trials(found: Findings) -> list[Trial]:
+    """The trials of the next repetition of a study's open questions; none where all are decided, or have as many as the
+    study may make. A repetition of which a run failed for good is left out."""
+    study, trials = found.study, {}
+    if study.max_repetitions is None:
+        return []
+    done = {
+        (cell.variant.name, cell.size): {result.repetition: result for result in cell.results} for cell in found.cells
+    }
+    failed = {(name, size, repetition) for name, size, repetition, _ in found.failures}
+    by_name = {variant.name: variant for variant in study.variants}
+    for answer in found.answers:
+        weights = study.contrast(answer.question, set(done))
+        if answer.decided or not weights:
+            continue
+        places = informative(answer.question, weights, done)[0]
+        for repetition in range(study.max_repetitions):
+            lacking = [place for place in places if repetition not in done[place]]
+            if lacking and not any((*place, repetition) in failed for place in places):
+                for name, size in lacking:
+                    trials[name, size, repetition] = Trial(by_name[name].setting, size, repetition)
+                break
+    return list(trials.values())
 
 
 def all_trials(studies: Sequence[Study]) -> list[Trial]:

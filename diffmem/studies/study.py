@@ -19,10 +19,12 @@ from typing import Any
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
+from diffmem.studies.leveling import NOISE
 from diffmem.studies.trial import Setting, Trial
 
 DIRECTION, EQUIVALENCE, TREND = "direction", "equivalence", "trend"
 LAWS = ("onset", "early-warning", "spurious")  # of which `diffmem.studies.laws` says more
+LEVEL_SNAPSHOTS = 9  # of a run that ends once it has leveled off: from a sixteenth of its length on
 
 
 @dataclass(frozen=True)
@@ -331,22 +333,30 @@ def load_study(path: str | Path) -> Study:
 
 def at_sizes(
     study: Study,
-    sizes: Sequence[int] | None,
-    repetitions: int | None,
+    sizes: Sequence[int] | None = None,
+    repetitions: int | None = None,
     threads: int | None = None,
     criterion: str | None = None,
+    epochs: float | None = None,
+    level_off: bool = False,
+    max_repetitions: int | None = None,
 ) -> Study:
-    """The study with other sizes, for all of its variants, another number of repetitions, or of threads per run, or by
-    another criterion; None leaves them."""
+    """The study with other sizes, for all of its variants, another number of repetitions, or of threads per run, by
+    another criterion, with runs of so many epochs, or until R_mem has leveled off; None leaves them."""
     if sizes is not None:
         variants = tuple(replace(variant, sizes=None) for variant in study.variants)
         study = replace(study, sizes=tuple(sizes), variants=variants)
     given: dict[str, Any] = {"threads": threads, "criterion": criterion}
-    if chosen := {name: value for name, value in given.items() if value is not None}:
-        settings = [replace(variant.setting, **chosen) for variant in study.variants]
-        variants = tuple(replace(v, setting=each) for v, each in zip(study.variants, settings, strict=True))
-        study = replace(study, variants=variants)
-    return study if repetitions is None else replace(study, repetitions=repetitions)
+    given["length"] = None if epochs is None else {"epochs": epochs}
+    settings = []
+    for variant in study.variants:
+        setting = replace(variant.setting, **{name: value for name, value in given.items() if value is not None})
+        if level_off and setting.level_off is None:
+            setting = replace(setting, level_off=NOISE, snapshots=max(setting.snapshots, LEVEL_SNAPSHOTS))
+        settings.append(setting)
+    variants = tuple(replace(v, setting=each) for v, each in zip(study.variants, settings, strict=True))
+    study = replace(study, variants=variants, repetitions=repetitions or study.repetitions)
+    return study if max_repetitions is None else replace(study, max_repetitions=max_repetitions)
 
 
 def _tuple(values: Sequence[int] | None) -> tuple[int, ...] | None:
