@@ -1,4 +1,4 @@
-"""`diffmem study`: list, show, run, report."""
+"""`diffmem study`: list, show, plan, run, report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from diffmem.cli.options import (
     moved_option,
 )
 from diffmem.cli.sampling_options import device_option, folder_option
-from diffmem.cli.training_options import Numbers
+from diffmem.cli.training_options import NUMBER, Numbers
 
 if TYPE_CHECKING:
     from diffmem.studies import Study
     from diffmem.studies.findings import Findings
+    from diffmem.studies.power import Planned
 
 FAILURE = 1
 
@@ -56,12 +57,7 @@ def _choice_options(command):
             moved_option("--seeds", "runs per cell are --repetitions, since --seeds are those of images"),
             threads_option,
             criterion_option,
-            click.option(
-                "--epochs",
-                type=click.FloatRange(min=0, min_open=True),
-                metavar="E",
-                help="Length of the runs, instead of the study's.",
-            ),
+            click.option("--epochs", type=NUMBER, help="Training length in epochs: instead of the study's."),
             click.option(
                 "--level-off",
                 is_flag=True,
@@ -106,6 +102,7 @@ def study_command() -> None:
     Examples:
       diffmem study list
       diffmem study show width --plan 1,8
+      diffmem study plan width --runs studies
       diffmem study run size width --out studies
       diffmem study run width --until decided --max-repetitions 8 --out studies
       diffmem study run resolution --scale cifar10 --data cifar10.zip --workers 8 --device cuda --out studies
@@ -191,6 +188,90 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
             click.echo(
                 f"  {count:4} {'device' if count == 1 else 'devices':8} {plan.seconds / 3600:9.2f} hours, "
                 f"{plan.work / 3600:.2f} device-hours of work, {plan.utilization:.0%} busy"
+            )
+
+
+@study_command.command("plan", cls=CommandWithJson)
+@_choice_options
+@click.option(
+    "--runs", type=click.Path(path_type=Path, exists=True),
+    help="Folder of runs; of a pilot, say: the spread and the cost of finished runs in it are taken.",
+)  # fmt: skip
+@click.option(
+    "--effect", type=click.FloatRange(min=0, min_open=True), metavar="L",
+    help="The difference, in logit R_mem, that is to be found.  [default: twice a question's margin, 0.8: 20 points in "
+    "the middle, 7 at 90 %]",
+)  # fmt: skip
+@device_option
+@json_option("the plan")
+@debug_option
+def plan_command(runs, effect, device, as_json, **choice) -> None:
+    """Show which question is decided by how many repetitions, with which power, and at which cost.
+
+    Nothing is written. Costs are those of finished runs in RUNS, else measured on a few steps; how much runs differ is
+    taken from RUNS too, else assumed.
+    """
+    import torch
+
+    from diffmem.progress import progress_bars
+    from diffmem.studies.folder import find_all
+    from diffmem.studies.power import plan
+    from diffmem.studies.schedule import costs
+    from diffmem.studies.study import Place
+    from diffmem.studies.trial import Trial
+
+    torch.set_flush_denormal(True)
+    chosen = _chosen(**choice)
+    seconds: dict[str, dict[Place, float]] = {}
+    with progress_bars() as progress:
+        for study in chosen:
+            asked = {place for question in study.questions for place in study.contrast(question)}
+            settings = {variant.name: variant.setting for variant in study.variants}
+            trials = {place: Trial(settings[place[0]], place[1]) for place in study.places() if place in asked}
+            found = costs(list(trials.values()), runs, device, progress)
+            seconds[study.name] = {
+                place: each.training + each.sampling for place, each in zip(trials, found, strict=True)
+            }
+    planned = plan(chosen, seconds, [] if runs is None else find_all(chosen, runs), effect)
+    if as_json:
+        click.echo(json.dumps([each.to_json() for each in planned]))
+        return
+    if not planned:
+        click.echo("these studies ask no question")
+        return
+    _print_plan(chosen, planned)
+
+
+def _print_plan(chosen: list[Study], planned: list[Planned]) -> None:
+    from diffmem.studies.power import MOST, POWER
+    from diffmem.text import counted
+
+    def repetitions(needed: int | None) -> str:
+        return f"over {MOST}" if needed is None else str(needed)
+
+    click.echo(f"{counted(len(planned), 'question')}, wrong together in 5 %; repetitions for a power of {POWER:.0%}")
+    click.echo(f"{'effect':>7} {'spread':>7} {'needs':>8} {'if none':>8} {'one costs':>10} {'all':>10} {'power':>6}")
+    for each in planned:
+        total = "" if each.total is None else f"{each.total / 3600:.2f} h"
+        effect = "none" if not each.effect else f"{each.effect:.2f}"
+        click.echo(
+            f"{effect:>7} {each.spread:7.2f} {repetitions(each.repetitions):>8} {repetitions(each.equivalence):>8} "
+            f"{each.seconds / 3600:8.2f} h {total:>10} {each.power:6.0%}  {each.study}: {each.question.text}"
+            f" ({each.source})"
+        )
+    click.echo(
+        "effect, spread: of the difference between paired runs, in logit R_mem; needs: repetitions, if there is that "
+        "effect; if none: repetitions that show an equivalence; costs: hours of one device"
+    )
+    for study in chosen:
+        if study.max_repetitions is None:
+            click.echo(f"{study.name}: the power is that of {counted(study.repetitions, 'repetition')}")
+        else:
+            mean = [each.expected for each in planned if each.study == study.name and each.expected is not None]
+            between = f"{min(mean):.1f} to {max(mean):.1f}" if mean else "-"
+            click.echo(
+                f"{study.name}: the power is that of looks after {study.repetitions} to {study.max_repetitions} "
+                f"repetitions; {between} are made on average"
             )
 
 

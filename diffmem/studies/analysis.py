@@ -3,16 +3,17 @@
 A question is a weighted sum of cells (`Study.contrast`). Repetition r gives one value of it, Δ_r = Σ w·logit R_mem, in
 which the subset, the seed and the latents that all variants of a repetition share cancel. Δ_1 … Δ_R are independent, so
 their mean has the interval of Student's t with R − 1 degrees of freedom, whatever else the runs have in common
-(`paired`). Few repetitions tell little of their own spread: two give a quantile of 12.7. So up to four repetitions the
-spread of all the study's variants counts (`pooled`): logit R_mem, averaged over the question's sizes, is
+(`paired`). Few repetitions tell little of their own spread: two give a quantile of 12.7. So the
+spread of all the study's variants is looked at, too (`pooled`): logit R_mem, averaged over the question's sizes, is
 
     y_rv = μ_v + a_r + e_rv,   var e_rv = σ² + the noise of sampling,
 
 the mixed model of variant and repetition, with nothing assumed about the a_r: whatever a repetition has of its own, at
 all sizes or at one of them, is in a_r, and what a variant has of its own in a repetition, at all sizes, in e_rv. The
 degrees of freedom are (R − 1)(V − 1) where all runs are there; σ² follows from the weighted squares (Paule and Mandel
-1982). Variants may differ in their spread: the error is never taken smaller than that of the question's own pairs. From
-five repetitions on these decide alone.
+1982). But variants may differ in their spread. Of the two estimates the one with the larger error counts, with its own
+degrees of freedom: where the spread is one, that spares repetitions, and where that of the question's own runs is twice
+as large as that of the others, false verdicts stay at 5 % (`benchmarks/results/study-errors.csv`).
 
 A run's logit is that of (copies + ½) / (images − copies + ½). Its noise of sampling has the variance 1 / (copies + ½) +
 1 / (images − copies + ½); it is in the spread of the Δ_r already, and the error is never taken smaller than it alone.
@@ -51,7 +52,6 @@ UNDECIDED, UNMEASURED = "undecided", "not measured"
 ALPHA = 0.05
 SATURATED = 0.02  # R_mem this close to 0 or 1 tells little
 PAIRS, POOLED = "pairs", "pooled spread"
-FEW = 4  # repetitions up to which the spread of all variants counts
 
 Cells = Mapping[Place, Mapping[int, Result]]  # of every cell, the results by repetition
 
@@ -216,14 +216,17 @@ def estimate(question: Question, weights: Mapping[Place, float], cells: Cells) -
         return None
     weights, saturated = informative(question, weights, cells)
     logit, points, repetitions = paired(weights, cells)
-    method = PAIRS
-    if 2 <= repetitions <= FEW and logit is not None and points is not None:
+    method, scale = PAIRS, "points" if saturated else "logit"
+    if logit is not None and points is not None:
         columns = _columns(question, weights, cells)
-        both = [pooled(*columns, cells, scale, own) for scale, own in ((logit_of, logit), (points_of, points))]
-        if both[0] is not None and both[1] is not None:
-            (logit, points), method = both, POOLED
+        for name, measure, own in (("logit", logit_of, logit), ("points", points_of, points)):
+            of_all = pooled(*columns, cells, measure)
+            if of_all is None or of_all.freedom <= own.freedom or of_all.error < own.error:
+                continue
+            logit, points = (of_all, points) if name == "logit" else (logit, of_all)
+            method = POOLED if name == scale else method
     sizes = tuple(sorted({size for _, size in weights}))
-    return Estimate(logit, points, "points" if saturated else "logit", method, repetitions, sizes)
+    return Estimate(logit, points, scale, method, repetitions, sizes)
 
 
 def _columns(
@@ -253,7 +256,6 @@ def pooled(
     weights: Mapping[Hashable, float],
     cells: Cells,
     scale: Callable[[Result], tuple[float, float]],
-    own: Effect,
 ) -> Effect | None:
     """The contrast of columns with the spread of all of them.
 
@@ -262,11 +264,12 @@ def pooled(
         weights: Of the columns.
         cells: The results.
         scale: `logit_of` or `points_of`.
-        own: The contrast by pairs, whose error is the least that is taken.
 
     Returns:
-        None where the columns have no more degrees of freedom than the pairs.
+        None where there are fewer than three columns, no degrees of freedom, or no runs that connect the columns.
     """
+    if len(columns) < 3:  # the pairs say as much
+        return None
     places = {column: index for index, column in enumerate(columns)}
     values, noise, at = [], [], []
     for column, shares in columns.items():
@@ -280,7 +283,7 @@ def pooled(
     for row, (column_index, repetition) in enumerate(at):
         design[row, column_index] = design[row, len(columns) + repetitions[repetition]] = 1
     freedom = len(at) - (rank := int(np.linalg.matrix_rank(design)))
-    if freedom <= own.freedom or rank < len(columns) + len(repetitions) - 1:
+    if freedom < 1 or rank < len(columns) + len(repetitions) - 1:
         return None
     y, sampling = np.array(values), np.array(noise)
     contrast = np.zeros(design.shape[1])
@@ -299,8 +302,7 @@ def pooled(
             middle = (low + high) / 2
             low, high = (middle, high) if fitted(middle)[0] > freedom else (low, middle)
     _, coefficients, covariance = fitted(low)
-    error = math.sqrt(float(contrast @ covariance @ contrast))
-    return Effect(float(contrast @ coefficients), max(error, own.error), freedom)
+    return Effect(float(contrast @ coefficients), math.sqrt(float(contrast @ covariance @ contrast)), freedom)
 
 
 def spent(first: int, last: int) -> dict[int, float]:

@@ -1,28 +1,28 @@
 """What a study will decide before it starts: with how many repetitions, which power, and at which cost.
 
 The difference Δ_r of a question's pairs is taken to be normal with one standard deviation σ_Δ (noise of sampling
-included). The power of a direction is that of the two-sided t test, from the noncentral t distribution; that of an
-equivalence, of the two one-sided tests when there is no difference. Degrees of freedom are those of
-`diffmem.studies.analysis`, and the error is shared among all questions equally (Holm's correction decides a little
-more). Of a study that may add repetitions the power is simulated, look by look.
+included), which is that of all variants. Power is that of the tests of `diffmem.studies.analysis`, of equivalence when
+there is no difference, in simulated studies; without other variants it is that of Student's t test, from the noncentral
+t distribution (`power_of_direction`, `power_of_equivalence`). The error is shared among all questions equally; Holm's
+correction decides a little more.
 
-σ_Δ is that of the question's own runs where there is a folder with two pairs or more; else the median over the questions
-of that folder; else `SPREAD`, the median over the questions asked of the 113 runs of small digits.
+σ_Δ is that of the question's own runs where there is a folder with two pairs or more; else the median over the
+questions of that folder; else `SPREAD`, the median over the questions asked of the 113 runs of small digits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from diffmem.studies.analysis import ALPHA, FEW, spent, student
+from diffmem.studies.analysis import ALPHA, spent, student
 from diffmem.studies.findings import Findings
-from diffmem.studies.study import EQUIVALENCE, Place, Question, Study
+from diffmem.studies.study import EQUIVALENCE, TREND, Place, Question, Study
 
 SPREAD = 0.5
 POWER = 0.8  # to be reached
@@ -72,11 +72,6 @@ class Planned:
         }
 
 
-def freedom_of(repetitions: int, variants: int) -> int:
-    """The degrees of freedom of a question of a study with so many variants."""
-    return (repetitions - 1) * (max(2, variants) - 1 if repetitions <= FEW else 1)
-
-
 def power_of_direction(effect: float, spread: float, repetitions: int, freedom: float, alpha: float = ALPHA) -> float:
     """The probability that a two-sided t test shows a difference of `effect` in its direction; σ_Δ is `spread`."""
     from scipy.special import nctdtr  # scikit-learn brings it
@@ -106,33 +101,45 @@ def power_of_equivalence(
 
 
 def simulated(
-    question: Question, effect: float, spread: float, variants: int, first: int, last: int, alpha: float = ALPHA
-) -> tuple[float, float]:
-    """(power, repetitions on average) of a study that looks after every one from `first` to `last`."""
-    random = np.random.default_rng(0)
+    question: Question,
+    effect: float,
+    spread: float,
+    variants: int,
+    levels: Mapping[int, float],
+) -> np.ndarray:
+    """Simulated studies of a question.
+
+    Args:
+        question: The question.
+        effect: The true difference, in logit R_mem.
+        spread: σ_Δ.
+        variants: Whose spread counts (of a trend over sizes: sizes).
+        levels: By the number of repetitions, at least 2, the error of a verdict then.
+
+    Returns:
+        Whether the verdict that fits is found, [studies, looks]: of a direction and trend, that of `effect`'s sign; of
+        an equivalence, that.
+    """
+    random, last = np.random.default_rng(0), max(levels)
     values = random.normal(effect, spread, (_SIMULATED, last))
-    others = max(2, variants) - 2  # variants whose spread counts too, while repetitions are few
-    extra = random.chisquare(1, (_SIMULATED, last, max(1, others)))[..., :others].sum(axis=2) * spread**2
-    ended = np.full(_SIMULATED, last)
-    decided = np.zeros(_SIMULATED, dtype=bool)
-    for repetitions, share in spent(first, last).items():
-        if repetitions < 2:
-            continue
-        seen, freedom = values[:, :repetitions], freedom_of(repetitions, variants)
-        squares = ((seen - seen.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
-        if repetitions <= FEW and others:
-            own = squares / (repetitions - 1)
-            squares = np.maximum((squares + extra[:, 1:repetitions].sum(axis=1)) / freedom, own) * freedom
-        error = np.sqrt(squares / freedom / repetitions)
-        mean = seen.mean(axis=1)
-        level = alpha * share
+    others = max(2, variants) - 2  # degrees of freedom that the others add per repetition
+    extra = np.zeros((_SIMULATED, last))
+    if others:
+        extra = random.chisquare(others, (_SIMULATED, last)) * spread**2
+    found = []
+    for n, level in levels.items():
+        mean, own = values[:, :n].mean(axis=1), values[:, :n].var(axis=1, ddof=1)
+        freedom = (n - 1) * (1 + others)
+        of_all = ((n - 1) * own + extra[:, 1:n].sum(axis=1)) / freedom
+        alone = own >= of_all
+        tail = level if question.kind == EQUIVALENCE else level / 2
+        quantile = np.where(alone, student(1 - tail, n - 1), student(1 - tail, freedom))
+        reach = quantile * np.sqrt(np.maximum(own, of_all) / n)
         if question.kind == EQUIVALENCE:
-            now = np.abs(mean) + student(1 - level, freedom) * error < question.margin
+            found.append(np.abs(mean) + reach < question.margin)
         else:
-            now = np.abs(mean) > student(1 - level / 2, freedom) * error
-        ended = np.where(now & ~decided, repetitions, ended)
-        decided |= now
-    return float(decided.mean()), float(ended.mean())
+            found.append(mean * math.copysign(1.0, effect) > reach)
+    return np.array(found).T
 
 
 def plan(
@@ -149,12 +156,13 @@ def plan(
         found: What runs of a folder say: their spread is taken.
         effect: The difference, in logit R_mem, that is to be found; None: twice the question's margin.
     """
-    known: dict[tuple[str, Question], float] = {}
+    known: dict[tuple[str, Question], tuple[float, int]] = {}
     for each in found:
         for answer in each.answers:
             latest = answer.latest
             if latest is not None and latest.logit is not None and latest.scale == "logit":
-                known[each.study.name, answer.question] = latest.logit.error * math.sqrt(latest.repetitions)
+                spread = latest.logit.error * math.sqrt(latest.repetitions)
+                known[each.study.name, answer.question] = spread, latest.repetitions
     family = max(1, sum(len(study.questions) for study in studies))
     planned = []
     for study in studies:
@@ -163,9 +171,13 @@ def plan(
             if not places:
                 continue
             if (study.name, question) in known:
-                spread, source = known[study.name, question], "its runs"
+                spread, pairs = known[study.name, question]
+                source = f"its {pairs} pairs of runs"
             elif known:
-                spread, source = median(known.values()), f"median of {len(known)} questions with runs"
+                spread, source = (
+                    median(each for each, _ in known.values()),
+                    f"median of {len(known)} questions with runs",
+                )
             else:
                 spread, source = SPREAD, "assumed: as small digits"
             planned.append(
@@ -177,23 +189,26 @@ def plan(
 def _planned(
     study: Study, question: Question, spread: float, source: str, effect: float | None, family: int, seconds: float
 ) -> Planned:
-    alpha, variants = ALPHA / family, len(study.variants)
+    alpha, places = ALPHA / family, study.contrast(question)
+    along_sizes = question.kind == TREND and question.over == "size"
+    variants = len({size for _, size in places}) if along_sizes else len(study.variants)
     difference = 0.0 if question.kind == EQUIVALENCE else 2 * question.margin if effect is None else abs(effect)
+    levels = dict.fromkeys(range(2, MOST + 1), alpha)
+    power = simulated(question, difference, spread, variants, levels).mean(axis=0)
+    none = simulated(replace(question, kind=EQUIVALENCE), 0.0, spread, variants, levels).mean(axis=0)
 
-    def direction(repetitions: int) -> float:
-        return power_of_direction(difference, spread, repetitions, freedom_of(repetitions, variants), alpha)
+    def needed(by_repetition: np.ndarray) -> int | None:
+        return next((n for n, each in zip(levels, by_repetition, strict=True) if each >= POWER), None)
 
-    def equivalence(repetitions: int) -> float:
-        return power_of_equivalence(question.margin, spread, repetitions, freedom_of(repetitions, variants), alpha)
-
-    def needed(power: Any) -> int | None:
-        return next((n for n in range(2, MOST + 1) if power(n) >= POWER), None)
-
-    power = equivalence if question.kind == EQUIVALENCE else direction
-    reached, expected = power(study.repetitions), None
-    if study.max_repetitions is not None:
-        first, last = study.repetitions, study.max_repetitions
-        reached, expected = simulated(question, difference, spread, variants, first, last, alpha)
+    if study.max_repetitions is None:
+        reached = 0.0 if study.repetitions < 2 else float(power[min(study.repetitions, MOST) - 2])
+        expected = None
+    else:
+        shares = spent(study.repetitions, study.max_repetitions)
+        looks = {n: alpha * share for n, share in shares.items() if n > 1}
+        decided = simulated(question, difference, spread, variants, looks)
+        ends = np.where(decided.any(axis=1), np.array([*looks])[decided.argmax(axis=1)], study.max_repetitions)
+        reached, expected = float(decided.any(axis=1).mean()), float(ends.mean())
     return Planned(
-        study.name, question, spread, source, difference, reached, needed(power), needed(equivalence), expected, seconds
+        study.name, question, spread, source, difference, reached, needed(power), needed(none), expected, seconds
     )

@@ -64,10 +64,10 @@ def test_repetitions_are_added_until_questions_are_decided(tmp_path, simulated):
     (found,) = find_all(read_studies(tmp_path), tmp_path)
     easy, hard = found.answers
     assert (easy.verdict, hard.verdict) == (HOLDS, UNDECIDED)
-    assert easy.estimate.repetitions == 3  # by these it was decided, and had no more
+    assert easy.estimate.repetitions == 4  # by these it was decided, and had no more
     assert hard.estimate.repetitions == 5  # of six, one failed
     runs = Counter(width for width, _, _ in simulated)
-    assert runs == {8: 2 * 3, 4: 2 * 6, 16: 2 * 6}
+    assert runs == {8: 2 * 4, 4: 2 * 6, 16: 2 * 6}
     assert len(looks) == 5
     assert [answer.verdict for answer in looks[-1][0].answers] == [HOLDS, UNDECIDED]
     assert len(found.failures) == 2
