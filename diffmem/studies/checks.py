@@ -21,8 +21,9 @@ from diffmem.evaluation import sample_detector
 from diffmem.memorization.criterion_detector import DEFAULT
 from diffmem.studies.trial import Trial
 
-AT_ALARMS = "ratio at 1 % alarms"
+AT_ALARMS = "calibrated_ratio"
 OTHER_CRITERIA = (AT_ALARMS, "calibrated_l2", "authenticity")
+KINDS = ("generated", "held_out", "planted")
 GENERATED, HELD_OUT, PLANTED = 1000, 1000, 300  # images at most
 _ALARMS = 0.01
 _FEWEST = 100  # held-out images, below which 1 % of them are none
@@ -46,10 +47,25 @@ class Check:
     held_out: tuple[int, int]
     planted: tuple[int, int]
 
+    def to_text(self) -> str:
+        """The check in a cell of a table: "ratio:12/500:0/1000:262/300"."""
+        pairs = (self.generated, self.held_out, self.planted)
+        return ":".join([self.criterion, *(f"{count}/{total}" for count, total in pairs)])
+
+    @staticmethod
+    def from_text(text: str) -> Check:
+        """The check that `to_text` gave; raises ValueError for other texts."""
+        criterion, *pairs = text.split(":")
+        counts = {}
+        for kind, pair in zip(KINDS, pairs, strict=True):
+            count, total = pair.split("/")
+            counts[kind] = int(count), int(total)
+        return Check(criterion, **counts)
+
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Check:
         """The check whose fields were stored."""
-        counts = {name: (int(values[name][0]), int(values[name][1])) for name in ("generated", "held_out", "planted")}
+        counts = {name: (int(values[name][0]), int(values[name][1])) for name in KINDS}
         return Check(values["criterion"], **counts)
 
 

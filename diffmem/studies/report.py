@@ -22,7 +22,9 @@ from diffmem.html_report import level, template, write_texts
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
+from diffmem.memorization.criterion_detector import DEFAULT
 from diffmem.plotting import grid, picture_url, plot, svg
+from diffmem.studies.checks import KINDS, OTHER_CRITERIA, Check
 from diffmem.studies.findings import Answer, Findings, find_among
 from diffmem.studies.leveling import SHORT
 from diffmem.studies.measure import GALLERY, Result, SnapshotResult
@@ -43,7 +45,7 @@ SHOWN = 8  # generated images per variant in a gallery
 RUN_COLUMNS = (
     "study", "variant", "size", "repetition", "key", "r_mem", "low", "high", "count", "total", "images", "epochs",
     "best_images", "parameters", "training_seconds", "sampling_seconds", "device", "threads", "versions",
-    "looks", "leveled_off", "snapshots",
+    "looks", "leveled_off", "snapshots", "checks",
 )  # fmt: skip
 STUDIES, RUNS, EMM_FILE, PAGE = "studies.json", "runs.csv", "emm.json", "report.html"
 
@@ -63,11 +65,15 @@ def write_studies(
     check_output_folder(folder)
     if galleries is None:
         galleries = {each.study.name: _gallery(each, root) for each in found}
-    numbers = published()
+    numbers, by_criteria = published(), by_other_criteria(found)
+    others = [{name: judged[place] for name, judged in by_criteria.items()} for place in range(len(found))]
     # What all studies note is said once.
     shared = [note for note in found[0].study.notes if all(note in each.study.notes for each in found)] if found else []
     page = template("diffmem.studies", "studies.html.j2").render(
-        studies=[_section(each, galleries.get(each.study.name, []), numbers) for each in found],
+        studies=[
+            _section(each, galleries.get(each.study.name, []), numbers, other)
+            for each, other in zip(found, others, strict=True)
+        ],
         shared=shared,
         source=numbers["source"],
         runs=len({result.key for each in found for result in each.results}),
@@ -75,7 +81,10 @@ def write_studies(
         spread=found[0].cells[0].spread if found and found[0].cells else None,
         made_with=made_with({result.key: result for each in found for result in each.results}.values()),
     )
-    summary = json.dumps([_as_json(each) for each in found], separators=(",", ":")) + "\n"
+    summary = (
+        json.dumps([_as_json(each, other) for each, other in zip(found, others, strict=True)], separators=(",", ":"))
+        + "\n"
+    )
     runs = _table(RUN_COLUMNS, (row for each in found for row in _rows(each)))
     with atomic_set(folder) as stage:
         write_texts(stage, {STUDIES: summary, RUNS: runs, PAGE: page})
@@ -175,6 +184,7 @@ def _result(row: Mapping[str, str], trial: Trial) -> Result:
         sampling_seconds=float(row["sampling_seconds"]), training_set="", snapshots=tuple(snapshots),
         versions=versions, looks=int(row.get("looks") or trial.setting.snapshots), level_off=trial.setting.level_off,
         device=row.get("device") or None, threads=int(row.get("threads") or 0) or None,
+        checks=tuple(map(Check.from_text, (row.get("checks") or "").split())),
     )  # fmt: skip
 
 
@@ -337,13 +347,55 @@ def _plain_ticks(axes: Axes, sizes: Any, ticks: Sequence[float] | None = None) -
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _section(found: Findings, gallery: list[Picture], numbers: Mapping[str, Any]) -> dict[str, Any]:
+def by_other_criteria(found: Sequence[Findings]) -> dict[str, list[Findings]]:
+    """What the same runs say of the same studies by each other criterion: of the best snapshot's images (see
+    `diffmem.studies.checks`), with verdicts that hold together as those by the rule do. None of criteria by which no
+    run was judged."""
+    results = {result.key: result for each in found for result in each.results}
+    others = {}
+    for name in OTHER_CRITERIA:
+        judged = {
+            key: replace(result, count=check.generated[0], total=check.generated[1], snapshots=(), looks=1)
+            for key, result in results.items()
+            for check in result.checks
+            if check.criterion == name
+        }
+        if judged:
+            others[name] = find_among([each.study for each in found], judged, {})
+    return others
+
+
+def _checked(found: Findings) -> list[dict[str, Any]]:
+    """What each criterion says in each cell, as shares: of generated, held-out and planted images."""
+    rows = []
+    for cell in found.cells:
+        checks = [check for result in cell.results for check in result.checks]
+        shares = {
+            name: [_share([getattr(check, kind) for check in checks if check.criterion == name]) for kind in KINDS]
+            for name in (DEFAULT, *OTHER_CRITERIA)
+            if any(check.criterion == name for check in checks)
+        }
+        if shares:
+            rows.append({"variant": cell.variant.name, "size": cell.size, "shares": shares})
+    return rows
+
+
+def _share(pairs: Sequence[tuple[int, int]]) -> float | None:
+    total = sum(total for _, total in pairs)
+    return sum(count for count, _ in pairs) / total if total else None
+
+
+def _section(
+    found: Findings, gallery: list[Picture], numbers: Mapping[str, Any], others: Mapping[str, Findings]
+) -> dict[str, Any]:
     """What the page shows of one study."""
     return {
         "found": found,
         "study": found.study,
         "plot": draw_study(found, numbers) if found.cells else "",
         "gallery": gallery,
+        "checked": _checked(found),
+        "others": {name: each for name, each in others.items() if each.cells},
         "setting": json.dumps(found.study.variants[0].setting.to_json(), indent=1),
         "differences": {v.name: _changes(found.study, v.setting.to_json()) for v in found.study.variants},
     }
@@ -402,6 +454,7 @@ def _row(result: Result) -> dict[str, Any]:
         "versions": versions,
         "leveled_off": "" if result.level.state == SHORT else str(result.level),
         "snapshots": " ".join(f"{each.images}:{each.count}/{each.total}" for each in result.snapshots),
+        "checks": " ".join(check.to_text() for check in result.checks),
     }
 
 
@@ -432,7 +485,7 @@ def _answer_as_json(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _as_json(found: Findings) -> dict[str, Any]:
+def _as_json(found: Findings, others: Mapping[str, Findings]) -> dict[str, Any]:
     return {
         "study": found.study.to_json(),
         "cells": [
@@ -447,6 +500,7 @@ def _as_json(found: Findings) -> dict[str, Any]:
         ],
         "emm": {name: {"emm": size, "interval": list(interval)} for name, (size, interval) in found.emm.items()},
         "questions": [_answer_as_json(answer) for answer in found.answers],
+        "other_criteria": {name: [_answer_as_json(answer) for answer in each.answers] for name, each in others.items()},
         "failures": [
             dict(zip(("variant", "size", "repetition", "error"), each, strict=True)) for each in found.failures
         ],

@@ -1,5 +1,6 @@
 """What criteria say by themselves in a trial, against the rule by hand."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 from studies.tiny import TINY
 
-from diffmem.studies import Result, Trial, run_trial
-from diffmem.studies.checks import AT_ALARMS, OTHER_CRITERIA, checks, held_out_images, planted_copies
+from diffmem.studies import Question, Result, Study, Trial, Variant, report_studies, run_trial
+from diffmem.studies.checks import AT_ALARMS, OTHER_CRITERIA, Check, checks, held_out_images, planted_copies
+from diffmem.studies.findings import find_among
 from diffmem.studies.presets import build
+from diffmem.studies.report import write_studies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,3 +64,39 @@ def test_checks_of_sets_of_some_classes(name):
         training = variant.setting.training_set(50)
         assert len(held_out_images(trial, training)) > 100
         assert planted_copies(trial, training).shape == (300, *training.image_shape)
+
+
+def test_a_report_answers_questions_by_other_criteria_too(tmp_path):
+    """By the rule `wide` copies more, by calibrated L2 `narrow` does; both verdicts are there, and again from the
+    report's own tables."""
+    variants = tuple(
+        Variant(name, replace(TINY, network={**TINY.network, "model_channels": width}))
+        for name, width in (("narrow", 4), ("wide", 8))
+    )
+    question = Question("a wider network memorizes more", "wide", "narrow")
+    study = Study("width", "Width", "channels", variants, (20,), 4, questions=(question,))
+    results = {}
+    for variant, trial in study.cells():
+        low, high = (count + trial.repetition for count in (50, 150))
+        count, other = (low, high) if variant.name == "narrow" else (high, low)
+        by = tuple(
+            Check(name, (found, 200), (3, 1000), (250, 300))
+            for name, found in (("ratio", count), ("calibrated_l2", other))
+        )
+        values = {"images": 9, "epochs": 1.0, "best_images": 9, "parameters": 5, "training_set": "", "versions": {}}
+        results[trial.key] = Result(
+            trial.key, 20, trial.repetition, count, 200, None, False, training_seconds=1.0, sampling_seconds=1.0,
+            snapshots=(), looks=1, checks=by, **values,
+        )  # fmt: skip
+    page = write_studies(find_among([study], results, {}), tmp_path, tmp_path / "report")
+    (found,) = json.loads((tmp_path / "report" / "studies.json").read_text())
+    assert [each["verdict"] for each in found["questions"]] == ["holds"]
+    assert {name: [each["verdict"] for each in by] for name, by in found["other_criteria"].items()} == {
+        "calibrated_l2": ["contrary"]
+    }
+    again = report_studies(tmp_path / "report", tmp_path / "again")
+    assert (tmp_path / "again" / "runs.csv").read_text() == (tmp_path / "report" / "runs.csv").read_text()
+    assert again.read_text() == page.read_text()
+    assert "83.3 %" in page.read_text()  # of the planted copies
+    with pytest.raises(ValueError, match="shorter"):
+        Check.from_text("ratio:1/2:3/4")
