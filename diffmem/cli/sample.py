@@ -93,7 +93,11 @@ if TYPE_CHECKING:
 @click.option("--bf16", "half", flag_value="bf16", help="--precision bf16.")
 @device_option
 @click.option(
-    "--audit", "training", type=Source(), metavar="TRAINING", help="Training images to audit the samples against."
+    "--audit",
+    "training",
+    type=Source(),
+    metavar="TRAINING",
+    help="Training images, or their index, to audit the samples against.",
 )
 @holdout_option
 @value_range_option("those of --audit and --holdout")
@@ -131,8 +135,9 @@ def sample_command(
     """
     import torch
 
-    from diffmem.data import load_images
+    from diffmem.data import ImageSet, load_images
     from diffmem.evaluation import generate
+    from diffmem.memorization import is_index
     from diffmem.progress import progress_bars
     from diffmem.sampling import SamplerConfig
 
@@ -160,10 +165,12 @@ def sample_command(
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
         if is_first_rank():
             training, holdout = (
-                None if source is None else load_images(source, value_range=value_range, progress=progress)
+                source
+                if source is None or (source == training and is_index(source))
+                else load_images(source, value_range=value_range, progress=progress)
                 for source in (training, holdout)
             )
-            say_notes([training, holdout])
+            say_notes([each for each in (training, holdout) if isinstance(each, ImageSet)])
         result = generate(
             checkpoint, seeds, out=out, sampler=sampler, training=training, holdout=holdout, flip=bool(flip),
             device=device, restart=restart, progress=progress,

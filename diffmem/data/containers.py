@@ -172,6 +172,11 @@ class Folder:
             found = in_natural_order(name for name in files if is_image_name(name))
             others = [name for name in files if not is_image_name(name)]
         if not found:
+            if (path / "index.json").is_file() and (path / "shards").is_dir():
+                raise InputError(
+                    f"{path}: an index of training images, not the images, which are needed here: give what `diffmem "
+                    f"index info {path}` names as its sources"
+                )
             raise InputError(f"{path}: no images in this folder or its subfolders; {contents(others)}")
         self.files: Sequence[str] = found  # as the system names them
         self.fork_safe = True

@@ -5,6 +5,8 @@ import json
 import numpy as np
 from command_line import run
 
+from diffmem.models import Denoiser, preset, save
+
 
 def test_build_add_info_verify(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
@@ -42,3 +44,17 @@ def test_errors_name_the_flag_and_a_way_out(tmp_path):
     assert "make one with `diffmem index build" in run("index", "info", tmp_path).stderr
     aligned = run("index", "build", "builtin:digits", tmp_path / "index", "--features", "aligned")
     assert "build the index with --features pixels" in aligned.stderr
+
+
+def test_where_an_index_stands_for_training_images_and_where_it_cannot(tmp_path):
+    index = tmp_path / "digits.index"
+    assert run("index", "build", "builtin:digits", index).returncode == 0
+    save(Denoiser(preset("ddpmpp_8", channels=1, model_channels=16)), tmp_path / "model")
+    words = ["sample", tmp_path / "model", "--seeds", "0-3", "--steps", "2", "--json", "--audit"]
+    ours, theirs = (run(*words, training) for training in (index, "builtin:digits"))
+    assert ours.returncode == 0, ours.stderr
+    assert json.loads(ours.stdout)["audit"]["count"] == json.loads(theirs.stdout)["audit"]["count"]
+    for done in (run("measure", "builtin:digits", index), run("dataset", index, tmp_path / "x.zip")):
+        assert done.returncode == 1
+        assert "an index of training images, not the images" in done.stderr
+        assert "diffmem index info" in done.stderr
