@@ -99,21 +99,12 @@ Floats times_power_of_two(Floats a, Floats power) {
 
 // Keeps a sum in its register: nothing that comes later in the source is loaded before it is there.
 #if defined(__GNUC__)
+void keep(__m256i& sum) { asm volatile("" : "+x"(sum)); }
 void keep(Floats& sum) { asm volatile("" : "+x"(sum.low), "+x"(sum.high)); }
 #else
+void keep(__m256i&) {}
 void keep(Floats&) {}
 #endif
-
-// sum += products of neighbors in a and b, added up. GCC would put some sums into other registers and move them back in
-// every step: 43 instructions instead of 36, in six cycles that have room for 36.
-void add_products(__m256i& sum, __m256i a, __m256i b) {
-#if defined(__GNUC__)
-  __m256i products;
-  asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "x"(b));
-#else
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-#endif
-}
 
 double dot(const double* u, const std::uint8_t* y, const std::uint8_t* center, std::int64_t d) {
   __m256d sum[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
@@ -149,8 +140,10 @@ void multiply_pairs(const std::int16_t* rows, std::int64_t stride, const std::in
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m256i a = all_pairs(rows + r * stride + 2 * s);
-      add_products(acc[r][0], a, low);
-      add_products(acc[r][1], a, high);
+      acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(a, low));
+      acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(a, high));
+      keep(acc[r][0]);
+      keep(acc[r][1]);
     }
   }
 }
