@@ -8,6 +8,7 @@ the form that is asked for. So a message cannot name an option that the command 
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -372,16 +373,23 @@ def reserve_report(folder: Path | None) -> None:
 
 
 class Source(click.ParamType):
-    """A path that exists, or a built-in set."""
+    """A path that exists, or a built-in set. as_given: a home folder (~) that the shell has left stays what it is, so
+    that names of runs do not depend on whose it is; it is looked up where images are read."""
 
     name = "source"
+
+    def __init__(self, as_given: bool = False) -> None:
+        self.as_given = as_given
 
     def convert(self, value, parameter, context) -> str:
         # What the reader looks for itself: a built-in set, a dataset of Hugging Face's library, a range of shards.
         named = str(value).startswith(("builtin:", "hf:")) or "{" in str(value)
-        if not named and not Path(value).exists():
+        if named:
+            return value
+        path = os.path.expanduser(value)
+        if not os.path.exists(path):
             self.fail(f"{value} does not exist", parameter, context)
-        return value
+        return value if self.as_given else path
 
 
 class StreamedSource(Source):

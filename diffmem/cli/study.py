@@ -47,10 +47,14 @@ def _choice_options(command):
             click.option(
                 "--data",
                 "source",
-                type=Source(),
+                type=Source(as_given=True),
                 help="The training images: they replace the scale's own.",
             ),
-            click.option("--other", type=Source(), help="The images that the study of intra-class diversity mixes in."),
+            click.option(
+                "--other",
+                type=Source(as_given=True),
+                help="The images that the study of intra-class diversity mixes in.",
+            ),
             click.option("--color", type=Color(), help="Convert all images to gray or to RGB."),
             click.option("--sizes", type=Numbers(), help="Training-set sizes instead of the study's."),
             repetitions_option("per cell."),

@@ -242,7 +242,8 @@ def _read(spec: DatasetSpec, changed: int) -> ImageSet:
 
 def _changed(source: str) -> int:
     """When the file or folder `source` was changed last."""
-    return Path(source).stat().st_mtime_ns if Path(source).exists() else 0
+    path = Path(source).expanduser()
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _without_none(values: Any) -> Any:

@@ -8,6 +8,8 @@ import pytest
 from studies.tiny import TINY
 
 from diffmem.cli import main
+from diffmem.data import load_images, write_npz
+from diffmem.studies import Setting
 from diffmem.studies.presets import SCALES
 
 TINY_RUN = [
@@ -133,6 +135,19 @@ def test_list_and_show(run, own_study):
     assert {each["setting"]["criterion"] for each in json.loads(stdout)["variants"]} == {"m3"}
     status, stdout, _ = run("study", "show", "width", "--scale", "cifar10", "--json")
     assert json.loads(stdout)["variants"][3]["setting"]["network"]["model_channels"] == 320
+
+
+def test_a_home_folder_is_found_and_named_as_given(run, tmp_path, monkeypatch):
+    """bash leaves ~ alone in --data=~/images.npz, and keys must not depend on whose home it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_npz(load_images("builtin:digits").select(range(20)), tmp_path / "images.npz")
+    status, stdout, _ = run("study", "show", "size", "--scale", "cifar16", "--data=~/images.npz", "--json")
+    assert status == 0
+    setting = json.loads(stdout)["variants"][0]["setting"]
+    assert setting["data"]["source"] == "~/images.npz"
+    assert Setting.from_json(setting).training_set(10).image_shape == (1, 16, 16)
+    assert run("study", "show", "size", "--data=~/none.npz")[0] == 2
 
 
 @pytest.mark.parametrize(
