@@ -52,15 +52,16 @@ def level_of(audits: Sequence[tuple[float, int, int]], noise: float = NOISE) -> 
     if not audits:
         return Level(SHORT)
     best = max(audits, key=lambda audit: audit[1] / audit[2])
+    reached = next(audit[0] for audit in audits if not _above(best, audit, noise))
     if best[1] == best[2]:
-        return Level(LEVELED_OFF, best[0])
+        return Level(LEVELED_OFF, reached)
     if best[1] < ONSET * best[2]:
         return Level(NO_ONSET)
     if len(audits) < 3 or audits[-2][0] < 2 * audits[0][0] * (1 - 1e-9):
         return Level(SHORT)
     if not all(_no_rise(audits[:last], noise) for last in (len(audits), len(audits) - 1)):
         return Level(RISING)
-    return Level(LEVELED_OFF, next(audit[0] for audit in audits if not _above(best, audit, noise)))
+    return Level(LEVELED_OFF, reached)
 
 
 def _no_rise(audits: Sequence[tuple[float, int, int]], noise: float) -> bool:

@@ -259,6 +259,42 @@ def draw_study(found: Findings, numbers: Mapping[str, Any]) -> str:
         return svg(figure)
 
 
+def draw_lengths(found: Findings) -> str:
+    """R_mem of every run over its length in epochs, a panel per size, as SVG; a mark where it leveled off. Empty where
+    the audits are too few to show that."""
+    sizes = [
+        size
+        for size in found.sizes
+        if any(len(result.snapshots) > 2 for cell in found.cells if cell.size == size for result in cell.results)
+    ]
+    if not sizes:
+        return ""
+    with plot(8.6, 2.8 * math.ceil(len(sizes) / 4)) as figure:
+        panels = figure.subplots(math.ceil(len(sizes) / 4), min(len(sizes), 4), sharey=True, squeeze=False).flat
+        for axes, size in zip(panels, sizes, strict=False):
+            for position, variant in enumerate(found.study.variants):
+                cell = found.cell(variant.name, size)
+                for index, result in enumerate([] if cell is None else cell.results):
+                    color = COLORS[position % len(COLORS)]
+                    epochs = [audited.epochs for audited in result.snapshots]
+                    shares = [audited.ratio for audited in result.snapshots]
+                    label = printable(variant.name) if index == 0 else None
+                    axes.plot(
+                        epochs, shares, color=color, linewidth=0.9, alpha=0.7, marker=".", markersize=3, label=label
+                    )
+                    if (end := result.level.epochs) is not None:
+                        axes.plot([end], [shares[epochs.index(end)]], "o", color=color, markersize=5, fillstyle="none")
+            axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            ticks = [digit * 10**power for power in range(0, 8) for digit in (1, 2, 5)]
+            _plain_ticks(axes, (low, high), [tick for tick in ticks if low <= tick <= high])
+            axes.set_title(f"N = {size:,}", fontsize=9)
+            axes.set_xlabel("epochs", fontsize=8)
+        _finish(panels[0])
+        panels[0].set_ylabel("R_mem")
+        return svg(figure)
+
+
 def _curves(axes: Axes, found: Findings) -> None:
     """R_mem over N, a curve per variant, and where each EMM lies."""
     for position, variant in enumerate(found.study.variants):
@@ -393,6 +429,7 @@ def _section(
         "found": found,
         "study": found.study,
         "plot": draw_study(found, numbers) if found.cells else "",
+        "lengths": draw_lengths(found),
         "gallery": gallery,
         "checked": _checked(found),
         "others": {name: each for name, each in others.items() if each.cells},

@@ -75,3 +75,7 @@ def test_a_run_ends_when_it_has_leveled_off_and_once_it_has(tmp_path, monkeypatc
     assert replace(run_trial(trial, tmp_path / "ended"), versions=ended.versions) == ended
     with pytest.raises(InputError, match="with 3 snapshots"):
         replace(setting, snapshots=3)
+
+
+def test_a_run_of_copies_alone_leveled_off_where_it_nearly_had():
+    assert level_of([(1, 240, 300), (2, 299, 300), (4, 299, 300), (5, 300, 300)]) == Level(LEVELED_OFF, 2)
