@@ -124,12 +124,18 @@ class Trajectory:
         """The run's R_mem: the highest over its snapshots (Gu et al., arXiv 2310.02664)."""
         return self.best.ratio
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float]:
         """A 95 % interval of the highest R_mem among the audited snapshots; it allows for its being the highest of
-        several estimates (`diffmem.memorization.highest_interval`)."""
+        several estimates (`diffmem.memorization.highest_interval`), and for how these depend on each other."""
         counts = [(point.count, point.total) for point in self.points]
-        return highest_interval(counts, looks=self.looks, anytime=self.test is not None)
+        same = len({tuple(point.evaluation.seeds.tolist()) for point in self.points}) == 1
+        return highest_interval(
+            counts,
+            looks=self.looks,
+            anytime=self.test is not None,
+            verdicts=[point.evaluation.memorized for point in self.points] if same else None,
+        )
 
     @property
     def answer(self) -> bool | None:

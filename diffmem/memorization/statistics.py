@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, inf, lgamma, log, log1p, nan, sqrt
 from statistics import NormalDist
@@ -208,7 +208,12 @@ def exact_interval(count: int, total: int, confidence: float = 0.95) -> tuple[fl
 
 
 def highest_interval(
-    counts: Iterable[tuple[int, int]], confidence: float = 0.95, *, looks: int | None = None, anytime: bool = False
+    counts: Iterable[tuple[int, int]],
+    confidence: float = 0.95,
+    *,
+    looks: int | None = None,
+    anytime: bool = False,
+    verdicts: Sequence[np.ndarray] | None = None,
 ) -> tuple[float, float]:
     """An interval of the highest of several true shares, such as R_mem of a run, the highest over its snapshots.
 
@@ -221,6 +226,11 @@ def highest_interval(
     It covers the highest share with at least the stated confidence whatever the shares are, equal ones included, and
     however the counts depend on each other (snapshots of one run are sampled from the same seeds).
 
+    Where `verdicts` say how they depend, α/2k gives way to the level at which the lower ends of those snapshots that
+    may have the highest share hold together: Φ(−c), c the quantile of the maximum of normal deviates correlated as
+    their verdicts are (the intersection bounds of Chernozhukov, Lee and Rosen 2013, with the ends of Clopper and
+    Pearson). α/20 is spent on leaving out the snapshots that are clearly lower.
+
     Args:
         counts: (count, total) of each audited snapshot.
         confidence: Confidence of the interval.
@@ -229,12 +239,14 @@ def highest_interval(
             they show.
         anytime: Whether sampling a snapshot stopped with what was seen there; its ends are then those of
             `anytime_interval`, else of `exact_interval`.
+        verdicts: Which images are copies, bool [total] per snapshot, of the same seeds in the same order; narrows the
+            interval, except where `looks` or `anytime` are given, whose bounds it does not change. None: not known.
 
     Returns:
         (low, high).
 
     Raises:
-        InputError: No counts, impossible ones, or a confidence outside (0, 1).
+        InputError: No counts, impossible ones, verdicts that do not agree with them, or a confidence outside (0, 1).
     """
     counts = list(counts)
     if not counts:
@@ -248,6 +260,11 @@ def highest_interval(
         below = alpha if k == 1 else alpha / (2 * (k - 1))
     else:
         above, below = alpha, alpha / k
+        if verdicts is not None:
+            copies = _same_seeds(counts, verdicts)
+            if k > 1:
+                below, likely = _together(copies, alpha)
+                counts = [counts[each] for each in likely]
     interval = anytime_interval if anytime else exact_interval
     # Both ends grow with the count.
     most = {total: max(count for count, n in counts if n == total) for total in {total for _, total in counts}}
@@ -255,6 +272,33 @@ def highest_interval(
         max(interval(count, total, 1 - below)[0] for total, count in most.items()),
         max(interval(count, total, 1 - above)[1] for total, count in most.items()),
     )
+
+
+def _same_seeds(counts: Sequence[tuple[int, int]], verdicts: Sequence[np.ndarray]) -> np.ndarray:
+    """The verdicts as bool [snapshots, seeds]."""
+    if [(int(np.sum(each)), len(each)) for each in verdicts] != list(counts) or len({n for _, n in counts}) > 1:
+        raise InputError("verdicts: must be those that were counted, of the same seeds for every snapshot")
+    return np.array(verdicts, dtype=bool)
+
+
+def _together(copies: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
+    """(twice the level of each lower end at which those of the likely snapshots hold together with probability
+    1 − α/2, which snapshots may have the highest share), of verdicts [snapshots, seeds]."""
+    spent, found = alpha / 20, copies.sum(axis=1)
+    # Left out: what is below the best by more than chance explains, by the seeds on which the two differ.
+    best = copies[int(np.argmax(found))]
+    level = NormalDist().inv_cdf(1 - spent / len(copies))
+    behind, unequal = found.max() - found, (copies != best).sum(axis=1)
+    likely = np.flatnonzero(behind <= level * np.sqrt(unequal) + 1)
+    deviations = copies[likely] - copies[likely].mean(axis=1, keepdims=True)
+    # A third of a copy more and less keeps deviations above 0 where all images agree; their correlation is then 0.
+    scales = np.sqrt((deviations**2).sum(axis=1) + 1 / 3)
+    correlations = (deviations / scales[:, None]) @ (deviations / scales[:, None]).T
+    values, vectors = np.linalg.eigh(correlations + np.diag(1 - np.diag(correlations)))
+    normal = np.random.default_rng(0).normal(size=(20_000, len(likely)))
+    highest = (normal @ (vectors * np.sqrt(np.maximum(values, 0))).T).max(axis=1)
+    together = 2 * NormalDist().cdf(-float(np.quantile(highest, 1 - (alpha / 2 - spent))))
+    return min(max(together, alpha / len(copies)), alpha), likely
 
 
 def beta_interval(a: float, b: float, confidence: float = 0.95) -> tuple[float, float]:

@@ -7,13 +7,16 @@ The folder holds `trial.json` (what is run), `run/` (the training run, with its 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import math
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +26,7 @@ import torch
 from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
+from diffmem.errors import InputError
 from diffmem.evaluation import AuditEvery, Evaluation, Point, evaluate
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
@@ -49,7 +53,8 @@ class SnapshotResult:
 
     answer: to the trial's test, None where it has none or it stayed open. watched: what else was found, where the
     setting has a watch. training_seconds, sampling_seconds:
-    wall-clock time since the start of the trial, over all its continuations.
+    wall-clock time since the start of the trial, over all its continuations. copies: which images are copies, as bits
+    in the order of the seeds, compressed, in base 64; None in results that are older than the field.
     """
 
     images: int
@@ -61,10 +66,30 @@ class SnapshotResult:
     sampling_seconds: float
     answer: bool | None = None
     watched: Watched | None = None
+    copies: str | None = None
+
+    def __post_init__(self) -> None:
+        memorized = self.memorized
+        if memorized is not None and int(memorized.sum()) != self.count:
+            raise InputError(f"copies: {int(memorized.sum())} verdicts say copy, but the count is {self.count}")
 
     @property
     def ratio(self) -> float:
         return CopyRate(self.count, self.total).ratio
+
+    @property
+    def memorized(self) -> np.ndarray | None:
+        """Which images are copies, bool [total], in the order of the seeds; None where it is not known."""
+        if self.copies is None:
+            return None
+        length = -(-self.total // 8)
+        packed = zlib.decompressobj().decompress(base64.b64decode(self.copies), length)
+        return np.unpackbits(np.frombuffer(packed, np.uint8), count=self.total).astype(bool)
+
+
+def pack(memorized: np.ndarray) -> str:
+    """Verdicts, bool [n], as `SnapshotResult.copies`."""
+    return base64.b64encode(zlib.compress(np.packbits(memorized).tobytes(), 9)).decode()
 
 
 @dataclass(frozen=True)
@@ -129,7 +154,7 @@ class Result:
     def r_mem(self) -> float:
         return CopyRate(self.count, self.total).ratio
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float]:
         """95 % interval of this run's R_mem, the highest over its snapshots: the noise of sampling, and that it is the
         highest of several estimates (`diffmem.memorization.highest_interval`); another run differs by more."""
@@ -139,6 +164,9 @@ class Result:
             return highest_interval(counts, looks=self.looks)
         if self.at_least is None:
             # Where only the highest is known (a table of runs), the others, which were no higher, count anyway.
+            verdicts = [each for audited in self.snapshots if (each := audited.memorized) is not None]
+            if verdicts and len(verdicts) == len(counts) == (self.looks or len(counts)):
+                return highest_interval(counts, verdicts=verdicts)
             return highest_interval([*counts, *[(0, self.total)] * ((self.looks or 0) - len(counts))])
         # Which snapshots there are depends on the answers: the run ends with the first yes.
         return highest_interval(counts, looks=self.looks or len(counts), anytime=True)
@@ -372,6 +400,7 @@ class _Audits(AuditEvery):
                 sampling_seconds=self.sampling_seconds,
                 answer=point.answer,
                 watched=self.watched,
+                copies=pack(point.evaluation.memorized),
             )
         )
         values = {"parameters": self.parameters, "looks": self.looks}

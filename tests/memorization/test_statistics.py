@@ -1,6 +1,7 @@
 """Intervals against their defining equations and their promised coverage; answers sought at any time."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -150,6 +151,45 @@ def test_the_interval_of_the_highest_share_is_no_wider_than_need_be():
     assert highest_interval([(90, 100), (3, 4)])[1] == exact_interval(3, 4)[1]
     with pytest.raises(InputError, match="none given"):
         highest_interval([])
+
+
+def snapshots_of(shares, seeds, correlation, random) -> np.ndarray:
+    """Verdicts about the same seeds for every snapshot, bool [snapshots, seeds]: a seed whose image is a copy at one of
+    them is so at the others more often than not."""
+    own = random.normal(size=(len(shares), seeds))
+    latent = math.sqrt(correlation) * random.normal(size=seeds) + math.sqrt(1 - correlation) * own
+    return latent < np.array([NormalDist().inv_cdf(share) for share in shares])[:, None]
+
+
+def test_verdicts_narrow_the_interval_of_the_highest_share_which_still_covers():
+    random = np.random.default_rng(3)
+    for shares in (np.full(8, 0.9), 0.9 * (1 - np.exp(-np.arange(1, 9))), np.full(8, 0.03)):
+        covered = 0
+        for index in range(30):
+            verdicts = snapshots_of(shares, 200, 0.9, random)
+            counts = [(int(each.sum()), 200) for each in verdicts]
+            found = highest_interval(counts, verdicts=list(verdicts))
+            covered += found[0] <= shares.max() <= found[1]
+            if index < 2:
+                bound = highest_interval(counts)
+                assert bound[0] < found[0]
+                assert found[1] == bound[1]
+        assert covered >= 27
+
+
+def test_verdicts_of_snapshots_that_agree_say_what_one_says():
+    verdicts = np.random.default_rng(0).random(500) < 0.8
+    counts = [(int(verdicts.sum()), 500)] * 20
+    low, _ = highest_interval(counts, verdicts=[verdicts] * 20)
+    # A twentieth of the error goes to leaving out what is clearly lower, of which there is nothing here.
+    assert low == pytest.approx(exact_interval(*counts[0], 0.955)[0], abs=3e-3)
+    assert low > highest_interval(counts)[0]
+    # What could be looked at, and answers that end sampling, are not known from verdicts.
+    assert highest_interval(counts, looks=20, verdicts=[verdicts] * 20) == highest_interval(counts, looks=20)
+    with pytest.raises(InputError, match="same seeds"):
+        highest_interval([(3, 4), (2, 5)], verdicts=[np.arange(4) < 3, np.arange(5) < 2])
+    with pytest.raises(InputError, match="same seeds"):
+        highest_interval([(3, 4)], verdicts=[np.arange(4) < 2])
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.15])

@@ -19,7 +19,7 @@ from diffmem.evaluation import evaluator
 from diffmem.sampling import Samples
 from diffmem.studies import Processes, Setting, Study, Trial, Variant, run_studies, run_trial, run_trials
 from diffmem.studies.ledger import DONE, FAILED, Ledger
-from diffmem.studies.measure import read_result
+from diffmem.studies.measure import Result, SnapshotResult, pack, read_result
 from diffmem.studies.run import trial_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,3 +237,17 @@ def test_ray_runs_trials_and_reports_their_errors_as_they_are(tmp_path, monkeypa
         executor.close()
     assert numbers(outcomes[0].result) == numbers(run_trial(Trial(TINY, 20), tmp_path / "here"))
     assert outcomes[1].error.startswith("InputError: model_channels is 3")
+
+
+def test_verdicts_are_kept_with_the_counts():
+    """They narrow the interval of a run's R_mem, and must be those that were counted."""
+    generator = np.random.default_rng(0)
+    verdicts = [generator.permutation(np.arange(1000) < count) for count in (0, 30)] + [np.arange(1000) < 880] * 4
+    audited = [SnapshotResult(1, 1.0, 0.1, int(each.sum()), 1000, 1.0, 1.0, copies=pack(each)) for each in verdicts]
+    assert all((one.memorized == each).all() for one, each in zip(audited, verdicts, strict=True))
+    found = Result("key", 20, 0, 880, 1000, None, False, 100, 5.0, 100, 10, 1.0, 0.5, "", tuple(audited), {}, looks=6)
+    assert Result.from_json(json.loads(json.dumps(found.to_json()))) == found
+    unknown = replace(found, snapshots=tuple(replace(each, copies=None) for each in audited))
+    assert unknown.interval[0] < found.interval[0] < 0.88 < found.interval[1] == unknown.interval[1]
+    with pytest.raises(InputError, match="verdicts say copy"):
+        replace(audited[2], count=879)
