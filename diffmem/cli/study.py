@@ -321,6 +321,21 @@ def _tell_look(found: list[Findings]) -> None:
             click.echo(f"  open {limit}: {study.name}: {answer.question.text}", err=True)
 
 
+@study_command.command("import")
+@click.argument("report", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@folder_option("the folder of the runs.", required=True)
+@debug_option
+def import_command(report, out) -> None:
+    """Import the runs of a report, so that `run` does not repeat them: their numbers, without networks and images.
+
+    REPORT is a folder with studies.json and runs.csv.
+    """
+    from diffmem.studies.report import import_report
+
+    taken, runs = import_report(report, out)
+    click.echo(f"{taken} of {runs} runs were imported" + ("" if taken == runs else "; the others lie there already"))
+
+
 @study_command.command("report", cls=CommandWithJson)
 @click.argument("studies", nargs=-1)
 @click.option("--runs", type=click.Path(path_type=Path, exists=True), help="Folder of runs; or a report.")

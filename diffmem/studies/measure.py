@@ -216,6 +216,19 @@ def read_result(folder: Path) -> Result | None:
         return Result.from_json(values)
 
 
+def store_result(trial: Trial, result: Result, folder: Path) -> None:
+    """Writes a result that was made elsewhere, where `run_trial` would leave it.
+
+    Args:
+        trial: The trial.
+        result: Its result.
+        folder: Its folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / TRIAL, trial.to_json())
+    _write_json(folder / RESULT, result.to_json())
+
+
 def run_trial(trial: Trial, folder: str | Path, device: str = "auto") -> Result:
     """The result of `trial`, from its `folder` where it lies there; else trained, sampled and audited, continuing what
     lies there.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffmem.atomic_io import atomic_set, check_output_folder
+from diffmem.atomic_io import atomic_set, check_output_folder, output_lock
 from diffmem.errors import InputError
 from diffmem.html_report import level, template, write_texts
 from diffmem.inert.boundary import parsing
@@ -27,8 +27,8 @@ from diffmem.plotting import grid, picture_url, plot, svg
 from diffmem.studies.checks import KINDS, OTHER_CRITERIA, Check
 from diffmem.studies.findings import Answer, Findings, find_among
 from diffmem.studies.leveling import SHORT
-from diffmem.studies.measure import GALLERY, Result, SnapshotResult
-from diffmem.studies.run import trials_folder
+from diffmem.studies.measure import GALLERY, Result, SnapshotResult, store_result
+from diffmem.studies.run import trial_folder, trials_folder
 from diffmem.studies.study import Study
 from diffmem.studies.trial import Trial
 from diffmem.text import counted, printable, table
@@ -143,8 +143,40 @@ def again(source: Path, folder: Path, names: Sequence[str] = ()) -> Path:
     return page
 
 
+def import_report(source: Path, root: Path) -> tuple[int, int]:
+    """Takes the runs of a report over into a folder of runs, so that they are not made again there: their numbers,
+    without networks and images. What lies there already stays.
+
+    Args:
+        source: A report's folder, with `studies.json` and `runs.csv`.
+        root: The folder of runs.
+
+    Returns:
+        (how many were taken over, how many the report has).
+
+    Raises:
+        InputError: A file is missing or damaged; it is named.
+    """
+    _, runs, _ = _read_runs(source)
+    taken = 0
+    with output_lock(root, shared=True):
+        for trial, result in runs.values():
+            folder = trial_folder(root, trial)
+            if not folder.exists():
+                store_result(trial, result, folder)
+                taken += 1
+    return taken, len(runs)
+
+
 def _read_report(source: Path) -> tuple[list[Findings], dict[str, list[Picture]]]:
     """What a report's files say today of its studies, and the pictures on its page."""
+    studies, runs, errors = _read_runs(source)
+    galleries = _galleries((source / PAGE).read_text(encoding="utf-8")) if (source / PAGE).is_file() else {}
+    return find_among(studies, {key: result for key, (_, result) in runs.items()}, errors), galleries
+
+
+def _read_runs(source: Path) -> tuple[list[Study], dict[str, tuple[Trial, Result]], dict[str, str]]:
+    """A report's studies, and by key its runs and the errors of those that failed."""
     with parsing(source / STUDIES, "the findings of studies"):
         described = read_json(source / STUDIES)
         studies = [Study.from_json(each["study"]) for each in described]
@@ -158,13 +190,12 @@ def _read_report(source: Path) -> tuple[list[Findings], dict[str, list[Picture]]
             for failed in each["failures"]:
                 trial = trials[each["study"]["name"], failed["variant"], failed["size"]]
                 errors[replace(trial, repetition=failed["repetition"]).key] = failed["error"]
-    results = {}
+    runs = {}
     with parsing(source / RUNS, "the runs of studies"), open(source / RUNS, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             trial = replace(trials[row["study"], row["variant"], int(row["size"])], repetition=int(row["repetition"]))
-            results[trial.key] = _result(row, trial)
-    galleries = _galleries((source / PAGE).read_text(encoding="utf-8")) if (source / PAGE).is_file() else {}
-    return find_among(studies, results, errors), galleries
+            runs[trial.key] = trial, _result(row, trial)
+    return studies, runs, errors
 
 
 def _result(row: Mapping[str, str], trial: Trial) -> Result:

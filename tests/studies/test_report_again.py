@@ -1,14 +1,20 @@
 """A report is made again from its own tables, runs.csv and studies.json, as it is made from the runs."""
 
+import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from diffmem.cli.study import study_command
 from diffmem.errors import InputError
-from diffmem.studies import report_studies
+from diffmem.studies import report_studies, run_studies
+from diffmem.studies.folder import find_all
+from diffmem.studies.presets import build
 
 # Of the studies of small digits: whose runs took hours.
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "studies"
@@ -39,6 +45,24 @@ def test_one_trial_is_one_cell_in_every_study(made):
     assert len(cells[0]["runs"]) == 3
     assert cells[0]["runs"] == cells[1]["runs"]
     assert (cells[0]["r_mem"], cells[0]["interval"]) == (cells[1]["r_mem"], cells[1]["interval"])
+
+
+def test_imported_runs_are_not_made_again(made, tmp_path):
+    """The published runs of digits count as done under today's presets of the same settings."""
+    with open(made / "runs.csv", newline="") as file:
+        counts = {row["key"]: int(row["count"]) for row in csv.DictReader(file)}
+    runner, all_of = CliRunner(), f"of {len(counts)} runs were imported"
+    for words in (f"{len(counts)} {all_of}", f"0 {all_of}; the others lie there already"):
+        ended = runner.invoke(study_command, ["import", str(made), "--out", str(tmp_path)])
+        assert (ended.exit_code, ended.output.strip()) == (0, words)
+    study = replace(build("size", "digits-fast"), repetitions=2)
+    outcomes = run_studies([study], tmp_path, on_trial=lambda outcome: pytest.fail("a run was made again"))
+    assert {each.trial.key: each.result.count for each in outcomes} == {
+        trial.key: counts[trial.key] for trial in study.trials()
+    }
+    (found,) = find_all([study], tmp_path)
+    assert found.missing == 0
+    assert found.cell("reference", 30).r_mem == pytest.approx((0.812 + 0.916 + 0.946) / 3)
 
 
 @pytest.mark.parametrize("name", ["report.html", "emm.html", "studies.json", "runs.csv", "emm.json"])
