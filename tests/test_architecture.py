@@ -78,6 +78,7 @@ LAZY = {
     "triton",
     "ray",
     "sklearn",
+    "statsmodels",
     "datasets",
     "jinja2",
     "rich",

@@ -341,9 +341,12 @@ def import_command(report, out) -> None:
 @click.option("--runs", type=click.Path(path_type=Path, exists=True), help="Folder of runs; or a report.")
 @folder_option("the folder of the report.  [default: RUNS/report, or the report itself]")
 @moved_option("--to", "the folder of the report is --out; that of the runs is --runs")
+@click.option(
+    "--mixed-model", is_flag=True, help="Fit the mixed model of statsmodels too, beside the verdicts (extra: studies)."
+)
 @json_option("what studies.json holds")
 @debug_option
-def report_command(studies, runs, out, as_json) -> None:
+def report_command(studies, runs, out, mixed_model, as_json) -> None:
     """Write report.html, runs.csv and studies.json from the runs in RUNS, also while some are still running.
 
     RUNS may also be a report, or the output of diffmem emm: its pages are then rebuilt from its own tables by this
@@ -353,7 +356,7 @@ def report_command(studies, runs, out, as_json) -> None:
 
     if runs is None:
         raise click.UsageError("--runs is missing: name the folder of the runs with it; --out is that of the report")
-    page = report_studies(runs, out, studies)
+    page = report_studies(runs, out, studies, mixed=mixed_model)
     found = page.parent / "studies.json"
     if as_json:
         click.echo((found if found.is_file() else page.parent / "emm.json").read_text(encoding="utf-8"), nl=False)

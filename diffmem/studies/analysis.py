@@ -21,8 +21,8 @@ That R_mem is the highest of several snapshots raises all runs alike: it cancels
 many audits, and makes the noise smaller than what is assumed. The same is computed in points of R_mem.
 
 Where R_mem saturates, in all cells of a size above 98 % or all below 2 %, logits turn single images into large
-differences, and hardly any difference can show. Such sizes are left out; where there are no others, points decide, and
-"equivalent" then says no more than that R_mem cannot tell the variants apart there.
+differences, and hardly any difference can show. Such sizes are left out; where there are no others, points decide: a
+difference may still be shown, but no equivalence, for R_mem cannot tell variants apart there.
 
 Verdicts. A direction or trend holds (or is contrary) when a two-sided test rejects no difference; it is equivalent when
 two one-sided tests reject every difference beyond the margin (TOST: the 90 % interval lies within it). An equivalence
@@ -129,7 +129,7 @@ class Estimate:
             return 1.0, 1.0
         margin = self.margin(question)
         against = self.effect.p_beyond(margin) if question.kind == EQUIVALENCE else self.effect.p_difference
-        return against, self.effect.p_equivalence(margin)
+        return against, 1.0 if self.scale == "points" else self.effect.p_equivalence(margin)
 
     def verdict(self, question: Question) -> str:
         """The verdict if the question is decided at all."""
@@ -268,6 +268,8 @@ def pooled(
     Returns:
         None where there are fewer than three columns, no degrees of freedom, or no runs that connect the columns.
     """
+    from scipy.optimize import brentq  # scikit-learn brings it
+
     if len(columns) < 3:  # the pairs say as much
         return None
     places = {column: index for index, column in enumerate(columns)}
@@ -282,8 +284,9 @@ def pooled(
     design = np.zeros((len(at), len(columns) + len(repetitions)))
     for row, (column_index, repetition) in enumerate(at):
         design[row, column_index] = design[row, len(columns) + repetitions[repetition]] = 1
-    freedom = len(at) - (rank := int(np.linalg.matrix_rank(design)))
-    if freedom < 1 or rank < len(columns) + len(repetitions) - 1:
+    design = np.delete(design, len(columns), axis=1)  # the first repetition: the columns' means are those in it
+    freedom = len(at) - design.shape[1]
+    if freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
         return None
     y, sampling = np.array(values), np.array(noise)
     contrast = np.zeros(design.shape[1])
@@ -292,16 +295,15 @@ def pooled(
     def fitted(variance: float) -> tuple[float, np.ndarray, np.ndarray]:
         """(weighted squares of what is left over, coefficients, their covariances)."""
         w = 1 / (variance + sampling)
-        covariance = np.linalg.pinv(design.T @ (w[:, None] * design), hermitian=True)
+        covariance = np.linalg.inv(design.T @ (w[:, None] * design))
         coefficients = covariance @ (design.T @ (w * y))
         return float((w * (y - design @ coefficients) ** 2).sum()), coefficients, covariance
 
-    low, high = 0.0, float(np.var(y) * len(y) + 1e-12)  # at the upper end the squares are below 1
-    if fitted(low)[0] > freedom:
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fitted(middle)[0] > freedom else (low, middle)
-    _, coefficients, covariance = fitted(low)
+    variance = 0.0
+    if fitted(variance)[0] > freedom:
+        highest = float(np.var(y) * len(y))  # where the squares are below 1
+        variance = float(brentq(lambda each: fitted(each)[0] - freedom, 0.0, highest, rtol=1e-6))
+    _, coefficients, covariance = fitted(variance)
     return Effect(float(contrast @ coefficients), math.sqrt(float(contrast @ covariance @ contrast)), freedom)
 
 

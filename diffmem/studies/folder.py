@@ -163,18 +163,21 @@ def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
     return find_among(studies, results, errors)
 
 
-def report_studies(root: str | Path, folder: str | Path | None = None, names: Sequence[str] = ()) -> Path:
+def report_studies(
+    root: str | Path, folder: str | Path | None = None, names: Sequence[str] = (), mixed: bool = False
+) -> Path:
     """Writes the report of studies and returns the page's path.
 
     Args:
         root: The folder that they were run in.
         folder: Folder of the report; default `root`/report.
         names: Names of the studies; all, where none are given.
+        mixed: Fit the mixed model of statsmodels too (`diffmem.studies.mixed`).
     """
     from diffmem.studies.report import again, is_report, write_studies
 
     root = Path(root)
     if not (root / STUDIES).is_dir() and is_report(root):
-        return again(root, root if folder is None else Path(folder), names)
+        return again(root, root if folder is None else Path(folder), names, mixed)
     folder = root / "report" if folder is None else Path(folder)
-    return write_studies(find_all(read_studies(root, names), root), root, folder)
+    return write_studies(find_all(read_studies(root, names), root), root, folder, mixed=mixed)

@@ -24,6 +24,7 @@ from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
 from diffmem.memorization.criterion_detector import DEFAULT
 from diffmem.plotting import grid, picture_url, plot, svg
+from diffmem.studies.analysis import informative
 from diffmem.studies.checks import KINDS, OTHER_CRITERIA, Check
 from diffmem.studies.findings import Answer, Findings, find_among
 from diffmem.studies.leveling import SHORT
@@ -56,13 +57,19 @@ def published() -> dict[str, Any]:
 
 
 def write_studies(
-    found: Sequence[Findings], root: Path, folder: Path, galleries: Mapping[str, list[Picture]] | None = None
+    found: Sequence[Findings],
+    root: Path,
+    folder: Path,
+    galleries: Mapping[str, list[Picture]] | None = None,
+    mixed: bool = False,
 ) -> Path:
     """Writes `report.html`, `runs.csv` and `studies.json` into `folder` and returns the page's path.
 
-    root: the studies' folder, in which galleries lie. galleries: by the study's name, instead of those.
+    root: the studies' folder, in which galleries lie. galleries: by the study's name, instead of those. mixed: fit the
+    mixed model of statsmodels too.
     """
     check_output_folder(folder)
+    models = [_mixed(each) if mixed else None for each in found]
     if galleries is None:
         galleries = {each.study.name: _gallery(each, root) for each in found}
     numbers, by_criteria = published(), by_other_criteria(found)
@@ -71,8 +78,8 @@ def write_studies(
     shared = [note for note in found[0].study.notes if all(note in each.study.notes for each in found)] if found else []
     page = template("diffmem.studies", "studies.html.j2").render(
         studies=[
-            _section(each, galleries.get(each.study.name, []), numbers, other)
-            for each, other in zip(found, others, strict=True)
+            {**_section(each, galleries.get(each.study.name, []), numbers, other), "mixed": model}
+            for each, other, model in zip(found, others, models, strict=True)
         ],
         shared=shared,
         source=numbers["source"],
@@ -81,14 +88,35 @@ def write_studies(
         spread=found[0].cells[0].spread if found and found[0].cells else None,
         made_with=made_with({result.key: result for each in found for result in each.results}.values()),
     )
-    summary = (
-        json.dumps([_as_json(each, other) for each, other in zip(found, others, strict=True)], separators=(",", ":"))
-        + "\n"
-    )
+    described = [_as_json(each, other) for each, other in zip(found, others, strict=True)]
+    for each, model in zip(described, models, strict=True):
+        each |= {} if model is None else {"mixed_model": model}
+    summary = json.dumps(described, separators=(",", ":")) + "\n"
     runs = _table(RUN_COLUMNS, (row for each in found for row in _rows(each)))
     with atomic_set(folder) as stage:
         write_texts(stage, {STUDIES: summary, RUNS: runs, PAGE: page})
     return folder / PAGE
+
+
+def _mixed(found: Findings) -> dict[str, Any]:
+    """What the mixed model says of a study: its spread, and each question's difference; or why it cannot be fitted."""
+    from diffmem.studies.mixed import mixed_model
+
+    cells = {(cell.variant.name, cell.size): {each.repetition: each for each in cell.results} for cell in found.cells}
+    try:
+        model = mixed_model(cells)
+    except InputError as error:
+        return {"error": str(error)}
+    questions: list[dict[str, Any] | None] = []
+    for answer in found.answers:
+        estimate = answer.estimate
+        weights = found.study.contrast(answer.question, set(cells))
+        if estimate is None or estimate.logit is None or not weights:
+            questions.append(None)
+            continue
+        effect = model.effect(informative(answer.question, weights, cells)[0], estimate.logit.freedom)
+        questions.append({"difference": effect.estimate, "error": effect.error, "interval": effect.interval()})
+    return {**model.to_json(), "questions": questions, "error": None}
 
 
 def write_emm(emm: EMM, folder: Path, running: bool = False) -> Path:
@@ -119,12 +147,13 @@ def is_report(folder: Path) -> bool:
     return (folder / STUDIES).is_file() or (folder / EMM_FILE).is_file()
 
 
-def again(source: Path, folder: Path, names: Sequence[str] = ()) -> Path:
+def again(source: Path, folder: Path, names: Sequence[str] = (), mixed: bool = False) -> Path:
     """Makes the report in `source` again, in `folder`, with what is computed and shown today, from its own files.
 
     The page of studies comes from `studies.json` and `runs.csv`, its pictures from the page that lies there; that of a
     search for EMM from `emm.json`: as `report.html`, or, beside studies, as `emm.html`. names: of studies, or all.
-    Returns the page's path. Raises InputError, naming the file, where one is missing or damaged.
+    mixed: as for `write_studies`. Returns the page's path. Raises InputError, naming the file, where one is missing or
+    damaged.
     """
     from diffmem.studies.emm import EMM
 
@@ -136,7 +165,8 @@ def again(source: Path, folder: Path, names: Sequence[str] = ()) -> Path:
     found, galleries = _read_report(source)
     if missing := set(names) - {each.study.name for each in found}:
         raise InputError(f"{source}: its report has no study {', '.join(sorted(missing))}")
-    page = write_studies([each for each in found if not names or each.study.name in names], source, folder, galleries)
+    chosen = [each for each in found if not names or each.study.name in names]
+    page = write_studies(chosen, source, folder, galleries, mixed)
     if emm is not None:
         with atomic_set(folder) as stage:
             write_texts(stage, {EMM_FILE: _as_text(emm), "emm.html": _emm_page(emm, draw_emm(emm))})

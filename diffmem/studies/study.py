@@ -65,7 +65,7 @@ class Question:
         margin: In logit R_mem: what differs by less is equivalent. The default, 0.4, is nowhere more than 10 points of
             R_mem, and about what an eighth more or fewer training images do (the paper's curves fall by 2 to 4 per unit
             of ln N); runs of one setting differ by more (0.6 at the digits scale).
-        points: The margin in R_mem itself, for where R_mem is near 0 or 1 and logits say little.
+        points: The margin in R_mem itself, for where R_mem is near 0 or 1: an equivalence is contrary beyond it.
     """
 
     text: str

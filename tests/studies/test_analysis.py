@@ -67,7 +67,10 @@ def test_a_difference_is_that_of_the_means_and_both_scales_are_given():
 
 def test_where_r_mem_is_saturated_points_decide():
     found = answer(MORE, {"wide": (1.0, 0.999, 1.0), "narrow": (0.995, 0.996, 0.994)})
-    assert (found.estimate.scale, found.verdict) == ("points", EQUIVALENT)
+    assert (found.estimate.scale, found.verdict) == ("points", HOLDS)
+    alike = {"wide": (1.0, 1.0, 1.0), "narrow": (1.0, 1.0, 1.0)}
+    assert answer(ALIKE, alike).verdict == UNDECIDED  # the rule cannot tell
+    assert answer(ALIKE, {"wide": (0.0, 0.0, 0.0), "narrow": (0.5, 0.6, 0.5)}).verdict == CONTRARY
     # At one end only one of the two is saturated: the logits say it.
     found = answer(MORE, {"wide": (0.5, 0.6, 0.7), "narrow": (0.0, 0.0, 0.0)})
     assert (found.estimate.scale, found.verdict) == ("logit", HOLDS)
