@@ -164,6 +164,7 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
 
     from diffmem.progress import progress_bars
     from diffmem.studies.folder import all_trials
+    from diffmem.studies.laws import SENTENCES, SOURCES
     from diffmem.studies.schedule import costs, schedule
 
     torch.set_flush_denormal(True)
@@ -178,7 +179,10 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
         for variant in study.variants:
             sizes = ", ".join(f"{size:,}" for size in variant.sizes or study.sizes)
             click.echo(f"  {variant.name:24} N = {sizes}")
-        for line in (*(f"asks: {question.text}" for question in study.questions), *study.notes):
+        asked = [question.text for question in study.questions]
+        if study.law is not None:
+            asked.append(f"{SENTENCES[study.law]} ({SOURCES[study.law]})")
+        for line in (*(f"asks: {text}" for text in asked), *study.notes):
             click.echo(f"  {line}")
     trials = all_trials(chosen)
     click.echo(f"{len(trials)} distinct runs")
@@ -364,4 +368,6 @@ def report_command(studies, runs, out, mixed_model, as_json) -> None:
     for each in json.loads(found.read_text(encoding="utf-8")) if found.is_file() else ():
         for answer in each["questions"]:
             click.echo(f"{each['study']['name']}: {answer['question']['text']}: {answer['verdict']}")
+        for test in each.get("law", {}).get("tests", ()):
+            click.echo(f"{each['study']['name']}: {test['text']}: {test['verdict']}")
     click.echo(f"report: {page}")

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+from diffmem.studies import laws
 from diffmem.studies.analysis import (
     ALPHA,
     UNDECIDED,
@@ -31,6 +32,7 @@ from diffmem.studies.analysis import (
 )
 from diffmem.studies.curve import Posterior
 from diffmem.studies.emm import observation
+from diffmem.studies.laws import LawFinding
 from diffmem.studies.leveling import LEVELED_OFF, SHORT
 from diffmem.studies.measure import Result
 from diffmem.studies.study import Question, Study, Variant
@@ -139,7 +141,8 @@ class Answer:
 @dataclass(frozen=True)
 class Findings:
     """A study with what its runs found. failures: (variant's name, size, repetition, error); missing: trials without a
-    result or an error; emm: (median, interval) for variants measured at two sizes or more."""
+    result or an error; emm: (median, interval) for variants measured at two sizes or more; law: what the runs say of
+    the study's law."""
 
     study: Study
     cells: tuple[Cell, ...]
@@ -147,6 +150,7 @@ class Findings:
     emm: Mapping[str, tuple[float, tuple[float, float]]]
     failures: tuple[tuple[str, int, int, str], ...]
     missing: int
+    law: LawFinding | None = None
 
     @property
     def results(self) -> list[Result]:
@@ -179,14 +183,16 @@ def spread_of(groups: Sequence[Sequence[Result]]) -> Spread:
 def find_among(studies: Sequence[Study], results: Mapping[str, Result], errors: Mapping[str, str]) -> list[Findings]:
     """What `results` (by trial key) and `errors` say of studies that share a spread between runs; their questions are
     one family."""
-    groups = {key: each for study in studies for key, each in _groups(study, results).items()}
+    # Runs that end with their onset say nothing of how R_mem differs between runs of full length.
+    groups = {key: each for study in studies if study.law is None for key, each in _groups(study, results).items()}
     spread = spread_of([list(group.values()) for group in groups.values()])
     found = [findings(study, results, errors, spread) for study in studies]
     answers = corrected([answer for each in found for answer in each.answers])
     ends = list(accumulate((len(each.answers) for each in found), initial=0))
+    judged = laws.corrected([each.law for each in found])
     return [
-        replace(each, answers=tuple(answers[start:end]))
-        for each, (start, end) in zip(found, pairwise(ends), strict=True)
+        replace(each, answers=tuple(answers[start:end]), law=law)
+        for each, (start, end), law in zip(found, pairwise(ends), judged, strict=True)
     ]
 
 
@@ -245,10 +251,16 @@ def findings(
         study,
         tuple(cells),
         tuple(corrected([answer(study, question, by_place) for question in study.questions])),
-        {name: found for name in order if (found := _emm(cells, name)) is not None},
+        {} if study.law else {name: found for name in order if (found := _emm(cells, name)) is not None},
         tuple(failures),
         missing,
+        None if study.law is None else laws.judge(study.law, _of_first(study, cells)),
     )
+
+
+def _of_first(study: Study, cells: Sequence[Cell]) -> list[Result]:
+    """The results of a study's first variant, off which its law is read."""
+    return [result for cell in cells if cell.variant == study.variants[0] for result in cell.results]
 
 
 def answer(study: Study, question: Question, cells: Cells) -> Answer:

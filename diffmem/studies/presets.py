@@ -552,5 +552,7 @@ _STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "random-labels": _random_labels,
     "unique-labels": _unique_labels,
     "onset": _law("onset", "Onset of memorization against the number of training images"),
+    "early-warning": _law("early-warning", "Early warning: the loss gap before there are copies"),
+    "spurious": _law("spurious", "Between copying and generalizing: spurious images"),
 }
 NAMES = tuple(_STUDIES)

@@ -27,6 +27,8 @@ from diffmem.plotting import grid, picture_url, plot, svg
 from diffmem.studies.analysis import informative
 from diffmem.studies.checks import KINDS, OTHER_CRITERIA, Check
 from diffmem.studies.findings import Answer, Findings, find_among
+from diffmem.studies.laws.figures import draw_law
+from diffmem.studies.laws.tables import watched_tables, with_watched
 from diffmem.studies.leveling import SHORT
 from diffmem.studies.measure import GALLERY, Result, SnapshotResult, store_result
 from diffmem.studies.run import trial_folder, trials_folder
@@ -63,7 +65,8 @@ def write_studies(
     galleries: Mapping[str, list[Picture]] | None = None,
     mixed: bool = False,
 ) -> Path:
-    """Writes `report.html`, `runs.csv` and `studies.json` into `folder` and returns the page's path.
+    """Writes `report.html`, `runs.csv` and `studies.json` into `folder` and returns the page's path; for laws also the
+    tables of what was watched, and each law's figure.
 
     root: the studies' folder, in which galleries lie. galleries: by the study's name, instead of those. mixed: fit the
     mixed model of statsmodels too.
@@ -93,8 +96,10 @@ def write_studies(
         each |= {} if model is None else {"mixed_model": model}
     summary = json.dumps(described, separators=(",", ":")) + "\n"
     runs = _table(RUN_COLUMNS, (row for each in found for row in _rows(each)))
+    drawings = {f"{each.study.name}.svg": draw_law(each.law, each.results) for each in found if each.law and each.cells}
+    tables = watched_tables(result for each in found for result in each.results)
     with atomic_set(folder) as stage:
-        write_texts(stage, {STUDIES: summary, RUNS: runs, PAGE: page})
+        write_texts(stage, {STUDIES: summary, RUNS: runs, **tables, **drawings, PAGE: page})
     return folder / PAGE
 
 
@@ -225,7 +230,8 @@ def _read_runs(source: Path) -> tuple[list[Study], dict[str, tuple[Trial, Result
         for row in csv.DictReader(file):
             trial = replace(trials[row["study"], row["variant"], int(row["size"])], repetition=int(row["repetition"]))
             runs[trial.key] = trial, _result(row, trial)
-    return studies, runs, errors
+    watched = with_watched({key: result for key, (_, result) in runs.items()}, source)
+    return studies, {key: (trial, watched[key]) for key, (trial, _) in runs.items()}, errors
 
 
 def _result(row: Mapping[str, str], trial: Trial) -> Result:
@@ -489,14 +495,18 @@ def _section(
     return {
         "found": found,
         "study": found.study,
-        "plot": draw_study(found, numbers) if found.cells else "",
-        "lengths": draw_lengths(found),
+        "plot": _drawing(found, numbers) if found.cells else "",
+        "lengths": "" if found.law else draw_lengths(found),
         "gallery": gallery,
         "checked": _checked(found),
         "others": {name: each for name, each in others.items() if each.cells},
         "setting": json.dumps(found.study.variants[0].setting.to_json(), indent=1),
         "differences": {v.name: _changes(found.study, v.setting.to_json()) for v in found.study.variants},
     }
+
+
+def _drawing(found: Findings, numbers: Mapping[str, Any]) -> str:
+    return draw_study(found, numbers) if found.law is None else draw_law(found.law, found.results)
 
 
 def _changes(study: Study, setting: Mapping[str, Any]) -> str:
@@ -599,6 +609,7 @@ def _as_json(found: Findings, others: Mapping[str, Findings]) -> dict[str, Any]:
         "emm": {name: {"emm": size, "interval": list(interval)} for name, (size, interval) in found.emm.items()},
         "questions": [_answer_as_json(answer) for answer in found.answers],
         "other_criteria": {name: [_answer_as_json(answer) for answer in each.answers] for name, each in others.items()},
+        **({} if found.law is None else {"law": found.law.to_json()}),
         "failures": [
             dict(zip(("variant", "size", "repetition", "error"), each, strict=True)) for each in found.failures
         ],
