@@ -93,9 +93,10 @@ def emm_command(
     """Find the Effective Model Memorization: the largest number of training images that a model still memorizes.
 
     Trains on subsets whose sizes it chooses from the results so far, ends each run as soon as its verdict is clear, and
-    repeats a size only if that narrows the answer. OUT receives emm.json, runs.csv, emm.svg, report.html and the runs;
-    the same command resumes an interrupted search. Every option of `diffmem train` that decides what is trained is an
-    option here.
+    repeats a size only if that narrows the answer. The interval covers sampling, differences between runs, the curve's
+    shape, and that R_mem of a run is the highest of its snapshots; 8 to 24 runs narrow it to 10 % on most curves. OUT
+    receives emm.json, runs.csv, emm.svg, report.html and the runs; the same command resumes an interrupted search.
+    Every option of `diffmem train` that decides what is trained is an option here.
 
     \b
     Examples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
@@ -23,18 +23,6 @@ from diffmem.studies.trial import Setting, Trial
 from diffmem.text import counted
 
 _AT_ONCE = 6  # runs: more of them could not make use of what each other finds
-
-
-@dataclass(frozen=True)
-class Upward:
-    """What taking the best of `snapshots` estimates, of `samples` images each, for a single one may add to the R_mem of
-    a run that is near 1 − ζ: `points` on average at most, which is reached where all snapshots are alike. emm: the EMM
-    that remains when all of it is taken off."""
-
-    snapshots: int
-    samples: int
-    points: float
-    emm: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,8 @@ class EMM:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval: noise of sampling, differences between runs, and the shape of the curve included."""
+        """The 95 % interval: noise of sampling, differences between runs, the shape of the curve, and that R_mem of a
+        run is the highest of several estimates, included."""
         return self.posterior.interval()
 
     @property
@@ -88,18 +77,6 @@ class EMM:
             return f"above {self.search.high:,}, the largest allowed size"
         return None
 
-    @cached_property
-    def upward(self) -> Upward | None:
-        """How far EMM may err upward for R_mem being a run's best snapshot's; None where there is one snapshot."""
-        looks, samples, zeta = self.setting.snapshots, self.setting.samples, self.search.zeta
-        if looks < 2:
-            return None
-        # The mean of the highest of so many normal deviates (Blom 1958); snapshots that differ err by less.
-        deviation = NormalDist().inv_cdf((looks - 0.375) / (looks + 0.25))
-        points = min(deviation * math.sqrt(zeta * (1 - zeta) / samples), 0.9 * zeta)
-        observations = [observation(result) for result in self.results]
-        return Upward(looks, samples, points, replace(self.search, zeta=zeta - points).posterior(observations).median)
-
     def verdict(self) -> str:
         """One sentence for a person."""
         low, high = self.interval
@@ -122,7 +99,6 @@ class EMM:
             "unresolved": self.unresolved,
             "seconds": self.seconds,
             "spread": self.posterior.spread,
-            "upward": None if self.upward is None else vars(self.upward),
             "search": vars(self.search),
             "setting": self.setting.to_json(),
             "runs": [result.to_json() for result in self.results],
@@ -149,9 +125,16 @@ class EMM:
 
 
 def observation(result: Result) -> Observation:
-    """What a run says about the curve of R_mem: its best snapshot's count, taken for a single estimate (see
-    `EMM.upward` for what that may add)."""
-    return Observation(result.size, result.count, result.total, result.censored)
+    """What a run says about the curve of R_mem: the counts of its snapshots, or, where only the highest is known, that
+    one, and what it would be without what the highest of as many estimates is too high by on average, at most."""
+    if counts := [(each.count, each.total) for each in result.snapshots]:
+        return Observation.of_snapshots(result.size, counts, result.censored)
+    looks, share, alike = result.looks or 1, result.r_mem, None
+    if looks > 1:
+        # The mean of the highest of so many normal deviates (Blom 1958); snapshots that differ err by less.
+        deviation = NormalDist().inv_cdf((looks - 0.375) / (looks + 0.25))
+        alike = max(0.0, share - deviation * math.sqrt(share * (1 - share) / result.total))
+    return Observation(result.size, result.count, result.total, result.censored, alike)
 
 
 def find_emm(

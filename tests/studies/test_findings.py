@@ -10,9 +10,10 @@ from studies.tiny import TINY
 
 from diffmem.integrity import sealed
 from diffmem.studies import EMM, Question, Result, Study, Trial, Variant
+from diffmem.studies.emm import observation
 from diffmem.studies.findings import Answer, Cell, Spread, findings, spread_of
 from diffmem.studies.folder import find_all
-from diffmem.studies.measure import RESULT
+from diffmem.studies.measure import RESULT, SnapshotResult
 from diffmem.studies.report import made_with, write_emm
 from diffmem.studies.run import trial_folder
 from diffmem.studies.schedule import Cost, costs, schedule
@@ -101,16 +102,25 @@ def test_two_variants_with_one_setting_are_two_cells():
     assert [cell.variant.name for cell in findings(subject, {trial.key: result(trial, 5)}, {}).cells] == ["a", "b"]
 
 
-def test_what_the_best_of_several_snapshots_adds_is_said_and_taken_off():
-    """The bound is that of snapshots that are alike: the mean of the highest of as many estimates."""
-    trials = [
-        Trial(replace(TINY, samples=500), size, repetition, 0.9) for size in (20, 40, 80) for repetition in (0, 1)
-    ]
-    found = EMM(trials[0].setting, Search(20, 200), tuple(result(u, 960 - 8 * u.size) for u in trials))
+def test_a_run_whose_highest_snapshot_alone_is_known_may_be_lower_by_what_the_highest_adds():
+    """As much as the highest of estimates that are alike adds on average."""
+    trial = Trial(replace(TINY, samples=500), 20, 0, 0.9)
     highest = np.random.default_rng(0).binomial(500, 0.9, (100_000, 3)).max(axis=1).mean() / 500 - 0.9
-    assert found.upward.points == pytest.approx(highest, rel=0.06)
-    assert found.interval[0] < found.upward.emm < found.size
-    assert replace(found, setting=replace(found.setting, snapshots=1)).upward is None
+    known = observation(replace(result(trial, 450, 500), looks=3))
+    assert 0.9 - known.alike == pytest.approx(highest, rel=0.06)
+    assert observation(replace(result(trial, 450, 500), looks=1)).alike is None
+    audited = [SnapshotResult(1, 1.0, 0.1, count, 500, 1.0, 1.0) for count in (100, 440, 450)]
+    assert observation(replace(result(trial, 450, 500), snapshots=tuple(audited))).alike == pytest.approx(0.89)
+
+
+def test_the_interval_of_emm_covers_that_r_mem_is_the_highest_of_several():
+    trials = [Trial(TINY, size, repetition, 0.9) for size in (20, 40, 80) for repetition in (0, 1)]
+    alone = EMM(TINY, Search(20, 200), tuple(result(trial, 960 - 2 * trial.size) for trial in trials))
+    several = replace(alone, results=tuple(replace(each, looks=10) for each in alone.results))
+    assert several.interval[0] < alone.interval[0]
+    assert several.size < alone.size
+    old = {**several.to_dict(), "upward": {"snapshots": 3, "samples": 500, "points": 0.01, "emm": 30.0}}
+    assert EMM.from_dict(old).interval == several.interval
 
 
 def test_the_page_of_a_search_that_runs_reloads_itself_and_says_what_is_known_so_far(tmp_path):
