@@ -203,7 +203,7 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
 @_choice_options
 @click.option(
     "--runs", type=click.Path(path_type=Path, exists=True),
-    help="Folder of runs; of a pilot, say: the spread and the cost of finished runs in it are taken.",
+    help="Folder of runs; or a report. The spread and the cost of the runs in it are taken.",
 )  # fmt: skip
 @click.option(
     "--effect", type=click.FloatRange(min=0, min_open=True), metavar="L",
@@ -222,7 +222,7 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
     import torch
 
     from diffmem.progress import progress_bars
-    from diffmem.studies.folder import find_all
+    from diffmem.studies.folder import find_in
     from diffmem.studies.power import plan
     from diffmem.studies.schedule import costs
     from diffmem.studies.study import Place
@@ -230,17 +230,21 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
 
     torch.set_flush_denormal(True)
     chosen = _chosen(**choice)
-    seconds: dict[str, dict[Place, float]] = {}
+    found = [] if runs is None else find_in(chosen, runs)
+    seconds: dict[str, dict[Place, float]] = {study.name: {} for study in chosen}
+    for each in found:
+        for cell in each.cells:
+            place = cell.variant.name, cell.size
+            seconds[each.study.name][place] = sum(result.seconds for result in cell.results) / len(cell.results)
     with progress_bars() as progress:
         for study in chosen:
             asked = {place for question in study.questions for place in study.contrast(question)}
             settings = {variant.name: variant.setting for variant in study.variants}
-            trials = {place: Trial(settings[place[0]], place[1]) for place in study.places() if place in asked}
-            found = costs(list(trials.values()), runs, device, progress)
-            seconds[study.name] = {
-                place: each.training + each.sampling for place, each in zip(trials, found, strict=True)
-            }
-    planned = plan(chosen, seconds, [] if runs is None else find_all(chosen, runs), effect)
+            open_places = [place for place in study.places() if place in asked and place not in seconds[study.name]]
+            trials = [Trial(settings[name], size) for name, size in open_places]
+            for place, cost in zip(open_places, costs(trials, None, device, progress), strict=True):
+                seconds[study.name][place] = cost.training + cost.sampling
+    planned = plan(chosen, seconds, found, effect)
     if as_json:
         click.echo(json.dumps([each.to_json() for each in planned]))
         return

@@ -163,6 +163,17 @@ def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
     return find_among(studies, results, errors)
 
 
+def find_in(studies: Sequence[Study], root: str | Path) -> list[Findings]:
+    """What the runs in `root`, a folder of runs or a report, say of some studies."""
+    from diffmem.studies.report import is_report, read_report
+
+    root = Path(root)
+    if (root / STUDIES).is_dir() or not is_report(root):
+        return find_all(studies, root)
+    results = {result.key: result for found in read_report(root) for result in found.results}
+    return find_among(studies, results, {})
+
+
 def report_studies(
     root: str | Path, folder: str | Path | None = None, names: Sequence[str] = (), mixed: bool = False
 ) -> Path:

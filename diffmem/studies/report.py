@@ -203,6 +203,11 @@ def import_report(source: Path, root: Path) -> tuple[int, int]:
     return taken, len(runs)
 
 
+def read_report(source: Path) -> list[Findings]:
+    """What a report's files say today of its studies. Raises InputError, naming the file, where one is damaged."""
+    return _read_report(source)[0] if (source / STUDIES).is_file() else []
+
+
 def _read_report(source: Path) -> tuple[list[Findings], dict[str, list[Picture]]]:
     """What a report's files say today of its studies, and the pictures on its page."""
     studies, runs, errors = _read_runs(source)

@@ -11,7 +11,7 @@ from studies.test_findings import results_of, study
 from diffmem.cli import main
 from diffmem.studies.analysis import student
 from diffmem.studies.findings import find_among
-from diffmem.studies.power import plan, power_of_direction, power_of_equivalence, simulated
+from diffmem.studies.power import SPREAD, plan, power_of_direction, power_of_equivalence, simulated
 
 
 @pytest.mark.parametrize("repetitions", [2, 4, 9])
@@ -45,15 +45,15 @@ def test_a_plan_takes_the_spread_of_the_runs_that_there_are():
     subject = study(MORE, ALIKE, max_repetitions=6)
     seconds = {subject.name: dict.fromkeys(subject.places(), 10.0)}
     assumed = plan([subject], seconds)
-    assert [(each.spread, each.seconds) for each in assumed] == [(0.5, 40.0)] * 2
+    assert [(each.spread, each.seconds) for each in assumed] == [(SPREAD, 40.0)] * 2
     assert all(2 <= each.expected <= 6 for each in assumed)
     shares = {"wide": (0.5, 0.6, 0.56, 0.4), "narrow": (0.35, 0.5, 0.42, 0.3)}
     found = find_among([subject], results_of(subject, shares), {})
-    planned = plan([subject], seconds, found, effect=0.5)
+    planned = plan([subject], seconds, found)
     latest = found[0].answers[0].latest
     assert planned[0].spread == pytest.approx(latest.logit.error * 2)
     assert planned[0].source == "its 4 pairs of runs"
-    assert planned[0].repetitions < assumed[0].repetitions
+    assert (planned[0].repetitions < assumed[0].repetitions) == (planned[0].spread < SPREAD)
     assert planned[0].total == planned[0].repetitions * 40.0
     other = replace(subject, name="other", questions=(replace(MORE, text="another"),))
     both = plan([subject, other], seconds | {"other": seconds[subject.name]}, found)

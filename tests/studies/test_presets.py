@@ -58,6 +58,21 @@ def test_the_cifar16_scale_fits_one_core(cifar10):
     assert in_color.training_set(20).image_shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_variants_of_one_repetition_share_images_and_seed(name):
+    """So that their runs can be compared in pairs; but where the factor is the images, which the study says."""
+    study = build(name, "digits")
+    for repetition in (0, 1):
+        images: dict[object, set[bytes]] = {}
+        for variant in study.variants:
+            size = (variant.sizes or study.sizes)[0]
+            training = variant.setting.training_set(size, repetition)
+            assert variant.setting.config(training, repetition).seed == repetition
+            images.setdefault((size, training.image_shape), set()).add(training.images.tobytes())
+        assert all(len(each) == 1 for each in images.values()) == (not study.unpaired)
+    assert bool(study.unpaired) == (name in ("classes", "diversity"))
+
+
 def test_the_cifar10_scale_is_the_protocol(cifar10):
     setting = build("size", "cifar10", str(cifar10 / "cifar10-test.zip")).variants[0].setting
     images = setting.training_set(1000)
