@@ -35,9 +35,10 @@ from diffmem.memorization.result import software_versions
 from diffmem.models import Denoiser, WrappedDenoiser, load
 from diffmem.studies.checks import GENERATED, Check, checks
 from diffmem.studies.leveling import LEVELED_OFF, NOISE, Level, audit_steps, level_of
+from diffmem.studies.mixture import Mixture, MixtureResult, train_mixture
 from diffmem.studies.trial import Trial
 from diffmem.studies.watch import Watch, Watched, Watcher
-from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, snapshot_folder, train
+from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, images_of, snapshot_folder, train
 
 TRIAL, RUN, AUDITS, RESULT, GALLERY = "trial.json", "run", "audits.json", "result.json", "gallery.npz"
 SHOWN = 16  # images in a gallery
@@ -123,6 +124,7 @@ class Result:
         alarms: Of unseen images, how many the rule calls copies, and how many there are; where they are watched.
         delta: Distance within which images count as the same in the three phases, root mean square in gray levels;
             where they are watched.
+        mixture: What else was found of a trained mixture, where that was the run.
     """
 
     key: str
@@ -149,6 +151,7 @@ class Result:
     checks: tuple[Check, ...] = ()
     alarms: tuple[int, int] | None = None
     delta: float | None = None
+    mixture: MixtureResult | None = None
 
     @property
     def r_mem(self) -> float:
@@ -196,6 +199,7 @@ class Result:
             "snapshots": tuple(map(_snapshot_result, values["snapshots"])),
             "checks": tuple(map(Check.from_json, values.get("checks", ()))),
             "alarms": None if alarms is None else tuple(alarms),
+            "mixture": None if (mixture := values.get("mixture")) is None else MixtureResult(**mixture),
         }
         return Result(**{**values, **fields})
 
@@ -251,7 +255,7 @@ def run_trial(trial: Trial, folder: str | Path, device: str = "auto") -> Result:
     if (known := read_result(folder)) is not None:
         return known
     with fixed_arithmetic(trial.setting.threads or 1):
-        return _run_trial(trial, folder, device)
+        return (_run_trial if trial.setting.mixture is None else _run_mixture)(trial, folder, device)
 
 
 @contextlib.contextmanager
@@ -295,6 +299,29 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
     if run.ending == "interrupted":
         raise InterruptedTrialError(f"{folder}: interrupted after {run.images:,} of {config.images:,} images")
     return _finished(trial, folder, audits, device)
+
+
+def _run_mixture(trial: Trial, folder: Path, device: str) -> Result:
+    """The result of a mixture, which is trained in seconds, on the CPU: one that is interrupted starts again."""
+    setting, size = trial.setting, trial.size
+    if trial.at_least is not None:
+        raise InputError("mixture: a search by tests is for networks: run the study crossover instead")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / TRIAL, trial.to_json())
+    images = images_of(size, **dict[str, Any](setting.length))
+    mixture = Mixture.of(setting.mixture or {})
+    found = train_mixture(mixture, size, trial.repetition, images, setting.samples)
+    seconds = {"training_seconds": found.training_seconds, "sampling_seconds": found.sampling_seconds}
+    counts = {"count": found.count, "total": found.total}
+    snapshot = SnapshotResult(images, images / size, found.result.loss, **counts, **seconds)
+    result = Result(
+        trial.key, size, trial.repetition, **counts, decided=None, censored=False, images=images, epochs=images / size,
+        best_images=images, parameters=found.result.components * mixture.dimension + 1, **seconds, training_set="",
+        snapshots=(snapshot,), versions=software_versions(), looks=1, device="cpu", threads=setting.threads or 1,
+        mixture=found.result,
+    )  # fmt: skip
+    _write_json(folder / RESULT, result.to_json())
+    return result
 
 
 def _finished(trial: Trial, folder: Path, audits: _Audits, device: str) -> Result:

@@ -8,13 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffmem.models import Denoiser
 from diffmem.progress import Progress, silent
 from diffmem.studies.measure import fixed_arithmetic, read_result
+from diffmem.studies.mixture import BATCH, Mixture, train_mixture
 from diffmem.studies.run import trial_folder
 from diffmem.studies.trial import Trial
-from diffmem.training import plan_training
+from diffmem.training import images_of, plan_training
 
 # A training step's share that one pass of the network forward takes: forward, and twice that back.
 _FORWARD = 1 / 3
@@ -66,6 +68,9 @@ def costs(
             found.append(Cost(trial, known.training_seconds, known.sampling_seconds, done=True))
             continue
         setting = trial.setting
+        if setting.mixture is not None:
+            found.append(_cost_of_mixture(trial))
+            continue
         images = setting.training_set(trial.size, trial.repetition)
         config = setting.config(images, trial.repetition)
         kind = json.dumps([config.denoiser.to_json(), config.batch, config.augment > 0, setting.threads])
@@ -80,6 +85,16 @@ def costs(
         found.append(Cost(trial, per_step * steps, per_evaluation * nfe * setting.samples * setting.snapshots))
     progress("measuring costs", len(trials), len(trials))
     return found
+
+
+def _cost_of_mixture(trial: Trial) -> Cost:
+    """From a few of its steps."""
+    setting = trial.setting
+    images = images_of(trial.size, **dict[str, Any](setting.length))
+    with fixed_arithmetic(setting.threads or 1):
+        mixture = Mixture.of(setting.mixture or {})
+        part = train_mixture(mixture, trial.size, trial.repetition, min(images, 10 * BATCH), setting.samples)
+    return Cost(trial, part.training_seconds * images / min(images, 10 * BATCH), part.sampling_seconds)
 
 
 def schedule(estimates: Sequence[Cost], workers: int) -> Schedule:

@@ -20,6 +20,7 @@ from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
 from diffmem.errors import InputError
 from diffmem.memorization import check_criterion
 from diffmem.sampling import SamplerConfig
+from diffmem.studies.mixture import Mixture
 from diffmem.studies.watch import Watch
 from diffmem.training import TrainingConfig, images_of, training_config
 from diffmem.training.configure import check_parts
@@ -51,6 +52,8 @@ class Setting:
             evenly spaced.
         watch: Fields of `diffmem.studies.watch.Watch`: what is measured of every snapshot beside its copies, and when
             the run ends by it; audits then stand at lengths a factor of √2 apart, too.
+        mixture: Fields of `diffmem.studies.mixture.Mixture`, which is then trained on data of its own, without images:
+            `data`, `network`, `training` and `sampling` say nothing, `length` is in its noisy samples.
     """
 
     data: DatasetSpec
@@ -64,6 +67,7 @@ class Setting:
     criterion: str | None = None
     level_off: float | None = None
     watch: Mapping[str, Any] | None = None
+    mixture: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "seed", "label_seed"):
@@ -86,6 +90,10 @@ class Setting:
             Watch.of(self.watch)
             if self.level_off is not None or (self.data.labels or "none") == "unique":
                 raise InputError("watch: goes with neither level_off nor a label of its own for every image")
+        if self.mixture is not None:
+            Mixture.of(self.mixture)
+            if self.level_off is not None or self.watch is not None or self.criterion not in (None, "ratio"):
+                raise InputError("mixture: goes with neither level_off, watch nor a criterion other than ratio")
         if check_criterion(self.criterion) == "ratio":  # the default, under which results were stored without its name
             object.__setattr__(self, "criterion", None)
         self.sample_settings()
