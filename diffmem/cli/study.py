@@ -84,13 +84,16 @@ def _choice_options(command):
 def _chosen(studies, scale, source, other, color, until, max_repetitions, **changes) -> list[Study]:
     """Studies by name or file."""
     from diffmem.studies import load_study
-    from diffmem.studies.presets import NAMES, build
+    from diffmem.studies.presets import NAMES, WITHOUT_IMAGES, build
     from diffmem.studies.study import at_sizes
 
     if (until is None) != (max_repetitions is None):
         raise click.UsageError("--until decided and --max-repetitions K belong together: give both")
     found = []
-    for name in NAMES if studies == ("all",) else studies:
+    # "all" are those that an option about images is for.
+    about_images = any((source, other, color, changes["criterion"], changes["level_off"]))
+    every = [name for name in NAMES if not (about_images and name in WITHOUT_IMAGES)]
+    for name in every if studies == ("all",) else studies:
         own = name.endswith((".json", ".py"))
         study = load_study(name) if own else build(name, scale, source, other, color)
         found.append(at_sizes(study, **changes, max_repetitions=max_repetitions))

@@ -254,13 +254,14 @@ def findings(
         {} if study.law else {name: found for name in order if (found := _emm(cells, name)) is not None},
         tuple(failures),
         missing,
-        None if study.law is None else laws.judge(study.law, _of_first(study, cells)),
+        None if study.law is None else laws.judge(study.law, _of_law(study, cells)),
     )
 
 
-def _of_first(study: Study, cells: Sequence[Cell]) -> list[Result]:
-    """The results of a study's first variant, off which its law is read."""
-    return [result for cell in cells if cell.variant == study.variants[0] for result in cell.results]
+def _of_law(study: Study, cells: Sequence[Cell]) -> list[Result]:
+    """The results off which a study's law is read: of its first variant, or of all."""
+    own = study.variants if study.law == "crossover" else study.variants[:1]
+    return [result for cell in cells if cell.variant in own for result in cell.results]
 
 
 def answer(study: Study, question: Question, cells: Cells) -> Answer:

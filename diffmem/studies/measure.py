@@ -311,14 +311,13 @@ def _run_mixture(trial: Trial, folder: Path, device: str) -> Result:
     images = images_of(size, **dict[str, Any](setting.length))
     mixture = Mixture.of(setting.mixture or {})
     found = train_mixture(mixture, size, trial.repetition, images, setting.samples)
-    seconds = {"training_seconds": found.training_seconds, "sampling_seconds": found.sampling_seconds}
-    counts = {"count": found.count, "total": found.total}
-    snapshot = SnapshotResult(images, images / size, found.result.loss, **counts, **seconds)
+    epochs, seconds = images / size, (found.training_seconds, found.sampling_seconds)
+    snapshot = SnapshotResult(images, epochs, found.result.loss, found.count, found.total, *seconds)
     result = Result(
-        trial.key, size, trial.repetition, **counts, decided=None, censored=False, images=images, epochs=images / size,
-        best_images=images, parameters=found.result.components * mixture.dimension + 1, **seconds, training_set="",
-        snapshots=(snapshot,), versions=software_versions(), looks=1, device="cpu", threads=setting.threads or 1,
-        mixture=found.result,
+        trial.key, size, trial.repetition, found.count, found.total, decided=None, censored=False, images=images,
+        epochs=epochs, best_images=images, parameters=found.result.components * mixture.dimension + 1,
+        training_seconds=seconds[0], sampling_seconds=seconds[1], training_set="", snapshots=(snapshot,),
+        versions=software_versions(), looks=1, device="cpu", threads=setting.threads or 1, mixture=found.result,
     )  # fmt: skip
     _write_json(folder / RESULT, result.to_json())
     return result

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -102,18 +102,6 @@ class MixtureResult:
     loss: float
     memorizing: float
     generalizing: float
-
-    def to_text(self) -> str:
-        """For a table's cell."""
-        return " ".join(f"{name}={value:.6g}" for name, value in asdict(self).items())
-
-    @staticmethod
-    def from_text(text: str) -> MixtureResult | None:
-        """What `to_text` gave; None of an empty text."""
-        if not text:
-            return None
-        values = dict(part.split("=") for part in text.split())
-        return MixtureResult(int(values.pop("components")), **{name: float(each) for name, each in values.items()})
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from diffmem.studies.study import EQUIVALENCE, TREND, Question, Study, Variant, 
 from diffmem.studies.trial import OCCUPIED, Setting
 
 DIGITS_SOURCE, CIFAR10_SOURCE = "builtin:digits", "cifar10-train.zip"
+NO_IMAGES = "none"  # as the source of a study without
+WITHOUT_IMAGES = ("crossover",)
+_MIXTURE_SECONDS = 6e-6  # of one core, per noisy sample
 _DOG, _CAT = 5, 3  # CIFAR-10's class indices
 
 _SMALL_TRAINING = {
@@ -264,10 +267,12 @@ def build(
         color: "gray" or "rgb", as for `diffmem.data.derive`, instead of the scale's own.
 
     Raises:
-        InputError: For unknown names.
+        InputError: For unknown names, and for images where the study takes none.
     """
     if name not in _STUDIES:
         raise InputError(f"no study {name!r}: there are {', '.join(NAMES)}, or give a file of your own")
+    if name in WITHOUT_IMAGES and not (source is None and other is None and color is None):
+        raise InputError(f"study {name} is about data of its own, not images: leave out data, other and color")
     if scale not in SCALES:
         raise InputError(f"scale {scale!r}: choose from {', '.join(SCALES)}")
     made = _SCALES[scale]
@@ -278,13 +283,13 @@ def build(
         data = replace(data, color=color)
     made = replace(made, base=replace(made.base, data=data), other=made.other if other is None else other)
     study = _STUDIES[name](made)
-    return replace(study, notes=made.notes + study.notes)
+    return study if name in WITHOUT_IMAGES else replace(study, notes=made.notes + study.notes)
 
 
 def core_seconds(study: Study, scale: str) -> float | None:
     """What a study costs on one core at most, about: its training images, at the cost of the scale's reference network.
     None at a scale that needs a GPU. `diffmem study show --plan` measures it."""
-    seconds = _SCALES[scale].seconds
+    seconds = _MIXTURE_SECONDS if study.name in WITHOUT_IMAGES else _SCALES[scale].seconds
     if seconds is None:
         return None
     return sum(seconds * _images(trial.setting, trial.size) for trial in study.trials())
@@ -536,6 +541,22 @@ def _law(name: str, title: str) -> Callable[[_Scale], Study]:
     return study
 
 
+def _crossover(scale: _Scale) -> Study:
+    """Of mixtures, without images: the same at every scale."""
+    base = Setting(DatasetSpec(NO_IMAGES), {"images": 260_000}, snapshots=1, samples=500, mixture={"share": 1.0})
+    variants = [
+        _variant(f"M = {share:g} N", base, {"mixture.share": share}, share) for share in (0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
+    ]
+    return Study(
+        "crossover", "Mixtures trained on mixtures: from generalizing to copying", "components M / samples N",
+        tuple(variants), (50, 100, 200), 4, axis="factor", law="crossover",
+        notes=(
+            "Mixtures of M Gaussians trained on N samples of a mixture, without images: the same at every scale; "
+            "lengths are in noisy samples.",
+        ),
+    )  # fmt: skip
+
+
 _STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "size": _size,
     "resolution": _resolution,
@@ -554,5 +575,6 @@ _STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "onset": _law("onset", "Onset of memorization against the number of training images"),
     "early-warning": _law("early-warning", "Early warning: the loss gap before there are copies"),
     "spurious": _law("spurious", "Between copying and generalizing: spurious images"),
+    "crossover": _crossover,
 }
 NAMES = tuple(_STUDIES)

@@ -11,7 +11,7 @@ from studies.tiny import TINY
 from diffmem.errors import InputError
 from diffmem.models import PRESETS, Denoiser
 from diffmem.studies import Study, load_study
-from diffmem.studies.presets import CIFAR10, NAMES, SCALES, build, core_seconds
+from diffmem.studies.presets import CIFAR10, NAMES, SCALES, WITHOUT_IMAGES, build, core_seconds
 from diffmem.studies.report import published
 from diffmem.studies.study import at_sizes
 from diffmem.training import EMA
@@ -28,7 +28,7 @@ def test_every_study_is_whole(name, scale):
     assert study.questions or study.law
     assert all(study.contrast(question) for question in study.questions)
     if scale.startswith("digits"):  # its data are here: every variant can be trained
-        for variant in study.variants:
+        for variant in study.variants if name not in WITHOUT_IMAGES else ():
             size = (variant.sizes or study.sizes)[0]
             images = variant.setting.training_set(size)
             assert len(images) == size

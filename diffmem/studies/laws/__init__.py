@@ -2,14 +2,15 @@
 appear (`onset`), what shows it before (`early_warning`), and what lies between copying and generalizing (`spurious`).
 
 A study whose `law` is one of these has a verdict on it in its report, with an interval over runs; its module says how
-the verdict is found. The laws share their trials: whichever study runs first, the others need no run of their own.
+the verdict is found. These laws share their trials: whichever study runs first, the others need no run of their own.
+`crossover` is read off runs of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from diffmem.studies.laws import early_warning, onset, spurious
+from diffmem.studies.laws import crossover, early_warning, onset, spurious
 from diffmem.studies.laws.finding import Estimate, LawFinding, Test, corrected
 from diffmem.studies.laws.regression import Exponent, Time, exponent
 from diffmem.studies.measure import Result
@@ -18,16 +19,27 @@ _JUDGES: dict[str, Callable[[Sequence[Result]], LawFinding]] = {
     "onset": onset.judge,
     "early-warning": early_warning.judge,
     "spurious": spurious.judge,
+    "crossover": crossover.judge,
 }
-SENTENCES = {"onset": onset.TEXT, "early-warning": early_warning.TEXT, "spurious": spurious.TEXT}
-SOURCES = {"onset": onset.SOURCE, "early-warning": early_warning.SOURCE, "spurious": spurious.SOURCE}
+SENTENCES = {
+    "onset": onset.TEXT,
+    "early-warning": early_warning.TEXT,
+    "spurious": spurious.TEXT,
+    "crossover": crossover.TEXT,
+}
+SOURCES = {
+    "onset": onset.SOURCE,
+    "early-warning": early_warning.SOURCE,
+    "spurious": spurious.SOURCE,
+    "crossover": crossover.SOURCE,
+}
 
 
 def judge(law: str, results: Sequence[Result]) -> LawFinding:
     """What runs of one setting say of a law.
 
     Args:
-        law: "onset", "early-warning" or "spurious".
+        law: "onset", "early-warning", "spurious" or "crossover".
         results: Runs of several sizes and repetitions.
     """
     ordered = sorted(results, key=lambda result: (result.repetition, result.size))

@@ -11,6 +11,7 @@ import numpy as np
 from diffmem.evaluation import LossGap
 from diffmem.html_report import level as words
 from diffmem.plotting import plot, svg
+from diffmem.studies.laws.crossover import LAW, MARGIN, crossings, share_of
 from diffmem.studies.laws.early_warning import lead
 from diffmem.studies.laws.finding import LawFinding
 from diffmem.studies.laws.onset import LEVELS, generalizations, onsets
@@ -37,6 +38,7 @@ def draw_law(found: LawFinding, results: Sequence[Result]) -> str:
         "onset": _onset,
         "early-warning": _early_warning,
         "spurious": _spurious,
+        "crossover": _crossover,
     }
     with plot(8.6, 3.5) as figure:
         draw[found.name](figure, found, [result for result in results if result.snapshots])
@@ -207,3 +209,34 @@ def _spurious(figure: Figure, found: LawFinding, results: Sequence[Result]) -> N
     _percent(axes)
     axes.set_ylabel(f"share of images after {found.details['images']:,} seen")
     axes.legend(fontsize=8)
+
+
+def _crossover(figure: Figure, found: LawFinding, results: Sequence[Result]) -> None:
+    """R_mem and the losses over M/N."""
+    left, right = figure.subplots(1, 2)
+    for size, color, runs in _by_size(results):
+        shares = sorted({share_of(run) for run in runs})
+        means = [np.mean([run.r_mem for run in runs if share_of(run) == share]) for share in shares]
+        left.plot(shares, means, color=color, linewidth=1.3, label=f"N = {size:,}")
+        left.plot([share_of(run) for run in runs], [run.r_mem for run in runs], "_", color=color, alpha=0.6)
+        at = [own[size] for own in crossings(results).values() if math.isfinite(own.get(size, math.inf))]
+        left.plot(at, [0.5] * len(at), "|", color=color, markersize=9)
+        for style, name in (("-", "loss"), ("--", "memorizing")):
+            losses = [
+                np.mean([getattr(run.mixture, name) for run in runs if run.mixture and share_of(run) == share])
+                for share in shares
+            ]
+            label = f"{'trained' if name == 'loss' else 'memorizing'}, N = {size:,}"
+            right.plot(shares, losses, style, color=color, linewidth=1.2, label=label)
+    left.axvspan(LAW - MARGIN, LAW + MARGIN, color="#555", alpha=0.1, linewidth=0, label="0.8 ± 0.1")
+    left.axhline(0.5, color="#555", linestyle="--", linewidth=0.8)
+    _percent(left)
+    left.set_ylabel("R_mem of trained models")
+    left.legend(fontsize=8)
+    right.axhline(np.mean([run.mixture.generalizing for run in results if run.mixture]), color="#1c2430",
+                  linewidth=1.0, linestyle=":", label="generalizing")  # fmt: skip
+    right.set_ylabel("loss, mean of all levels")
+    right.set_ylim(bottom=0)
+    right.legend(fontsize=7.5)
+    for axes in (left, right):
+        axes.set_xlabel("components M / samples N")

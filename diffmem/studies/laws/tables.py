@@ -1,37 +1,41 @@
 """What was watched in the runs of a report, as two tables, from which the laws can be judged again.
 
 `phases.csv`: a line per run and audit, with the three phases, and what is the run's own (false alarms, δ).
-`loss-gaps.csv`: a line per run, audit and noise level.
+`loss-gaps.csv`: a line per run, audit and noise level. `mixtures.csv`: a line per run of a mixture.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from diffmem.errors import InputError
 from diffmem.inert.boundary import parsing
 from diffmem.studies.measure import Result, SnapshotResult
+from diffmem.studies.mixture import MixtureResult
 from diffmem.studies.watch import Watched
 from diffmem.text import table
 
 PHASES, GAPS = "phases.csv", "loss-gaps.csv"
 _RUN = ("key", "size", "repetition", "images")
 PHASE_COLUMNS = (*_RUN, "memorized", "spurious", "generalized", "alarms", "unseen", "delta")
+MIXTURES = "mixtures.csv"
+MIXTURE_COLUMNS = ("key", *(field.name for field in fields(MixtureResult)))
 GAP_COLUMNS = (*_RUN, "sigma", "training", "unseen", "error", "p")
 
 
 def watched_tables(results: Iterable[Result]) -> dict[str, str]:
-    """The texts of both tables by file name; none where no run was watched.
+    """The texts of the tables by file name; none where no run was watched, and none was a mixture's.
 
     Args:
         results: The runs.
     """
     phases: list[tuple[object, ...]] = []
     gaps: list[tuple[object, ...]] = []
-    for result in {result.key: result for result in results}.values():
+    results = list({result.key: result for result in results}.values())
+    for result in results:
         alarms, unseen = result.alarms or (0, 0)
         for each in result.snapshots:
             if (watched := each.watched) is None:
@@ -40,9 +44,15 @@ def watched_tables(results: Iterable[Result]) -> dict[str, str]:
             counts = (watched.memorized, watched.spurious, watched.generalized)
             phases.append((*run, *counts, alarms, unseen, repr(float(result.delta or 0.0))))
             gaps += [(*run, *(repr(float(number)) for number in level)) for level in watched.gap]
+    mixtures = [
+        (result.key, *(repr(value) for value in asdict(result.mixture).values()))
+        for result in results
+        if result.mixture is not None
+    ]
+    found = {MIXTURES: table(MIXTURE_COLUMNS, mixtures)} if mixtures else {}
     if not phases:
-        return {}
-    return {PHASES: table(PHASE_COLUMNS, phases), GAPS: table(GAP_COLUMNS, gaps)}
+        return found
+    return found | {PHASES: table(PHASE_COLUMNS, phases), GAPS: table(GAP_COLUMNS, gaps)}
 
 
 def with_watched(results: Mapping[str, Result], folder: Path) -> dict[str, Result]:
@@ -56,6 +66,12 @@ def with_watched(results: Mapping[str, Result], folder: Path) -> dict[str, Resul
         InputError: A table is damaged; it is named.
     """
     found = dict(results)
+    if (folder / MIXTURES).is_file():
+        for row in _rows(folder / MIXTURES):
+            with parsing(folder / MIXTURES, "the runs of mixtures"):
+                values = {name: float(row[name]) for name in MIXTURE_COLUMNS[2:]}
+                if (key := row["key"]) in found:
+                    found[key] = replace(found[key], mixture=MixtureResult(int(row["components"]), **values))
     if not (folder / PHASES).is_file():
         return found
     gaps: dict[tuple[str, int], list[list[float]]] = {}
