@@ -175,7 +175,9 @@ def _members_of(file: IO[bytes], number: int, path: object, size: int) -> Iterat
             raise ValueError("damaged or cut short behind its last readable member")
 
 
-def stream_samples(file: IO[bytes], where: str, key: str | None) -> Iterator[tuple[str, bytes | str]]:
+def stream_samples(
+    file: IO[bytes], where: str, key: str | None, places: dict[str, tuple[int, int]] | None = None
+) -> Iterator[tuple[str, bytes | str]]:
     """The images of one archive as they come, in one pass from its beginning: name, and bytes or why there are none.
 
     Names are as `TarShards` has them. The members of a sample must lie together, as webdataset wants it.
@@ -184,6 +186,7 @@ def stream_samples(file: IO[bytes], where: str, key: str | None) -> Iterator[tup
         file: Open at its beginning, seekable; read from its beginning to its end, members without images skipped.
         where: What to call it.
         key: The ending of the images, where samples hold several.
+        places: Gets, by name, where the bytes of each image begin and how many there are.
     """
     seen: set[str] = set()
     sample, files, found = "", dict[str, Member](), False
@@ -194,7 +197,10 @@ def stream_samples(file: IO[bytes], where: str, key: str | None) -> Iterator[tup
     def ended() -> Iterator[tuple[str, bytes | str]]:
         image = _choose_image(files, key, f"{where}: sample {printable(sample)}")
         if image is not None:
-            yield printable(f"{sample}.{image}"), data[image]
+            name = printable(f"{sample}.{image}")
+            if places is not None:
+                places[name] = files[image].start, files[image].size
+            yield name, data[image]
 
     with parsing(where, "a complete tar archive", _ADVICE):
         for name, member in _members_of(file, 0, where, size):

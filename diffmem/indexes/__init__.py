@@ -7,6 +7,7 @@
         vectors.npy                   [rows, d] uint8 (pixels, bits), float16 or float32: to be memory-mapped
         digests.npy                   uint8 [rows, 16]: of each row's contents
         images.npy                    uint8 [rows, 16]: of the decoded pixels, where the rows are features of images
+        places.npy                    int64 [rows, 2]: where images lie in their tar archive, and their bytes
         lengths.npy                   float64 [rows]: Euclidean lengths, of float16 compared by the cosine
         names.npy, name_ends.npy      UTF-8 of all names, one after the other; int64 [rows], where each ends
         skipped.json                  sealed: files that could not be used and were skipped, with reasons

@@ -53,13 +53,18 @@ class RemoteZip:
     def __init__(self, url: str) -> None:
         self.description = printable(remote.without_secrets(url))
         with parsing(self.description, "a complete zip archive", "upload it again"):
-            self._zip = zipfile.ZipFile(remote.RemoteFile(url))
+            self._file = remote.RemoteFile(url)
+            self._zip = zipfile.ZipFile(self._file)
             entries = {with_slashes(entry.filename): entry for entry in self._zip.infolist()}
         found = sorted(filter(is_image_name, entries), key=natural_key)
         if not found:
             raise InputError(f"{self.description}: no images in this archive")
         self._entries = [entries[name] for name in found]
         self.names: Sequence[str] = [printable(name) for name in found]
+
+    def read_little(self, block: int) -> None:
+        """Asks for so many bytes at a time from now on: of files here and there, not of all."""
+        self._file.block = block
 
     def read(self, index: int) -> bytes:
         """The bytes of file `index`; raises `BadImage`."""

@@ -101,6 +101,11 @@ class Shard:
         return self._array("images") if (self.folder / "images.npy").is_file() else None
 
     @cached_property
+    def places(self) -> np.ndarray | None:
+        """int64 [rows, 2] of images in a tar archive: where their bytes begin, and how many there are; else None."""
+        return self._array("places") if (self.folder / "places.npy").is_file() else None
+
+    @cached_property
     def lengths(self) -> np.ndarray | None:
         """float64 [rows], of vectors that are compared by the cosine and not stored with length 1; else None."""
         return self._array("lengths") if (self.folder / "lengths.npy").is_file() else None

@@ -33,8 +33,12 @@ class ImageBlock(NamedTuple):
     turned: int
 
 
-def image_blocks(part: Part, reading: Reading, rows: int) -> Iterator[ImageBlock]:
+def image_blocks(
+    part: Part, reading: Reading, rows: int, places: dict[str, tuple[int, int]] | None = None
+) -> Iterator[ImageBlock]:
     """The images of a part, in blocks of at most `rows`.
+
+    places: of a tar archive, gets by name where the bytes of each image begin and how many there are.
 
     Raises:
         InputError: As `load_images` does.
@@ -44,7 +48,8 @@ def image_blocks(part: Part, reading: Reading, rows: int) -> Iterator[ImageBlock
         return
     if part.kind == "tar":
         with closing(open_binary(part.file)) as stream:
-            yield from _decoded(stream_samples(stream, part.where, part.key), reading.pixels, reading, rows, part.where)
+            files = stream_samples(stream, part.where, part.key, places)
+            yield from _decoded(files, reading.pixels, reading, rows, part.where)
         return
     encoded = container(part.file, part.key, part.identity)
     assert encoded is not None and part.stop is not None  # noqa: PT018

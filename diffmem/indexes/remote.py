@@ -157,6 +157,7 @@ class RemoteFile(io.RawIOBase):
         self.size: int = file_info(url)["size"] if size is None else size
         self._position = 0
         self._start, self._block = 0, b""
+        self.block = BLOCK  # bytes of a request; fewer where little is read here and there
         self._coming: tuple[int, Future[bytes]] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -207,11 +208,11 @@ class RemoteFile(io.RawIOBase):
         else:
             if coming is not None:
                 coming[1].cancel()
-            self._block = self.fetch(start, min(self.size, start + BLOCK))
+            self._block = self.fetch(start, min(self.size, start + self.block))
         self._start, following = start, start + len(self._block)
         if sequential and following < self.size:
             self._thread = self._thread or ThreadPoolExecutor(1)
-            stop = min(self.size, following + BLOCK)
+            stop = min(self.size, following + self.block)
             self._coming = following, self._thread.submit(self.fetch, following, stop)
 
     def fetch(self, start: int, stop: int) -> bytes:

@@ -86,6 +86,7 @@ class ShardWriter:
         names: Sequence[str] | None,
         images: np.ndarray | None = None,
         lengths: np.ndarray | None = None,
+        places: np.ndarray | None = None,
     ) -> None:
         """A block of rows.
 
@@ -94,6 +95,7 @@ class ShardWriter:
             names: n names, or None where the source has none.
             images: Digests of the images that the vectors are features of.
             lengths: Of vectors that are compared by the cosine and are not stored with length 1.
+            places: int64 [n, 2], where the bytes of these images begin in their archive and how many there are.
         """
         self._file("vectors").append(vectors)
         self._file("digests").append(content_digests(vectors))
@@ -101,6 +103,8 @@ class ShardWriter:
             self._file("images").append(images)
         if lengths is not None:
             self._file("lengths").append(lengths)
+        if places is not None:
+            self._file("places").append(places)
         if names is not None:
             encoded = [name.encode("utf-8", "backslashreplace") for name in names]
             before = self._file("names").rows

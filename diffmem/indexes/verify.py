@@ -203,7 +203,9 @@ def _rebuild(folder: Path, description: dict[str, Any], damaged: set[str], deriv
                     "the "
                     "index again, which takes it as it is now"
                 )
-        make_all(jobs, settings, plan)
+        made = {entry["address"]: entry for entry in make_all(jobs, settings, plan)}
+        # What another version wrote may have had fewer files.
+        description["shards"] = [made.get(entry["address"], entry) for entry in description["shards"]]
     if derived and description["quantizer"] is not None:
         for path in Quantizer(IndexFolder(folder, description)).damaged():
             path.unlink(missing_ok=True)

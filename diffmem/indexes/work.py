@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ def _extract_rows(job: Job, writer: ShardWriter, skipped: Skipped, device: str) 
     dtype = np.dtype(np.uint8)
     turned = 0
     with _one_thread():
-        for block in image_blocks(job.part, job.reading, job.rows):
+        places: dict[str, tuple[int, int]] = {}
+        for block in image_blocks(job.part, job.reading, job.rows, places):
             skipped += block.skipped
             turned += block.turned
             if len(block.images) == 0:
@@ -135,7 +136,7 @@ def _extract_rows(job: Job, writer: ShardWriter, skipped: Skipped, device: str) 
                 _check_bytes(block, maker, job.part.where)
                 digests = content_digests(block.images)
                 vectors = _features(block.images, digests, maker)
-                _append(writer, vectors, job, block.names, images=digests)
+                _append(writer, vectors, job, block.names, digests, _taken(places, block.names))
             if job.part.kind == "tar":
                 names += block.names or ()
     order = natural_order(names) if job.part.kind == "tar" else None
@@ -145,6 +146,13 @@ def _extract_rows(job: Job, writer: ShardWriter, skipped: Skipped, device: str) 
         "turned": turned,
         "order": order,
     }
+
+
+def _taken(places: dict[str, tuple[int, int]], names: Sequence[str] | None) -> np.ndarray | None:
+    """int64 [n, 2], places of the images of a tar archive, taken out; None of others."""
+    if not places or names is None:
+        return None
+    return np.array([places.pop(name) for name in names], np.int64)
 
 
 def _check_bytes(block: ImageBlock, maker: FeatureExtractor, where: str) -> None:
@@ -198,7 +206,10 @@ def _bad_rows(vectors: np.ndarray, metric: str | None) -> Iterator[tuple[int, st
             yield int(row), "is 0 in every value and has no direction"
 
 
-def _append(writer: ShardWriter, vectors: np.ndarray, job: Job, names: Any, images: np.ndarray | None = None) -> None:
+def _append(
+    writer: ShardWriter, vectors: np.ndarray, job: Job, names: Any, images: np.ndarray | None = None,
+    places: np.ndarray | None = None,
+) -> None:  # fmt: skip
     """Vectors as they are stored: of float32 with length 1 where they are compared by the cosine."""
     metric = job.features.metric
     assert metric is not None
@@ -214,7 +225,7 @@ def _append(writer: ShardWriter, vectors: np.ndarray, job: Job, names: Any, imag
     else:
         stored = job.features.stored(vectors)
         FeatureSet(stored, metric, source=f"{job.part.where}, as {stored.dtype}")
-    writer.append(stored, names, images, lengths)
+    writer.append(stored, names, images, lengths, places)
 
 
 @contextlib.contextmanager

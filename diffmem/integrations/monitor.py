@@ -88,12 +88,21 @@ class MonitorResult(ReportsRate):
         if audit is None:
             return None
         training, generated = audit.training, audit.generated
-        if not (isinstance(training, ImageSet) and isinstance(generated, ImageSet)):
+        originals = getattr(training, "originals", None)  # of an index of features, read from its sources
+        if not isinstance(generated, ImageSet) or (originals is None and not isinstance(training, ImageSet)):
             return None
         order = np.argsort(audit.scores, kind="stable")[:PICTURE_ROWS]
+        indices = audit.neighbors.indices[order][:, :2]
+        if originals is None:
+            assert isinstance(training, ImageSet)
+            images = {index: training.images[index] for index in indices.ravel().tolist()}
+        else:
+            images = originals.read(indices.ravel())
+            blank = np.full_like(generated.images[0], 255)
+            images |= {index: blank for index in indices.ravel().tolist() if index not in images}
         rows = []
-        for row in order:
-            near = [_framed(training.images[int(index)], WHITE) for index in audit.neighbors.indices[row][:2]]
+        for row, nearest in zip(order, indices.tolist(), strict=True):
+            near = [_framed(images[index], WHITE) for index in nearest]
             rows.append([_framed(generated.images[row], RED if audit.memorized[row] else GRAY), *near])
         same = len({image.shape for row in rows for image in row}) == 1  # features compare images of any size
         shown = [image for row in rows for image in (row if same else row[:1])]

@@ -18,18 +18,21 @@ _NETWORK = (
 )
 
 
-def blind_spots(rule: Rule, *, flip: bool, looked: bool) -> tuple[str, ...]:
+def blind_spots(rule: Rule, *, flip: bool, looked: bool, of: int | None = None) -> tuple[str, ...]:
     """Sentences, without a period, on what the verdict does not cover.
 
     Args:
         rule: The rule in use.
         flip: Whether mirrored images were compared.
         looked: Whether there was a second look.
+        of: At how many images, those with the lowest scores; None: at all.
     """
     kind = rule.features if rule.features in _UNSEEN else None
     seen = (_UNSEEN[kind] if kind else _NETWORK).format(mirrored="" if flip else "mirrored, ", name=rule.features)
     if looked and rule.metric != "aligned":
         seen += "; the second look does, but only among the 8 nearest training images"
+        if of is not None:
+            seen += f", and of the {of:,} images with the lowest scores"
     spots = [seen]
     if rule.name == "ratio":
         spots.append(

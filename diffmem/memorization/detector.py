@@ -37,7 +37,14 @@ from diffmem.memorization.matching import RECALL, AlignedMatching, Matches, Matc
 from diffmem.memorization.plausibility import SetFigures, check_scale, suspicions
 from diffmem.memorization.result import Audit, SeenImage, UnkeptImages
 from diffmem.memorization.rules import Rule
-from diffmem.memorization.second_look import LEAST_SIDE, NearRule, SecondLook, look_again
+from diffmem.memorization.second_look import (
+    LEAST_SIDE,
+    SUSPECTS,
+    NearRule,
+    SecondLook,
+    look_again,
+    look_at_originals,
+)
 from diffmem.memorization.statistics import CopyRate, ReportsRate
 from diffmem.memorization.verification import VERIFIED, Verification
 from diffmem.progress import Progress, silent
@@ -71,6 +78,8 @@ class Detection(ReportsRate):
             was exact.
         certified: bool [n], of which the neighbors are proven to be the true ones.
         look: What the second look saw, or None.
+        candidates: int64 [n, k], the nearest training images, where `CopyDetector.compute` reads those of some images
+            for the second look; else None.
     """
 
     memorized: np.ndarray
@@ -83,6 +92,7 @@ class Detection(ReportsRate):
     settled: np.ndarray
     certified: np.ndarray
     look: SecondLook | None = None
+    candidates: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.memorized)
@@ -155,6 +165,7 @@ class Detection(ReportsRate):
             arrays.get("settled", np.ones(len(arrays["memorized"]), bool)),
             arrays.get("certified", np.ones(len(arrays["memorized"]), bool)),
             SecondLook(*(arrays[name] for name in look)) if look[0] in arrays else None,
+            arrays.get("candidates"),
         )
 
 
@@ -275,6 +286,8 @@ class CopyDetector(ReportsRate):
         self.second_look = (
             second_look and isinstance(training, ImageSet) and min(training.image_shape[1:]) >= LEAST_SIDE
         )
+        # Of an index of features, training images have to be read for it: `compute` looks at some of the images.
+        self._looks_later = second_look and self.keep_images and getattr(training, "originals", None) is not None
         self._asked = index, device
         self._prepare(training, unseen)
         self.reset()
@@ -449,9 +462,25 @@ class CopyDetector(ReportsRate):
         joined, checked = self._verify(found)
         more: dict[str, Any] = {"holdout": self.holdout, "verification": checked}
         if self._training_figures is None:
+            joined = self._look_at_suspects(generated, joined)
             return self._audit(generated, joined, None, "generated", **more)
         sheets = self._suspected_sheets()
         return self._audit(generated, joined, self._figures, "generated", warnings=sheets, **more)
+
+    def _look_at_suspects(self, images: ImageSet | UnkeptImages, found: Detection) -> Detection:
+        """The same with a second look at those images that are most like copies without being ones."""
+        if not self._looks_later or not isinstance(images, ImageSet) or images.images.dtype != np.uint8:
+            return found
+        size = images.image_shape[1:]
+        suspects = np.argsort(found.scores, kind="stable")
+        suspects = suspects[~found.memorized[suspects]][:SUSPECTS]
+        originals = self.training.originals
+        if min(size) < LEAST_SIDE or len(suspects) == 0 or found.candidates is None or originals is None:
+            return found
+        look = look_at_originals(images.images, originals, found.candidates, suspects, self.progress)
+        if look is None:
+            return found
+        return replace(found, look=look, near=~found.memorized & NearRule.of_size(*size).near(look))
 
     def _verify(self, found: Detection) -> tuple[Detection, Verification | None]:
         """What exact search says of some of the images so far, and what that says of the others; None where the search
@@ -562,8 +591,9 @@ class CopyDetector(ReportsRate):
         settled = rule.settled(found.neighbors, scores, memorized, self.calibration, identical=identical)
         unseen = found.neighbors.unseen
         certified = np.ones(len(scores), bool) if unseen is None else found.neighbors.distances[:, 1] <= unseen
+        candidates = found.nearest.indices if self._looks_later else None
         return Detection(
-            memorized, raw, found.neighbors, found.raw, hidden, scores, near, settled, certified, look
+            memorized, raw, found.neighbors, found.raw, hidden, scores, near, settled, certified, look, candidates
         )  # fmt: skip
 
     def _look(self, images: ImageSet | FeatureSet, found: Matches, wanted: np.ndarray) -> SecondLook | None:
@@ -682,6 +712,10 @@ class CopyDetector(ReportsRate):
             shape, dtype = (len(images), self._vectors.dimension), self._vectors.vectors.dtype
         content = images.fingerprint if isinstance(images, ImageSet) else None
         described = _describe(images, shape, dtype, content)
+        looked, settings = None, {**self.settings, "generated": described, "search": found}
+        if self._looks_later and detection.look is not None:
+            looked = int((detection.look.scores == detection.look.scores).sum())
+            settings |= {"second_look": True, "looked_at": looked}
         return Audit(
             memorized=detection.memorized,
             raw_memorized=detection.raw_memorized,
@@ -692,11 +726,11 @@ class CopyDetector(ReportsRate):
             look=detection.look,
             rule=self.rule,
             calibration=self.calibration,
-            blind_spots=blind_spots(self.rule, flip=self.flip, looked=detection.look is not None),
+            blind_spots=blind_spots(self.rule, flip=self.flip, looked=detection.look is not None, of=looked),
             duplicate_groups=self.duplicate_groups,
             generated=images,
             training=self.training,
-            settings={**self.settings, "generated": described, "search": found},
+            settings=settings,
             verification=verification,
             warnings=warnings,
             **others,
@@ -776,8 +810,8 @@ def audit(
             levels (see `load_images`); or one for each, {"generated": (-1, 1), "training": (0, 1)}. Without it floats
             are compared as they are, and refused where they look to be on different scales.
         second_look: Whether images that are not copies by the rule are aligned with their nearest training images:
-        those
-            that then resemble one are "near", to be looked at (`Audit.verdicts`).
+            those that then resemble one are "near", to be looked at (`Audit.verdicts`). Through an index of features
+            the 256 with the lowest scores are, whose nearest training images are read from the index's sources.
         feature_cache: Whether features of networks are kept beside their sources (`diffmem.features.extract`).
         progress: A callback (`diffmem.progress`), or None.
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffmem.data import ImageSet
+from diffmem.indexes.originals import SECONDS
 from diffmem.memorization.second_look import LEAST_SIDE
 from diffmem.plotting import data_url
 
 if TYPE_CHECKING:
     from diffmem.memorization.result import Audit
 
+READ_AHEAD = 2**26  # bytes of training images that are read from the sources of an index at once
 PICTURE_BUDGET = 3_600_000  # bytes of embedded pictures, so that the page stays below 5 MB whatever the images are
 
 
@@ -76,8 +80,30 @@ class Gallery:
         self.verdicts, self.p_values = audit.verdicts, audit.p_values
         self.left = PICTURE_BUDGET
         self.encoded: dict[tuple[str, int], str] = {}
-        self.known: dict[int, Triple] = {}
+        self.known: dict[int, Triple | None] = {}
         self.scale = _float_scale(audit.training) if isinstance(audit.training, ImageSet) else (0.0, 255.0)
+        # Images of an index of features are read from its sources, as long as that does not take too long.
+        self.originals = getattr(audit.training, "originals", None)
+        self._ends = time.monotonic() + SECONDS
+
+    @property
+    def missing(self) -> str:
+        """Which training images could not be read from the sources of an index, as one sentence; or empty."""
+        return "" if self.originals is None else self.originals.said()
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Training images that will be shown, most important first: each source is then opened once.
+
+        Args:
+            indices: In the training set.
+        """
+        if self.originals is not None and isinstance(self.audit.generated, ImageSet):
+            self._read(list(dict.fromkeys(indices))[: max(64, READ_AHEAD // self.audit.generated.images[:1].nbytes)])
+
+    def _read(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
+        assert self.originals is not None
+        found: dict[int, np.ndarray] = self.originals.read(indices, self._ends)
+        return found
 
     def generated(self, row: int) -> str | None:
         if not isinstance(self.audit.generated, ImageSet):
@@ -85,31 +111,46 @@ class Gallery:
         return self._picture("generated", self.audit.generated, row)
 
     def training(self, index: int) -> str | None:
-        if not isinstance(self.audit.training, ImageSet):
+        if not isinstance(self.audit.training, ImageSet) and self.originals is None:
             return None  # there are vectors alone
         return self._picture("training", self.audit.training, index)
 
     def triples(self, rows: list[int]) -> list[Triple]:
         """Of so many of the rows as the page has room for."""
         audit = self.audit
-        if not isinstance(audit.generated, ImageSet) or not isinstance(audit.training, ImageSet):
+        if not isinstance(audit.generated, ImageSet):
+            return []
+        if not isinstance(audit.training, ImageSet) and self.originals is None:
             return []
         new = [row for row in rows if row not in self.known]
         for start in range(0, len(new), 64):
             self._make(new[start : start + 64])
         shown = []
-        for row in rows:
-            size = sum(map(len, self.known[row].pictures))
+        for triple in (self.known[row] for row in rows):
+            if triple is None:
+                continue  # its training image cannot be had
+            size = sum(map(len, triple.pictures))
             if size > self.left:
                 break  # the page is full
             self.left -= size
-            shown.append(self.known[row])
+            shown.append(triple)
         return shown
 
     def _make(self, rows: list[int]) -> None:
         audit = self.audit
         indices = [partner(audit, row) for row in rows]
-        generated, training = audit.generated.images[rows], audit.training.images[indices]
+        if self.originals is None:
+            training = audit.training.images[indices]
+        else:
+            self.known |= dict.fromkeys(rows)
+            form = audit.generated.image_shape
+            found = {index: _in_form(image, form) for index, image in self._read(indices).items()}
+            pairs = [(row, index) for row, index in zip(rows, indices, strict=True) if index in found]
+            if not pairs:
+                return
+            rows, indices = (list(each) for each in zip(*pairs, strict=True))
+            training = np.stack([found[index] for index in indices])
+        generated = audit.generated.images[rows]
         aligned, differences, words = _aligned(generated, training)
         for at, (row, index) in enumerate(zip(rows, indices, strict=True)):
             looked = audit.near[row] and audit.look is not None
@@ -127,10 +168,13 @@ class Gallery:
                 how=words[at],
             )  # fmt: skip
 
-    def _picture(self, kind: str, images: ImageSet, index: int) -> str | None:
+    def _picture(self, kind: str, images: Any, index: int) -> str | None:
         key = (kind, index)
         if key not in self.encoded:
-            url = self._encode(images.images[index])
+            pixels = images.images[index] if isinstance(images, ImageSet) else self._read([index]).get(index)
+            if pixels is None:
+                return None
+            url = self._encode(pixels)
             if len(url) > self.left:
                 return None
             self.encoded[key] = url
@@ -200,6 +244,16 @@ def _resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         torch.from_numpy(np.array(images)).float(), tuple(size), mode="bilinear", antialias=True, align_corners=False
     ).numpy()
     return np.clip(np.round(values), 0, 255).astype(np.uint8) if images.dtype == np.uint8 else values
+
+
+def _in_form(image: np.ndarray, form: Sequence[int]) -> np.ndarray:
+    """A training image [C, H, W] of bytes with the channels and the size of the generated ones."""
+    if len(image) != form[0]:
+        image = image[:1].repeat(3, axis=0) if len(image) < 3 else image[:3]
+        weights = np.array([0.299, 0.587, 0.114])[:, None, None]
+        image = image if form[0] >= 3 else (image * weights).sum(0, keepdims=True).round().astype(np.uint8)
+        image = np.concatenate([image, np.full_like(image[:1], 255)])[: form[0]]  # alpha
+    return image if image.shape[1:] == tuple(form[1:]) else _resized(image[None], (form[1], form[2]))[0]
 
 
 def _float_scale(training: ImageSet) -> tuple[float, float]:

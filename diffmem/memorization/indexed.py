@@ -12,6 +12,7 @@ import numpy as np
 from diffmem.data import ImageSet
 from diffmem.errors import InputError
 from diffmem.indexes import IndexFolder, open_index
+from diffmem.indexes.originals import Originals
 from diffmem.indexes.search import FolderSearch
 from diffmem.memorization.compared import ALIGNED, PRECOMPUTED, Compared, Features
 from diffmem.memorization.matching import TUNED_ON, Matches, check_distinct, evenly_spaced, match_rows
@@ -230,9 +231,11 @@ class FolderMatching:
 
 
 def training_of(folder: IndexFolder) -> ImageSet | UnkeptImages:
-    """The training set: its images where the index holds pixels, else their names."""
+    """The training set: its images where the index holds pixels, else their names, and what reads some of them."""
     if folder.features.name != "pixels":
-        return UnkeptImages(len(folder), folder.names, str(folder.path))
+        originals = Originals(folder)
+        reads = originals if originals.available else None
+        return UnkeptImages(len(folder), folder.names, str(folder.path), originals=reads)
     images = ImageSet(cast(Any, FolderImages(folder)), names=folder.names, source=str(folder.path))
     images.__dict__["fingerprint"] = images.__dict__["pixel_fingerprint"] = folder.fingerprint  # without reading all
     return images

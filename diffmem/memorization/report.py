@@ -14,7 +14,7 @@ from diffmem.atomic_io import atomic_set, check_output_folder
 from diffmem.errors import MissingExtraError
 from diffmem.histogram import Line, histogram
 from diffmem.html_report import template, write_texts
-from diffmem.memorization.gallery import Gallery, beside_threshold, most_alike_near, surest_first
+from diffmem.memorization.gallery import Gallery, beside_threshold, most_alike_near, partner, surest_first
 from diffmem.text import cell, write_columns
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def render_summary(audit: Audit) -> str:
 def render(audit: Audit) -> str:
     """The page, as one string."""
     gallery, order = Gallery(audit), surest_first(audit)
+    gallery.read_ahead(_shown(audit, order))
     # The pictures of the least sections are taken first: a gallery of large images must not starve them.
     duplicates = [
         (len(group), [(audit.training.name(i), gallery.training(int(i))) for i in group[:8]])
@@ -161,10 +162,21 @@ def render(audit: Audit) -> str:
         border=border,
         sources=sources,
         duplicates=duplicates,
+        missing=gallery.missing,
         false_discoveries=FALSE_DISCOVERIES,
         d1_histogram=_histogram(audit, _distances, _distance_name(audit), None),
         ratio_histogram=_histogram(audit, lambda a: a.scores, audit.rule.score_name, audit.score_threshold),
     )
+
+
+def _shown(audit: Audit, order: np.ndarray) -> list[int]:
+    """The training images that the page shows if there is room, most important first."""
+    copies = _copies_by_source(audit, order)
+    sources = [source.index for source in audit.sources[:SOURCE_ROWS]]
+    rows = [*most_alike_near(audit, NEAR_ROWS), *order[:GALLERY_ROWS].tolist(), *beside_threshold(audit, BORDER_ROWS)]
+    rows += [row for index in sources for row in copies[index][:COPIES_SHOWN]]
+    members = [int(index) for group in audit.duplicates[:16] for index in group[:8]]
+    return [*(partner(audit, row) for row in rows), *sources, *members]
 
 
 def _unit(audit: Audit) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas
 
     from diffmem.features import FeatureSet
+    from diffmem.indexes.originals import Originals
 
 _PER_IMAGE = (
     "memorized", "raw_memorized", "published_memorized", "neighbors", "verdicts", "scores", "p_values", "q_values",
@@ -84,6 +85,7 @@ class UnkeptImages:
         source: Where they came from.
         skipped: Files that could not be read.
         labels: None: those of images that are not kept are not needed.
+        originals: Reads single ones where they lie; None where nothing does.
     """
 
     total: int
@@ -91,6 +93,7 @@ class UnkeptImages:
     source: str
     skipped: tuple[SkippedFile, ...] = ()
     labels: None = None
+    originals: Originals | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, images: ImageSet | FeatureSet) -> UnkeptImages:
@@ -126,7 +129,8 @@ class Audit(ReportsRate):
         rule: The rule.
         settings: features, rule, threshold, duplicates, duplicate_radius, flip, device, how neighbors were searched,
             and what the sets were.
-        look: What the second look saw, or None.
+        look: What the second look saw, or None. Through an index of features it looks at the images with the lowest
+            scores alone.
         verification: What exact search said of images where the search may miss neighbors, and the strata that this
             stands for; None where it was exact.
         calibration: For rule="calibrated": what the holdout set says; else None.

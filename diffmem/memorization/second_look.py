@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffmem.memorization.calibration import Calibration, images_needed
-from diffmem.progress import Progress
+from diffmem.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from diffmem.indexes.originals import Originals
 
 BLOCK = 128
 LEAST_SIDE = 4  # pixels; smaller images cannot be aligned
@@ -23,6 +26,9 @@ LEAST_SIDE = 4  # pixels; smaller images cannot be aligned
 # Small images resemble each other: of 800 handwritten digits of 8 x 8, 12 % are below 0.6, 0.9 % below 0.4.
 SMALL, NEAR, NEAR_SMALL, TWIN = 16, 0.6, 0.4, 0.45
 LARGEST = 0.7  # near, where a holdout set says what is
+SUSPECTS = 256  # images looked at where training images have to be read for it: those with the lowest scores
+ORIGINALS_AT_ONCE = 16  # of them, whose candidates are held together
+PIECE_BYTES = 2**30  # of tables and arrays that are read piece by piece for it
 
 
 @dataclass(frozen=True)
@@ -129,3 +135,39 @@ def look_again(
     if len(rows):
         progress(stage, len(rows), len(rows))
     return look
+
+
+def look_at_originals(
+    images: np.ndarray, originals: Originals, candidates: np.ndarray, rows: np.ndarray, progress: Progress
+) -> SecondLook | None:
+    """`look_again` of some images, with candidates that are read from where they lie; None where none can be had.
+
+    An image is looked at where all of its candidates can be read.
+
+    Args:
+        images: uint8 [n, C, H, W].
+        originals: Reads training images.
+        candidates: int64 [n, k], of each image.
+        rows: int64, which images to look at.
+        progress: A callback.
+    """
+    look = SecondLook(candidates[:, 0].copy(), np.full(len(images), np.nan), np.full(len(images), np.nan))
+    wanted = np.unique(candidates[rows])
+    near = wanted[originals.reachable(wanted, PIECE_BYTES)]
+    rows = rows[np.isin(candidates[rows], near).all(axis=1)]
+    for start in range(0, len(rows), ORIGINALS_AT_ONCE):
+        some = rows[start : start + ORIGINALS_AT_ONCE]
+        progress("reading training images for the second look", start, len(rows))
+        found = originals.read(np.unique(candidates[some]))
+        whole = np.array([all(row in found for row in each) for each in candidates[some].tolist()], bool)
+        some = some[whole]
+        numbers = np.unique(candidates[some])
+        shapes = {found[row].shape for row in numbers.tolist()}
+        if len(some) == 0 or len(shapes) != 1 or next(iter(shapes))[0] != images.shape[1]:
+            continue
+        training = np.stack([found[row] for row in numbers.tolist()])
+        local = np.searchsorted(numbers, candidates[some])
+        seen = look_again(images[some], training, local, np.ones(len(some), bool), silent)
+        look.indices[some], look.residuals[some], look.scores[some] = numbers[seen.indices], seen.residuals, seen.scores
+    progress("reading training images for the second look", len(rows), len(rows))
+    return None if np.isnan(look.scores).all() else look

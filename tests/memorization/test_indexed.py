@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from command_line import run
 
 import diffmem
 from diffmem.errors import InputError
@@ -130,6 +131,37 @@ def test_indexes_of_features(patches, tmp_path):
     assert (ours.memorized == exact.memorized).all()
     assert [image.training_index for image in ours.holdout.left_out] == [40, 41, 42, 43]
     assert ours.holdout.count == exact.holdout.count
+
+
+def test_pictures_of_an_index_of_hashes(tmp_path):
+    digits = diffmem.load_images("builtin:digits", resize=16)
+    training, others = digits.images[:200], digits.images[1000:1020]
+    disguised = np.roll(training[:8], 1, axis=3) // 2 + 40
+    np.save(tmp_path / "generated.npy", np.concatenate([training[20:24], disguised, others]))
+    np.save(tmp_path / "training.npy", training)
+    build_index(tmp_path / "training.npy", tmp_path / "index", features="hash", workers=1)
+    command = ["audit", tmp_path / "generated.npy", "--index", tmp_path / "index", "--out"]
+    pages, reports = [], []
+    for name in ("there", "gone"):
+        assert run(*command, tmp_path / name).returncode == 0
+        pages.append((tmp_path / name / "report.html").read_text())
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+        (tmp_path / "training.npy").unlink(missing_ok=True)
+    assert pages[0].count("<img") >= 3 * 24
+    assert "could not be read from the sources of the index" not in pages[0]
+    assert "<img" not in pages[1]
+    assert pages[1].count("could not be read from the sources of the index") == 1
+    there, gone = reports
+    assert gone["memorized"] == there["memorized"]
+    assert there["count"] >= 4
+    in_memory = diffmem.audit(np.load(tmp_path / "generated.npy"), training, features="hash")
+    assert there["verdicts"] == in_memory.verdicts
+    assert there["near_count"] >= 4
+    assert gone["near_count"] == 0
+    scores = [np.nan if each is None else each for each in there["second_look"]["scores"]]
+    np.testing.assert_allclose(scores, in_memory.look.scores)
+    assert "of the " not in " ".join(gone["blind_spots"])
+    assert gone["second_look"] is None
 
 
 def test_what_an_index_cannot_do_is_said_in_a_line(patches, folders, tmp_path):
