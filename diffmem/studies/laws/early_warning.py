@@ -123,10 +123,11 @@ def judge(results: Sequence[Result]) -> LawFinding:
         share = sum(each.r_mem or 0.0 for each in warned) / len(warned)
         notes.append(f"When the gap showed, R_mem was {percent(share)} on average ({len(warned)} runs).")
     if first := first_levels(leads):
-        best = max(first, key=lambda sigma: first[sigma])
+        most = max(first.values())
+        best = [f"{sigma:.2g}" for sigma, share in first.items() if share == most]
         notes.append(
-            f"σ = {best:.2g} shows the gap first, alone or with others, in {percent(first[best])} of the runs in which "
-            "one level shows it."
+            f"σ = {', '.join(best)}: in {percent(most)} of the runs in which single levels show the gap no other level "
+            "shows it before."
         )
     for count, what in (
         (sum(each.copies is None for each in leads), "ended without copies: their leads are lower bounds"),

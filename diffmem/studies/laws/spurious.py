@@ -6,15 +6,16 @@ with distances in pixels in place of LPIPS, at lengths of training at which all 
 
 In a repetition, at one length, N_m is where the memorized share falls below one half, N_g where the generalized share
 rises above it (both interpolated on logits along ln N; a share that does not pass one half between the sizes passes it
-at the end that lies nearer), and N_s where the spurious share is highest (the vertex of a parabola through the highest
-point and its neighbors). A repetition's values are means over the lengths at which the smallest N is mostly memorized
-and the largest mostly generalized; the phases then lie at other places between the sizes each time, and the grid
-matters less. Without such a length it is the last one.
+at the end that lies nearer), and N_s where the spurious share is highest (the vertex of a parabola of its logarithm
+through the highest point and its neighbors). A repetition's values are means over the lengths at which the smallest N
+is mostly memorized and the largest mostly generalized; the phases then lie at other places between the sizes each
+time, and the grid matters less. Without such a length it is the last one.
 
 Verdict. The law says three things, each tested by Student's t over repetitions, one-sided at 5 %: N_s lies above N_m,
 N_s lies below N_g, and the spurious share there is above those at the smallest and the largest N. It holds where all
-three are shown, and is contrary where the opposite of one is (at a third of 5 %). No place is taken to be known better
-than the grid's step allows.
+three are shown, and is contrary where there are spurious images (at their peak more than at one of the ends) and the
+peak is shown to lie elsewhere (each side at half of 5 %). No place is taken to be known better than the grid's step at
+the peak allows.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SOURCE = "Pham et al. 2025 (arXiv 2505.21777)"
 TEXT = "between copying and generalizing the share of spurious images has its peak"
 _OVER, _UNDER = "peak of the spurious share over N_m", "N_g over the peak of the spurious share"
 _RISE = "rise of the spurious share"
+_LEAST = 0.002  # added to a share before its logarithm is taken
 Shares = Mapping[int, tuple[float, float, float]]  # by N: memorized, spurious, generalized
 
 
@@ -49,6 +51,7 @@ class Phases:
         height: The spurious share at the size where it is highest.
         rise: By how much that is above the higher one of those at the smallest and the largest size.
         swing: By how much above the lower one.
+        step: From the highest point to its neighbors, on average, in ln N.
         lengths: Of how many lengths these are means.
     """
 
@@ -59,6 +62,7 @@ class Phases:
     height: float
     rise: float
     swing: float
+    step: float
     lengths: int = 1
 
 
@@ -77,7 +81,8 @@ def phases(repetition: int, shares: Shares) -> Phases | None:
     at = int(spurious.argmax())
     height, ends = float(spurious[at]), (float(spurious[0]), float(spurious[-1]))
     places = _falls(x, memorized), _vertex(x, spurious, at), _falls(x, 1 - generalized)
-    return Phases(repetition, *places, height, height - max(ends), height - min(ends))
+    step = float(np.diff(x[max(0, at - 1) : at + 2]).mean())
+    return Phases(repetition, *places, height, height - max(ends), height - min(ends), step)
 
 
 def _falls(x: np.ndarray, share: np.ndarray) -> float:
@@ -93,10 +98,10 @@ def _falls(x: np.ndarray, share: np.ndarray) -> float:
 
 
 def _vertex(x: np.ndarray, share: np.ndarray, at: int) -> float:
-    """Where a parabola through the highest point and its neighbors is highest; at an end, there."""
+    """Where the parabola of log shares through the highest point and its neighbors is highest; at an end, there."""
     if at in (0, len(x) - 1):
         return float(x[at])
-    a, b, _ = np.polyfit(x[at - 1 : at + 2], share[at - 1 : at + 2], 2)
+    a, b, _ = np.polyfit(x[at - 1 : at + 2], np.log(share[at - 1 : at + 2] + _LEAST), 2)
     return float(np.clip(-b / (2 * a), x[at - 1], x[at + 1])) if a < 0 else float(x[at])
 
 
@@ -127,7 +132,7 @@ def mean_phases(repetition: int, by_length: Sequence[Shares]) -> Phases | None:
     found = [each for shares in inside or by_length[-1:] if (each := phases(repetition, shares)) is not None]
     if not found:
         return None
-    names = ("memorized", "peak", "generalized", "height", "rise", "swing")
+    names = ("memorized", "peak", "generalized", "height", "rise", "swing", "step")
     means = {name: float(np.mean([getattr(each, name) for each in found])) for name in names}
     return Phases(repetition, **means, lengths=len(found))
 
@@ -154,7 +159,7 @@ def judge(results: Sequence[Result]) -> LawFinding:
         notes.append(f"The figure shows the shares after {images:,} images seen.")
     if len(known) > 1:
         fewest = min(each.lengths for each in known)
-        step = math.log(max(sizes) / min(sizes)) / (len(sizes) - 1) / math.sqrt(12 * fewest)
+        step = float(np.mean([each.step for each in known])) / math.sqrt(12 * fewest)
         samples = min(each.total for result in results for each in result.snapshots)
         noise = math.sqrt(2 * 0.25 / samples / fewest)
         parts = {
