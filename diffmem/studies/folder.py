@@ -82,20 +82,16 @@ def run_studies(
 
 
 def _as_planned(study: Study, root: Path) -> Study:
-    """The study, with the `max_repetitions` under which it was begun in this folder: each look spends its share of the
-    error by that plan."""
+    """The study, with the repetitions and `max_repetitions` under which it was begun in this folder: each look spends
+    its share of the error by that plan."""
     path = root / STUDIES / f"{study.name}.json"
     if not path.is_file():
         return study
     (begun,) = read_studies(root, [study.name])
-    if begun.max_repetitions is None or begun.max_repetitions == study.max_repetitions:
+    if begun.max_repetitions is None:
         return study
-    if study.max_repetitions is None:
-        return replace(
-            study,
-            repetitions=min(study.repetitions, begun.max_repetitions),
-            max_repetitions=begun.max_repetitions,
-        )
+    if study.max_repetitions in (None, begun.max_repetitions):
+        return replace(study, repetitions=begun.repetitions, max_repetitions=begun.max_repetitions)
     raise InputError(
         f"study {study.name}: max_repetitions is {study.max_repetitions}, but it was begun in {root} with "
         f"{begun.max_repetitions}, by which its error is spent: keep that number, or use another folder"

@@ -73,7 +73,7 @@ def test_repetitions_are_added_until_questions_are_decided(tmp_path, simulated):
     assert len(found.failures) == 2
 
     simulated.clear()
-    run_studies([replace(subject, max_repetitions=None)], tmp_path)  # the plan it was begun with stays
+    run_studies([replace(subject, repetitions=3, max_repetitions=None)], tmp_path)  # the plan it was begun with stays
     assert {width for width, _, _ in simulated} <= {16}  # what failed, which a real ledger would not run again
     assert read_studies(tmp_path)[0] == subject
     with pytest.raises(InputError, match=r"begun in .* with 6, by which its error is spent"):

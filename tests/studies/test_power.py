@@ -60,8 +60,10 @@ def test_a_plan_takes_the_spread_of_the_runs_that_there_are():
     assert (both[2].spread, both[2].source) == (planned[0].spread, "median of 2 questions with runs")
 
 
-def test_the_command_says_what_is_needed(capfd, one_thread):
-    arguments = ["study", "plan", "weight-decay", "--effect", "1", "--repetitions", "3", "--device", "cpu"]
+def test_the_command_says_what_is_needed(capfd, one_thread, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(study(MORE, ALIKE).to_json()))
+    arguments = ["study", "plan", str(own), "--effect", "1", "--repetitions", "3", "--sizes", "20", "--device", "cpu"]
     for more in ([], ["--until", "decided", "--max-repetitions", "9", "--json"]):
         with pytest.raises(SystemExit) as end:
             main([*arguments, *more])
