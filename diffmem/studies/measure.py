@@ -192,8 +192,9 @@ class Result:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Result:
-        """The result that `to_json` gave."""
-        values = {name: value for name, value in values.items() if name not in ("r_mem", "interval")}
+        """The result that `to_json` gave; fields of later versions, which may share the folder, are left out."""
+        known = set(Result.__dataclass_fields__)
+        values = {name: value for name, value in values.items() if name in known}
         alarms = values.get("alarms")
         fields = {
             "snapshots": tuple(map(_snapshot_result, values["snapshots"])),

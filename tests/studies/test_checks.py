@@ -52,6 +52,8 @@ def test_a_trial_keeps_its_checks_and_one_with_a_test_has_none(tmp_path):
     best = max(result.snapshots, key=lambda each: each.ratio)
     assert result.checks[0].generated == (best.count, best.total)
     assert Result.from_json(result.to_json()) == result
+    # A process of an earlier version that shares the folder goes on.
+    assert Result.from_json({**result.to_json(), "of_a_later_version": 1}) == result
     assert run_trial(Trial(TINY, 20), tmp_path / "plain") == result  # as it was stored
     tested = Trial(replace(TINY, length={"images": 16}, snapshots=1), 20, at_least=0.9)
     assert run_trial(tested, tmp_path / "tested").checks == ()
