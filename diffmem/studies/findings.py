@@ -35,7 +35,7 @@ from diffmem.studies.emm import observation
 from diffmem.studies.laws import LawFinding
 from diffmem.studies.leveling import LEVELED_OFF, SHORT
 from diffmem.studies.measure import Result
-from diffmem.studies.study import Question, Study, Variant
+from diffmem.studies.study import TREND, Question, Study, Variant
 
 _GUESS, _GUESS_WEIGHT = 0.4, 4.0
 
@@ -128,7 +128,12 @@ class Answer:
     def interval(self, scale: str, alpha: float = ALPHA) -> tuple[float, float] | None:
         """Of the difference in "logit" or "points"; None where there is none yet."""
         effect = None if self.estimate is None else getattr(self.estimate, scale)
-        return None if effect is None else effect.interval(alpha)
+        if effect is None:
+            return None
+        low, high = effect.interval(alpha)
+        if scale == "points" and self.question.kind != TREND:  # more than all copies and less than none is not possible
+            return max(-1.0, low), min(1.0, high)
+        return low, high
 
     def simultaneous(self, scale: str) -> tuple[float, float] | None:
         """The interval that holds together with those of all other questions, at all looks."""

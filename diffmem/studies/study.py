@@ -100,7 +100,9 @@ class Question:
         """What is compared, in words."""
         if self.kind != TREND:
             return f"{self.higher} against {self.lower}"
-        return "largest N against smallest" if self.over == "size" else "last level against first"
+        first, last = ("smallest N", "largest") if self.over == "size" else ("first level", "last")
+        noun = first.split()[1]
+        return f"{first} against {last}" if self.falls else f"{last} {noun} against {first.split()[0]}"
 
 
 Place = tuple[str, int]  # a cell of a study: the variant's name, N

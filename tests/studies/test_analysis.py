@@ -59,10 +59,9 @@ def test_a_difference_is_that_of_the_means_and_both_scales_are_given():
     logit = [math.log((1000 * p + 0.5) / (1000 * (1 - p) + 0.5)) for p in (0.8, 0.6, 0.3, 0.2)]
     assert found.estimate.logit.estimate == pytest.approx((logit[0] + logit[1] - logit[2] - logit[3]) / 2)
     assert found.estimate.logit.freedom == 1
-    low, high = found.interval("points")
+    low, high = found.estimate.points.interval()
     assert high - low == pytest.approx(2 * 12.706 * 0.05, rel=1e-3)  # two pairs: 0.5 and 0.4
-    wide = found.simultaneous("points")
-    assert wide == (low, high)  # one question
+    assert found.interval("points") == found.simultaneous("points") == (low, 1.0)  # one question
 
 
 def test_where_r_mem_is_saturated_points_decide():
@@ -82,6 +81,8 @@ def test_trends_are_straight_lines_over_levels_or_sizes():
         {("wide", 20): 0.5, ("wide", 30): 0.5, ("narrow", 20): -0.5, ("narrow", 30): -0.5}
     )
     falls = Question("", kind="trend", over="size", falls=True)
+    assert falls.compared == "smallest N against largest"
+    assert Question("", kind="trend").compared == "last level against first"
     subject = replace(study(falls), sizes=(10, 20, 40))
     weights = subject.contrast(falls)
     assert weights == pytest.approx(
