@@ -45,6 +45,15 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @confidence_option("of --at-least, over all snapshots")
 @criterion_option
+@click.option(
+    "--loss-gap", is_flag=True,
+    help="At each snapshot, how far denoising errors on unseen images are above those on training images, by noise "
+    "level: it warns before there are copies. Unseen are the images of --holdout, or those that the run left of its "
+    "source.",
+)  # fmt: skip
+@click.option(
+    "--holdout", type=Source(), help="Real images that the model has not seen; for --loss-gap, which they imply."
+)
 @click.option("--data", type=Source(), help="The training images; required if the run does not record where they are.")
 @size_option("; with --data")
 @resize_option(more=" With --data.")
@@ -57,8 +66,8 @@ if TYPE_CHECKING:
 @gate_options
 @debug_option
 def trajectory_command(
-    run, seeds, every, order, at_least, confidence, criterion, data, size, resize, color, alpha, key, layout,
-    skip_bad, solver, batch, device, out, as_json, fail_above, require_below, max_copies,
+    run, seeds, every, order, at_least, confidence, criterion, loss_gap, holdout, data, size, resize, color, alpha, key,
+    layout, skip_bad, solver, batch, device, out, as_json, fail_above, require_below, max_copies,
 ) -> int:  # fmt: skip
     """Measure R_mem over training time: of the snapshots of RUN, a folder of diffmem train.
 
@@ -71,6 +80,7 @@ def trajectory_command(
     Examples:
       diffmem trajectory run/                                       the protocol: 10,000 images of every snapshot
       diffmem trajectory run/ --seeds 0-255 --solver unipc          a quick look
+      diffmem trajectory run/ --seeds 0-255 --loss-gap              does it begin to memorize, before there are copies?
       diffmem trajectory run/ --at-least 0.9 --order bisect         when did it pass 90 %? as few images as will do
     """
     import torch
@@ -99,6 +109,8 @@ def trajectory_command(
             stop=None if at_least is None else SequentialTest(at_least, confidence),
             sampler=SamplerConfig(solver=solver, batch=batch),
             criterion=criterion,
+            loss_gap=loss_gap or holdout is not None,
+            holdout=holdout,
             device=device,
             progress=progress,
         )
@@ -133,6 +145,13 @@ def print_trajectory(result: Trajectory) -> None:
         f"R_mem of the run, the highest over its snapshots: {percent(result.r_mem)} "
         f"({percent_range(result.interval)}), after {result.best.epochs:,.0f} epochs"
     )
+    if result.points[0].gap is not None:
+        warned = result.gap_warning
+        click.echo(
+            "loss gap: none is shown"
+            if warned is None
+            else f"loss gap: shown from {warned.epochs:,.0f} epochs on, where R_mem was {percent(warned.ratio)}"
+        )
     if result.test is not None:
         answer = {True: "yes", False: "no", None: "not decided"}[result.answer]
         click.echo(f"at least {percent(result.test.at_least)}? {answer}")

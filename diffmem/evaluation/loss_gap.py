@@ -141,6 +141,7 @@ class LossGapMeter:
         self._sets = [_spread(training, images), _spread(unseen.select(np.array(fresh)), images)]
         draws = [max(LEAST_DRAWS, -(-min(PAIRS, 2 * images) // len(each))) for each in self._sets]
         self._draws = draws
+        self.unseen_images = len(self._sets[1])
         count = max(len(each) * times for each, times in zip(self._sets, draws, strict=True))
         generator = torch.Generator().manual_seed(_SEED)
         self._noise = torch.randn(count, *training.image_shape, generator=generator)

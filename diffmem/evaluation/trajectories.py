@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 import diffmem
-from diffmem.data import ImageSet, ImageSource
+from diffmem.data import ImageSet, ImageSource, load_images
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
 from diffmem.evaluation.detectors import sample_detector
 from diffmem.evaluation.evaluator import Evaluation, decide_compile, evaluate, identity_of
+from diffmem.evaluation.loss_gap import LossGap, LossGapMeter, first_warning
 from diffmem.evaluation.seed_ranges import PROTOCOL_SEEDS, checked_seeds, format_seeds
 from diffmem.evaluation.seed_store import SeedStore
 from diffmem.logs import logger
@@ -43,6 +44,7 @@ class Point(ReportsRate):
         loss: Mean loss per pixel before it.
         evaluation: Evaluation of its images.
         test: What was to be answered, at the confidence of this snapshot's share; None: all seeds were sampled.
+        gap: How far its errors on unseen images are above those on training images; None: not asked for.
     """
 
     images: int
@@ -50,6 +52,7 @@ class Point(ReportsRate):
     loss: float
     evaluation: Evaluation
     test: SequentialTest | None = None
+    gap: LossGap | None = None
 
     @property
     def rate(self) -> CopyRate:
@@ -150,6 +153,13 @@ class Trajectory:
         collapse = self.points[-1].evaluation.collapse
         return tuple(collapse.suspicions(len(self.training), single_color_share(self.training.images)))
 
+    @cached_property
+    def gap_warning(self) -> Point | None:
+        """The first audited snapshot with a loss gap that is more than images differ, at 5 % over all snapshots and
+        noise levels (`diffmem.evaluation.first_warning`); None where there is none, or gaps were not measured."""
+        found = first_warning([point.gap for point in self.points if point.gap is not None], len(self.points))
+        return None if found is None else self.points[found.place]
+
     def onset(self, level: float = _ONSET) -> Point | None:
         """The first audited snapshot whose R_mem is at least `level`."""
         return next((point for point in self.points if point.ratio >= level), None)
@@ -164,6 +174,7 @@ class Trajectory:
             "warnings": list(self.warnings),
             "best": self.best.images,
             "onset": None if onset is None else {"level": _ONSET, "images": onset.images, "epochs": onset.epochs},
+            **({} if self.points[0].gap is None else {"loss_gap": self._gap_to_dict()}),
             "test": None
             if self.test is None
             else {"at_least": self.test.at_least, "confidence": self.test.confidence, "answer": self.answer},
@@ -175,6 +186,7 @@ class Trajectory:
                     **point.rate.to_dict(),
                     "interval": list(point.interval),
                     "answer": point.answer,
+                    **({} if point.gap is None else {"loss_gap": [level._asdict() for level in point.gap.levels]}),
                     "seeds": format_seeds(sorted(point.evaluation.seeds.tolist())),
                 }
                 for point in self.points
@@ -183,6 +195,13 @@ class Trajectory:
             "training": {"source": self.training.source, "images": len(self.training)},
             "settings": self.settings,
             "versions": {"diffmem": diffmem.__version__, "torch": torch.__version__},
+        }
+
+    def _gap_to_dict(self) -> dict[str, Any]:
+        warning = self.gap_warning
+        return {
+            "warning": None if warning is None else {"images": warning.images, "epochs": warning.epochs},
+            "unseen": self.settings["unseen"],
         }
 
     def save(self, folder: str | Path | None = None) -> Path:
@@ -203,6 +222,8 @@ def trajectory(
     stop: SequentialTest | None = None,
     sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
     criterion: str | None = None,
+    loss_gap: bool = False,
+    holdout: ImageSource | None = None,
     device: str = "auto",
     model: Model | None = None,
     progress: Progress = silent,
@@ -225,6 +246,10 @@ def trajectory(
         sampler: The sampler and its settings.
         criterion: By which images are copies, in place of the ratio rule, so that a result can be shown not to hang on
             it: "calibrated_l2", "tile_max", "authenticity", … (`diffmem.memorization.CriterionDetector`).
+        loss_gap: Measure at each snapshot how far the denoising errors on unseen images are above those on training
+            images, by noise level, which warns before there are copies (`diffmem.evaluation.LossGapMeter`).
+        holdout: Real images that the model has not seen, for `loss_gap`; default: those of the run's source that its
+            training set leaves out.
         device: "cpu", "cuda" or "auto".
         model: As for `diffmem.training.train`, where the run trained a network of your own.
         progress: Called as `progress(stage, done, total)`.
@@ -250,6 +275,11 @@ def trajectory(
     image_shape = (denoiser.channels, denoiser.resolution, denoiser.resolution)
     detector = sample_detector(training, image_shape, place, flip=flip, criterion=criterion, progress=progress)
     sampler.plan(denoiser)  # raises where its settings do not fit
+    meter = None
+    if loss_gap:
+        meter = LossGapMeter(training, _unseen(folder, holdout, progress))
+    elif holdout is not None:
+        raise InputError("holdout: unseen images are for loss_gap=True")
     if stop is None:  # else few batches may do
         sampler = decide_compile(denoiser, sampler, len(seeds) * len(records))
     test = None if stop is None else stop.shared_among(len(records))
@@ -262,7 +292,8 @@ def trajectory(
         found = evaluate_snapshot(
             folder.path, record.images, denoiser, seeds, sampler, detector, test, stage, progress
         )  # fmt: skip
-        return Point(record.images, record.epochs, record.loss, found, test)
+        gap = None if meter is None else meter.measure(denoiser)
+        return Point(record.images, record.epochs, record.loss, found, test, gap)
 
     for record in _chosen(records, order, points, _ONSET if stop is None else stop.at_least):
         points[record.images] = audit(record)
@@ -274,13 +305,26 @@ def trajectory(
         training,
         {**sampler.identity, "training": training.fingerprint, "flip": flip, "device": place.type,
          "seeds": format_seeds(seeds), "order": order, "every": every, "ema": folder.averaging(),
-         **({} if criterion in (None, "ratio") else {"criterion": criterion})},
+         **({} if criterion in (None, "ratio") else {"criterion": criterion}),
+         **({} if meter is None else {"unseen": meter.unseen_images})},
         stop,
         len(records) if order == "bisect" else None,
     )  # fmt: skip
     for warning in found.warnings:
         _log.warning("%s: the newest snapshot: %s", folder.path, warning)
     return found
+
+
+def _unseen(folder: RunFolder, holdout: ImageSource | None, progress: Progress) -> ImageSet:
+    """The images to hold those of a run against: `holdout`, or all of the run's source."""
+    if holdout is not None:
+        return load_images(holdout, progress=progress)
+    spec = folder.dataset
+    if spec is None:
+        raise InputError(f"{folder.path}: does not record where its training set is: pass unseen images as holdout=…")
+    if spec.size is None:
+        raise InputError(f"{folder.path}: was trained on all images of its source: pass unseen ones as holdout=…")
+    return replace(spec, size=None, seed=None).load(progress)
 
 
 def _thinned(records: list[SnapshotRecord], every: int | None) -> list[SnapshotRecord]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GALLERY = 24  # first copies shown
 COLUMNS = ("images", "epochs", "loss", "count", "total", "ratio", "low", "high", "answer")
+GAP_COLUMNS = ("relative_loss_gap", "loss_gap_p")  # over all noise levels
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ def write_page(trajectory: Trajectory, folder: Path) -> Path:
         low, high = point.interval
         numbers = (f"{point.epochs:.6g}", f"{point.loss:.6g}", point.count, point.total)
         answer = "" if point.answer is None else str(point.answer).lower()
-        rows.append((point.images, *numbers, f"{point.ratio:.6g}", f"{low:.6g}", f"{high:.6g}", answer))
+        row = (point.images, *numbers, f"{point.ratio:.6g}", f"{low:.6g}", f"{high:.6g}", answer)
+        rows.append(row if point.gap is None else (*row, f"{point.gap.relative:.6g}", f"{point.gap.p:.6g}"))
+    columns = COLUMNS if trajectory.points[0].gap is None else (*COLUMNS, *GAP_COLUMNS)
     summary = json.dumps(trajectory.to_dict(), indent=1)
-    return write_report(folder, "trajectory", page=page, drawing=drawing, summary=summary, columns=COLUMNS, rows=rows)
+    return write_report(folder, "trajectory", page=page, drawing=drawing, summary=summary, columns=columns, rows=rows)
 
 
 def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
@@ -76,6 +79,10 @@ def draw(trajectories: Sequence[Trajectory], names: Sequence[str] = ()) -> str:
                 seen, ratios, yerr=(below, above), color=color, marker="o", markersize=3.5, linewidth=1.3,
                 elinewidth=0.8, capsize=2, label=label, zorder=3,
             )  # fmt: skip
+            if one.points[0].gap is not None:
+                gaps = [0.0 if point.gap is None else point.gap.relative for point in one.points]
+                shown = None if names else "relative loss gap"
+                axes.plot(seen, gaps, color="#2b6b3f", linestyle="--", linewidth=1.2, label=shown, zorder=2)
             # The first epochs' losses are large: they would flatten all that follows.
             lines = [line for line in one.losses if line.epochs >= 0.02 * one.losses[-1].epochs]
             losses.plot(

@@ -1,14 +1,19 @@
 """The loss gap: of denoisers whose errors are known, of sets without memorization, and what warns first."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from diffmem.data import ImageSet, load_images
+from diffmem.cli import main
+from diffmem.data import DatasetSpec, ImageSet, load_images
 from diffmem.errors import InputError
-from diffmem.evaluation import LossGap, LossGapMeter, first_warning, first_warnings
+from diffmem.evaluation import LossGap, LossGapMeter, first_warning, first_warnings, trajectory
 from diffmem.evaluation.loss_gap import LevelGap
-from diffmem.models import as_denoiser
+from diffmem.models import as_denoiser, load
+from diffmem.sampling import SamplerConfig
+from diffmem.training import TrainingConfig, denoiser_config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +92,36 @@ def test_who_warns_first():
     assert first_warning(gaps[:1], looks=4) is None
     assert first_warnings(gaps, looks=4) == {0.1: 2, 1.0: 1}
     assert first_warnings(gaps[:2], looks=50) == {0.1: None, 1.0: None}
+
+
+def test_trajectories_with_loss_gaps(digits, tmp_path, capsys):
+    """Of a run on ten of the digits: against the rest of its source, and against a holdout."""
+    network = denoiser_config(8, 1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    config = TrainingConfig(network, images=64, batch=16, warmup_epochs=0)
+    spec = DatasetSpec("builtin:digits", size=10)
+    train(config, spec, tmp_path / "run", snapshot_images=32, compile=False)
+    options = {"seeds": range(2), "sampler": SamplerConfig(steps=2)}
+    found = trajectory(tmp_path / "run", loss_gap=True, **options)
+    assert found.gap_warning is None  # it has learned nothing yet
+    point = found.points[-1]
+    denoiser = load(tmp_path / "run" / "snapshots" / "000000064")
+    assert point.gap == LossGapMeter(spec.load(), digits).measure(denoiser)
+    with pytest.raises(InputError, match="holdout"):
+        trajectory(tmp_path / "run", holdout=digits, **options)
+    with pytest.raises(SystemExit) as end:
+        main(["trajectory", str(tmp_path / "run"), "--seeds", "0-1", "--holdout", "builtin:digits"])
+    assert end.value.code == 0
+    assert "loss gap: none is shown" in capsys.readouterr().out
+    table = (tmp_path / "run" / "trajectory" / "trajectory.csv").read_text().splitlines()
+    assert table[0].endswith("answer,relative_loss_gap,loss_gap_p")
+    assert len(table) == 3
+    values = json.loads((tmp_path / "run" / "trajectory" / "trajectory.json").read_text())
+    assert values["loss_gap"] == {"warning": None, "unseen": 128}
+    assert len(values["snapshots"][0]["loss_gap"]) == 8
+    whole = tmp_path / "whole"
+    train(config, DatasetSpec("builtin:digits"), whole, compile=False)
+    with pytest.raises(InputError, match="was trained on all images of its source: pass unseen ones as holdout"):
+        trajectory(whole, loss_gap=True, **options)
 
 
 def test_sets_that_do_not_fit_are_refused(digits):
