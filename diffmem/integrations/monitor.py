@@ -410,6 +410,7 @@ def _detector_of(training: Any, options: dict[str, Any]) -> CopyDetector:
     if isinstance(training, CopyDetector):
         if options:
             raise InputError("training is a CopyDetector, which has its own options: remove detector")
+        _check_for_images(training)
         own = object.__new__(type(training))  # with the same index, and images of its own
         own.__dict__.update(training.__dict__)
         own.keep_images = True
@@ -421,7 +422,17 @@ def _detector_of(training: Any, options: dict[str, Any]) -> CopyDetector:
         training = gray_levels(training)
     if options.get("holdout") is not None:
         options["holdout"] = gray_levels(options["holdout"])
-    return CopyDetector(training, keep_images=True, **options)
+    detector = CopyDetector(training, keep_images=True, **options)
+    _check_for_images(detector)
+    return detector
+
+
+def _check_for_images(detector: CopyDetector) -> None:
+    if detector.compared.vectors_only:
+        raise InputError(
+            f"training: {detector.training.source} holds vectors that were computed elsewhere, which nothing here "
+            "makes of sampled images: give the training images, or an index of pixels, hashes or a network's features"
+        )
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -86,6 +86,22 @@ def test_training_sets_of_floats_and_detectors_that_are_shared():
         MemorizationMonitor(copies, detector, detector={"flip": True})
 
 
+def test_an_index_of_features_gives_pictures_and_one_of_vectors_is_refused(tmp_path):
+    diffmem.build_index("builtin:digits", tmp_path / "hash", features="hash")
+    result = MemorizationMonitor(copies, tmp_path / "hash", samples=4).look(0)
+    assert result.count == 4
+    rows = result.audit.neighbors.indices[:, 0]
+    nearest = result.audit.training.originals.read(rows)
+    np.testing.assert_array_equal([nearest[row] for row in rows.tolist()], result.audit.generated.images)
+    first, second = result.picture()[:60, :60], result.picture()[:60, 60:120]
+    assert (first[16:44, 16:44] == second[16:44, 16:44]).all()  # an image and what it copies, within their frames
+    assert first[16:44, 16:44].min() < first.max()
+    np.save(tmp_path / "vectors.npy", np.eye(8, dtype=np.float32))
+    diffmem.build_index(tmp_path / "vectors.npy", tmp_path / "vectors", features="precomputed")
+    with pytest.raises(InputError, match="holds vectors that were computed elsewhere"):
+        MemorizationMonitor(copies, tmp_path / "vectors", samples=4)
+
+
 def test_a_stop_keeps_its_error_over_all_looks():
     monitor = MemorizationMonitor(half_copies, DIGITS, samples=30, stop=SequentialTest(0.2, 0.9))
     for look in range(1, 8):
