@@ -1,9 +1,10 @@
 """Sample, judge, remember, stop: the images of many seeds (`evaluate`), in one file (`generate`), of the snapshots of a
-run, afterwards (`trajectory`) or while it trains (`AuditEvery`); and how far losses on unseen images are above those on
-training images (`LossGapMeter`)."""
+run, afterwards (`trajectory`) or while it trains (`AuditEvery`); whether two models agree (`agreement`); and how far
+losses on unseen images are above those on training images (`LossGapMeter`)."""
 
 from __future__ import annotations
 
+from diffmem.evaluation.agreements import Agreement, agreement
 from diffmem.evaluation.detectors import sample_detector
 from diffmem.evaluation.evaluator import Evaluation, evaluate, identity_of
 from diffmem.evaluation.generation import Generated, generate, work_folder
@@ -15,6 +16,7 @@ from diffmem.evaluation.trajectories import Point, Trajectory, trajectory
 from diffmem.evaluation.trajectory_report import draw
 
 __all__ = [
+    "Agreement",
     "AuditEvery",
     "Evaluation",
     "GapWarning",
@@ -26,6 +28,7 @@ __all__ = [
     "SeedRecords",
     "SeedStore",
     "Trajectory",
+    "agreement",
     "checked_seeds",
     "draw",
     "evaluate",

@@ -27,7 +27,7 @@ from diffmem.atomic_io import atomic_file, atomic_write
 from diffmem.data import ImageSet
 from diffmem.devices import pick_device
 from diffmem.errors import InputError
-from diffmem.evaluation import AuditEvery, Evaluation, Point, evaluate
+from diffmem.evaluation import Agreement, AuditEvery, Evaluation, Point, agreement, evaluate
 from diffmem.inert.boundary import parsing
 from diffmem.integrity import read_checked, save_arrays, sealed
 from diffmem.memorization import CopyDetector, CopyRate, SequentialTest, highest_interval
@@ -125,6 +125,8 @@ class Result:
         delta: Distance within which images count as the same in the three phases, root mean square in gray levels;
             where they are watched.
         mixture: What else was found of a trained mixture, where that was the run.
+        agreement: How much two networks agree that were trained on disjoint halves, where they were the run; its counts
+            are then those of both.
     """
 
     key: str
@@ -152,6 +154,7 @@ class Result:
     alarms: tuple[int, int] | None = None
     delta: float | None = None
     mixture: MixtureResult | None = None
+    agreement: Agreement | None = None
 
     @property
     def r_mem(self) -> float:
@@ -201,6 +204,9 @@ class Result:
             "checks": tuple(map(Check.from_json, values.get("checks", ()))),
             "alarms": None if alarms is None else tuple(alarms),
             "mixture": None if (mixture := values.get("mixture")) is None else MixtureResult(**mixture),
+            "agreement": None
+            if (found := values.get("agreement")) is None
+            else Agreement(**{**found, "nearest": tuple(found["nearest"])}),
         }
         return Result(**{**values, **fields})
 
@@ -255,6 +261,8 @@ def run_trial(trial: Trial, folder: str | Path, device: str = "auto") -> Result:
     folder = Path(folder)
     if (known := read_result(folder)) is not None:
         return known
+    if trial.setting.halves == "both":
+        return _run_halves(trial, folder, device)
     with fixed_arithmetic(trial.setting.threads or 1):
         return (_run_trial if trial.setting.mixture is None else _run_mixture)(trial, folder, device)
 
@@ -320,6 +328,54 @@ def _run_mixture(trial: Trial, folder: Path, device: str) -> Result:
         training_seconds=seconds[0], sampling_seconds=seconds[1], training_set="", snapshots=(snapshot,),
         versions=software_versions(), looks=1, device="cpu", threads=setting.threads or 1, mixture=found.result,
     )  # fmt: skip
+    _write_json(folder / RESULT, result.to_json())
+    return result
+
+
+def _run_halves(trial: Trial, folder: Path, device: str) -> Result:
+    """The result of two networks on disjoint halves, each a trial in a folder of its own, with the images of the same
+    seeds at their last snapshots."""
+    if trial.at_least is not None:
+        raise InputError("halves: a search by tests is for single networks: run the study halves instead")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / TRIAL, trial.to_json())
+    results, images, sets = [], [], []
+    for half in ("first", "second"):
+        setting = replace(trial.setting, halves=half)
+        results.append(run_trial(replace(trial, setting=setting), folder / half, device))
+        training = setting.training_set(trial.size, trial.repetition)
+        with fixed_arithmetic(setting.threads or 1):
+            denoiser = load(snapshot_folder(folder / half / RUN, results[-1].images), pick_device(device))
+            sampler = replace(setting.sample_settings(training), compile="off")
+            sampled = evaluate(denoiser, range(setting.samples), sampler)
+        assert sampled is not None  # on one rank
+        images.append(sampled.images)
+        sets.append(training.images)
+    one, other = results
+    snapshots = tuple(
+        replace(
+            mine,
+            count=mine.count + its.count,
+            total=mine.total + its.total,
+            training_seconds=mine.training_seconds + its.training_seconds,
+            sampling_seconds=mine.sampling_seconds + its.sampling_seconds,
+        )
+        for mine, its in zip(one.snapshots, other.snapshots, strict=True)
+    )
+    best = max(snapshots, key=lambda each: each.ratio)
+    result = replace(
+        one,
+        key=trial.key,
+        count=best.count,
+        total=best.total,
+        best_images=best.images,
+        training_seconds=one.training_seconds + other.training_seconds,
+        sampling_seconds=one.sampling_seconds + other.sampling_seconds,
+        snapshots=snapshots,
+        checks=(),
+        agreement=agreement(images[0], images[1], sets[0], sets[1]),
+    )
+    shutil.copyfile(folder / "first" / GALLERY, folder / GALLERY)
     _write_json(folder / RESULT, result.to_json())
     return result
 

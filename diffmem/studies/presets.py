@@ -82,6 +82,8 @@ _WATCHED: dict[str, Any] = {
     "training.warmup_epochs": 0,
     "watch": {"holdout": 400, "stop_at": 0.6, "stop_after": 32_000},
 }
+# Two networks at six sizes: 12,000 steps a repetition.
+_HALF: dict[str, Any] = {"length": {"images": 64_000}, "network.model_channels": 16, "samples": 300}
 Resolutions = Mapping[int, tuple[int, ...]]
 
 
@@ -115,6 +117,8 @@ class _Scale:
         notes: What a reader should know.
         law_sizes: N of the runs off which laws of the field are read.
         law: In what these runs differ from the reference, as dotted names.
+        half_sizes: N of the pairs of networks on disjoint halves.
+        half: In what these differ from the reference, as dotted names.
     """
 
     base: Setting
@@ -142,6 +146,8 @@ class _Scale:
     notes: tuple[str, ...] = ()
     law_sizes: tuple[int, ...] = (10, 20, 30, 40, 80, 160)
     law: Mapping[str, Any] = field(default_factory=lambda: _WATCHED)
+    half_sizes: tuple[int, ...] = (20, 50, 100, 200, 400, 800)
+    half: Mapping[str, Any] = field(default_factory=lambda: _HALF)
 
 
 _DIGITS = _Scale(
@@ -243,6 +249,8 @@ _SCALES = {
         kinds={"dogs": _DOG, "cats": _CAT},
         other="imagenet-32.zip",
         law_sizes=(250, 500, 1000, 2000, 4000),
+        half_sizes=(500, 2000, 8000, 25_000),
+        half={"length": {"images": 40_000_000}, "samples": 2000},
         law={
             **_WATCHED,
             "network.model_channels": 128,
@@ -299,7 +307,7 @@ def core_seconds(study: Study, scale: str) -> float | None:
 
 
 def _images(setting: Setting, size: int) -> float:
-    length = dict(setting.length)
+    length = {name: value * (2 if setting.halves == "both" else 1) for name, value in dict(setting.length).items()}
     return length["images"] if "images" in length else length.get("epochs", 20 * length.get("duration", 0)) * size
 
 
@@ -544,6 +552,15 @@ def _law(name: str, title: str) -> Callable[[_Scale], Study]:
     return study
 
 
+def _halves(scale: _Scale) -> Study:
+    changes = {"halves": "both", "level_off": None, "snapshots": 1, **scale.half}
+    return _study(
+        "halves", scale, "Two networks on disjoint halves: copying or agreeing", "training images of each half",
+        [_variant("pairs", scale.base, changes)], scale.half_sizes, law="halves",
+        notes=("Both networks are trained for as many images, whatever N is.",),
+    )  # fmt: skip
+
+
 def _crossover(scale: _Scale) -> Study:
     """Of mixtures, without images: the same at every scale."""
     base = Setting(DatasetSpec(NO_IMAGES), {"images": 260_000}, snapshots=1, samples=500, mixture={"share": 1.0})
@@ -579,5 +596,6 @@ _STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "early-warning": _law("early-warning", "Early warning: the loss gap before there are copies"),
     "spurious": _law("spurious", "Between copying and generalizing: spurious images"),
     "crossover": _crossover,
+    "halves": _halves,
 }
 NAMES = tuple(_STUDIES)

@@ -82,7 +82,9 @@ def costs(
         per_step, nfe = measured[kind]
         steps = math.ceil(config.images / config.batch)
         per_evaluation = per_step / config.batch * _FORWARD
-        found.append(Cost(trial, per_step * steps, per_evaluation * nfe * setting.samples * setting.snapshots))
+        runs = 2 if setting.halves == "both" else 1
+        sampling = per_evaluation * nfe * setting.samples * setting.snapshots
+        found.append(Cost(trial, runs * per_step * steps, runs * sampling))
     progress("measuring costs", len(trials), len(trials))
     return found
 

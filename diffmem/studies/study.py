@@ -23,7 +23,7 @@ from diffmem.studies.leveling import NOISE
 from diffmem.studies.trial import Setting, Trial
 
 DIRECTION, EQUIVALENCE, TREND = "direction", "equivalence", "trend"
-LAWS = ("onset", "early-warning", "spurious", "crossover")  # of which `diffmem.studies.laws` says more
+LAWS = ("onset", "early-warning", "spurious", "crossover", "halves")  # of which `diffmem.studies.laws` says more
 LEVEL_SNAPSHOTS = 9  # of a run that ends once it has leveled off: from a sixteenth of its length on
 
 
@@ -158,7 +158,7 @@ class Study:
         if self.law is not None:
             if self.law not in LAWS:
                 raise InputError(f"study {self.name}: law is {self.law!r}, but must be one of {', '.join(LAWS)}")
-            needed = "mixture" if self.law == "crossover" else "watch"
+            needed = {"crossover": "mixture", "halves": "halves"}.get(self.law, "watch")
             if any(getattr(variant.setting, needed) is None for variant in self.variants):
                 raise InputError(f"study {self.name}: its law needs settings with a {needed}")
         if self.max_repetitions is not None and self.max_repetitions < self.repetitions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -26,6 +27,7 @@ from diffmem.training import TrainingConfig, images_of, training_config
 from diffmem.training.configure import check_parts
 
 OCCUPIED = "occupied"
+_SECOND_SEED = 1_000_000  # of the second network: it shares neither its first weights nor its noise with the first
 _SAMPLING = {f.name for f in dataclasses.fields(SamplerConfig)} - {"precision", "class_index"}
 
 
@@ -54,6 +56,8 @@ class Setting:
             the run ends by it; audits then stand at lengths a factor of √2 apart, too.
         mixture: Fields of `diffmem.studies.mixture.Mixture`, which is then trained on data of its own, without images:
             `data`, `network`, `training` and `sampling` say nothing, `length` is in its noisy samples.
+        halves: "both": two networks are trained, each on N images of its own (`diffmem.studies.halves`). "first" or
+            "second": one of them, by itself. The first one's images are those of a run without halves.
     """
 
     data: DatasetSpec
@@ -68,6 +72,7 @@ class Setting:
     level_off: float | None = None
     watch: Mapping[str, Any] | None = None
     mixture: Mapping[str, Any] | None = None
+    halves: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "seed", "label_seed"):
@@ -94,6 +99,10 @@ class Setting:
             Mixture.of(self.mixture)
             if self.level_off is not None or self.watch is not None or self.criterion not in (None, "ratio"):
                 raise InputError("mixture: goes with neither level_off, watch nor a criterion other than ratio")
+        if self.halves not in (None, "both", "first", "second"):
+            raise InputError(f"halves is {self.halves!r}, but must be 'both', 'first' or 'second'")
+        if self.halves is not None and any(each is not None for each in (self.mixture, self.watch, self.level_off)):
+            raise InputError("halves: goes with neither mixture, watch nor level_off")
         if check_criterion(self.criterion) == "ratio":  # the default, under which results were stored without its name
             object.__setattr__(self, "criterion", None)
         self.sample_settings()
@@ -109,7 +118,23 @@ class Setting:
 
     def training_set(self, size: int, repetition: int = 0) -> ImageSet:
         """The images of `dataset`, whose source is read once for all sizes; raises InputError as `derive` does."""
-        return self.dataset(size, repetition).load(read=_read(self.data.reading(), _changed(self.data.source)))
+        read = _read(self.data.reading(), _changed(self.data.source))
+        images = self.dataset(size, repetition).load(read=read)
+        if self.halves != "second":
+            return images
+        both = self.dataset(2 * size, repetition).load(read=read)
+        taken, rest = Counter(image.tobytes() for image in images.images), []
+        for row, image in enumerate(both.images):
+            if taken[image.tobytes()] > 0:
+                taken[image.tobytes()] -= 1
+            else:
+                rest.append(row)
+        if len(rest) != size:
+            raise InputError(
+                f"{self.data.source}: {size:,} images are not half of {2 * size:,} with as many of each class: choose "
+                f"a multiple of {self.limits()[0]}"
+            )
+        return both.select(np.array(rest))
 
     def pool(self) -> ImageSet:
         """All images that training sets are taken from."""
@@ -178,7 +203,7 @@ class Setting:
             network=self.network,
             training=self.training,
             label_dim=classes or 0,
-            seed=repetition,
+            seed=repetition + (_SECOND_SEED if self.halves == "second" else 0),
         )
 
     def to_json(self) -> dict[str, Any]:

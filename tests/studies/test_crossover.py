@@ -11,7 +11,7 @@ import pytest
 from diffmem.cli import main
 from diffmem.errors import InputError
 from diffmem.studies.findings import find_among
-from diffmem.studies.laws.crossover import crossing, judge, over_repetitions
+from diffmem.studies.laws.crossover import SMALL_STD_CROSSING, crossing, judge, over_repetitions
 from diffmem.studies.measure import Result, SnapshotResult
 from diffmem.studies.mixture import Mixture, MixtureResult
 from diffmem.studies.presets import build
@@ -42,12 +42,13 @@ def made(at, losses_at, study=STUDY):
 
 
 @pytest.mark.parametrize(
-    ("at", "verdict"), [(0.79, "holds"), (0.55, "contrary"), (0.9, "undecided"), (2.0, "not measured")]
+    ("at", "verdict"), [(0.79, "holds"), (0.55, "contrary"), (0.9, "undecided"), (2.0, "contrary"), (0.1, "contrary")]
 )
 def test_the_verdict_is_about_where_r_mem_is_half(at, verdict):
     found = judge(list(made(at, 0.5).values()))
     assert [test.verdict for test in found.tests] == [verdict, "contrary"]
-    if verdict != "not measured":
+    assert ("outside of the M/N tried in 12 of 12" in found.notes[0]) == (not 0.4 < at < 1)
+    if 0.4 < at < 1:
         first = found.estimates[0]
         assert first.value == pytest.approx(at, abs=0.01)
         spread = np.std([0.004 * (r - 1.5) for r in range(4)], ddof=1) / 2 * 3.182  # Student's t, 3 degrees of freedom
@@ -58,7 +59,7 @@ def test_crossings_by_hand():
     assert crossing([0.4, 0.6, 0.8], [0, 0, 100], [100, 100, 100]) == pytest.approx(0.7)
     assert crossing([0.4, 0.6, 0.8], [0, 50, 100], [100] * 3) == pytest.approx(0.6)
     assert crossing([0.4, 0.6, 0.8], [10, 0, 5], [100] * 3) == math.inf
-    assert crossing([0.4, 0.6], [90, 100], [100] * 2) == 0
+    assert crossing([0.4, 0.6], [90, 100], [100] * 2) == -math.inf
     assert crossing([0.2, 0.4, 0.6, 0.8], [0, 60, 40, 100], [100] * 4) == pytest.approx(0.4)  # monotone: 50 and 50
     assert over_repetitions([0.8]) is None
     assert over_repetitions([0.8, math.inf]) is None
@@ -77,6 +78,7 @@ def test_the_report_and_the_report_again(tmp_path):
     again(tmp_path / "report", tmp_path / "again")
     for path in (tmp_path / "report").iterdir():
         assert filecmp.cmp(path, tmp_path / "again" / path.name, shallow=False), path.name
+    assert pytest.approx(1, abs=1e-4) == SMALL_STD_CROSSING
     (law,) = [each["law"] for each in json.loads((tmp_path / "again" / "studies.json").read_text())]
     assert [test["verdict"] for test in law["tests"]] == ["holds", "contrary"]
     assert len(law["crossings"]) == len(law["loss_crossings"]) == 12

@@ -3,14 +3,14 @@ appear (`onset`), what shows it before (`early_warning`), and what lies between 
 
 A study whose `law` is one of these has a verdict on it in its report, with an interval over runs; its module says how
 the verdict is found. These laws share their trials: whichever study runs first, the others need no run of their own.
-`crossover` is read off runs of its own.
+`crossover` and `halves` are read off runs of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from diffmem.studies.laws import crossover, early_warning, onset, spurious
+from diffmem.studies.laws import crossover, early_warning, halves, onset, spurious
 from diffmem.studies.laws.finding import Estimate, LawFinding, Test, corrected
 from diffmem.studies.laws.regression import Exponent, Time, exponent
 from diffmem.studies.measure import Result
@@ -20,18 +20,21 @@ _JUDGES: dict[str, Callable[[Sequence[Result]], LawFinding]] = {
     "early-warning": early_warning.judge,
     "spurious": spurious.judge,
     "crossover": crossover.judge,
+    "halves": halves.judge,
 }
 SENTENCES = {
     "onset": onset.TEXT,
     "early-warning": early_warning.TEXT,
     "spurious": spurious.TEXT,
     "crossover": crossover.TEXT,
+    "halves": halves.TEXT,
 }
 SOURCES = {
     "onset": onset.SOURCE,
     "early-warning": early_warning.SOURCE,
     "spurious": spurious.SOURCE,
     "crossover": crossover.SOURCE,
+    "halves": halves.SOURCE,
 }
 
 
@@ -39,7 +42,7 @@ def judge(law: str, results: Sequence[Result]) -> LawFinding:
     """What runs of one setting say of a law.
 
     Args:
-        law: "onset", "early-warning", "spurious" or "crossover".
+        law: one of `diffmem.studies.study.LAWS`.
         results: Runs of several sizes and repetitions.
     """
     ordered = sorted(results, key=lambda result: (result.repetition, result.size))

@@ -14,6 +14,7 @@ from diffmem.plotting import plot, svg
 from diffmem.studies.laws.crossover import LAW, MARGIN, crossings, share_of
 from diffmem.studies.laws.early_warning import lead
 from diffmem.studies.laws.finding import LawFinding
+from diffmem.studies.laws.halves import margins, value_of
 from diffmem.studies.laws.onset import LEVELS, generalizations, onsets
 from diffmem.studies.laws.regression import Time, exponent
 from diffmem.studies.laws.spurious import phases, shares_at
@@ -39,6 +40,7 @@ def draw_law(found: LawFinding, results: Sequence[Result]) -> str:
         "early-warning": _early_warning,
         "spurious": _spurious,
         "crossover": _crossover,
+        "halves": _halves,
     }
     with plot(8.6, 3.5) as figure:
         draw[found.name](figure, found, [result for result in results if result.snapshots])
@@ -240,3 +242,33 @@ def _crossover(figure: Figure, found: LawFinding, results: Sequence[Result]) -> 
     right.legend(fontsize=7.5)
     for axes in (left, right):
         axes.set_xlabel("components M / samples N")
+
+
+def _halves(figure: Figure, found: LawFinding, results: Sequence[Result]) -> None:
+    """The cosines and R_mem over N."""
+    left, right = figure.subplots(1, 2)
+    own = margins(results)
+    sizes = sorted({result.size for result in results})
+    for name, color, label in (
+        ("between", _BLUE, "both networks, same seed"),
+        ("nearest", _RED, "training image most alike"),
+        ("chance", "#777", "both networks, different seeds"),
+    ):
+        values = [[value_of(each[size], name) for each in own.values() if size in each] for size in sizes]
+        left.plot(sizes, [np.mean(each) for each in values], color=color, linewidth=1.3, marker="o", markersize=3.5,
+                  label=label)  # fmt: skip
+        for size, each in zip(sizes, values, strict=True):
+            left.plot([size] * len(each), each, "_", color=color, markersize=8, alpha=0.6)
+    star = [each for each in found.estimates if each.name.startswith("N*")]
+    if star:
+        left.axvspan(*star[0].interval, color="#555", alpha=0.1, linewidth=0, label="N*, 95 %")
+    left.set_ylabel("median cosine, mean level removed")
+    left.legend(fontsize=7.5)
+    right.plot(sizes, [np.mean([run.r_mem for run in results if run.size == size]) for size in sizes], color=_RED)
+    right.plot([run.size for run in results], [run.r_mem for run in results], "_", color=_RED, markersize=8)
+    _percent(right)
+    right.set_ylabel("R_mem of both")
+    for axes in (left, right):
+        _size_axis(axes, sizes)
+        axes.set_xlabel("training images N, of each half")
+    left.set_xlim(sizes[0] / 1.2, sizes[-1] * 1.2)

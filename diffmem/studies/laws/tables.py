@@ -2,6 +2,7 @@
 
 `phases.csv`: a line per run and audit, with the three phases, and what is the run's own (false alarms, δ).
 `loss-gaps.csv`: a line per run, audit and noise level. `mixtures.csv`: a line per run of a mixture.
+`halves.csv`: a line per pair of networks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from diffmem.errors import InputError
+from diffmem.evaluation import Agreement
 from diffmem.inert.boundary import parsing
 from diffmem.studies.measure import Result, SnapshotResult
 from diffmem.studies.mixture import MixtureResult
@@ -23,6 +25,8 @@ _RUN = ("key", "size", "repetition", "images")
 PHASE_COLUMNS = (*_RUN, "memorized", "spurious", "generalized", "alarms", "unseen", "delta")
 MIXTURES = "mixtures.csv"
 MIXTURE_COLUMNS = ("key", *(field.name for field in fields(MixtureResult)))
+HALVES = "halves.csv"
+HALF_COLUMNS = ("key", "size", "repetition", "between", "chance", "nearest_first", "nearest_second", "seeds")
 GAP_COLUMNS = (*_RUN, "sigma", "training", "unseen", "error", "p")
 
 
@@ -50,6 +54,13 @@ def watched_tables(results: Iterable[Result]) -> dict[str, str]:
         if result.mixture is not None
     ]
     found = {MIXTURES: table(MIXTURE_COLUMNS, mixtures)} if mixtures else {}
+    halves = [
+        (run.key, run.size, run.repetition, *map(repr, (pair.between, pair.chance, *pair.nearest)), pair.images)
+        for run in results
+        if (pair := run.agreement) is not None
+    ]
+    if halves:
+        found[HALVES] = table(HALF_COLUMNS, halves)
     if not phases:
         return found
     return found | {PHASES: table(PHASE_COLUMNS, phases), GAPS: table(GAP_COLUMNS, gaps)}
@@ -72,6 +83,13 @@ def with_watched(results: Mapping[str, Result], folder: Path) -> dict[str, Resul
                 values = {name: float(row[name]) for name in MIXTURE_COLUMNS[2:]}
                 if (key := row["key"]) in found:
                     found[key] = replace(found[key], mixture=MixtureResult(int(row["components"]), **values))
+    if (folder / HALVES).is_file():
+        for row in _rows(folder / HALVES):
+            with parsing(folder / HALVES, "the pairs of networks"):
+                nearest = float(row["nearest_first"]), float(row["nearest_second"])
+                read = Agreement(float(row["between"]), float(row["chance"]), nearest, int(row["seeds"]))
+                if (key := row["key"]) in found:
+                    found[key] = replace(found[key], agreement=read)
     if not (folder / PHASES).is_file():
         return found
     gaps: dict[tuple[str, int], list[list[float]]] = {}
