@@ -226,6 +226,7 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
 
     from diffmem.progress import progress_bars
     from diffmem.studies.folder import find_in
+    from diffmem.studies.laws import expected_reach
     from diffmem.studies.power import plan
     from diffmem.studies.schedule import costs
     from diffmem.studies.study import Place
@@ -251,10 +252,17 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
     if as_json:
         click.echo(json.dumps([each.to_json() for each in planned]))
         return
-    if not planned:
+    for study in chosen:
+        if study.law == "onset":
+            reach = expected_reach(study.sizes, study.repetitions)
+            click.echo(
+                f"{study.name}: {study.repetitions} repetitions tell the exponent to ±{reach:.2f}, if log times vary "
+                "by 0.15; one shown to lie in 0.8 … 1.25 counts as 1"
+            )
+    if planned:
+        _print_plan(chosen, planned)
+    elif all(study.law is None for study in chosen):
         click.echo("these studies ask no question")
-        return
-    _print_plan(chosen, planned)
 
 
 def _print_plan(chosen: list[Study], planned: list[Planned]) -> None:

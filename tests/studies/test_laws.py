@@ -93,6 +93,14 @@ def test_intervals_of_the_exponent_cover(repetitions, end, runs):
     assert wrong <= (0.085 if runs > 100 else 0.15) * runs
 
 
+def test_the_planned_interval_is_the_one_that_comes():
+    chance = np.random.default_rng(5)
+    found = [exponent(times(chance, 2, 1.0, 0.2)).interval() for _ in range(200)]
+    reach = np.mean([(high - low) / 2 for low, high in found])
+    assert laws.expected_reach(SIZES, 2, spread=0.2) == pytest.approx(reach, rel=0.08)
+    assert laws.expected_reach((10,), 5) == laws.expected_reach((10, 20), 1) == math.inf
+
+
 def test_too_few_runs_have_no_exponent():
     found = times(np.random.default_rng(2), 1, 1.0, 0.1)
     assert exponent(found[:2]) is None

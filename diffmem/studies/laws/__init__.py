@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from diffmem.studies.laws import crossover, early_warning, halves, onset, spurious
 from diffmem.studies.laws.finding import Estimate, LawFinding, Test, corrected
-from diffmem.studies.laws.regression import Exponent, Time, exponent
+from diffmem.studies.laws.regression import Exponent, Time, expected_reach, exponent
 from diffmem.studies.measure import Result
 
 _JUDGES: dict[str, Callable[[Sequence[Result]], LawFinding]] = {
@@ -58,6 +58,7 @@ __all__ = [
     "Test",
     "Time",
     "corrected",
+    "expected_reach",
     "exponent",
     "judge",
 ]

@@ -135,6 +135,26 @@ def exponent(times: Sequence[Time]) -> Exponent | None:
     return Exponent(used, b, dict(zip(groups, intercepts, strict=True)), spread, freedom, model)
 
 
+def expected_reach(sizes: Sequence[int], repetitions: int, spread: float = 0.15, alpha: float = ALPHA) -> float:
+    """How far the interval of an exponent will reach to each side, when no run is censored; infinite without a degree
+    of freedom.
+
+    Args:
+        sizes: N of each repetition's runs.
+        repetitions: How many there will be.
+        spread: Of log τ about its line; 0.15 is that of first runs on digits.
+        alpha: One minus the confidence.
+    """
+    from scipy.special import stdtrit  # scikit-learn brings it
+
+    x = np.log(sizes)
+    freedom = repetitions * (len(x) - 1) - 1
+    squares = repetitions * float(np.square(x - x.mean()).sum())
+    if freedom < 1 or squares == 0:
+        return math.inf
+    return float(stdtrit(freedom, 1 - alpha / 2)) * spread / math.sqrt(squares)
+
+
 class _Model:
     """b, the intercepts and the spread that fit best, and how much worse others do."""
 
