@@ -4,6 +4,7 @@ Kadkhodaie et al. 2024 ("Generalization in diffusion models arises from geometry
 arXiv 2310.02557) train two networks on disjoint halves of a set: on few images each reproduces its own, on many both
 generate nearly the same image from the same noise. Likeness is the cosine of two images from each of which its own mean
 level is taken away first, as in the paper's published code; without that all images of one brightness would be alike.
+The criterion `disjoint_halves` says the same of two sets of images as means, with the more alike of both networks.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffmem.errors import InputError
-
-_BLOCK = 1 << 24  # cosines at a time
+from diffmem.memorization.criteria.comparison import Points, Searches
+from diffmem.memorization.criteria.disjoint_halves import mean_free, pair_cosines
 
 
 @dataclass(frozen=True)
@@ -67,26 +68,15 @@ def agreement(
     for name, training in (("first_training", first_training), ("second_training", second_training)):
         if training.shape[1:] != first.shape[1:] or not len(training):
             raise InputError(f"{name} holds images of {training.shape[1:]}, but must hold some of {first.shape[1:]}")
-    one, other = _directions(first), _directions(second)
     return Agreement(
-        float(np.median((one * other).sum(1))),
-        float(np.median((one * np.roll(other, 1, axis=0)).sum(1))),
-        (_nearest(one, first_training), _nearest(other, second_training)),
+        float(np.median(pair_cosines(first, second))),
+        float(np.median(pair_cosines(first, np.roll(second, 1, axis=0)))),
+        (_nearest(first, first_training), _nearest(second, second_training)),
         len(first),
     )
 
 
-def _directions(images: np.ndarray) -> np.ndarray:
-    """Images as vectors of length 1 around their own mean; zeros where an image is of one level."""
-    flat = images.reshape(len(images), -1).astype(np.float64)
-    flat -= flat.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(flat, axis=1, keepdims=True)
-    return flat / np.where(norms > 0, norms, 1.0)
-
-
 def _nearest(images: np.ndarray, training: np.ndarray) -> float:
-    best = np.full(len(images), -np.inf)
-    step = max(1, _BLOCK // max(len(images), images.shape[1]))
-    for start in range(0, len(training), step):
-        best = np.maximum(best, (images @ _directions(training[start : start + step]).T).max(axis=1))
-    return float(np.median(best))
+    """The median cosine to the training image most alike; that of an image of one level is 0."""
+    points = Points(mean_free(images), "generated"), Points(mean_free(training), "training")
+    return float(np.median(np.nan_to_num(Searches(device="cpu").largest_cosine(*points), nan=0.0)))

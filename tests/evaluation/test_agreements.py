@@ -5,7 +5,7 @@ import pytest
 
 from diffmem.data import load_images
 from diffmem.errors import InputError
-from diffmem.evaluation import agreement
+from diffmem.evaluation import Agreement, agreement
 
 
 def _cosine(one, other):
@@ -37,7 +37,7 @@ def test_copying_models_are_near_their_images_and_agreeing_ones_near_each_other(
     assert agreeing.margin > 0.05
     assert agreeing.chance < 0.6
     flat = np.zeros((2, 1, 8, 8))
-    assert agreement(flat, flat, digits[:5], digits[:5]).between == 0
+    assert agreement(flat, flat, digits[:5], digits[:5]) == Agreement(0.0, 0.0, (0.0, 0.0), 2)
 
 
 def test_what_does_not_fit_is_named():
