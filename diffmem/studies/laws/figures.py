@@ -67,10 +67,13 @@ def _curves(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def _time_axis(axes: Axes, which: str) -> None:
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"{which}axis").set_major_formatter(EngFormatter(sep=""))
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _percent(axes: Axes, top: float = 1.05) -> None:

@@ -29,6 +29,7 @@ from diffmem.html_report import level as words
 from diffmem.studies.laws.finding import Estimate, LawFinding, Test, tested
 from diffmem.studies.laws.regression import Exponent, Time, exponent
 from diffmem.studies.measure import Result
+from diffmem.text import counted
 
 LEVELS = (0.1, 0.5)
 MARGIN = 0.8, 1.25
@@ -168,7 +169,7 @@ def _estimate(name: str, found: Exponent | None) -> Estimate | None:
     if found is None:
         return None
     runs = f"{len(found.times)} runs" + (f", {found.censored} of them censored" if found.censored else "")
-    return Estimate(name, found.estimate, found.interval(), f"{runs}, {found.freedom} degrees of freedom")
+    return Estimate(name, found.estimate, found.interval(), f"{runs}, {counted(found.freedom, 'degree')} of freedom")
 
 
 def _as_json(time: Time) -> Mapping[str, float | int | None]:
