@@ -332,6 +332,20 @@ def _run_mixture(trial: Trial, folder: Path, device: str) -> Result:
     return result
 
 
+def together(one: SnapshotResult, other: SnapshotResult) -> SnapshotResult:
+    """The images of two networks at one length as those of one: the first one's, then the other's."""
+    verdicts = [each.memorized for each in (one, other)]
+    known = [each for each in verdicts if each is not None]
+    return replace(
+        one,
+        count=one.count + other.count,
+        total=one.total + other.total,
+        training_seconds=one.training_seconds + other.training_seconds,
+        sampling_seconds=one.sampling_seconds + other.sampling_seconds,
+        copies=pack(np.concatenate(known)) if len(known) == len(verdicts) else None,
+    )
+
+
 def _run_halves(trial: Trial, folder: Path, device: str) -> Result:
     """The result of two networks on disjoint halves, each a trial in a folder of its own, with the images of the same
     seeds at their last snapshots."""
@@ -352,16 +366,7 @@ def _run_halves(trial: Trial, folder: Path, device: str) -> Result:
         images.append(sampled.images)
         sets.append(training.images)
     one, other = results
-    snapshots = tuple(
-        replace(
-            mine,
-            count=mine.count + its.count,
-            total=mine.total + its.total,
-            training_seconds=mine.training_seconds + its.training_seconds,
-            sampling_seconds=mine.sampling_seconds + its.sampling_seconds,
-        )
-        for mine, its in zip(one.snapshots, other.snapshots, strict=True)
-    )
+    snapshots = tuple(together(*pair) for pair in zip(one.snapshots, other.snapshots, strict=True))
     best = max(snapshots, key=lambda each: each.ratio)
     result = replace(
         one,

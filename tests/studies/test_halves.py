@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from studies.tiny import TINY
 
@@ -13,7 +14,7 @@ from diffmem.evaluation import Agreement
 from diffmem.studies import Trial, run_trial
 from diffmem.studies.findings import find_among
 from diffmem.studies.laws.halves import judge, overtaking
-from diffmem.studies.measure import Result, SnapshotResult, read_result
+from diffmem.studies.measure import Result, SnapshotResult, pack, read_result, together
 from diffmem.studies.presets import build, core_seconds
 from diffmem.studies.report import again, write_studies
 
@@ -65,6 +66,17 @@ def test_a_pair_is_a_trial(tmp_path):
     assert (tmp_path / "pair" / "gallery.npz").is_file()
     with pytest.raises(InputError, match="run the study halves instead"):
         run_trial(replace(trial, at_least=0.9), tmp_path / "test")
+
+
+def test_copies_of_both_networks_count():
+    one, other = (
+        SnapshotResult(8, 1.0, 0.5, int(sum(each)), 3, 1.0, 2.0, copies=pack(np.array(each)))
+        for each in ([True, False, True], [False, False, True])
+    )
+    found = together(one, other)
+    assert (found.count, found.total, found.training_seconds, found.sampling_seconds) == (3, 6, 2.0, 4.0)
+    assert found.memorized.tolist() == [True, False, True, False, False, True]
+    assert together(one, replace(other, copies=None)).memorized is None
 
 
 def test_the_law_and_its_report(tmp_path):
