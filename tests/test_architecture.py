@@ -197,7 +197,7 @@ def fresh() -> list[str]:
     """What an interpreter that has imported nothing yet says of diffmem: heavy packages that came with it; its public
     names, as `dir` shows them and as they should be; those that are not there."""
     code = (
-        "import sys, diffmem; shown = dir(diffmem); diffmem.audit; diffmem.TrainingIndex; import torch;"
+        "import sys, diffmem; shown = dir(diffmem); diffmem.audit; diffmem.TrainingIndex; import torch, diffmem.models;"
         "assert not torch.cuda.is_initialized();"
         f"print(sorted({LAZY!r} & set(sys.modules)));"
         "print(shown); print(sorted(diffmem.__all__));"

@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffmem.errors import InputError
 from diffmem.logs import logger
 from diffmem.system import usable_cores
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _log = logger(__name__)
 _own = threading.local()  # how many threads a thread may use
@@ -166,13 +168,15 @@ class Op:
         return reason if reason is not None or not arguments else backend.unfit(*arguments)
 
 
-def _unavailable(op: str, backend: str, device_type: str) -> str | None:
+def constant_in_graphs(function: F) -> F:
+    """What torch.compiler.assume_constant_result does; calling that would import Dynamo, and with it Triton, here."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
+def _unavailable(op: str, backend: str, device_type: str) -> str | None:  # names: PyTorch 2.6 takes no other constants
     return _UNAVAILABLE[op, backend](device_type)
-
-
-# What torch.compiler.assume_constant_result does; calling that would import Dynamo, and with it Triton, here. Its
-# arguments are names, since PyTorch 2.6 takes nothing else for a constant.
-_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 OPS: dict[str, Op] = {}

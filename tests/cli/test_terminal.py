@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -102,3 +103,18 @@ def test_what_an_import_makes_of_a_signal_is_an_interrupt_too(monkeypatch, capfd
     monkeypatch.setattr(cli.cli, "main", lambda **_: 1 // 0)
     with signals() as ending:
         assert cli._run([], ending) == cli.FAILURE
+
+
+@pytest.mark.parametrize("bindings", [True, False])
+def test_nothing_is_reported_as_a_leak_at_exit(bindings, monkeypatch):
+    """What is frozen is not collected, and Triton's bindings write lines about it at exit."""
+    frozen = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    monkeypatch.setattr("sys.argv", ["diffmem", "--version"])
+    if bindings:
+        monkeypatch.setitem(sys.modules, "triton", sys)
+    else:
+        monkeypatch.delitem(sys.modules, "triton", raising=False)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert bool(frozen) is not bindings

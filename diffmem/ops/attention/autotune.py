@@ -16,6 +16,7 @@ import torch
 from diffmem.errors import InputError
 from diffmem.ops.attention.tiles import precision_of
 from diffmem.ops.autotune import AutotuneCache, device_name, seconds_of
+from diffmem.ops.registry import constant_in_graphs
 
 SETTING = "DIFFMEM_ATTENTION"
 DEFAULT = "torch"  # where nothing was measured
@@ -37,7 +38,7 @@ def fastest_backend(
     return settled(*case)
 
 
-@torch.compiler.assume_constant_result  # torch.compile is not to trace how the choice is made
+@constant_in_graphs  # torch.compile is not to trace how the choice is made
 def settled(
     device_type: str,
     device_index: int | None,
