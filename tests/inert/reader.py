@@ -84,6 +84,7 @@ executed = []
 
 def main():
     import PIL.Image
+    import torch._dynamo  # noqa: F401 (PyTorch's own import when a network is first built on no device)
 
     import diffmem.data
     import diffmem.models  # noqa: F401 (imports are not counted)
