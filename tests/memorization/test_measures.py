@@ -269,6 +269,9 @@ def test_command_line(capsys, tmp_path, digits):
     found = json.loads(out)
     assert found["values"] == {"authenticity": 0.0, "authenticity:fld": -50.0}
     assert found["settings"]["generated"]["images"] == 40
+    code, _, err = run(capsys, "measure", *sets, "--measures", "authenticity", "--out", tmp_path / "no holdout")
+    assert (code, err) == (0, "")
+    assert "No holdout set was given" in (tmp_path / "no holdout" / "measures.html").read_text()
     code, _, err = run(capsys, "measure", *sets, "--measures", "c_t")
     assert code == 1
     assert "pass --holdout SOURCE" in err
