@@ -139,7 +139,24 @@ def _context() -> multiprocessing.context.BaseContext:
     if getattr(forkserver._forkserver, "_preload_modules", None) == ["__main__"]:
         ours = [name for name in sys.modules if name.startswith("diffmem.") and not name.endswith("__main__")]
         context.set_forkserver_preload(["torch", *sorted(ours)])
+        _start_server(forkserver.ensure_running)
     return context
+
+
+def _start_server(start: Callable[[], None]) -> None:
+    """The server is to import what this process has imported: by itself it would look in the current folder first,
+    where a folder may have the name of a package (PYTHONSAFEPATH; Python 3.10 does not know it)."""
+    ours = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        start()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _begin_process(threads: int, parent: int, environment: dict[str, str]) -> None:

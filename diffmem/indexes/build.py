@@ -402,11 +402,11 @@ def make_all(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[
     return [_entry(job) for job in jobs]
 
 
-def _executor(settings: Settings, jobs: int, size: float) -> tuple[Executor, bool]:
+def _executor(settings: Settings, jobs: int, size: float, small: float = SMALL) -> tuple[Executor, bool]:
     """Where to do so many jobs over so many bytes, and whether it was made here, to be closed."""
     if settings.executor is not None:
         return settings.executor, False
-    workers = max(1, min(settings.workers or (1 if size < SMALL else usable_cores()), jobs))
+    workers = max(1, min(settings.workers or (1 if size < small else usable_cores()), jobs))
     if workers == 1:
         return InProcess(settings.device), True
     return Processes(workers, threads=1, device=settings.device), True
@@ -505,7 +505,12 @@ def run_jobs(
 
 
 def run_by_shard(
-    function: Callable[..., Any], jobs: Sequence[ShardJob], size: float, settings: Settings, stage: str
+    function: Callable[..., Any],
+    jobs: Sequence[ShardJob],
+    size: float,
+    settings: Settings,
+    stage: str,
+    small: float = SMALL,
 ) -> list[Any]:
     """What the function returns for each job, wherever the settings say that workers are.
 
@@ -515,8 +520,9 @@ def run_by_shard(
         size: Bytes that all of them read, by which the number of processes is chosen.
         settings: Where to work.
         stage: For the progress.
+        small: Bytes that one process has read sooner than others would have started.
     """
-    executor, own = _executor(settings, len(jobs), size)
+    executor, own = _executor(settings, len(jobs), size, small)
     try:
         return run_jobs(executor, function, jobs, settings.progress, stage=stage)
     finally:

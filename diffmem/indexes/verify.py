@@ -27,6 +27,7 @@ from diffmem.progress import Progress, silent
 from diffmem.text import printable
 
 _BLOCK = 4096
+HASHED_ALONE = 2e9  # bytes that one process hashes sooner than others would have started
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def verify_index(
         entries: list[dict[str, Any]] = description["shards"]
         jobs = {entry["address"]: VerifyJob(str(folder.absolute()), entry) for entry in entries}
         size = sum(job.entry["bytes"] for job in jobs.values())
-        problems = run_by_shard(check_shard, list(jobs.values()), size, settings, "verifying shards")
+        problems = run_by_shard(check_shard, list(jobs.values()), size, settings, "verifying shards", HASHED_ALONE)
         problem_of = dict(zip(jobs, problems, strict=True))
         damaged = [
             (entry["address"], problem, Part.from_json(entry["part"]).where)
