@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffmem.ops.registry import core_threads, native_module
+from diffmem.ops.registry import core_threads, native_kernel_unavailable, native_module
 
 SCALING = 0.5  # what the logarithm of a scaling costs; csrc/affine_alignment/affine_alignment.h has the same
 
@@ -21,9 +21,22 @@ class LineTables(NamedTuple):
     upper: np.ndarray
 
 
+def alignment_unavailable(device_type: str = "cpu") -> str | None:
+    """Why `variants` and `alignment` cannot run on `device_type`, or None."""
+    return native_kernel_unavailable(device_type, "alignment", "AVX2 or NEON")
+
+
 def variants(images: np.ndarray, down: LineTables, across: LineTables) -> np.ndarray:
-    """Images float32 [n, C, h, w] as they are and mirrored, enlarged by linear interpolation:
-    [n, 2·scales, C, h, w]."""
+    """Images as they are and mirrored, enlarged by linear interpolation.
+
+    Args:
+        images: float32 [n, C, h, w], h, w >= 2.
+        down: How the lines of each scale are made of those of the image, for all h.
+        across: The same of its columns, for all w.
+
+    Returns:
+        [n, 2·scales, C, h, w]: all scales, then those of the mirror image.
+    """
     images, scales = np.ascontiguousarray(images), len(down.below)
     made = np.empty((len(images), 2 * scales, *images.shape[1:]), np.float32)
     if len(images):

@@ -6,16 +6,14 @@ equals that (tests/features/test_aligned.py), and needs no PyTorch, whose import
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from diffmem.features.aligned.geometry import SCALES, Geometry, interpolated
-from diffmem.features.aligned.scoring import ITERATIONS, REFINED, against
+from diffmem.features.aligned.geometry import SCALES, Geometry, variants_of_array
+from diffmem.features.aligned.scoring import ITERATIONS, REFINED, against, unrefined
 from diffmem.ops import core_arrays
-from diffmem.ops.core_arrays import SCALING, LineTables
-from diffmem.ops.registry import native_kernel_unavailable
+from diffmem.ops.core_arrays import SCALING
 
 CUBIC = -0.75  # of the bicubic kernel, as PyTorch has it
 
@@ -27,7 +25,7 @@ def fit(images: Any, geometry: Geometry) -> bool:
         and images.dtype == np.uint8
         and images.shape[2:] == geometry.working
         and images.flags.c_contiguous
-        and native_kernel_unavailable("cpu", "alignment", "AVX2 or NEON") is None
+        and core_arrays.alignment_unavailable() is None
     )
 
 
@@ -38,7 +36,7 @@ def aligned(
     different, where = np.unique(candidates, return_inverse=True)
     templates = geometry.templates(training[different]).astype(np.float32)[where.reshape(candidates.shape)]
     images = images.astype(np.float32)
-    correlations, positions = core_arrays.alignment(_variants(images, geometry), templates)
+    correlations, positions = core_arrays.alignment(variants_of_array(images), templates)
     mirrored, maps = _starts(positions, geometry)
     wide = correlations.astype(np.float64)
     # As the op that follows counts it: scaling costs.
@@ -67,23 +65,8 @@ def coarse(
     queries = core_arrays.pool_bytes(images, np.arange(len(images)), factor)
     small = Geometry(*queries.shape[2:])
     templates = small.templates(core_arrays.pool_bytes(training, different, factor))
-    correlations, _ = core_arrays.alignment(_variants(queries, small), templates[where.reshape(candidates.shape)])
-    wide = correlations.astype(np.float64)
-    ordered = np.minimum(-np.sort(-wide, axis=1), 1)
-    residuals = np.sqrt(1 - ordered[:, 0])
-    return residuals / against(ordered, neighbors), wide.argmax(axis=1), residuals
-
-
-def _variants(images: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """`Geometry.variants`."""
-    height, width = geometry.working
-    return core_arrays.variants(images, _lines(height), _lines(width))
-
-
-@lru_cache(maxsize=64)
-def _lines(size: int) -> LineTables:
-    below, weight = (np.stack(each) for each in zip(*(interpolated(size, scale) for scale in SCALES), strict=True))
-    return LineTables(below.astype(np.int32), (1 - weight).astype(np.float32), weight.astype(np.float32))
+    correlations, _ = core_arrays.alignment(variants_of_array(queries), templates[where.reshape(candidates.shape)])
+    return unrefined(correlations, neighbors)
 
 
 def _starts(positions: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +85,7 @@ def pairs(generated: np.ndarray, training: np.ndarray, geometry: Geometry, itera
     """The fields of `Alignments` of pairs of images, in their order."""
     images, goal = generated.astype(np.float32), training.astype(np.float32)
     templates = geometry.templates(goal)
-    _, positions = core_arrays.alignment(_variants(images, geometry), templates[:, None])
+    _, positions = core_arrays.alignment(variants_of_array(images), templates[:, None])
     mirrored, maps = _starts(positions[:, 0], geometry)
     sides = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
     remainders, maps = core_arrays.affine_alignment(sides, templates, maps, iterations)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from diffmem.errors import InputError
 from diffmem.lazy import torch
-
-if TYPE_CHECKING:
-    from diffmem.ops.alignment import native
+from diffmem.ops import core_arrays
+from diffmem.ops.core_arrays import LineTables
 
 WORKING_SIZE = 32
 LEAST_SIZE = 4
@@ -90,11 +89,9 @@ class Geometry:
 
         Variant m·len(SCALES) + s is mirrored where m = 1. Beyond the border the nearest pixel continues.
         """
-        from diffmem.ops.alignment import native
-
         n, channels, height, width = images.shape
-        if images.dtype == torch.float32 and native.unavailable(images.device.type) is None:
-            return native.variants(images, _lines(height), _lines(width))
+        if images.dtype == torch.float32 and core_arrays.alignment_unavailable(images.device.type) is None:
+            return torch.from_numpy(variants_of_array(images.detach().numpy()))
         both = torch.stack([images, images.flip(-1)], dim=1)
         vertical, horizontal = (
             torch.stack([resampling(size, scale) for scale in SCALES]).to(images) for size in (height, width)
@@ -106,9 +103,15 @@ class Geometry:
         return down.permute(1, 2, 0, 3, 5, 4).reshape(n, 2 * len(SCALES), channels, height, width)
 
 
+def variants_of_array(images: np.ndarray) -> np.ndarray:
+    """`Geometry.variants` of float32 images, by the compiled core."""
+    height, width = images.shape[2:]
+    return core_arrays.variants(images, _lines(height), _lines(width))
+
+
 def resampling(size: int, scale: float) -> torch.Tensor:
     """The matrix [size, size] that enlarges a line of pixels by `scale` about its center, by linear interpolation."""
-    below, weight = map(torch.from_numpy, interpolated(size, scale))
+    below, weight = map(torch.from_numpy, _interpolated(size, scale))
     matrix = torch.zeros(size, size, dtype=torch.float64)
     rows = torch.arange(size)
     matrix[rows, below] += 1 - weight
@@ -116,7 +119,7 @@ def resampling(size: int, scale: float) -> torch.Tensor:
     return matrix
 
 
-def interpolated(size: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _interpolated(size: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """For each pixel of the enlarged line the pixel of the line at or below it, and the weight of the next one."""
     center = (size - 1) / 2
     at = np.clip((np.arange(size, dtype=np.float64) - center) / scale + center, 0, size - 1)
@@ -125,13 +128,10 @@ def interpolated(size: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=64)
-def _lines(size: int) -> native.Lines:
+def _lines(size: int) -> LineTables:
     """`resampling` by all `SCALES`, as the compiled core takes it."""
-    from diffmem.ops.alignment import native
-
-    pairs = zip(*(interpolated(size, scale) for scale in SCALES), strict=True)
-    below, weight = (torch.from_numpy(np.stack(each)) for each in pairs)
-    return native.Lines(below.int(), (1 - weight).float(), weight.float())
+    below, weight = (np.stack(each) for each in zip(*(_interpolated(size, scale) for scale in SCALES), strict=True))
+    return LineTables(below.astype(np.int32), (1 - weight).astype(np.float32), weight.astype(np.float32))
 
 
 def starts(position: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:

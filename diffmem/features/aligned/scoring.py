@@ -21,3 +21,11 @@ def against(correlations: np.ndarray, neighbors: int) -> np.ndarray:
         return np.ones(len(correlations))
     near, far = (np.sqrt(1 - each.mean(axis=1)) for each in (others[:, :neighbors], others[:, -neighbors:]))
     return np.maximum(np.maximum(near, LEAST_SHARE * far), np.finfo(np.float32).eps)
+
+
+def unrefined(correlations: np.ndarray, neighbors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, best columns and residuals of images by their candidates' correlations [Q, k] alone."""
+    wide = correlations.astype(np.float64)
+    ordered = np.minimum(-np.sort(-wide, axis=1), 1)
+    residuals = np.sqrt(1 - ordered[:, 0])
+    return residuals / against(ordered, neighbors), wide.argmax(axis=1), residuals

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from diffmem.features.aligned.geometry import Geometry
 from diffmem.features.aligned.pairs import as_tensor
-from diffmem.features.aligned.scoring import against
+from diffmem.features.aligned.scoring import unrefined
 from diffmem.features.aligned.second_stage import align
-from diffmem.ops.alignment import alignment, native
+from diffmem.ops import core_arrays
+from diffmem.ops.alignment import alignment
 from diffmem.ops.registry import native_unavailable
 
 
@@ -30,12 +31,12 @@ def coarse(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same without affine maps, of means of `factor` pixels a side."""
     different, where = np.unique(candidates, return_inverse=True)
-    return _coarse(
-        _pooled(images, np.arange(len(images)), geometry, factor),
-        _pooled(training, different, geometry, factor),
-        torch.from_numpy(where.reshape(candidates.shape)),
-        neighbors,
-    )
+    queries = _pooled(images, np.arange(len(images)), geometry, factor)
+    small = Geometry(*queries.shape[2:])
+    templates = small.templates(_pooled(training, different, geometry, factor))
+    templates = templates[torch.from_numpy(where.reshape(candidates.shape))]
+    correlations, _ = alignment(small.variants(queries), templates)
+    return unrefined(correlations.numpy(), neighbors)
 
 
 def _pooled(images: np.ndarray, rows: np.ndarray, geometry: Geometry, factor: int) -> torch.Tensor:
@@ -46,16 +47,4 @@ def _pooled(images: np.ndarray, rows: np.ndarray, geometry: Geometry, factor: in
     exact = exact and isinstance(images, np.ndarray) and images.flags.c_contiguous
     if not exact or height % factor or width % factor or native_unavailable("cpu"):
         return F.avg_pool2d(geometry.reduce(as_tensor(images[rows])), factor)
-    return native.pool_bytes(images, rows, factor)
-
-
-def _coarse(
-    queries: torch.Tensor, some: torch.Tensor, where: torch.Tensor, neighbors: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, best columns and residuals without refinement."""
-    geometry = Geometry(*queries.shape[2:])
-    found, _ = alignment(geometry.variants(queries), geometry.templates(some)[where])
-    correlations = found.double().numpy()
-    ordered = np.minimum(-np.sort(-correlations, axis=1), 1)
-    residuals = np.sqrt(1 - ordered[:, 0])
-    return residuals / against(ordered, neighbors), correlations.argmax(axis=1), residuals
+    return torch.from_numpy(core_arrays.pool_bytes(images, rows, factor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffmem.ops import core_arrays
 from diffmem.ops.affine_alignment.arguments import OP_NAME, check, check_kernel
 from diffmem.ops.cpu_ops import cpu_op
 from diffmem.ops.registry import available_core, native_unavailable
@@ -25,15 +26,11 @@ def affine_alignment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `diffmem.ops.affine_alignment`."""
     _check(images, templates, start, iterations)
-    core = available_core(OP_NAME, unavailable("cpu"))
-    images, templates, start = images.contiguous(), templates.contiguous(), start.contiguous()
-    remainders, maps = torch.empty(len(images)), torch.empty(len(images), 2, 3)
-    if len(images):
-        core.affine_alignment(
-            [*images.shape, *templates.shape[2:]], images.data_ptr(), templates.data_ptr(), start.data_ptr(),
-            iterations, remainders.data_ptr(), maps.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-    return remainders, maps
+    available_core(OP_NAME, unavailable("cpu"))
+    remainders, maps = core_arrays.affine_alignment(
+        images.detach().numpy(), templates.detach().numpy(), start.detach().numpy(), iterations
+    )
+    return torch.from_numpy(remainders), torch.from_numpy(maps)
 
 
 @torch.library.register_fake("diffmem::affine_alignment_native")
