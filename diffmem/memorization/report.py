@@ -137,22 +137,28 @@ def render_summary(audit: Audit) -> str:
 def render(audit: Audit) -> str:
     """The page, as one string."""
     gallery, order = Gallery(audit), surest_first(audit)
-    gallery.read_ahead(_shown(audit, order))
+    # Rows and training images that the page shows if there is room.
+    border_rows, near_rows = beside_threshold(audit, BORDER_ROWS), most_alike_near(audit, NEAR_ROWS)
+    surest_rows, copies = order[:GALLERY_ROWS].tolist(), _copies_by_source(audit, order)
+    copied = [(source, copies[source.index][:COPIES_SHOWN]) for source in audit.sources[:SOURCE_ROWS]]
+    groups = [(len(group), [int(index) for index in group[:8]]) for group in audit.duplicates[:16]]
+    rows = [*near_rows, *surest_rows, *border_rows, *(row for _, some in copied for row in some)]
+    gallery.read_ahead([
+        *(partner(audit, row) for row in rows), *(source.index for source, _ in copied),
+        *(index for _, some in groups for index in some),
+    ])  # fmt: skip
     # The pictures of the least sections are taken first: a gallery of large images must not starve them.
     duplicates = [
-        (len(group), [(audit.training.name(i), gallery.training(int(i))) for i in group[:8]])
-        for group in audit.duplicates[:16]
+        (size, [(audit.training.name(index), gallery.training(index)) for index in some]) for size, some in groups
     ]
-    border = gallery.triples(beside_threshold(audit, BORDER_ROWS))
-    near = gallery.triples(most_alike_near(audit, NEAR_ROWS))
-    copies = _copies_by_source(audit, order)
+    border, near = gallery.triples(border_rows), gallery.triples(near_rows)
     sources = []
-    for source in audit.sources[:SOURCE_ROWS]:
+    for source, some in copied:
         picture = gallery.training(source.index)
-        shown = gallery.triples(copies[source.index][:COPIES_SHOWN]) if picture else []
+        shown = gallery.triples(some) if picture else []
         if shown:
             sources.append((source, picture, shown))
-    surest = gallery.triples([int(row) for row in order[:GALLERY_ROWS]])
+    surest = gallery.triples(surest_rows)
 
     return template("diffmem.memorization", "report.html.j2").render(
         audit=audit,
@@ -167,16 +173,6 @@ def render(audit: Audit) -> str:
         d1_histogram=_histogram(audit, _distances, _distance_name(audit), None),
         ratio_histogram=_histogram(audit, lambda a: a.scores, audit.rule.score_name, audit.score_threshold),
     )
-
-
-def _shown(audit: Audit, order: np.ndarray) -> list[int]:
-    """The training images that the page shows if there is room, most important first."""
-    copies = _copies_by_source(audit, order)
-    sources = [source.index for source in audit.sources[:SOURCE_ROWS]]
-    rows = [*most_alike_near(audit, NEAR_ROWS), *order[:GALLERY_ROWS].tolist(), *beside_threshold(audit, BORDER_ROWS)]
-    rows += [row for index in sources for row in copies[index][:COPIES_SHOWN]]
-    members = [int(index) for group in audit.duplicates[:16] for index in group[:8]]
-    return [*(partner(audit, row) for row in rows), *sources, *members]
 
 
 def _unit(audit: Audit) -> str:
