@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import product
 
@@ -29,11 +29,9 @@ from diffmem.memorization.statistics import exact_interval, wilson_interval
 from diffmem.memorization.verification import Key, Stratum, Verification, allocate
 
 VALUES, MINUTES = "verification.csv", 5
-AUDITS, AUDITS_OF_MANY = (
-    1000,
-    400,
-)  # per setting: coverage of 95 % is known within 1.4 and 2.1 points; beyond MANY images
-MANY = 5000
+MANY = 5000  # images
+# Per setting, of fewer images than that and of more: coverage of 95 % is known within 1.4 and 2.1 points.
+AUDITS, AUDITS_OF_MANY = 1000, 400
 ALARMS = 0.001  # of open images that are not copies: called copies where the second nearest was missed
 COLUMNS = (
     "images", "verified", "copies", "open", "recall", "audits", "covered", "counted", "width", "wilson_covered",
@@ -100,16 +98,37 @@ def share_interval(count: float, total: int, confidence: float) -> tuple[float, 
 def coverage(interval, images: int, copies: float) -> float:
     """With which probability an interval of a share holds it."""
     counts = np.arange(images + 1)
-    chance = np.exp(_log_choose(images) + counts * math.log(copies) + (images - counts) * math.log1p(-copies))
+    logs = verification.log_factorials(images)[: images + 1]
+    log_choose = logs[-1] - logs - logs[::-1]
+    chance = np.exp(log_choose + counts * math.log(copies) + (images - counts) * math.log1p(-copies))
     likely = np.flatnonzero(chance > 1e-9)
     inside = [low <= copies <= high for low, high in (interval(int(count), images) for count in likely)]
     return float(chance[likely][inside].sum())
 
 
-@lru_cache(8)
-def _log_choose(n: int) -> np.ndarray:
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    return logs[n] - logs - logs[::-1]
+def audited(
+    drawn: Mapping[tuple[bool, bool, bool], int], budget: int, rng: np.random.Generator
+) -> tuple[Verification, int]:
+    """What an audit of so many images knows once `budget` of those that are open are searched exactly, and how many
+    copies there are among all.
+
+    drawn: images by whether they are called copies, whether that is settled, and whether they are copies.
+    """
+    truth: dict[Key, list[int]] = {}
+    for (called, settled, copy), number in drawn.items():
+        # Wrong verdicts lie near the threshold in half the cases, right ones seldom.
+        close = 0 if settled else int(rng.binomial(number, 0.5 if called != copy else 0.05))
+        for near, part in ((True, close), (False, number - close)):
+            entry = truth.setdefault((called, settled, False, near), [0, 0])
+            entry[0] += part
+            entry[1] += part * copy
+    chosen = allocate({key: size for key, (size, _) in truth.items()}, budget)
+    strata = [
+        Stratum(*key, size, chosen[key], int(rng.hypergeometric(right, size - right, chosen[key])))
+        for key, (size, right) in truth.items()
+        if size
+    ]
+    return Verification(tuple(strata)), sum(right for _, right in truth.values())
 
 
 def simulated(setting: Setting, audits: int) -> dict[str, float]:
@@ -125,25 +144,11 @@ def simulated(setting: Setting, audits: int) -> dict[str, float]:
     covered = counted = 0
     widths = []
     for drawn in rng.multinomial(images, list(kinds.values()), size=audits).tolist():
-        truth: dict[Key, list[int]] = {}
-        for (called, settled, copy), number in zip(kinds, drawn, strict=True):
-            # Wrong verdicts lie near the threshold in half the cases, right ones seldom.
-            close = 0 if settled else int(rng.binomial(number, 0.5 if called != copy else 0.05))
-            for near, part in ((True, close), (False, number - close)):
-                entry = truth.setdefault((called, settled, False, near), [0, 0])
-                entry[0] += part
-                entry[1] += part * copy
-        chosen = allocate({key: size for key, (size, _) in truth.items()}, budget)
-        strata = [
-            Stratum(*key, size, chosen[key], int(rng.hypergeometric(right, size - right, chosen[key])))
-            for key, (size, right) in truth.items()
-            if size
-        ]
-        found = Verification(tuple(strata))
+        found, right = audited(dict(zip(kinds, drawn, strict=True)), budget, rng)
         low, high = found.interval()
         covered += low <= copies <= high
         least, most = found.count_interval
-        counted += least <= sum(right for _, right in truth.values()) <= most
-        exact = wilson_interval(sum(right for _, right in truth.values()), images)
+        counted += least <= right <= most
+        exact = wilson_interval(right, images)
         widths.append((high - low) / (exact[1] - exact[0]))
     return {"covered": covered / audits, "counted": counted / audits, "width": float(np.median(widths))}

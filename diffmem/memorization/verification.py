@@ -239,7 +239,7 @@ def _at_most(found: int, marked: int, drawn: int, total: int) -> float:
     """P(X ≤ found) of the hypergeometric distribution."""
     if marked > total or found >= min(drawn, marked):
         return 1.0 if marked <= total else 0.0
-    logs = _log_factorials(total)
+    logs = log_factorials(total)
 
     def choose(n: Any, k: Any) -> Any:
         return logs[n] - logs[k] - logs[n - k]
@@ -251,7 +251,7 @@ def _at_most(found: int, marked: int, drawn: int, total: int) -> float:
     return float(min(1.0, np.exp(terms).sum()))
 
 
-def _log_factorials(total: int) -> np.ndarray:
+def log_factorials(total: int) -> np.ndarray:
     """log 0!, …, log total!, and some more."""
     return _factorial_table(1 << total.bit_length())
 
