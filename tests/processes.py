@@ -152,14 +152,18 @@ def finished(process: Started, timeout: float = 120) -> CompletedProcess:
     return CompletedProcess([], process.returncode, out, err)
 
 
+def free_port() -> int:
+    """A port of this machine at which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def as_ranks(count: int, start: Callable[..., Started], *words, timeout: float = 240, **options) -> CompletedProcess:
     """`start(*words)` in `count` processes that know each other as those of torchrun do: the first rank's output, all
     ranks' errors, and the first exit status that is not 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+              "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
     ranks = [
         start(*words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options) for rank in range(count)
     ]

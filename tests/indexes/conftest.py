@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import re
-import socket
 import tarfile
 import threading
 import time
@@ -14,6 +13,7 @@ from urllib.parse import parse_qs, unquote
 import numpy as np
 import pytest
 from PIL import Image
+from processes import free_port
 
 import diffmem
 
@@ -166,9 +166,7 @@ def store():
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     faults = Faults(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", port, faults, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from indexes.conftest import write_tar
-from processes import Started, as_ranks, start_command
+from processes import Started, as_ranks, free_port, start_command
 
 import diffmem
 from diffmem.errors import InputError, OutputInUseError
@@ -200,12 +199,6 @@ class Node:
         self.process.stdout.close()
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture
 def cluster(monkeypatch):
     """A Ray cluster of two nodes by `ray start`, with one CPU each, which wants to see a token."""
@@ -216,9 +209,8 @@ def cluster(monkeypatch):
     address = f"127.0.0.1:{free_port()}"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     nodes = []
-    with tempfile.TemporaryDirectory(
-        prefix="ray", ignore_cleanup_errors=True
-    ) as home:  # for sockets, whose names are short
+    # For sockets, whose names are short.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as home:
         head = ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir", home]
         try:
             nodes.append(Node(*head, "--node-ip-address", "127.0.0.1", env=env))
