@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -202,24 +203,22 @@ def _positions(
 ) -> list[int | None]:
     """Where rows lie among the files of a container: where they were, else by their names; None: nowhere."""
     names = [shard.names(local, local + 1)[0].removeprefix(shard.label) for local in rows.tolist()]
-    skipped = np.zeros(0, np.int64)
-    by_name: dict[str, int] = {}
-    if entry["skipped"] or part.kind == "tar":
-        by_name = {name: at for at, name in reversed(list(enumerate(encoded.names)))}
-        left_out = (
-            [] if not entry["skipped"] else read_sealed(shard.folder / "skipped.json", "verify the index")["skipped"]
-        )
-        skipped = np.array(sorted(by_name.get(name, -1) for name, _ in left_out), np.int64)
+
+    @cache
+    def by_name() -> dict[str, int]:
+        return {name: at for at, name in reversed(list(enumerate(encoded.names)))}
+
+    skipped: list[int] = []
+    if entry["skipped"]:
+        left_out = read_sealed(shard.folder / "skipped.json", "verify the index")["skipped"]
+        skipped = sorted(by_name().get(name, -1) for name, _ in left_out)
     found: list[int | None] = []
     for local, name in zip(rows.tolist(), names, strict=True):
         at = part.start + local
-        for each in skipped.tolist():
-            at += each >= part.start and each <= at
-        if not (at < len(encoded.names) and encoded.names[at] == name):  # files came, or went
-            by_name = by_name or {name: at for at, name in reversed(list(enumerate(encoded.names)))}
-            found.append(by_name.get(name))
-        else:
-            found.append(at)
+        for each in skipped:
+            at += part.start <= each <= at
+        there = at < len(encoded.names) and encoded.names[at] == name
+        found.append(at if there else by_name().get(name))  # files came, or went
     return found
 
 

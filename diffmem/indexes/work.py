@@ -121,7 +121,7 @@ def _extract_rows(job: Job, writer: ShardWriter, skipped: Skipped, device: str) 
     dtype = np.dtype(np.uint8)
     turned = 0
     with _one_thread():
-        places: dict[str, tuple[int, int]] = {}
+        places: dict[str, tuple[int, int]] | None = None if pixels else {}  # an index of pixels has the images
         for block in image_blocks(job.part, job.reading, job.rows, places):
             skipped += block.skipped
             turned += block.turned
@@ -148,7 +148,7 @@ def _extract_rows(job: Job, writer: ShardWriter, skipped: Skipped, device: str) 
     }
 
 
-def _taken(places: dict[str, tuple[int, int]], names: Sequence[str] | None) -> np.ndarray | None:
+def _taken(places: dict[str, tuple[int, int]] | None, names: Sequence[str] | None) -> np.ndarray | None:
     """int64 [n, 2], places of the images of a tar archive, taken out; None of others."""
     if not places or names is None:
         return None

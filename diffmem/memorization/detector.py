@@ -714,7 +714,7 @@ class CopyDetector(ReportsRate):
         described = _describe(images, shape, dtype, content)
         looked, settings = None, {**self.settings, "generated": described, "search": found}
         if self._looks_later and detection.look is not None:
-            looked = int((detection.look.scores == detection.look.scores).sum())
+            looked = int(np.count_nonzero(~np.isnan(detection.look.scores)))
             settings |= {"second_look": True, "looked_at": looked}
         return Audit(
             memorized=detection.memorized,
