@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, inf, lgamma, log, log1p, nan, sqrt
@@ -87,12 +88,13 @@ class CopyRate:
         return f"{of}: {percent(self.ratio)} (95 % interval {percent_range(self.interval)})"
 
 
-class ReportsRate:
+class ReportsRate(ABC):
     """A result with a `rate`, whose figures it shows as its own."""
 
     @property
+    @abstractmethod
     def rate(self) -> CopyRate:
-        raise NotImplementedError
+        """How many images are copies."""
 
     @property
     def count(self) -> int:
