@@ -238,8 +238,7 @@ def check_comparable(some: FeatureSet, training: FeatureSet, what: str) -> None:
     if some.dimension != training.dimension:
         raise InputError(
             f"{ours} have {some.dimension:,} values each, {theirs} {training.dimension:,}: compute both with the same "
-            "one "
-            "network"
+            "one network"
         )
     if some.metric != training.metric:
         raise InputError(

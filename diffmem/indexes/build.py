@@ -678,8 +678,7 @@ def _check_same(before: dict[str, Any], sources: Sequence[str], settings: Settin
     if not same:
         raise InputError(
             f"{out}: holds an index of {before['features']['name']} features, made or read in another way: choose "
-            "another "
-            "folder, or give the same options"
+            "another folder, or give the same options"
         )
     known = before["sources"]
     if list(_public(sources))[: len(known)] != known:

@@ -148,8 +148,7 @@ def _mixed(shape: Sequence[int], first: str, other: Decoded, name: str) -> str:
     if tuple(shape[1:]) != tuple(other[1:3]):
         return (
             f"images of mixed sizes, {first} is {size(shape)}, {name} is {size(other)}: pass resize=N to resize them "
-            "to "
-            "one size"
+            "to one size"
         )
     return f"gray and color images are mixed ({first}, {name}): pass color='rgb' or color='gray' to convert them"
 

@@ -157,8 +157,7 @@ def warn_of_machine(plan: MemoryPlan, workers: int) -> str | None:
         return None
     return (
         f"{workers} workers of {size_text(plan.total)} need more than this machine's {size_text(memory_bytes())}: use "
-        "fewer "
-        "with workers=…, or less for each with memory=…"
+        "fewer with workers=…, or less for each with memory=…"
     )
 
 

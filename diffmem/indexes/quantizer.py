@@ -73,8 +73,7 @@ def chosen_factory(text: str, rows: int, dimension: int, size: int) -> tuple[str
     if not re.search(r"\bIVF[0-9]+", name):
         raise InputError(
             f"index={text!r}: codes of shards need inverted lists: flat, auto, ivf, ivf1024, or a factory string of "
-            "FAISS "
-            "such as IVF4096,PQ64"
+            "FAISS such as IVF4096,PQ64"
         )
     why = "are too many to search all of them each time" if text.strip().lower() == AUTO else "get codes, as asked for"
     return name, f"{name}: {size_text(size)} of vectors {why}"
@@ -303,8 +302,7 @@ def growth_note(quantizer: dict[str, Any], rows: int) -> str | None:
         return None
     return (
         f"the index has {rows:,} rows now, its codes were trained when it had {quantizer['rows']:,}: lists are long "
-        "and "
-        "candidates slower to find: train them again with retrain=True"
+        "and candidates slower to find: train them again with retrain=True"
     )
 
 

@@ -86,8 +86,7 @@ def _loaded(file: str, key: str | None) -> Any:
     if remote.is_remote(file):
         raise InputError(
             f"{printable(remote.without_secrets(file))}: {_suffix(file)} files cannot be read in parts: download it, "
-            "or "
-            "write it as .npy, .safetensors or .parquet"
+            "or write it as .npy, .safetensors or .parquet"
         )
     return load_features(file, key=key, metric="euclidean")
 

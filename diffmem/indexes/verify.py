@@ -201,8 +201,7 @@ def _rebuild(folder: Path, description: dict[str, Any], damaged: set[str], deriv
             if job.address != address:
                 raise InputError(
                     f"{job.part.where}: is not the file that shard {address} was made from: it changed since: build "
-                    "the "
-                    "index again, which takes it as it is now"
+                    "the index again, which takes it as it is now"
                 )
         made = {entry["address"]: entry for entry in make_all(jobs, settings, plan)}
         # What another version wrote may have had fewer files.

@@ -105,8 +105,7 @@ def as_logger(target: Any) -> Logger:
         return _Function(target)
     raise InputError(
         f"loggers: a {type(target).__name__} is not a logger: give a folder, a SummaryWriter, a run of wandb, the "
-        "module "
-        "mlflow, a logger of Lightning, an Accelerator, a Trainer, or a function"
+        "module mlflow, a logger of Lightning, an Accelerator, a Trainer, or a function"
     )
 
 
