@@ -23,6 +23,7 @@ from diffmem.studies.trial import Trial
 
 AT_ALARMS = "calibrated_ratio"
 OTHER_CRITERIA = (AT_ALARMS, "calibrated_l2", "authenticity")
+_FORMER_NAMES = {"ratio at 1 % alarms": AT_ALARMS}  # in results that were stored before criteria had names without spaces
 KINDS = ("generated", "held_out", "planted")
 GENERATED, HELD_OUT, PLANTED = 1000, 1000, 300  # images at most
 _ALARMS = 0.01
@@ -66,7 +67,8 @@ class Check:
     def from_json(values: Mapping[str, Any]) -> Check:
         """The check whose fields were stored."""
         counts = {name: (int(values[name][0]), int(values[name][1])) for name in KINDS}
-        return Check(values["criterion"], **counts)
+        name = values["criterion"]
+        return Check(_FORMER_NAMES.get(name, name), **counts)
 
 
 def checks(trial: Trial, training: ImageSet, generated: np.ndarray, device: torch.device) -> tuple[Check, ...]:

@@ -102,3 +102,10 @@ def test_a_report_answers_questions_by_other_criteria_too(tmp_path):
     assert "83.3 %" in page.read_text()  # of the planted copies
     with pytest.raises(ValueError, match="shorter"):
         Check.from_text("ratio:1/2:3/4")
+
+
+def test_a_criterion_is_known_by_its_former_name():
+    """Its spaces would end it in a table of runs."""
+    stored = {"criterion": "ratio at 1 % alarms", "generated": [1, 2], "held_out": [3, 4], "planted": [5, 6]}
+    assert Check.from_json(stored) == Check(AT_ALARMS, (1, 2), (3, 4), (5, 6))
+    assert not any(" " in name for name in OTHER_CRITERIA)

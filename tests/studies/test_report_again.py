@@ -15,6 +15,7 @@ from diffmem.errors import InputError
 from diffmem.studies import report_studies, run_studies
 from diffmem.studies.folder import find_all
 from diffmem.studies.presets import build
+from diffmem.studies.report import read_report
 
 # Of the studies of small digits: whose runs took hours.
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "studies"
@@ -86,6 +87,15 @@ def close(made, committed):
             close(ours, theirs)
     else:
         assert made == (pytest.approx(committed, rel=1e-6) if isinstance(made, float) else committed)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in FOLDER.rglob("studies.json")), ids=lambda path: path.name
+)
+def test_every_published_report_can_be_read(folder):
+    with open(folder / "runs.csv", newline="") as file:
+        keys = {row["key"] for row in csv.DictReader(file)}
+    assert {result.key for found in read_report(folder) for result in found.results} == keys
 
 
 def test_pages_show_pictures_and_say_on_what_runs_were_made(made):
