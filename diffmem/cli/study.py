@@ -259,6 +259,11 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
                 f"{study.name}: {study.repetitions} repetitions tell the exponent to ±{reach:.2f}, if log times vary "
                 "by 0.15; one shown to lie in 0.8 … 1.25 counts as 1"
             )
+        elif study.law is not None:
+            click.echo(
+                f"{study.name}: asks about a law, whose power is not computed; `diffmem study show --plan 1` measures "
+                "what its runs cost"
+            )
     if planned:
         _print_plan(chosen, planned)
     elif all(study.law is None for study in chosen):

@@ -310,3 +310,12 @@ def test_laws_are_shown(capsys):
     assert "10, 20, 30, 40, 80, 160" in shown
     keys = [{trial.key for trial in build(name).trials()} for name in NAMES]
     assert keys[0] == keys[1] == keys[2]
+
+
+def test_a_plan_says_of_every_law_what_it_knows(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["study", "plan", "onset", "halves"])
+    assert end.value.code == 0
+    onset_says, halves_say = capsys.readouterr().out.splitlines()
+    assert onset_says.startswith("onset: 4 repetitions tell the exponent")
+    assert halves_say.startswith("halves: asks about a law")
