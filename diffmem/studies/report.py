@@ -79,25 +79,27 @@ def write_studies(
     others = [{name: judged[place] for name, judged in by_criteria.items()} for place in range(len(found))]
     # What all studies note is said once.
     shared = [note for note in found[0].study.notes if all(note in each.study.notes for each in found)] if found else []
+    sections = [
+        {**_section(each, galleries.get(each.study.name, []), numbers, other), "mixed": model}
+        for each, other, model in zip(found, others, models, strict=True)
+    ]
+    results = {result.key: result for each in found for result in each.results}.values()
     page = template("diffmem.studies", "studies.html.j2").render(
-        studies=[
-            {**_section(each, galleries.get(each.study.name, []), numbers, other), "mixed": model}
-            for each, other, model in zip(found, others, models, strict=True)
-        ],
+        studies=sections,
         shared=shared,
         source=numbers["source"],
-        runs=len({result.key for each in found for result in each.results}),
-        seconds=sum({result.key: result.seconds for each in found for result in each.results}.values()),
+        runs=len(results),
+        seconds=sum(result.seconds for result in results),
         spread=found[0].cells[0].spread if found and found[0].cells else None,
-        made_with=made_with({result.key: result for each in found for result in each.results}.values()),
+        made_with=made_with(results),
     )
     described = [_as_json(each, other) for each, other in zip(found, others, strict=True)]
     for each, model in zip(described, models, strict=True):
         each |= {} if model is None else {"mixed_model": model}
     summary = json.dumps(described, separators=(",", ":")) + "\n"
     runs = _table(RUN_COLUMNS, (row for each in found for row in _rows(each)))
-    drawings = {f"{each.study.name}.svg": draw_law(each.law, each.results) for each in found if each.law and each.cells}
-    tables = watched_tables(result for each in found for result in each.results)
+    drawings = {f"{each['study'].name}.svg": each["plot"] for each in sections if each["found"].law and each["plot"]}
+    tables = watched_tables(results)
     with atomic_set(folder) as stage:
         write_texts(stage, {STUDIES: summary, RUNS: runs, **tables, **drawings, PAGE: page})
     return folder / PAGE
@@ -500,7 +502,7 @@ def _section(
     return {
         "found": found,
         "study": found.study,
-        "plot": _drawing(found, numbers) if found.cells else "",
+        "plot": _drawing(found, numbers) if found.cells else "",  # of a law also a file of its own
         "lengths": "" if found.law else draw_lengths(found),
         "gallery": gallery,
         "checked": _checked(found),

@@ -1,4 +1,4 @@
-"""What was watched in the runs of a report, as two tables, from which the laws can be judged again.
+"""What was watched in the runs of a report, as tables, from which the laws can be judged again.
 
 `phases.csv`: a line per run and audit, with the three phases, and what is the run's own (false alarms, δ).
 `loss-gaps.csv`: a line per run, audit and noise level. `mixtures.csv`: a line per run of a mixture.
@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -30,15 +30,14 @@ HALF_COLUMNS = ("key", "size", "repetition", "between", "chance", "nearest_first
 GAP_COLUMNS = (*_RUN, "sigma", "training", "unseen", "error", "p")
 
 
-def watched_tables(results: Iterable[Result]) -> dict[str, str]:
+def watched_tables(results: Collection[Result]) -> dict[str, str]:
     """The texts of the tables by file name; none where no run was watched, and none was a mixture's.
 
     Args:
-        results: The runs.
+        results: The runs, each once.
     """
     phases: list[tuple[object, ...]] = []
     gaps: list[tuple[object, ...]] = []
-    results = list({result.key: result for result in results}.values())
     for result in results:
         alarms, unseen = result.alarms or (0, 0)
         for each in result.snapshots:
