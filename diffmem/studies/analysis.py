@@ -74,6 +74,11 @@ class Effect:
         """Of no difference, two-sided."""
         return 2 * self._above(abs(self.estimate))
 
+    @property
+    def p_above(self) -> float:
+        """Of 0 or less, one-sided: small where the estimate is shown to be above."""
+        return self._above(self.estimate)
+
     def p_equivalence(self, margin: float) -> float:
         """Of a difference of `margin` or more (the larger of the two one-sided tests)."""
         return self._above(margin - abs(self.estimate))
@@ -189,7 +194,6 @@ def _end(place: Place, cells: Cells) -> int:
 
 def informative(question: Question, weights: Mapping[Place, float], cells: Cells) -> tuple[dict[Place, float], bool]:
     """(the weights without the sizes at which R_mem is saturated, whether it is so at all sizes: then all remain)."""
-
     along_sizes = question.kind == TREND and question.over == "size"
     ends: dict[int, set[int]] = {}
     for place in weights:

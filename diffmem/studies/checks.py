@@ -23,7 +23,7 @@ from diffmem.studies.trial import Trial
 
 AT_ALARMS = "calibrated_ratio"
 OTHER_CRITERIA = (AT_ALARMS, "calibrated_l2", "authenticity")
-_FORMER_NAMES = {"ratio at 1 % alarms": AT_ALARMS}  # in results that were stored before criteria had names without spaces
+_FORMER_NAMES = {"ratio at 1 % alarms": AT_ALARMS}  # in results that were stored under these
 KINDS = ("generated", "held_out", "planted")
 GENERATED, HELD_OUT, PLANTED = 1000, 1000, 300  # images at most
 _ALARMS = 0.01

@@ -8,34 +8,22 @@ the verdict is found. These laws share their trials: whichever study runs first,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from diffmem.studies.laws import crossover, early_warning, halves, onset, spurious
 from diffmem.studies.laws.finding import Estimate, LawFinding, Test, corrected
 from diffmem.studies.laws.regression import Exponent, Time, expected_reach, exponent
 from diffmem.studies.measure import Result
 
-_JUDGES: dict[str, Callable[[Sequence[Result]], LawFinding]] = {
-    "onset": onset.judge,
-    "early-warning": early_warning.judge,
-    "spurious": spurious.judge,
-    "crossover": crossover.judge,
-    "halves": halves.judge,
+_MODULES = {
+    "onset": onset,
+    "early-warning": early_warning,
+    "spurious": spurious,
+    "crossover": crossover,
+    "halves": halves,
 }
-SENTENCES = {
-    "onset": onset.TEXT,
-    "early-warning": early_warning.TEXT,
-    "spurious": spurious.TEXT,
-    "crossover": crossover.TEXT,
-    "halves": halves.TEXT,
-}
-SOURCES = {
-    "onset": onset.SOURCE,
-    "early-warning": early_warning.SOURCE,
-    "spurious": spurious.SOURCE,
-    "crossover": crossover.SOURCE,
-    "halves": halves.SOURCE,
-}
+SENTENCES: dict[str, str] = {name: module.TEXT for name, module in _MODULES.items()}
+SOURCES: dict[str, str] = {name: module.SOURCE for name, module in _MODULES.items()}
 
 
 def judge(law: str, results: Sequence[Result]) -> LawFinding:
@@ -46,7 +34,8 @@ def judge(law: str, results: Sequence[Result]) -> LawFinding:
         results: Runs of several sizes and repetitions.
     """
     ordered = sorted(results, key=lambda result: (result.repetition, result.size))
-    return _JUDGES[law]([result for result in ordered if result.snapshots])
+    found: LawFinding = _MODULES[law].judge([result for result in ordered if result.snapshots])
+    return found
 
 
 __all__ = [

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from diffmem.studies.analysis import Effect
-from diffmem.studies.laws.finding import Estimate, LawFinding, Test, tested
+from diffmem.studies.laws.finding import Estimate, LawFinding, Test, mean_of, tested
 from diffmem.studies.measure import Result
 from diffmem.studies.mixture import LEVELS
 
@@ -113,8 +113,7 @@ def over_repetitions(values: Sequence[float]) -> Effect | None:
     """Their mean with its error; None of fewer than two, or where one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Effect(float(np.mean(values)), error, len(values) - 1)
+    return mean_of(values)
 
 
 def judge(results: Sequence[Result]) -> LawFinding:

@@ -20,12 +20,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from diffmem.evaluation import LossGap, first_warning, first_warnings
 from diffmem.html_report import percent
-from diffmem.studies.analysis import ALPHA, student
-from diffmem.studies.laws.finding import Estimate, LawFinding, Test, tested
+from diffmem.studies.analysis import ALPHA
+from diffmem.studies.laws.finding import Estimate, LawFinding, Test, mean_of, tested
 from diffmem.studies.measure import Result
 
 SOURCE = "Bonnaire et al. 2025 (arXiv 2505.17638), Carlini et al. 2023 (arXiv 2301.13188)"
@@ -111,13 +109,11 @@ def judge(results: Sequence[Result]) -> LawFinding:
     logs = [each.log for each in leads if each.log is not None]
     notes, estimates, test = [], [], Test(TEXT)
     if len(logs) > 1:
-        mean, error, freedom = mean_of(logs, _STEP / math.sqrt(12))
-        test = tested(TEXT, *(min(1.0, 2 * p) for p in one_sided(mean, error, freedom)))
-        reach = student(1 - ALPHA / 2, freedom) * error
-        ends = math.exp(mean - reach), math.exp(mean + reach)
-        estimates.append(
-            Estimate("lead of the gap, as a factor of training time", math.exp(mean), ends, f"{len(logs)} runs")
-        )
+        mean = mean_of(logs, _STEP / math.sqrt(12))
+        test = tested(TEXT, *(min(1.0, 2 * p) for p in (mean.p_above, 1 - mean.p_above)))
+        low, high = map(math.exp, mean.interval())
+        name = "lead of the gap, as a factor of training time"
+        estimates.append(Estimate(name, math.exp(mean.estimate), (low, high), f"{len(logs)} runs"))
     warned = [each for each in leads if each.gap is not None]
     if warned:
         share = sum(each.r_mem or 0.0 for each in warned) / len(warned)
@@ -141,20 +137,6 @@ def judge(results: Sequence[Result]) -> LawFinding:
         "first": {f"{sigma:.4g}": share for sigma, share in first.items()},
     }
     return LawFinding("early-warning", SOURCE, (test,), tuple(estimates), tuple(notes), details)
-
-
-def mean_of(values: Sequence[float], least: float) -> tuple[float, float, int]:
-    """(mean, its standard error, degrees of freedom). least: standard deviation that single values have at least."""
-    spread = max(float(np.std(values, ddof=1)), least)
-    return float(np.mean(values)), spread / math.sqrt(len(values)), len(values) - 1
-
-
-def one_sided(mean: float, error: float, freedom: int) -> tuple[float, float]:
-    """(p of a mean of at most 0, p of one of at least 0), by Student's t."""
-    from scipy.special import stdtr
-
-    above = float(stdtr(freedom, -mean / error))
-    return above, 1 - above
 
 
 def first_levels(leads: Sequence[Lead]) -> dict[float, float]:

@@ -76,11 +76,11 @@ def _time_axis(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _percent(axes: Axes, top: float = 1.05) -> None:
+def _percent(axes: Axes) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylim(-0.03, top)
+    axes.set_ylim(-0.03, 1.05)
 
 
 def _size_axis(axes: Axes, sizes: Sequence[int]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from diffmem.studies.analysis import ALPHA, CONTRARY, HOLDS, UNDECIDED, UNMEASURED, holm
+import numpy as np
+
+from diffmem.studies.analysis import ALPHA, CONTRARY, HOLDS, UNDECIDED, UNMEASURED, Effect, holm
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,28 @@ def corrected(findings: Sequence[LawFinding | None]) -> list[LawFinding | None]:
     adjusted = dict(zip(map(id, measured), holm([test.p for test in measured]), strict=True))
 
     def judged(test: Test) -> Test:
-        if id(test) not in adjusted:
-            return test
-        p = adjusted[id(test)]
-        verdict = UNDECIDED if p > ALPHA else HOLDS if test.p_holds < test.p_contrary else CONTRARY
-        return replace(test, verdict=verdict, adjusted=p, family=len(measured))
+        return _judged(test, adjusted[id(test)], len(measured)) if id(test) in adjusted else test
 
     return [None if each is None else replace(each, tests=tuple(map(judged, each.tests))) for each in findings]
 
 
 def tested(text: str, p_holds: float, p_contrary: float) -> Test:
     """A test by itself, at 5 %."""
-    p = min(p_holds, p_contrary)
-    verdict = UNDECIDED if p > ALPHA else HOLDS if p_holds < p_contrary else CONTRARY
-    return Test(text, p_holds, p_contrary, verdict, p)
+    test = Test(text, p_holds, p_contrary)
+    return _judged(test, test.p, 1)
+
+
+def _judged(test: Test, adjusted: float, family: int) -> Test:
+    verdict = UNDECIDED if adjusted > ALPHA else HOLDS if test.p_holds < test.p_contrary else CONTRARY
+    return replace(test, verdict=verdict, adjusted=adjusted, family=family)
+
+
+def mean_of(values: Sequence[float], least: float = 0.0) -> Effect:
+    """The mean of two values or more, with its error.
+
+    Args:
+        values: The values.
+        least: The standard deviation that single values have at least.
+    """
+    spread = max(float(np.std(values, ddof=1)), least)
+    return Effect(float(np.mean(values)), spread / math.sqrt(len(values)), len(values) - 1)

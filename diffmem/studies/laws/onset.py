@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def onsets(results: Sequence[Result], level: float) -> list[Time]:
             [getattr(each, name) for each in result.snapshots] for name in ("images", "count", "total")
         )
         time = onset(lengths, counts, totals, level)
-        found.append(Time(result.size, result.repetition, time.low, time.high, time.error))
+        found.append(replace(time, size=result.size, repetition=result.repetition))
     return found
 
 
@@ -120,7 +121,7 @@ def generalizations(results: Sequence[Result]) -> list[Time]:
     for result in results:
         if result.key in curves:
             time = falls_to([each.images for each in result.snapshots], curves[result.key], level)
-            found.append(Time(result.size, result.repetition, time.low, time.high))
+            found.append(replace(time, size=result.size, repetition=result.repetition))
     return found
 
 
@@ -130,7 +131,6 @@ def judge(results: Sequence[Result]) -> LawFinding:
     Args:
         results: Runs of one setting, of several sizes.
     """
-    results = [result for result in results if result.snapshots]
     times = {level: onsets(results, level) for level in LEVELS}
     found = {level: exponent(each) for level, each in times.items()}
     general = exponent(generalizations(results))

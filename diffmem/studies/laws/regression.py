@@ -19,7 +19,8 @@ from functools import cached_property
 
 import numpy as np
 
-ALPHA = 0.05
+from diffmem.studies.analysis import ALPHA, student
+
 _REACH = 40.0  # of the exponent: where the likelihood does not close an interval, it ends here
 _LEAST_SPREAD = 1e-3
 
@@ -100,9 +101,7 @@ class Exponent:
 
     def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
         """The interval of confidence 1 − alpha."""
-        from scipy.special import stdtrit
-
-        return self._model.interval(float(stdtrit(self.freedom, 1 - alpha / 2)))
+        return self._model.interval(student(1 - alpha / 2, self.freedom))
 
     def slopes(self) -> dict[int, float]:
         """b of each repetition alone, where none of its runs is censored and there are two sizes."""
@@ -145,14 +144,12 @@ def expected_reach(sizes: Sequence[int], repetitions: int, spread: float = 0.15,
         spread: Of log τ about its line; 0.15 is that of first runs on digits.
         alpha: One minus the confidence.
     """
-    from scipy.special import stdtrit  # scikit-learn brings it
-
     x = np.log(sizes)
     freedom = repetitions * (len(x) - 1) - 1
     squares = repetitions * float(np.square(x - x.mean()).sum())
     if freedom < 1 or squares == 0:
         return math.inf
-    return float(stdtrit(freedom, 1 - alpha / 2)) * spread / math.sqrt(squares)
+    return student(1 - alpha / 2, freedom) * spread / math.sqrt(squares)
 
 
 class _Model:

@@ -26,9 +26,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from diffmem.studies.analysis import ALPHA, student
-from diffmem.studies.laws.early_warning import mean_of, one_sided
-from diffmem.studies.laws.finding import Estimate, LawFinding, Test, tested
+from diffmem.studies.laws.finding import Estimate, LawFinding, Test, mean_of, tested
 from diffmem.studies.measure import Result
 
 SOURCE = "Pham et al. 2025 (arXiv 2505.21777)"
@@ -143,7 +141,7 @@ def judge(results: Sequence[Result]) -> LawFinding:
     Args:
         results: Runs of one setting, of several sizes.
     """
-    results = [result for result in results if result.snapshots and result.snapshots[-1].watched is not None]
+    results = [result for result in results if result.snapshots[-1].watched is not None]
     lengths = common_lengths(results) if results else []
     images = lengths[-1] if lengths else 0
     shares = shares_at(results, images)
@@ -169,18 +167,17 @@ def judge(results: Sequence[Result]) -> LawFinding:
         }
         above = {}
         for name, (values, least) in parts.items():
-            mean, error, freedom = mean_of(values, least)
-            above[name] = one_sided(mean, error, freedom)[0]
-            reach = student(1 - ALPHA / 2, freedom) * error
-            ends = mean - reach, mean + reach
+            mean = mean_of(values, least)
+            above[name] = mean.p_above
+            ends = mean.interval()
             basis = f"{len(known)} repetitions"
             if name == _RISE:
-                estimates.append(Estimate(name, mean, ends, f"{basis}, shares"))
+                estimates.append(Estimate(name, mean.estimate, ends, f"{basis}, shares"))
             else:
                 factor = math.exp(min(ends[0], 50.0)), math.exp(min(ends[1], 50.0))
-                estimates.append(Estimate(name, math.exp(mean), factor, f"{basis}, a factor of N"))
+                estimates.append(Estimate(name, math.exp(mean.estimate), factor, f"{basis}, a factor of N"))
         elsewhere = min(1.0, 2 * min(1 - above[_OVER], 1 - above[_UNDER]))
-        some = one_sided(*mean_of([each.swing for each in known], noise))[0]
+        some = mean_of([each.swing for each in known], noise).p_above
         test = tested(TEXT, max(above.values()), max(elsewhere, some))
     elif results:
         notes.append("A verdict takes two repetitions with three sizes each.")
