@@ -19,6 +19,7 @@ from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
 from diffmem.studies.study import EQUIVALENCE, TREND, Question, Study, Variant, changed
 from diffmem.studies.trial import OCCUPIED, Setting
+from diffmem.training import images_of
 
 DIGITS_SOURCE, CIFAR10_SOURCE = "builtin:digits", "cifar10-train.zip"
 NO_IMAGES = "none"  # as the source of a study without
@@ -306,9 +307,9 @@ def core_seconds(study: Study, scale: str) -> float | None:
     return sum(seconds * _images(trial.setting, trial.size) for trial in study.trials())
 
 
-def _images(setting: Setting, size: int) -> float:
-    length = {name: value * (2 if setting.halves == "both" else 1) for name, value in dict(setting.length).items()}
-    return length["images"] if "images" in length else length.get("epochs", 20 * length.get("duration", 0)) * size
+def _images(setting: Setting, size: int) -> int:
+    """Images that a run sees, both networks of a pair together."""
+    return images_of(size, **dict[str, Any](setting.length)) * (2 if setting.halves == "both" else 1)
 
 
 def _variant(name: str, base: Setting, changes: dict[str, Any], x: float | None = None, sizes: Any = None) -> Variant:
