@@ -69,15 +69,14 @@ def run_studies(
             names = {study.name for study in studies}
             while True:
                 found = find_all(read_studies(root), root)  # verdicts hold for all questions of the folder together
-                on_look([each for each in found if each.study.name in names])
-                more = [trial for each in found if each.study.name in names for trial in further_trials(each)]
+                own = [each for each in found if each.study.name in names]
+                on_look(own)
+                further = {trial.key: trial for each in own for trial in further_trials(each)}
+                more = [trial for key, trial in further.items() if key not in outcomes]
                 if not more:
                     break
-                more = list({trial.key: trial for trial in more if trial.key not in outcomes}.values())
-                if not more:
-                    break
-                found_now = run_trials(more, root, executor, on_trial=on_trial, progress=progress)
-                outcomes |= {outcome.trial.key: outcome for outcome in found_now}
+                made = run_trials(more, root, executor, on_trial=on_trial, progress=progress)
+                outcomes |= {outcome.trial.key: outcome for outcome in made}
         return list(outcomes.values())
 
 
