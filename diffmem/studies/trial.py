@@ -56,8 +56,8 @@ class Setting:
             the run ends by it; audits then stand at lengths a factor of √2 apart, too.
         mixture: Fields of `diffmem.studies.mixture.Mixture`, which is then trained on data of its own, without images:
             `data`, `network`, `training` and `sampling` say nothing, `length` is in its noisy samples.
-        halves: "both": two networks are trained, each on N images of its own (`diffmem.studies.halves`). "first" or
-            "second": one of them, by itself. The first one's images are those of a run without halves.
+        halves: "both": two networks are trained, each on N images of its own (see `diffmem.studies.laws.halves`).
+            "first" or "second": one of them, by itself. The first one's images are those of a run without halves.
     """
 
     data: DatasetSpec
@@ -118,7 +118,7 @@ class Setting:
 
     def training_set(self, size: int, repetition: int = 0) -> ImageSet:
         """The images of `dataset`, whose source is read once for all sizes; raises InputError as `derive` does."""
-        read = _read(self.data.reading(), _changed(self.data.source))
+        read = self._source()
         images = self.dataset(size, repetition).load(read=read)
         if self.halves != "second":
             return images
@@ -138,8 +138,11 @@ class Setting:
 
     def pool(self) -> ImageSet:
         """All images that training sets are taken from."""
-        recipe = replace(self.data, labels="none")
-        return recipe.load(read=_read(self.data.reading(), _changed(self.data.source)))
+        return replace(self.data, labels="none").load(read=self._source())
+
+    def _source(self) -> ImageSet:
+        """All images of the source, read once."""
+        return _read(self.data.reading(), _changed(self.data.source))
 
     def unseen(self, size: int, repetition: int = 0) -> ImageSet | None:
         """The images that `watch` keeps from the runs of a repetition, the same ones for all sizes; None where nothing
@@ -167,7 +170,7 @@ class Setting:
 
     def limits(self) -> tuple[int, int]:
         """(number of classes, of which sizes should be multiples; the largest size that is one)."""
-        return self.data.limits(_read(self.data.reading(), _changed(self.data.source)))
+        return self.data.limits(self._source())
 
     def sample_settings(self, training: ImageSet | None = None) -> SamplerConfig:
         """How images are sampled.
