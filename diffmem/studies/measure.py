@@ -52,10 +52,10 @@ class InterruptedTrialError(Exception):
 class SnapshotResult:
     """R_mem of one snapshot: copies among the images of seeds 0 … total − 1, and what the run had cost by then.
 
+    training_seconds, sampling_seconds: wall-clock time since the start of the trial, over all its continuations.
     answer: to the trial's test, None where it has none or it stayed open. watched: what else was found, where the
-    setting has a watch. training_seconds, sampling_seconds:
-    wall-clock time since the start of the trial, over all its continuations. copies: which images are copies, as bits
-    in the order of the seeds, compressed, in base 64; None in results that are older than the field.
+    setting has a watch. copies: which images are copies, as bits in the order of the seeds, compressed, in base 64;
+    None in results that are older than the field.
     """
 
     images: int
@@ -436,11 +436,10 @@ class _Audits(AuditEvery):
         path = self.folder / AUDITS
         if not path.exists():
             return False
-        self.audits = _read_audits(path)
-        values = read_checked(path, "")
-        if not isinstance(values, dict) or "parameters" not in values or not self.audits or self._reason() is None:
+        self.audits, counts = _read_audits(path)
+        if counts is None or not self.audits or self._reason() is None:
             return False
-        self.parameters, self.looks = int(values["parameters"]), int(values["looks"])
+        self.parameters, self.looks = counts
         return snapshot_folder(self.folder / RUN, max(self.audits, key=lambda each: each.ratio).images).is_dir()
 
     def on_start(self, plan: Plan) -> None:
@@ -451,7 +450,7 @@ class _Audits(AuditEvery):
             self.looks = len({step for step in self.steps if step < last}) + 1
             self.test = None if self.stop is None else self.stop.shared_among(self.looks)
         path = self.folder / AUDITS
-        known = _read_audits(path) if path.exists() else []
+        known = _read_audits(path)[0] if path.exists() else []
         self.audits = [audited for audited in known if audited.images <= plan.resumed_at]
         # What was spent on steps that are now done again is spent.
         self.training_seconds, self.sampling_seconds = (
@@ -553,12 +552,14 @@ def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, denoiser:
         save_arrays(stream, arrays, compress=True)
 
 
-def _read_audits(path: Path) -> list[SnapshotResult]:
+def _read_audits(path: Path) -> tuple[list[SnapshotResult], tuple[int, int] | None]:
+    """(what was found so far, (parameters, looks) of the run; None in files of earlier versions)."""
     advice = f"delete the folder {path.parent} to run its trial again"
     values = read_checked(path, advice)
     with parsing(path, "the audits of a trial", advice):
-        values = values["audits"] if isinstance(values, dict) else values  # without checksums it was a plain list
-        return [_snapshot_result(each) for each in values]
+        values = values if isinstance(values, dict) else {"audits": values}  # without checksums it was a plain list
+        counts = (int(values["parameters"]), int(values["looks"])) if "parameters" in values else None
+        return [_snapshot_result(each) for each in values["audits"]], counts
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
