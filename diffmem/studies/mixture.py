@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from diffmem.errors import InputError
+from diffmem.studies.parts import part_of
 
 TIMES = torch.linspace(0.001, 0.999, 26, dtype=torch.float64)
 LEVELS = (TIMES / (1 - TIMES**2).sqrt()).to(torch.float32)
@@ -70,13 +71,8 @@ class Mixture:
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Mixture:
-        """From the values that a setting holds; raises InputError for unknown ones."""
-        try:
-            return Mixture(**values)
-        except TypeError:
-            raise InputError(
-                f"mixture: its fields are {', '.join(Mixture.__annotations__)}, not {', '.join(values)}"
-            ) from None
+        """From the values that a setting holds; raises InputError where they are none."""
+        return part_of(Mixture, values)
 
     def components(self, size: int) -> int:
         """M."""

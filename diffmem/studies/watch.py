@@ -27,6 +27,7 @@ from diffmem.evaluation.loss_gap import LossGapMeter
 from diffmem.memorization import CopyDetector
 from diffmem.memorization.criteria import Comparison, Points, Searches
 from diffmem.memorization.criteria.three_phases import THREE_PHASES
+from diffmem.studies.parts import part_of
 
 NEAR = 0.01  # share of unseen images that have another one within δ
 
@@ -54,13 +55,8 @@ class Watch:
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Watch:
-        """From the values that a setting holds; raises InputError for unknown ones."""
-        try:
-            return Watch(**values)
-        except TypeError:
-            raise InputError(
-                f"watch: its fields are {', '.join(Watch.__annotations__)}, not {', '.join(values)}"
-            ) from None
+        """From the values that a setting holds; raises InputError where they are none."""
+        return part_of(Watch, values)
 
     def ends(self, images: int, ratio: float) -> str | None:
         """Why a run ends with an audit, if it does."""

@@ -99,6 +99,12 @@ def test_phases_of_known_images():
     assert found.shares == (5 / 15, 6 / 15, 4 / 15)
 
 
+def test_what_is_wrong_with_a_watch_is_named():
+    for watch, words in (({"holdout": 40, "until": 3}, "not until$"), ({"stop_at": "half"}, "of the wrong type")):
+        with pytest.raises(InputError, match=words):
+            dataclasses.replace(WATCHED, watch=watch)
+
+
 @pytest.mark.parametrize("watch", [{"holdout": 3}, {"stop_at": 0}, {"stop_after": -1}, {"until": 3}])
 def test_a_watch_that_is_none_is_refused(watch):
     with pytest.raises(InputError, match="watch"):
