@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffmem.data import ImageSet
+from diffmem.data.adapt import adapt
+from diffmem.data.decode import PixelOptions
 from diffmem.indexes.originals import SECONDS
 from diffmem.memorization.second_look import LEAST_SIDE
 from diffmem.plotting import data_url
+from diffmem.progress import silent
 
 if TYPE_CHECKING:
     from diffmem.memorization.result import Audit
@@ -249,9 +252,9 @@ def _resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _in_form(image: np.ndarray, form: Sequence[int]) -> np.ndarray:
     """A training image [C, H, W] of bytes with the channels and the size of the generated ones."""
     if len(image) != form[0]:
-        image = image[:1].repeat(3, axis=0) if len(image) < 3 else image[:3]
-        weights = np.array([0.299, 0.587, 0.114])[:, None, None]
-        image = image if form[0] >= 3 else (image * weights).sum(0, keepdims=True).round().astype(np.uint8)
+        colors = image[:1] if len(image) < 3 else image[:3]
+        options = PixelOptions(color="grey" if form[0] < 3 else "rgb")
+        image = adapt(colors[None], options, "a training image", silent)[0]
         image = np.concatenate([image, np.full_like(image[:1], 255)])[: form[0]]  # alpha
     return image if image.shape[1:] == tuple(form[1:]) else _resized(image[None], (form[1], form[2]))[0]
 
