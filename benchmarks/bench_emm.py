@@ -280,21 +280,19 @@ class Simulation:
 @dataclass(frozen=True)
 class Answer:
     """covered: whether the interval holds the true EMM; width: its half, as a share of the median; cost; full_runs: the
-    same in runs of full length at EMM; side: +1 where EMM lies above the interval, −1 below, 0 in it."""
+    same in runs of full length at EMM."""
 
     covered: bool
     width: float
     cost: float
     full_runs: float
     runs: int
-    side: int
 
 
 def answer(posterior: Posterior, simulation: Simulation, runs: int) -> Answer:
     (low, high), emm, kind = posterior.interval(), simulation.curve.emm, simulation.curve.kind
     full = emm * EPOCHS + kind.snapshots * kind.samples * CALLS / 3
-    side = int(emm > high) - int(emm < low)
-    return Answer(not side, half_width(posterior), simulation.cost, simulation.cost / full, runs, side)
+    return Answer(low <= emm <= high, half_width(posterior), simulation.cost, simulation.cost / full, runs)
 
 
 def searched(curve: Curve, generator: np.random.Generator, search: Search) -> Answer:
