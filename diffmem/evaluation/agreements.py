@@ -26,7 +26,7 @@ class Agreement:
         between: Images of the two models from the same seed.
         chance: Those from different seeds.
         nearest: Of either model: its images and the training image most like each.
-        images: Seeds.
+        images: How many seeds there are.
     """
 
     between: float

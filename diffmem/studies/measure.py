@@ -36,7 +36,7 @@ from diffmem.models import Denoiser, WrappedDenoiser, load
 from diffmem.studies.checks import GENERATED, Check, checks
 from diffmem.studies.leveling import LEVELED_OFF, NOISE, Level, audit_steps, level_of
 from diffmem.studies.mixture import Mixture, MixtureResult, train_mixture
-from diffmem.studies.trial import Trial
+from diffmem.studies.trial import Setting, Trial
 from diffmem.studies.watch import Watch, Watched, Watcher
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, images_of, snapshot_folder, train
 
@@ -360,10 +360,7 @@ def _run_halves(trial: Trial, folder: Path, device: str) -> Result:
         training = setting.training_set(trial.size, trial.repetition)
         with fixed_arithmetic(setting.threads or 1):
             denoiser = load(snapshot_folder(folder / half / RUN, results[-1].images), pick_device(device))
-            sampler = replace(setting.sample_settings(training), compile="off")
-            sampled = evaluate(denoiser, range(setting.samples), sampler)
-        assert sampled is not None  # on one rank
-        images.append(sampled.images)
+            images.append(_sampled(setting, training, denoiser, setting.samples).images)
         sets.append(training.images)
     one, other = results
     snapshots = tuple(together(*pair) for pair in zip(one.snapshots, other.snapshots, strict=True))
@@ -392,9 +389,7 @@ def _finished(trial: Trial, folder: Path, audits: _Audits, device: str) -> Resul
     _write_gallery(folder, audits.detector, trial, denoiser)
     if trial.at_least is None:
         training = cast(ImageSet, audits.detector.training)
-        sampler = replace(trial.setting.sample_settings(training), compile="off")
-        sampled = evaluate(denoiser, range(min(trial.setting.samples, GENERATED)), sampler)
-        assert sampled is not None  # on one rank
+        sampled = _sampled(trial.setting, training, denoiser, min(trial.setting.samples, GENERATED))
         result = replace(result, checks=checks(trial, training, sampled.images, pick_device(device)))
     _write_json(folder / RESULT, result.to_json())
     shutil.rmtree(folder / RUN / "state", ignore_errors=True)
@@ -536,14 +531,27 @@ class _Audits(AuditEvery):
         )
 
 
+def _sampled(
+    setting: Setting,
+    training: ImageSet,
+    denoiser: Denoiser | WrappedDenoiser,
+    count: int,
+    detector: CopyDetector | None = None,
+    **changes: Any,
+) -> Evaluation:
+    """The first so many images of a run, sampled once more, with changes of its sampler."""
+    sampler = replace(setting.sample_settings(training), compile="off", **changes)
+    found = evaluate(denoiser, range(count), sampler, detector)
+    assert found is not None  # on one rank
+    return found
+
+
 def _write_gallery(folder: Path, detector: CopyDetector, trial: Trial, denoiser: Denoiser | WrappedDenoiser) -> None:
     """The first images of a snapshot, beside the training images nearest to them (mirrored where
     that is nearer, for a run that counts mirrored images)."""
-    sampler = trial.setting.sample_settings(cast(ImageSet, detector.training))
-    config = replace(sampler, batch=SHOWN, compile="off")
-    found = evaluate(denoiser, range(SHOWN), config, detector)
-    assert found is not None  # on one rank
-    nearest = cast(ImageSet, detector.training).images[found.nearest]
+    training = cast(ImageSet, detector.training)
+    found = _sampled(trial.setting, training, denoiser, SHOWN, detector, batch=SHOWN)
+    nearest = training.images[found.nearest]
     assert found.detection is not None
     if (mirrored := found.detection.neighbors.mirrored) is not None:
         nearest = np.where(mirrored[:, 0, None, None, None], nearest[..., ::-1], nearest)

@@ -93,10 +93,11 @@ def _cost_of_mixture(trial: Trial) -> Cost:
     """From a few of its steps."""
     setting = trial.setting
     images = images_of(trial.size, **dict[str, Any](setting.length))
+    few = min(images, 10 * BATCH)
     with fixed_arithmetic(setting.threads or 1):
         mixture = Mixture.of(setting.mixture or {})
-        part = train_mixture(mixture, trial.size, trial.repetition, min(images, 10 * BATCH), setting.samples)
-    return Cost(trial, part.training_seconds * images / min(images, 10 * BATCH), part.sampling_seconds)
+        part = train_mixture(mixture, trial.size, trial.repetition, few, setting.samples)
+    return Cost(trial, part.training_seconds * images / few, part.sampling_seconds)
 
 
 def schedule(estimates: Sequence[Cost], workers: int) -> Schedule:
