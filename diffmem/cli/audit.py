@@ -192,6 +192,7 @@ def audit_command(
       diffmem audit samples.zip --index laion.index --verify 4000    more images searched exactly: a narrower interval
       torchrun --nproc-per-node 8 -m diffmem audit samples.zip training.zip    one shard of the training set per GPU
     """
+    from diffmem.data.containers import is_index_folder
     from diffmem.progress import progress_bars
 
     if split_grid and (resize or center_crop):
@@ -201,7 +202,7 @@ def audit_command(
     if index != "exact" and ranks() > 1:
         raise click.UsageError("--index: FAISS searches in one process, on all visible GPUs: run without torchrun")
     folder = None
-    if training is not None and index == "exact" and _is_index(training):
+    if training is not None and index == "exact" and is_index_folder(Path(training)):
         training, index = None, training
     if training is None:
         if index == "exact":
@@ -291,11 +292,6 @@ def _import_pytorch() -> None:
         import torch
 
         torch.set_flush_denormal(True)
-
-
-def _is_index(source: str) -> bool:
-    path = Path(source)
-    return (path / "index.json").is_file() and (path / "shards").is_dir()
 
 
 def compared_of(

@@ -164,12 +164,11 @@ def sample_command(
     reserve_report(report)
     with says_what_is_kept(out), process_group(), progress_bars(is_first_rank()) as progress:
         if is_first_rank():
-            training, holdout = (
-                source
-                if source is None or (source == training and is_index(source))
-                else load_images(source, value_range=value_range, progress=progress)
-                for source in (training, holdout)
-            )
+
+            def read(source: str | None) -> ImageSet | None:
+                return None if source is None else load_images(source, value_range=value_range, progress=progress)
+
+            training, holdout = training if is_index(training) else read(training), read(holdout)
             say_notes([each for each in (training, holdout) if isinstance(each, ImageSet)])
         result = generate(
             checkpoint, seeds, out=out, sampler=sampler, training=training, holdout=holdout, flip=bool(flip),

@@ -160,6 +160,11 @@ def _check_json_size(size: int, images: int) -> None:
         raise ValueError(f"it has {size / 1e6:,.0f} MB, too large for the labels of {images:,} images")
 
 
+def is_index_folder(path: Path) -> bool:
+    """Whether a folder holds an index (`diffmem.indexes`), not images."""
+    return (path / "index.json").is_file() and (path / "shards").is_dir()
+
+
 class Folder:
     """The image files in a folder and its subfolders (links are followed), or a single image file."""
 
@@ -172,7 +177,7 @@ class Folder:
             found = in_natural_order(name for name in files if is_image_name(name))
             others = [name for name in files if not is_image_name(name)]
         if not found:
-            if (path / "index.json").is_file() and (path / "shards").is_dir():
+            if is_index_folder(path):
                 raise InputError(
                     f"{path}: an index of training images, not the images, which are needed here: give what `diffmem "
                     f"index info {path}` names as its sources"

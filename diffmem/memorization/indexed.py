@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from diffmem.data import ImageSet
+from diffmem.data.containers import is_index_folder
 from diffmem.errors import InputError
 from diffmem.indexes import IndexFolder, open_index
 from diffmem.indexes.originals import Originals
@@ -35,8 +36,7 @@ def is_index(source: Any) -> bool:
         source: What stands for training images: a path, an opened index, or anything else.
     """
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
-        return (path / "index.json").is_file() and (path / "shards").is_dir()
+        return is_index_folder(Path(source).expanduser())
     return isinstance(source, IndexFolder)
 
 

@@ -54,7 +54,11 @@ def test_where_an_index_stands_for_training_images_and_where_it_cannot(tmp_path)
     ours, theirs = (run(*words, training) for training in (index, "builtin:digits"))
     assert ours.returncode == 0, ours.stderr
     assert json.loads(ours.stdout)["audit"]["count"] == json.loads(theirs.stdout)["audit"]["count"]
-    for done in (run("measure", "builtin:digits", index), run("dataset", index, tmp_path / "x.zip")):
+    for done in (
+        run("measure", "builtin:digits", index),
+        run("dataset", index, tmp_path / "x.zip"),
+        run(*words, index, "--holdout", index),
+    ):
         assert done.returncode == 1
         assert "an index of training images, not the images" in done.stderr
         assert "diffmem index info" in done.stderr
