@@ -1,4 +1,4 @@
-"""`diffmem study`: list, show, plan, run, report."""
+"""`diffmem study`: list, show, plan, run, report, rerun, import."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffmem.studies import Study
     from diffmem.studies.findings import Findings
     from diffmem.studies.power import Planned
+    from diffmem.studies.reproduction import Reproduction
 
 FAILURE = 1
 
@@ -62,6 +63,13 @@ def _choice_options(command):
             threads_option,
             criterion_option,
             click.option("--epochs", type=NUMBER, help="Training length in epochs: instead of the study's."),
+            click.option(
+                "--read-at",
+                type=NUMBER,
+                metavar="EPOCHS",
+                help="Read R_mem after so many epochs, at an audit, for cells and questions.  [default: the study's; "
+                "with --epochs, the highest over a run's audits]",
+            ),
             click.option(
                 "--level-off",
                 is_flag=True,
@@ -114,6 +122,7 @@ def study_command() -> None:
       diffmem study run width --until decided --max-repetitions 8 --out studies
       diffmem study run resolution --scale cifar10 --data cifar10.zip --workers 8 --device cuda --out studies
       diffmem study report --runs studies
+      diffmem study rerun 1ab14034 --runs studies
     """
 
 
@@ -330,8 +339,19 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
     click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")
     for outcome in failed:
         click.echo(f"N = {outcome.trial.size:,}, repetition {outcome.trial.repetition}: {outcome.error}")
-    click.echo(f"report: {report_studies(out)}")
+    _tell_report(report_studies(out))
     return FAILURE if failed else 0
+
+
+def _tell_report(page: Path) -> None:
+    """A line for every verdict of a report, and where it is."""
+    found = page.parent / "studies.json"
+    for each in json.loads(found.read_text(encoding="utf-8")) if found.is_file() else ():
+        for answer in each["questions"]:
+            click.echo(f"{each['study']['name']}: {answer['question']['text']}: {answer['verdict']}")
+        for test in each.get("law", {}).get("tests", ()):
+            click.echo(f"{each['study']['name']}: {test['text']}: {test['verdict']}")
+    click.echo(f"report: {page}")
 
 
 def _tell_look(found: list[Findings]) -> None:
@@ -385,9 +405,64 @@ def report_command(studies, runs, out, mixed_model, as_json) -> None:
     if as_json:
         click.echo((found if found.is_file() else page.parent / "emm.json").read_text(encoding="utf-8"), nl=False)
         return
-    for each in json.loads(found.read_text(encoding="utf-8")) if found.is_file() else ():
-        for answer in each["questions"]:
-            click.echo(f"{each['study']['name']}: {answer['question']['text']}: {answer['verdict']}")
-        for test in each.get("law", {}).get("tests", ()):
-            click.echo(f"{each['study']['name']}: {test['text']}: {test['verdict']}")
-    click.echo(f"report: {page}")
+    _tell_report(page)
+
+
+@study_command.command("rerun", cls=CommandWithJson)
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@click.option(
+    "--runs", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of runs; or a report."
+)
+@click.option("--data", "source", type=Source(), help="The training images: where they are now, if they were moved.")
+@folder_option("a folder for the new runs, in which interrupted ones resume.  [default: a temporary one]")
+@device_option
+@json_option("the comparison of every run")
+@debug_option
+def rerun_command(keys, runs, source, out, device, as_json) -> int:
+    """Rerun finished runs, and compare every count with what was recorded.
+
+    KEY is a run's key, or the first characters of it: the report's page and its runs.csv list them. On one machine,
+    with one version of diffmem and PyTorch, all counts must be the same, and the exit status is 0; it is 1 where one
+    differs.
+    """
+    import tempfile
+
+    from diffmem.studies.measure import InterruptedTrialError
+    from diffmem.studies.reproduction import recorded_trial, reproduce
+
+    known = [recorded_trial(runs, key) for key in keys]  # before the first one runs
+    found = []
+    with tempfile.TemporaryDirectory(prefix="diffmem-") as temporary:
+        for trial, recorded in known:
+            click.echo(
+                f"run {recorded.key}: N = {trial.size:,}, repetition {trial.repetition}; took {recorded.seconds:.0f} s",
+                err=True,
+            )
+            folder = Path(temporary if out is None else out) / recorded.key
+            try:
+                found.append(reproduce(trial, recorded, folder, device, source))
+            except InterruptedTrialError:
+                raise KeyboardInterrupt from None
+    if as_json:
+        click.echo(json.dumps([each.to_json() for each in found]))
+    else:
+        for each in found:
+            _tell_reproduction(each)
+    return 0 if all(each.same for each in found) else FAILURE
+
+
+def _tell_reproduction(found: Reproduction) -> None:
+    different = [count for count in found.counts if not count.same]
+    for count in different:
+        click.echo(f"  {count.name}: recorded {count.recorded}, now {count.again}")
+    if not different:
+        click.echo(f"run {found.recorded.key}: all {len(found.counts)} counts are the same")
+        return
+    click.echo(f"run {found.recorded.key}: {len(different)} of {len(found.counts)} counts differ")
+    changed = [each for each in found.circumstances if not each.same]
+    unknown = ", ".join(each.name for each in changed if each.recorded == "-")
+    told = [f"{each.name} {each.recorded}, now {each.again}" for each in changed if each.recorded != "-"]
+    if told:
+        click.echo(f"  recorded with {'; '.join(told)}: sums may be rounded otherwise")
+    if unknown:
+        click.echo(f"  not recorded: {unknown}: if it was another, sums may be rounded otherwise")

@@ -63,6 +63,7 @@ from diffmem.integrity import file_sha256, sealed
 from diffmem.logs import logger
 from diffmem.progress import Progress, silent
 from diffmem.system import usable_cores
+from diffmem.text import counted
 
 _log = logger(__name__)
 LOSSES = 3  # workers that may die over one shard before the build ends
@@ -380,7 +381,7 @@ def make_all(jobs: Sequence[Job], settings: Settings, plan: MemoryPlan) -> list[
     there = len({job.address for job in jobs}) - len(missing)
     executor, own = _executor(settings, len(missing), sum(job.part.bytes for job in missing.values()))
     settings.say(
-        f"{len(missing) + there:,} shards from {len({job.part.file for job in jobs}):,} files"
+        f"{counted(len(missing) + there, 'shard')} from {counted(len({job.part.file for job in jobs}), 'file')}"
         + (f", {there:,} of them finished" if there else "")
         + (f"; {executor.slots} at a time" if missing and executor.slots > 1 else "")
     )

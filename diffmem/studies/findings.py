@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from diffmem.studies import laws
@@ -50,12 +51,27 @@ class Spread:
 
 @dataclass(frozen=True)
 class Cell:
-    """A variant at a size: its results, their mean R_mem and its 95 % interval."""
+    """A variant at a size: its runs, their mean R_mem and its 95 % interval.
+
+    Attributes:
+        variant: The variant.
+        size: N.
+        runs: The runs, with R_mem as the highest over their snapshots.
+        spread: Of runs.
+        read_at: As of the study.
+    """
 
     variant: Variant
     size: int
-    results: tuple[Result, ...]
+    runs: tuple[Result, ...]
     spread: Spread
+    read_at: float | None = None
+
+    @cached_property
+    def results(self) -> tuple[Result, ...]:
+        """The runs, with R_mem as the study reads it."""
+        read = [after(run, self.read_at) for run in self.runs]
+        return tuple(each for each in read if each is not None)
 
     @property
     def r_mem(self) -> float:
@@ -76,7 +92,7 @@ class Cell:
     @property
     def level(self) -> str:
         """In how many runs R_mem had leveled off, in words; empty where their audits cannot tell."""
-        levels = [result.level for result in self.results if result.level.state != SHORT]
+        levels = [result.level for result in self.runs if result.level.state != SHORT]
         if not levels:
             return ""
         states = Counter(level.state for level in levels)
@@ -158,8 +174,9 @@ class Findings:
     law: LawFinding | None = None
 
     @property
-    def results(self) -> list[Result]:
-        return [result for cell in self.cells for result in cell.results]
+    def runs(self) -> list[Result]:
+        """All runs, with R_mem as the highest over their snapshots."""
+        return [run for cell in self.cells for run in cell.runs]
 
     @property
     def sizes(self) -> list[int]:
@@ -189,8 +206,13 @@ def find_among(studies: Sequence[Study], results: Mapping[str, Result], errors: 
     """What `results` (by trial key) and `errors` say of studies that share a spread between runs; their questions are
     one family."""
     # Runs that end with their onset say nothing of how R_mem differs between runs of full length.
-    groups = {key: each for study in studies if study.law is None for key, each in _groups(study, results).items()}
-    spread = spread_of([list(group.values()) for group in groups.values()])
+    groups = {
+        (key, study.read_at): _read(each, study.read_at)
+        for study in studies
+        if study.law is None
+        for key, each in _groups(study, results).items()
+    }
+    spread = spread_of([list(group.values()) for group in groups.values() if group])
     found = [findings(study, results, errors, spread) for study in studies]
     answers = corrected([answer for each in found for answer in each.answers])
     ends = list(accumulate((len(each.answers) for each in found), initial=0))
@@ -219,6 +241,32 @@ def corrected(answers: Sequence[Answer]) -> list[Answer]:
     return found
 
 
+def after(run: Result, epochs: float | None) -> Result | None:
+    """A run with R_mem as that of its snapshot after so many epochs, within 2 %.
+
+    Args:
+        run: The run.
+        epochs: The training length; None: R_mem stays the highest over its snapshots.
+
+    Returns:
+        None where it was not audited there. A run that had leveled off before has the R_mem at which it did.
+    """
+    if epochs is None:
+        return run
+    if run.epochs < epochs * 0.98 and run.level.state == LEVELED_OFF:
+        return replace(run, snapshots=(), looks=1)
+    at = next((each for each in run.snapshots if abs(each.epochs - epochs) <= 0.02 * epochs), None)
+    if at is None:
+        return None
+    return replace(run, count=at.count, total=at.total, best_images=at.images, snapshots=(), looks=1)
+
+
+def _read(runs: Mapping[int, Result], epochs: float | None) -> dict[int, Result]:
+    """`after` of runs by repetition, those that were audited there."""
+    read = {repetition: after(run, epochs) for repetition, run in runs.items()}
+    return {repetition: each for repetition, each in read.items() if each is not None}
+
+
 def _groups(study: Study, results: Mapping[str, Result]) -> dict[str, dict[int, Result]]:
     """The results of every cell, by the key of its first trial and by repetition, those beyond the study's own number
     of repetitions too: runs of one setting and size are as good, whichever study they were made for."""
@@ -241,16 +289,17 @@ def findings(
             failures.append((variant.name, trial.size, trial.repetition, errors[trial.key]))
         elif trial.key not in results and trial.repetition < study.repetitions:
             missing += 1
-    groups = _groups(study, results)
-    spread = spread_of([list(each.values()) for each in groups.values()]) if spread is None else spread
+    groups = {key: each for key, each in _groups(study, results).items() if _read(each, study.read_at)}
+    read = {key: _read(each, study.read_at) for key, each in groups.items()}
+    spread = spread_of([list(each.values()) for each in read.values()]) if spread is None else spread
     order = [variant.name for variant in study.variants]
     places = {(variant.name, trial.size): (variant, trial) for variant, trial in replace(study, repetitions=1).cells()}
     cells = [
-        Cell(variant, trial.size, tuple(groups[trial.key].values()), spread)
+        Cell(variant, trial.size, tuple(groups[trial.key].values()), spread, study.read_at)
         for variant, trial in places.values()
         if trial.key in groups
     ]
-    by_place = {(name, size): groups[trial.key] for (name, size), (_, trial) in places.items() if trial.key in groups}
+    by_place = {(name, size): read[trial.key] for (name, size), (_, trial) in places.items() if trial.key in groups}
     cells.sort(key=lambda cell: (order.index(cell.variant.name), cell.size))
     return Findings(
         study,

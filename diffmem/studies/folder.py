@@ -158,14 +158,19 @@ def find_all(studies: Sequence[Study], root: str | Path) -> list[Findings]:
     return find_among(studies, results, errors)
 
 
+def is_run_folder(root: str | Path) -> bool:
+    """Whether runs lie in `root`, of studies or of a search for EMM, not a report alone."""
+    return (Path(root) / STUDIES).is_dir() or trials_folder(root).is_dir()
+
+
 def find_in(studies: Sequence[Study], root: str | Path) -> list[Findings]:
     """What the runs in `root`, a folder of runs or a report, say of some studies."""
     from diffmem.studies.report import is_report, read_report
 
     root = Path(root)
-    if (root / STUDIES).is_dir() or not is_report(root):
+    if is_run_folder(root) or not is_report(root):
         return find_all(studies, root)
-    results = {result.key: result for found in read_report(root) for result in found.results}
+    results = {result.key: result for found in read_report(root) for result in found.runs}
     return find_among(studies, results, {})
 
 
@@ -183,7 +188,7 @@ def report_studies(
     from diffmem.studies.report import again, is_report, write_studies
 
     root = Path(root)
-    if not (root / STUDIES).is_dir() and is_report(root):
+    if not is_run_folder(root) and is_report(root):
         return again(root, root if folder is None else Path(folder), names, mixed)
     folder = root / "report" if folder is None else Path(folder)
     return write_studies(find_all(read_studies(root, names), root), root, folder, mixed=mixed)

@@ -39,6 +39,7 @@ from diffmem.studies.mixture import Mixture, MixtureResult, train_mixture
 from diffmem.studies.trial import Setting, Trial
 from diffmem.studies.watch import Watch, Watched, Watcher
 from diffmem.training import KeepLast, Plan, Snapshot, StopDecision, images_of, snapshot_folder, train
+from diffmem.training.provenance import arithmetic, code_fingerprint
 
 TRIAL, RUN, AUDITS, RESULT, GALLERY = "trial.json", "run", "audits.json", "result.json", "gallery.npz"
 SHOWN = 16  # images in a gallery
@@ -127,6 +128,9 @@ class Result:
         mixture: What else was found of a trained mixture, where that was the run.
         agreement: How much two networks agree that were trained on disjoint halves, where they were the run; its counts
             are then those of both.
+        arithmetic: How sums were formed: instruction sets of the CPU, or the GPU's name; None where the run is older
+            than the field.
+        code: The fingerprint of diffmem's Python files; None where the run is older than the field.
     """
 
     key: str
@@ -155,6 +159,8 @@ class Result:
     delta: float | None = None
     mixture: MixtureResult | None = None
     agreement: Agreement | None = None
+    arithmetic: str | None = None
+    code: str | None = None
 
     @property
     def r_mem(self) -> float:
@@ -327,6 +333,7 @@ def _run_mixture(trial: Trial, folder: Path, device: str) -> Result:
         epochs=epochs, best_images=images, parameters=found.result.components * mixture.dimension + 1,
         training_seconds=seconds[0], sampling_seconds=seconds[1], training_set="", snapshots=(snapshot,),
         versions=software_versions(), looks=1, device="cpu", threads=setting.threads or 1, mixture=found.result,
+        arithmetic=arithmetic(torch.device("cpu")), code=code_fingerprint(),
     )  # fmt: skip
     _write_json(folder / RESULT, result.to_json())
     return result
@@ -528,6 +535,8 @@ class _Audits(AuditEvery):
             level_off=self.trial.setting.level_off,
             alarms=None if self.watcher is None else self.watcher.alarms,
             delta=None if self.watcher is None else self.watcher.delta,
+            arithmetic=arithmetic(self.device),
+            code=code_fingerprint(),
         )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -102,7 +102,8 @@ def power_of_equivalence(
 
 
 def simulated(
-    question: Question,
+    kind: str,
+    margin: float,
     effect: float,
     spread: float,
     variants: int,
@@ -111,7 +112,8 @@ def simulated(
     """Simulated studies of a question.
 
     Args:
-        question: The question.
+        kind: Of the question, "direction", "equivalence" or "trend".
+        margin: Of an equivalence, in logit R_mem.
         effect: The true difference, in logit R_mem.
         spread: σ_Δ.
         variants: Whose spread counts (of a trend over sizes: sizes).
@@ -133,11 +135,11 @@ def simulated(
         freedom = (n - 1) * (1 + others)
         of_all = ((n - 1) * own + extra[:, 1:n].sum(axis=1)) / freedom
         alone = own >= of_all
-        tail = level if question.kind == EQUIVALENCE else level / 2
+        tail = level if kind == EQUIVALENCE else level / 2
         quantile = np.where(alone, student(1 - tail, n - 1), student(1 - tail, freedom))
         reach = quantile * np.sqrt(np.maximum(own, of_all) / n)
-        if question.kind == EQUIVALENCE:
-            found.append(np.abs(mean) + reach < question.margin)
+        if kind == EQUIVALENCE:
+            found.append(np.abs(mean) + reach < margin)
         else:
             found.append(mean * math.copysign(1.0, effect) > reach)
     return np.array(found).T
@@ -195,8 +197,9 @@ def _planned(
     variants = len({size for _, size in places}) if along_sizes else len(study.variants)
     difference = 0.0 if question.kind == EQUIVALENCE else 2 * question.margin if effect is None else abs(effect)
     levels = dict.fromkeys(range(2, MOST + 1), alpha)
-    power = simulated(question, difference, spread, variants, levels).mean(axis=0)
-    none = simulated(replace(question, kind=EQUIVALENCE), 0.0, spread, variants, levels).mean(axis=0)
+    kind, margin = question.kind, question.margin
+    power = simulated(kind, margin, difference, spread, variants, levels).mean(axis=0)
+    none = simulated(EQUIVALENCE, margin, 0.0, spread, variants, levels).mean(axis=0)
 
     def needed(by_repetition: np.ndarray) -> int | None:
         return next((n for n, each in zip(levels, by_repetition, strict=True) if each >= POWER), None)
@@ -207,7 +210,7 @@ def _planned(
     else:
         shares = spent(study.repetitions, study.max_repetitions)
         looks = {n: alpha * share for n, share in shares.items() if n > 1}
-        decided = simulated(question, difference, spread, variants, looks)
+        decided = simulated(kind, margin, difference, spread, variants, looks)
         ends = np.where(decided.any(axis=1), np.array([*looks])[decided.argmax(axis=1)], study.max_repetitions)
         reached, expected = float(decided.any(axis=1).mean()), float(ends.mean())
     return Planned(

@@ -3,10 +3,12 @@
 `digits-fast`.
 
 At `cifar16` and `digits` lengths are in epochs, as the paper's are, and a run ends earlier once its R_mem has leveled
-off (`diffmem.studies.leveling`). At `digits-fast` every run sees the same number of images whatever N is, in a minute
-of one core: too few for R_mem to level off, so that it tells how fast a network memorizes rather than how much it can
-hold. At these scales EMA weights follow with a decay of 0.99 per step, for a run has some thousand steps only. Most
-factors are studied at one N, at which R_mem of the reference is neither near 0 nor near 1.
+off (`diffmem.studies.leveling`). There most networks copy nearly everything, so that factors could hardly raise it any
+more: at `digits` questions are about R_mem at a shorter length, the same for all runs, at which that of the reference
+is in the middle, and the highest R_mem stands beside it. At `digits-fast` every run sees the same number of images
+whatever N is, in a minute of one core: too few for R_mem to level off, so that it tells how fast a network memorizes
+rather than how much it can hold. At these scales EMA weights follow with a decay of 0.99 per step, for a run has some
+thousand steps only. Most factors are studied at one N, at which R_mem of the reference is neither near 0 nor near 1.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _SMALL_TRAINING = {
 }
 DIGITS = Setting(
     DatasetSpec(DIGITS_SOURCE, resolution=8),
-    length={"epochs": 8000},
+    length={"epochs": 5600},
     network={"precond": "edm", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "dropout": 0.0},
     training=_SMALL_TRAINING,
     snapshots=7,
@@ -120,6 +122,7 @@ class _Scale:
         law: In what these runs differ from the reference, as dotted names.
         half_sizes: N of the pairs of networks on disjoint halves.
         half: In what these differ from the reference, as dotted names.
+        read_at: The training length, in epochs, at which R_mem is read; None: the highest of a run.
     """
 
     base: Setting
@@ -149,17 +152,19 @@ class _Scale:
     law: Mapping[str, Any] = field(default_factory=lambda: _WATCHED)
     half_sizes: tuple[int, ...] = (20, 50, 100, 200, 400, 800)
     half: Mapping[str, Any] = field(default_factory=lambda: _HALF)
+    read_at: float | None = None
 
 
 _DIGITS = _Scale(
     base=DIGITS,
-    sizes=(20, 30, 50, 70, 100),
-    around=(50,),
-    curves=(50,),
-    few=(50,),
+    sizes=(20, 30, 50, 70),
+    around=(20,),
+    curves=(20,),
+    few=(20,),
     repetitions=4,
     seconds=0.0005,
-    resolutions=dict.fromkeys((8, 4), (30, 50, 100)),
+    read_at=2100,
+    resolutions=dict.fromkeys((8, 4), (20, 50)),
     widths=(4, 8, 16),
     depths=(1, 2, 3),
     embedding_depths=(1,),
@@ -170,8 +175,8 @@ _DIGITS = _Scale(
     emas=(0.99, 0.9, 0.0),
     shares=(0.0, 0.5, 1.0),
     random_labels=(1, 10, 50),
-    random_sizes=(50,),
-    unique_sizes=(100,),
+    random_sizes=(20,),
+    unique_sizes=(20,),
     kinds={"ones": 1},
     other="builtin:patches?n=2000",
     notes=("Digits: scikit-learn's, and a small network; see each study's settings for its data.",),
@@ -182,6 +187,7 @@ _SCALES = {
         _DIGITS,
         base=DIGITS_FAST,
         seconds=0.0007,
+        read_at=None,
         widths=(8, 16, 32),
         sizes=(20, 30, 40, 50, 70, 100),
         around=(30, 50),
@@ -194,6 +200,7 @@ _SCALES = {
         emas=(0.999, 0.99, 0.9, 0.5, 0.0),
         shares=(0.0, 0.2, 0.5, 0.8, 1.0),
         random_labels=(1, 2, 10, 50),
+        random_sizes=(50,),
         unique_sizes=(50, 100),
         notes=(*_DIGITS.notes, "All runs have the same length in images, whatever N is (the paper: in epochs)."),
     ),
@@ -328,6 +335,8 @@ def _study(
     variants, sizes = tuple(variants), tuple(scale.around if sizes is None else sizes)
     if len({size for variant in variants for size in variant.sizes or sizes}) == 1:
         fields["axis"] = "factor"  # a single point is no curve
+    if "law" not in fields:
+        fields["read_at"] = scale.read_at
     return Study(name, title, factor, variants, sizes, scale.repetitions, **fields)
 
 

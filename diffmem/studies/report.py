@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffmem.atomic_io import atomic_set, check_output_folder, output_lock
+from diffmem.data.subsets import RANDOM_LABEL_SEED
 from diffmem.errors import InputError
 from diffmem.html_report import level, template, write_texts
 from diffmem.inert.boundary import parsing
@@ -24,7 +25,7 @@ from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
 from diffmem.memorization.criterion_detector import DEFAULT
 from diffmem.plotting import grid, picture_url, plot, svg
-from diffmem.studies.analysis import informative
+from diffmem.studies.analysis import informative, logit_of
 from diffmem.studies.checks import KINDS, OTHER_CRITERIA, Check
 from diffmem.studies.findings import Answer, Findings, find_among
 from diffmem.studies.laws.figures import draw_law
@@ -33,7 +34,7 @@ from diffmem.studies.leveling import SHORT
 from diffmem.studies.measure import GALLERY, Result, SnapshotResult, store_result
 from diffmem.studies.run import trial_folder, trials_folder
 from diffmem.studies.study import Study
-from diffmem.studies.trial import Trial
+from diffmem.studies.trial import SECOND_SEED, Setting, Trial
 from diffmem.text import counted, printable, table
 from diffmem.training import differences
 
@@ -48,8 +49,9 @@ SHOWN = 8  # generated images per variant in a gallery
 RUN_COLUMNS = (
     "study", "variant", "size", "repetition", "key", "r_mem", "low", "high", "count", "total", "images", "epochs",
     "best_images", "parameters", "training_seconds", "sampling_seconds", "device", "threads", "versions",
-    "looks", "leveled_off", "snapshots", "checks",
+    "looks", "leveled_off", "snapshots", "checks", "training_set", "arithmetic", "code",
 )  # fmt: skip
+HIGHEST = "highest R_mem"  # over a run's snapshots
 STUDIES, RUNS, EMM_FILE, PAGE = "studies.json", "runs.csv", "emm.json", "report.html"
 
 
@@ -83,7 +85,7 @@ def write_studies(
         {**_section(each, galleries.get(each.study.name, []), numbers, other), "mixed": model}
         for each, other, model in zip(found, others, models, strict=True)
     ]
-    results = {result.key: result for each in found for result in each.results}.values()
+    results = {result.key: result for each in found for result in each.runs}.values()
     page = template("diffmem.studies", "studies.html.j2").render(
         studies=sections,
         shared=shared,
@@ -205,6 +207,13 @@ def import_report(source: Path, root: Path) -> tuple[int, int]:
     return taken, len(runs)
 
 
+def recorded_runs(source: Path) -> dict[str, tuple[Trial, Result]]:
+    """The runs of a report, by key. Raises InputError, naming the file, where one is missing or damaged."""
+    if not (source / STUDIES).is_file():
+        raise InputError(f"{source}: neither a folder of runs nor a report of studies (it has no {STUDIES})")
+    return _read_runs(source)[1]
+
+
 def read_report(source: Path) -> list[Findings]:
     """What a report's files say today of its studies. Raises InputError, naming the file, where one is damaged."""
     return _read_report(source)[0] if (source / STUDIES).is_file() else []
@@ -255,10 +264,12 @@ def _result(row: Mapping[str, str], trial: Trial) -> Result:
         trial.key, trial.size, trial.repetition, count=int(row["count"]), total=int(row["total"]), decided=None,
         censored=False, images=int(row["images"]), epochs=float(row["epochs"]), best_images=int(row["best_images"]),
         parameters=int(row["parameters"]), training_seconds=float(row["training_seconds"]),
-        sampling_seconds=float(row["sampling_seconds"]), training_set="", snapshots=tuple(snapshots),
-        versions=versions, looks=int(row.get("looks") or trial.setting.snapshots), level_off=trial.setting.level_off,
-        device=row.get("device") or None, threads=int(row.get("threads") or 0) or None,
+        sampling_seconds=float(row["sampling_seconds"]), training_set=row.get("training_set") or "",
+        snapshots=tuple(snapshots), versions=versions, looks=int(row.get("looks") or trial.setting.snapshots),
+        level_off=trial.setting.level_off, device=row.get("device") or None,
+        threads=int(row.get("threads") or 0) or None,
         checks=tuple(map(Check.from_text, (row.get("checks") or "").split())),
+        arithmetic=row.get("arithmetic") or None, code=row.get("code") or None,
     )  # fmt: skip
 
 
@@ -339,7 +350,7 @@ def draw_lengths(found: Findings) -> str:
     sizes = [
         size
         for size in found.sizes
-        if any(len(result.snapshots) > 2 for cell in found.cells if cell.size == size for result in cell.results)
+        if any(len(result.snapshots) > 2 for cell in found.cells if cell.size == size for result in cell.runs)
     ]
     if not sizes:
         return ""
@@ -348,7 +359,7 @@ def draw_lengths(found: Findings) -> str:
         for axes, size in zip(panels, sizes, strict=False):
             for position, variant in enumerate(found.study.variants):
                 cell = found.cell(variant.name, size)
-                for index, result in enumerate([] if cell is None else cell.results):
+                for index, result in enumerate([] if cell is None else cell.runs):
                     color = COLORS[position % len(COLORS)]
                     epochs = [audited.epochs for audited in result.snapshots]
                     shares = [audited.ratio for audited in result.snapshots]
@@ -458,11 +469,13 @@ def _plain_ticks(axes: Axes, sizes: Any, ticks: Sequence[float] | None = None) -
 
 
 def by_other_criteria(found: Sequence[Findings]) -> dict[str, list[Findings]]:
-    """What the same runs say of the same studies by each other criterion: of the best snapshot's images (see
-    `diffmem.studies.checks`), with verdicts that hold together as those by the rule do. None of criteria by which no
-    run was judged."""
-    results = {result.key: result for each in found for result in each.results}
+    """What the same runs say of the same studies where R_mem is the highest over the snapshots, if it is read at one
+    length, and by each other criterion: of the best snapshot's images (see `diffmem.studies.checks`), with verdicts
+    that hold together as those by the rule do. None of criteria by which no run was judged."""
+    results = {result.key: result for each in found for result in each.runs}
     others = {}
+    if any(each.study.read_at is not None for each in found):
+        others[HIGHEST] = find_among([replace(each.study, read_at=None) for each in found], results, {})
     for name in OTHER_CRITERIA:
         judged = {
             key: replace(result, count=check.generated[0], total=check.generated[1], snapshots=(), looks=1)
@@ -471,7 +484,7 @@ def by_other_criteria(found: Sequence[Findings]) -> dict[str, list[Findings]]:
             if check.criterion == name
         }
         if judged:
-            others[name] = find_among([each.study for each in found], judged, {})
+            others[name] = find_among([replace(each.study, read_at=None) for each in found], judged, {})
     return others
 
 
@@ -507,13 +520,43 @@ def _section(
         "gallery": gallery,
         "checked": _checked(found),
         "others": {name: each for name, each in others.items() if each.cells},
-        "setting": json.dumps(found.study.variants[0].setting.to_json(), indent=1),
+        "evidence": [_evidence(found, answer) for answer in found.answers],
+        "recipes": {v.name: json.dumps(v.setting.to_json(), indent=1) for v in found.study.variants},
+        "seeds": {v.name: _seeds(v.setting) for v in found.study.variants},
         "differences": {v.name: _changes(found.study, v.setting.to_json()) for v in found.study.variants},
     }
 
 
+def _evidence(found: Findings, answer: Answer) -> list[dict[str, Any]]:
+    """The runs that a question's verdict rests on, a row per repetition: its value, in logit R_mem, and of each cell
+    its weight and its run; empty where no repetition has all of its cells."""
+    if answer.estimate is None:
+        return []
+    cells = {(cell.variant.name, cell.size): {each.repetition: each for each in cell.results} for cell in found.cells}
+    weights = informative(answer.question, found.study.contrast(answer.question, set(cells)), cells)[0]
+    common = set.intersection(*(set(cells[place]) for place in weights)) if weights else set()
+    rows = []
+    for repetition in sorted(common)[: answer.estimate.repetitions]:
+        runs = [(weight, name, size, cells[name, size][repetition]) for (name, size), weight in weights.items()]
+        value = sum(weight * logit_of(result)[0] for weight, *_, result in runs)
+        rows.append({"repetition": repetition, "value": value, "runs": runs})
+    return rows
+
+
+def _seeds(setting: Setting) -> str:
+    """What of a run its repetition r decides, in words."""
+    if setting.mixture is not None:
+        return "seed r of everything"
+    parts = ["weights, order and noise: seed r", "images: the first of each class for r = 0, else chosen by seed r"]
+    if (setting.data.labels or "none").startswith("random"):
+        parts.append(f"random labels: seed {RANDOM_LABEL_SEED} + r")
+    if setting.halves == "both":
+        parts.append(f"the second network's seed: {SECOND_SEED:,} + r")
+    return "; ".join([*parts, f"generated images: seeds 0 to {setting.samples - 1:,}"])
+
+
 def _drawing(found: Findings, numbers: Mapping[str, Any]) -> str:
-    return draw_study(found, numbers) if found.law is None else draw_law(found.law, found.results)
+    return draw_study(found, numbers) if found.law is None else draw_law(found.law, found.runs)
 
 
 def _changes(study: Study, setting: Mapping[str, Any]) -> str:
@@ -552,7 +595,7 @@ def _rows(found: Findings) -> list[dict[str, Any]]:
     return [
         {"study": found.study.name, "variant": cell.variant.name, **_row(result)}
         for cell in found.cells
-        for result in cell.results
+        for result in cell.runs
     ]
 
 
@@ -570,6 +613,8 @@ def _row(result: Result) -> dict[str, Any]:
         "leveled_off": "" if result.level.state == SHORT else str(result.level),
         "snapshots": " ".join(f"{each.images}:{each.count}/{each.total}" for each in result.snapshots),
         "checks": " ".join(check.to_text() for check in result.checks),
+        "arithmetic": result.arithmetic or "",
+        "code": result.code or "",
     }
 
 

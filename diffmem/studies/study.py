@@ -102,7 +102,8 @@ class Question:
             return f"{self.higher} against {self.lower}"
         first, last = ("smallest N", "largest") if self.over == "size" else ("first level", "last")
         noun = first.split()[1]
-        return f"{first} against {last}" if self.falls else f"{last} {noun} against {first.split()[0]}"
+        ends = f"{first} against {last}" if self.falls else f"{last} {noun} against {first.split()[0]}"
+        return f"{ends}, on the straight line through all of them"  # whose ends may lie beyond 0 and 100 %
 
 
 Place = tuple[str, int]  # a cell of a study: the variant's name, N
@@ -128,6 +129,8 @@ class Study:
         max_repetitions: Where given, cells of questions that are still open after `repetitions` get more runs, up to so
             many; one may look after each (see `diffmem.studies.analysis`). None: the runs are analyzed once.
         law: A law of the field that is read off the runs; see `diffmem.studies.laws`.
+        read_at: The training length, in epochs, at which R_mem is read for cells and questions: that of an audit. None:
+            R_mem is the highest over a run's snapshots.
     """
 
     name: str
@@ -143,6 +146,7 @@ class Study:
     notes: tuple[str, ...] = field(default_factory=tuple)
     max_repetitions: int | None = None
     law: str | None = None
+    read_at: float | None = None
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -343,9 +347,11 @@ def at_sizes(
     epochs: float | None = None,
     level_off: bool = False,
     max_repetitions: int | None = None,
+    read_at: float | None = None,
 ) -> Study:
     """The study with other sizes, for all of its variants, another number of repetitions, or of threads per run, by
-    another criterion, with runs of so many epochs, or until R_mem has leveled off; None leaves them."""
+    another criterion, with runs of so many epochs, or until R_mem has leveled off, and R_mem read after so many; None
+    leaves them, but of runs of other lengths R_mem is the highest if it is not said where to read it."""
     if sizes is not None:
         variants = tuple(replace(variant, sizes=None) for variant in study.variants)
         study = replace(study, sizes=tuple(sizes), variants=variants)
@@ -358,7 +364,9 @@ def at_sizes(
             setting = replace(setting, level_off=NOISE, snapshots=max(setting.snapshots, LEVEL_SNAPSHOTS))
         settings.append(setting)
     variants = tuple(replace(v, setting=each) for v, each in zip(study.variants, settings, strict=True))
-    study = replace(study, variants=variants, repetitions=repetitions or study.repetitions)
+    if read_at is None and (epochs is None or (study.read_at or 0) == epochs):
+        read_at = study.read_at
+    study = replace(study, variants=variants, repetitions=repetitions or study.repetitions, read_at=read_at)
     return study if max_repetitions is None else replace(study, max_repetitions=max_repetitions)
 
 

@@ -27,7 +27,7 @@ from diffmem.training import TrainingConfig, images_of, training_config
 from diffmem.training.configure import check_parts
 
 OCCUPIED = "occupied"
-_SECOND_SEED = 1_000_000  # of the second network: it shares neither its first weights nor its noise with the first
+SECOND_SEED = 1_000_000  # of the second network: it shares neither its first weights nor its noise with the first
 _SAMPLING = {f.name for f in dataclasses.fields(SamplerConfig)} - {"precision", "class_index"}
 
 
@@ -206,7 +206,7 @@ class Setting:
             network=self.network,
             training=self.training,
             label_dim=classes or 0,
-            seed=repetition + (_SECOND_SEED if self.halves == "second" else 0),
+            seed=repetition + (SECOND_SEED if self.halves == "second" else 0),
         )
 
     def to_json(self) -> dict[str, Any]:

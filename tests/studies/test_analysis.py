@@ -81,7 +81,7 @@ def test_trends_are_straight_lines_over_levels_or_sizes():
         {("wide", 20): 0.5, ("wide", 30): 0.5, ("narrow", 20): -0.5, ("narrow", 30): -0.5}
     )
     falls = Question("", kind="trend", over="size", falls=True)
-    assert falls.compared == "smallest N against largest"
+    assert falls.compared == "smallest N against largest, on the straight line through all of them"
     assert Question("", kind="trend").compared == "last level against first"
     subject = replace(study(falls), sizes=(10, 20, 40))
     weights = subject.contrast(falls)

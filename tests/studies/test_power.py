@@ -30,12 +30,12 @@ def test_formulas_are_those_of_the_t_tests(repetitions, ratio):
         (MORE, power_of_direction(0.3, 0.3, repetitions, repetitions - 1), 0.3),
         (ALIKE, power_of_equivalence(0.4, 0.3, repetitions, repetitions - 1), 0.0),
     ):
-        found = simulated(question, effect, 0.3, 2, {repetitions: 0.05}).mean()
+        found = simulated(question.kind, question.margin, effect, 0.3, 2, {repetitions: 0.05}).mean()
         assert found == pytest.approx(power, abs=0.03)
 
 
 def test_other_variants_spare_repetitions_and_a_large_effect_is_certain():
-    few, many = (simulated(MORE, 0.6, 0.3, variants, {3: 0.05}).mean() for variants in (2, 6))
+    few, many = (simulated(MORE.kind, MORE.margin, 0.6, 0.3, variants, {3: 0.05}).mean() for variants in (2, 6))
     assert many > few + 0.05
     assert power_of_direction(50.0, 0.1, 5, 4) == 1.0
     assert power_of_direction(1.0, 0.1, 1, 0) == power_of_equivalence(1.0, 0.1, 1, 0) == 0.0

@@ -95,7 +95,7 @@ def close(made, committed):
 def test_every_published_report_can_be_read(folder):
     with open(folder / "runs.csv", newline="") as file:
         keys = {row["key"] for row in csv.DictReader(file)}
-    assert {result.key for found in read_report(folder) for result in found.results} == keys
+    assert {result.key for found in read_report(folder) for result in found.runs} == keys
 
 
 def test_pages_show_pictures_and_say_on_what_runs_were_made(made):

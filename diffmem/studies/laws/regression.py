@@ -13,6 +13,7 @@ runs that are not censored, defines t. So both have one form, and a few runs do 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -152,7 +153,7 @@ def expected_reach(sizes: Sequence[int], repetitions: int, spread: float = 0.15,
     return student(1 - alpha / 2, freedom) * spread / math.sqrt(squares)
 
 
-class _Model:
+class _Model(ABC):
     """b, the intercepts and the spread that fit best, and how much worse others do."""
 
     def __init__(self, times: Sequence[Time], groups: Sequence[int], freedom: int) -> None:
@@ -164,16 +165,17 @@ class _Model:
         self.groups, self.freedom = len(groups), freedom
 
     @property
+    @abstractmethod
     def best(self) -> tuple[float, np.ndarray, float]:
         """(b, the intercepts, the spread)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def t(self, exponent: float) -> float:
-        raise NotImplementedError
+        """How many standard errors `best` lies above `exponent`."""
 
+    @abstractmethod
     def interval(self, t: float) -> tuple[float, float]:
         """The exponents whose |t| is at most `t`."""
-        raise NotImplementedError
 
 
 class _LeastSquares(_Model):
