@@ -14,8 +14,9 @@ contrary where b is shown to lie outside. Over a factor of 16 in N these exponen
 16: within a factor of two of proportional, which also is what the published curves show.
 
 τ_gen is the images seen when the error on unseen images, averaged over noise levels in its logarithm, comes to 5 %
-above the highest of the runs' lowest errors: a level that every run reaches. That its exponent is within ±0.25 of 0 is
-the other half of the law.
+above the median of the runs' lowest errors. Runs that never get there do not generalize, copying sets in before: of
+such small N the law says nothing, and they are left out. That the exponent is within ±0.25 of 0 is the other half of
+the law.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def onsets(results: Sequence[Result], level: float) -> list[Time]:
 
 
 def generalizations(results: Sequence[Result]) -> list[Time]:
-    """τ_gen of every run whose snapshots tell the error on unseen images."""
+    """τ_gen of every run whose snapshots tell the error on unseen images, and that comes to the level."""
     curves = {}
     for result in results:
         errors = [each.watched for each in result.snapshots]
@@ -116,10 +117,10 @@ def generalizations(results: Sequence[Result]) -> list[Time]:
             ]
     if not curves:
         return []
-    level = max(min(curve) for curve in curves.values()) + _ABOVE
+    level = float(np.median([min(curve) for curve in curves.values()])) + _ABOVE
     found = []
     for result in results:
-        if result.key in curves:
+        if result.key in curves and min(curves[result.key]) <= level:
             time = falls_to([each.images for each in result.snapshots], curves[result.key], level)
             found.append(replace(time, size=result.size, repetition=result.repetition))
     return found
@@ -133,7 +134,8 @@ def judge(results: Sequence[Result]) -> LawFinding:
     """
     times = {level: onsets(results, level) for level in LEVELS}
     found = {level: exponent(each) for level, each in times.items()}
-    general = exponent(generalizations(results))
+    generalized = generalizations(results)
+    general = exponent(generalized)
     tests = [
         _test(TEXT, found[LEVELS[0]], MARGIN),
         _test(TEXT_GENERAL, general, GENERAL_MARGIN),
@@ -149,6 +151,12 @@ def judge(results: Sequence[Result]) -> LawFinding:
                 f"R_mem {words(level)}: {late} of {len(times[level])} runs ended before their onset, {early} were past "
                 "it at their first audit; they enter as censored."
             )
+    if generalized and (never := len(results) - len(generalized)):
+        smallest = min(time.size for time in generalized)
+        notes.append(
+            f"{counted(never, 'run')} of {len(results)} never denoised unseen images well, and tell nothing of the "
+            f"time until they are; from N = {smallest:,} on some do."
+        )
     return LawFinding(
         "onset", SOURCE, tuple(tests), tuple(each for each in estimates if each is not None), tuple(notes),
         {
