@@ -91,9 +91,8 @@ def _choice_options(command):
 
 def _chosen(studies, scale, source, other, color, until, max_repetitions, **changes) -> list[Study]:
     """Studies by name or file."""
-    from diffmem.studies import load_study
     from diffmem.studies.presets import NAMES, WITHOUT_IMAGES, build
-    from diffmem.studies.study import at_sizes
+    from diffmem.studies.study import at_sizes, load_studies
 
     if (until is None) != (max_repetitions is None):
         raise click.UsageError("--until decided and --max-repetitions K belong together: give both")
@@ -103,8 +102,8 @@ def _chosen(studies, scale, source, other, color, until, max_repetitions, **chan
     every = [name for name in NAMES if not (about_images and name in WITHOUT_IMAGES)]
     for name in every if studies == ("all",) else studies:
         own = name.endswith((".json", ".py"))
-        study = load_study(name) if own else build(name, scale, source, other, color)
-        found.append(at_sizes(study, **changes, max_repetitions=max_repetitions))
+        loaded = load_studies(name) if own else [build(name, scale, source, other, color)]
+        found += [at_sizes(study, **changes, max_repetitions=max_repetitions) for study in loaded]
     return found
 
 
@@ -382,7 +381,10 @@ def import_command(report, out) -> None:
 
 @study_command.command("report", cls=CommandWithJson)
 @click.argument("studies", nargs=-1)
-@click.option("--runs", type=click.Path(path_type=Path, exists=True), help="Folder of runs; or a report.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path, exists=True), multiple=True,
+    help="Folder of runs; or a report. Several: one page over their reports, each in a folder of its own.",
+)  # fmt: skip
 @folder_option("the folder of the report.  [default: RUNS/report, or the report itself]")
 @moved_option("--to", "the folder of the report is --out; that of the runs is --runs")
 @click.option(
@@ -395,12 +397,33 @@ def report_command(studies, runs, out, mixed_model, as_json) -> None:
 
     RUNS may also be a report, or the output of diffmem emm: its pages are then rebuilt from its own tables by this
     version of diffmem.
+
+    \b
+    Examples:
+      diffmem study report --runs studies
+      diffmem study report width --runs studies --out width
+      diffmem study report --runs runs/digits --runs runs/cifar16 --out results
+      diffmem study report --runs results
     """
     from diffmem.studies.folder import report_studies
+    from diffmem.studies.results import RESULTS, is_results, results_again, write_results
 
-    if runs is None:
+    if not runs:
         raise click.UsageError("--runs is missing: name the folder of the runs with it; --out is that of the report")
-    page = report_studies(runs, out, studies, mixed=mixed_model)
+    if len(runs) > 1 or is_results(runs[0]):
+        if studies or (len(runs) > 1 and out is None):
+            raise click.UsageError("of several folders: give --out, and no names of studies")
+        several = write_results(runs, out, mixed_model) if len(runs) > 1 else results_again(runs[0], out, mixed_model)
+        listed = several.with_name(RESULTS).read_text(encoding="utf-8")
+        if as_json:
+            click.echo(listed, nl=False)
+            return
+        for report in json.loads(listed):
+            for each in report["verdicts"]:
+                click.echo(f"{report['name']}: {each['study']}: {each['text']}: {each['verdict']}")
+        click.echo(f"report: {several}")
+        return
+    page = report_studies(runs[0], out, studies, mixed=mixed_model)
     found = page.parent / "studies.json"
     if as_json:
         click.echo((found if found.is_file() else page.parent / "emm.json").read_text(encoding="utf-8"), nl=False)

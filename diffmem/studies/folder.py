@@ -185,10 +185,10 @@ def report_studies(
         names: Names of the studies; all, where none are given.
         mixed: Fit the mixed model of statsmodels too (`diffmem.studies.mixed`).
     """
-    from diffmem.studies.report import again, is_report, write_studies
+    from diffmem.studies.report import REPORT, again, is_report, write_studies
 
     root = Path(root)
     if not is_run_folder(root) and is_report(root):
         return again(root, root if folder is None else Path(folder), names, mixed)
-    folder = root / "report" if folder is None else Path(folder)
+    folder = root / REPORT if folder is None else Path(folder)
     return write_studies(find_all(read_studies(root, names), root), root, folder, mixed=mixed)

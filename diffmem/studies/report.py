@@ -53,6 +53,7 @@ RUN_COLUMNS = (
 )  # fmt: skip
 HIGHEST = "highest R_mem"  # over a run's snapshots
 STUDIES, RUNS, EMM_FILE, PAGE = "studies.json", "runs.csv", "emm.json", "report.html"
+REPORT = "report"  # a report's folder in that of its runs
 
 
 def published() -> dict[str, Any]:

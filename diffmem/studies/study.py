@@ -317,10 +317,19 @@ def changed(setting: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> di
 
 
 def load_study(path: str | Path) -> Study:
-    """The study in a file of your own.
+    """The study in a file of your own, as `load_studies`, where it is one."""
+    found = load_studies(path)
+    if len(found) != 1:
+        raise InputError(f"{path}: holds {len(found)} studies, not one")
+    return found[0]
+
+
+def load_studies(path: str | Path) -> list[Study]:
+    """The studies in a file of your own, or in a report's `studies.json`.
 
     Args:
-        path: JSON, or Python that leaves a `Study` (or a dict of the same) in `study`; a Python file is executed.
+        path: JSON (of one study, a list of them, or a report's), or Python that leaves a `Study` (or a dict of the
+            same) in `study`; a Python file is executed.
 
     Raises:
         InputError: There is no study in it.
@@ -335,7 +344,10 @@ def load_study(path: str | Path) -> Study:
     else:
         found = read_json(path)
     with parsing(path, "the description of a study"):
-        return found if isinstance(found, Study) else Study.from_json(found)
+        if isinstance(found, Study):
+            return [found]
+        listed = found if isinstance(found, list) else [found]
+        return [Study.from_json(each.get("study", each)) for each in listed]
 
 
 def at_sizes(

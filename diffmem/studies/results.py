@@ -1,0 +1,117 @@
+"""One page over several reports of studies: every verdict, with a link to the runs behind it.
+
+A folder of results holds a folder per report, `index.html`, and `results.json`: the names of the reports in order, and
+their verdicts. Each report is one family of questions: its verdicts hold together at 5 %, those of several reports by
+themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffmem.atomic_io import atomic_set
+from diffmem.errors import InputError
+from diffmem.html_report import template, write_texts
+from diffmem.inert.boundary import parsing
+from diffmem.inert.documents import read_json
+from diffmem.studies.folder import is_run_folder, report_studies
+from diffmem.studies.report import PAGE, REPORT, STUDIES
+
+RESULTS, INDEX = "results.json", "index.html"
+
+
+def is_results(folder: str | Path) -> bool:
+    """Whether `folder` holds a page over several reports."""
+    return (Path(folder) / RESULTS).is_file()
+
+
+def write_results(roots: Sequence[str | Path], folder: str | Path, mixed: bool = False) -> Path:
+    """Writes the report of every folder of runs into a folder of its own, and the page over them.
+
+    Args:
+        roots: Folders of runs, or reports. Their names are those of the reports.
+        folder: Of the results.
+        mixed: As for `report_studies`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: Two folders have one name, or there are no studies in one; it is named.
+    """
+    folder, roots = Path(folder), [Path(root) for root in roots]
+    names = [_name(root) for root in roots]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"two folders of runs are named {twice[0]}: reports have their names, so rename one")
+    for root, name in zip(roots, names, strict=True):
+        report_studies(root, folder / name, mixed=mixed)
+    return _write_index(folder, names)
+
+
+def results_again(source: str | Path, folder: str | Path | None = None, mixed: bool = False) -> Path:
+    """Makes the reports and the page over them again from their own tables; arguments as for `write_results`."""
+    source = Path(source)
+    with parsing(source / RESULTS, "the list of reports"):
+        names = [str(each["name"]) for each in read_json(source / RESULTS)]
+    if missing := [name for name in names if not (source / name / STUDIES).is_file()]:
+        raise InputError(f"{source / missing[0]}: {RESULTS} lists this report, but it has no {STUDIES}")
+    return write_results([source / name for name in names], source if folder is None else folder, mixed)
+
+
+def _name(root: Path) -> str:
+    """What a report is called: as its folder of runs."""
+    root = root.resolve()
+    return root.parent.name if root.name == REPORT and is_run_folder(root.parent) else root.name
+
+
+def _write_index(folder: Path, names: Sequence[str]) -> Path:
+    reports = [_report(folder, name) for name in names]
+    command = shlex.join(["diffmem", "study", "report", *(part for name in names for part in ("--runs", name))])
+    page = template("diffmem.studies", "results.html.j2").render(
+        reports=reports, page=PAGE, studies=STUDIES, command=command, runs=sum(report["runs"] for report in reports)
+    )
+    summary = json.dumps(reports, indent=1, ensure_ascii=False) + "\n"
+    with atomic_set(folder) as stage:
+        write_texts(stage, {RESULTS: summary, INDEX: page})
+    return folder / INDEX
+
+
+def _report(folder: Path, name: str) -> dict[str, Any]:
+    """What the page says of a report."""
+    path = folder / name / STUDIES
+    verdicts, runs = [], set()
+    with parsing(path, "the findings of studies"):
+        for each in read_json(path):
+            study = each["study"]["name"]
+            runs |= {run for cell in each["cells"] for run in cell["runs"]}
+            for place, answer in enumerate(each["questions"], 1):
+                points = answer["points"]
+                verdicts.append(
+                    {
+                        "study": study,
+                        "text": answer["question"]["text"],
+                        "verdict": answer["verdict"],
+                        "difference": None if points is None else points["difference"],
+                        "interval": None if points is None else points["interval"],
+                        "repetitions": answer["repetitions"],
+                        "sizes": answer["sizes"],
+                        "link": f"{study}-{place}" if answer["repetitions"] else study,
+                    }
+                )
+            law = each.get("law") or {"tests": (), "estimates": ()}
+            figures = [(one["name"], one["value"], one["interval"]) for one in law["estimates"]]
+            for place, test in enumerate(law["tests"]):
+                verdicts.append(
+                    {
+                        "study": study,
+                        "text": test["text"],
+                        "verdict": test["verdict"],
+                        "figures": figures if place == 0 else [],
+                        "link": f"{study}-runs",
+                    }
+                )
+    return {"name": name, "runs": len(runs), "verdicts": verdicts}
