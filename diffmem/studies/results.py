@@ -43,11 +43,11 @@ def write_results(roots: Sequence[str | Path], folder: str | Path, mixed: bool =
     Raises:
         InputError: Two folders have one name, or there are no studies in one; it is named.
     """
-    folder, roots = Path(folder), [Path(root) for root in roots]
-    names = [_name(root) for root in roots]
+    folder, found = Path(folder), [Path(root) for root in roots]
+    names = [_name(root) for root in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two folders of runs are named {twice[0]}: reports have their names, so rename one")
-    for root, name in zip(roots, names, strict=True):
+    for root, name in zip(found, names, strict=True):
         report_studies(root, folder / name, mixed=mixed)
     return _write_index(folder, names)
 

@@ -317,7 +317,14 @@ def changed(setting: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> di
 
 
 def load_study(path: str | Path) -> Study:
-    """The study in a file of your own, as `load_studies`, where it is one."""
+    """The study in a file of your own.
+
+    Args:
+        path: As for `load_studies`; of one study.
+
+    Raises:
+        InputError: There is no study in it, or several.
+    """
     found = load_studies(path)
     if len(found) != 1:
         raise InputError(f"{path}: holds {len(found)} studies, not one")

@@ -55,7 +55,8 @@ def test_an_option_means_the_same_everywhere(flag):
     if "Choice" in kinds.values():  # one command may know more of the same words
         words = sorted((set(option.type.choices) for _, option in uses), key=len)
         assert all(few <= words[-1] for few in words), words
-    assert len({option.multiple for _, option in uses}) == 1 or flag == "--value-range"  # of one set, or of several
+    several = "--value-range", "--runs"  # of one thing, or of several
+    assert len({option.multiple for _, option in uses}) == 1 or flag in several
     assert len({option.nargs for _, option in uses}) == 1
 
 

@@ -11,10 +11,10 @@ from studies.tiny import TINY
 from diffmem.integrity import sealed
 from diffmem.studies import EMM, Question, Result, Study, Trial, Variant
 from diffmem.studies.emm import observation
-from diffmem.studies.findings import Answer, Cell, Spread, findings, spread_of
+from diffmem.studies.findings import Answer, Cell, Spread, after, find_among, findings, spread_of
 from diffmem.studies.folder import find_all
 from diffmem.studies.measure import RESULT, SnapshotResult
-from diffmem.studies.report import made_with, write_emm
+from diffmem.studies.report import HIGHEST, by_other_criteria, made_with, write_emm
 from diffmem.studies.run import trial_folder
 from diffmem.studies.schedule import Cost, costs, schedule
 from diffmem.studies.search import Search
@@ -168,3 +168,28 @@ def test_costs_are_measured_per_network_and_grow_with_length(tmp_path):
     assert second.training == pytest.approx(10 * first.training)
     assert second.sampling == pytest.approx(10 * first.sampling)
     assert first.training > 0
+
+
+def test_r_mem_is_read_at_one_length_and_the_highest_stands_beside_it():
+    """After 100 epochs, where variants differ, and at the end, where all are copies; one run leveled off before."""
+    subject = study(Question("width raises R_mem", "wide", "narrow"))
+    curves = {"wide": ((50, 300), (100, 800), (200, 1000)), "narrow": ((50, 10), (100, 200), (200, 1000))}
+    results = {}
+    for variant, trial in subject.cells():
+        audits = tuple(
+            SnapshotResult(epochs * trial.size, float(epochs), 0.1, count, 1000, 1.0, 1.0)
+            for epochs, count in curves[variant.name]
+        )
+        run = result(trial, 1000)
+        results[trial.key] = replace(run, snapshots=audits, epochs=200.0, best_images=200 * trial.size)
+    (found,) = find_among([replace(subject, read_at=100)], results, {})
+    assert {(cell.variant.name, cell.r_mem) for cell in found.cells} == {("wide", 0.8), ("narrow", 0.2)}
+    assert {run.r_mem for run in found.runs} == {1.0}
+    assert found.answers[0].estimate.points.estimate == pytest.approx(0.6)
+    (highest,) = by_other_criteria([found])[HIGHEST]
+    assert highest.answers[0].estimate.points.estimate == pytest.approx(0)
+    one = next(iter(results.values()))
+    early = replace(one, snapshots=(*one.snapshots[:1], replace(one.snapshots[1], count=1000)), epochs=100.0)
+    assert after(early, 150).r_mem == 1.0
+    assert after(one, 150) is None
+    assert after(one, 101).count == one.snapshots[1].count
