@@ -78,6 +78,11 @@ class Cell:
         return sum(result.r_mem for result in self.results) / len(self.results)
 
     @property
+    def highest(self) -> float:
+        """The mean over its runs of the highest R_mem of each."""
+        return sum(run.r_mem for run in self.runs) / len(self.runs)
+
+    @property
     def margins(self) -> tuple[float, float]:
         """How far the 95 % interval of `r_mem` reaches below and above it, before it is cut to 0 … 1."""
         t, below, above, between = student(0.975, self.spread.freedom), 0.0, 0.0, 0.0

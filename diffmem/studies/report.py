@@ -93,6 +93,7 @@ def write_studies(
         source=numbers["source"],
         runs=len(results),
         seconds=sum(result.seconds for result in results),
+        highest=HIGHEST,
         spread=found[0].cells[0].spread if found and found[0].cells else None,
         made_with=made_with(results),
     )
@@ -654,6 +655,7 @@ def _as_json(found: Findings, others: Mapping[str, Findings]) -> dict[str, Any]:
                 "variant": cell.variant.name,
                 "size": cell.size,
                 "r_mem": cell.r_mem,
+                "highest": cell.highest,
                 "interval": list(cell.interval),
                 "runs": [result.key for result in cell.results],
             }
