@@ -21,7 +21,14 @@ def build(name: str, compiler: str, *options: str, targets: Sequence[str] = ()) 
     return built(f"core_check-{name}", [*choice, *options], targets)
 
 
-def test_arm():
+@pytest.mark.parametrize(
+    ("processor", "levels", "checked"),
+    [
+        pytest.param("cortex-a53", "portable neon", "portable neon", marks=pytest.mark.exhaustive),
+        ("cortex-a76", "portable neon neon-dotprod", "neon-dotprod"),
+    ],
+)
+def test_arm(processor, levels, checked):
     """Without the products of bytes (a Cortex-A53 of 2012), and with them (a Cortex-A76), whose other instructions are
     the same."""
     if shutil.which("qemu-aarch64") is None or not ARM_LIBRARIES.is_dir():
@@ -37,16 +44,12 @@ def test_arm():
         shared = [line.split()[-1] for line in listed.stdout.splitlines() if line[17:18] in "TWu"]
         op, level = each.name.split(".")[0].split("_neon")
         assert shared == [f"diffmem::{op}::neon{level}_kernels()"], shared
-    for processor, levels, checked in (
-        ("cortex-a53", "portable neon", "portable neon"),
-        ("cortex-a76", "portable neon neon-dotprod", "neon-dotprod"),
-    ):
-        done = subprocess.run(
-            ["qemu-aarch64", "-cpu", processor, "-L", ARM_LIBRARIES, folder / "core_check", *checked.split()],
-            capture_output=True, text=True, timeout=240, env={**os.environ, "DIFFMEM_CPU": ""},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-        assert done.stdout.splitlines() == [f"levels: {levels}", *(f"checked {level}" for level in checked.split())]
+    done = subprocess.run(
+        ["qemu-aarch64", "-cpu", processor, "-L", ARM_LIBRARIES, folder / "core_check", *checked.split()],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "DIFFMEM_CPU": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"levels: {levels}", *(f"checked {level}" for level in checked.split())]
 
 
 # What asks the system for something, and the largest op; the others are plain C++.
