@@ -476,7 +476,7 @@ def _weight_decay(scale: _Scale) -> Study:
         "weight-decay", scale, "Weight decay", "weight decay", variants, scale.few, axis="factor", log_axis=True,
         questions=(
             Question("a large weight decay lowers R_mem", "0", large),
-            Question("a small one does not", "0", small, kind=EQUIVALENCE),
+            Question("a small weight decay makes no difference", "0", small, kind=EQUIVALENCE),
         ),
     )  # fmt: skip
 
@@ -523,9 +523,9 @@ def _random_labels(scale: _Scale) -> Study:
         log_axis=True,
         questions=(
             Question("random labels of 10 classes raise R_mem", "C = 10", "C = 1"),
-            Question("random labels of more classes raise it further", last, "C = 10"),
+            Question("random labels of more classes raise R_mem further", last, "C = 10"),
             Question("classes without images lower R_mem", occupied, last),
-            Question("more classes raise it further where only those with images are sampled", occupied, "C = 10"),
+            Question("more classes raise R_mem further where only those with images are sampled", occupied, "C = 10"),
         ),
         published="random_labels",
         notes=(

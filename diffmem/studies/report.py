@@ -19,14 +19,15 @@ import numpy as np
 from diffmem.atomic_io import atomic_set, check_output_folder, output_lock
 from diffmem.data.subsets import RANDOM_LABEL_SEED
 from diffmem.errors import InputError
-from diffmem.html_report import level, template, write_texts
+from diffmem.html_report import template, write_texts
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
 from diffmem.memorization.criterion_detector import DEFAULT
-from diffmem.plotting import grid, picture_url, plot, svg
+from diffmem.plotting import grid, picture_url
 from diffmem.studies.analysis import informative, logit_of
 from diffmem.studies.checks import KINDS, OTHER_CRITERIA, Check
+from diffmem.studies.figures import draw_emm, draw_lengths, draw_study, draw_verdicts
 from diffmem.studies.findings import Answer, Findings, find_among
 from diffmem.studies.laws.figures import draw_law
 from diffmem.studies.laws.tables import watched_tables, with_watched
@@ -35,15 +36,12 @@ from diffmem.studies.measure import GALLERY, Result, SnapshotResult, store_resul
 from diffmem.studies.run import trial_folder, trials_folder
 from diffmem.studies.study import Study
 from diffmem.studies.trial import SECOND_SEED, Setting, Trial
-from diffmem.text import counted, printable, table
+from diffmem.text import counted, table
 from diffmem.training import differences
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from diffmem.studies.emm import EMM
 
-COLORS = ("#3866a8", "#a3261c", "#2b6b3f", "#8a5a00", "#6b3fa0", "#1f8a8a", "#b0457b", "#555555", "#9aa021", "#d0742a")
 Picture = tuple[str, str, int, int]  # caption, data URL, how many of the images are copies, how many there are
 SHOWN = 8  # generated images per variant in a gallery
 RUN_COLUMNS = (
@@ -53,6 +51,7 @@ RUN_COLUMNS = (
 )  # fmt: skip
 HIGHEST = "highest R_mem"  # over a run's snapshots
 STUDIES, RUNS, EMM_FILE, PAGE = "studies.json", "runs.csv", "emm.json", "report.html"
+VERDICTS = "verdicts.svg"
 REPORT = "report"  # a report's folder in that of its runs
 
 
@@ -68,8 +67,8 @@ def write_studies(
     galleries: Mapping[str, list[Picture]] | None = None,
     mixed: bool = False,
 ) -> Path:
-    """Writes `report.html`, `runs.csv` and `studies.json` into `folder` and returns the page's path; for laws also the
-    tables of what was watched, and each law's figure.
+    """Writes `report.html`, `runs.csv`, `studies.json` and `verdicts.svg` into `folder`, and for laws the tables of
+    what was watched and each law's figure; returns the page's path.
 
     root: the studies' folder, in which galleries lie. galleries: by the study's name, instead of those. mixed: fit the
     mixed model of statsmodels too.
@@ -87,6 +86,7 @@ def write_studies(
         for each, other, model in zip(found, others, models, strict=True)
     ]
     results = {result.key: result for each in found for result in each.runs}.values()
+    verdicts = draw_verdicts(found)
     page = template("diffmem.studies", "studies.html.j2").render(
         studies=sections,
         shared=shared,
@@ -94,6 +94,7 @@ def write_studies(
         runs=len(results),
         seconds=sum(result.seconds for result in results),
         highest=HIGHEST,
+        verdicts=verdicts,
         spread=found[0].cells[0].spread if found and found[0].cells else None,
         made_with=made_with(results),
     )
@@ -103,6 +104,7 @@ def write_studies(
     summary = json.dumps(described, separators=(",", ":")) + "\n"
     runs = _table(RUN_COLUMNS, (row for each in found for row in _rows(each)))
     drawings = {f"{each['study'].name}.svg": each["plot"] for each in sections if each["found"].law and each["plot"]}
+    drawings |= {VERDICTS: verdicts} if verdicts else {}
     tables = watched_tables(results)
     with atomic_set(folder) as stage:
         write_texts(stage, {STUDIES: summary, RUNS: runs, **tables, **drawings, PAGE: page})
@@ -297,177 +299,6 @@ def made_with(results: Iterable[Result]) -> list[tuple[str, int]]:
         return ", ".join(part for part in parts if part) or "versions and device not recorded"
 
     return Counter(map(words, results)).most_common()
-
-
-def draw_emm(emm: EMM) -> str:
-    """R_mem of every run, the curve that they suggest with its 95 % band, and EMM, as SVG."""
-    from matplotlib.ticker import PercentFormatter
-
-    tried = [result.size for result in emm.results]
-    low, high = emm.interval
-    sizes = np.geomspace(min([*tried, low]) / 1.3, max([*tried, high]) * 1.3, 80)
-    band = emm.posterior.curve(sizes)
-    with plot(7.2, 4.0) as figure:
-        axes = figure.add_subplot()
-        axes.fill_between(sizes, band[:, 0], band[:, 2], color="#3866a8", alpha=0.18, linewidth=0)
-        axes.plot(sizes, band[:, 1], color="#3866a8", linewidth=1.3, label="expected R_mem, with its 95 % band")
-        for censored, marker, label in ((False, "o", "run"), (True, "^", "run ended early: at least this")):
-            shown = [result for result in emm.results if result.censored == censored]
-            if shown:
-                axes.plot(
-                    [result.size for result in shown], [result.r_mem for result in shown], marker, color="#1c2430",
-                    markersize=4.5, alpha=0.7, label=label,
-                )  # fmt: skip
-        axes.axvspan(low, high, color="#a3261c", alpha=0.15, linewidth=0, label="EMM, 95 % interval")
-        axes.axvline(emm.size, color="#a3261c", linewidth=1.2)
-        label = f"R_mem {level(1 - emm.search.zeta)}, at EMM"
-        axes.axhline(1 - emm.search.zeta, color="#555", linestyle="--", linewidth=0.8, label=label)
-        axes.set_xscale("log")
-        _plain_ticks(axes, sizes[[0, -1]])
-        axes.set_ylim(-0.03, 1.05)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("training images N")
-        axes.set_ylabel("R_mem")
-        figure.legend(loc="outside upper left", ncols=3)
-        return svg(figure)
-
-
-def draw_study(found: Findings, numbers: Mapping[str, Any]) -> str:
-    """The study's figure, ours beside the paper's where there is one, as SVG."""
-    paper = None if found.study.published is None else numbers.get(found.study.published)
-    with plot(8.6 if paper else 5.2, 3.3) as figure:
-        panels = figure.subplots(1, 2 if paper else 1, sharey=True, squeeze=False)[0]
-        (_curves if found.study.axis == "size" else _levels)(panels[0], found)
-        panels[0].set_title("our runs", fontsize=9)
-        panels[0].set_ylabel("R_mem")
-        if paper:
-            _published_curves(panels[1], paper)
-            panels[1].set_title("the paper (CIFAR-10)", fontsize=9)
-        return svg(figure)
-
-
-def draw_lengths(found: Findings) -> str:
-    """R_mem of every run over its length in epochs, a panel per size, as SVG; a mark where it leveled off. Empty where
-    the audits are too few to show that."""
-    sizes = [
-        size
-        for size in found.sizes
-        if any(len(result.snapshots) > 2 for cell in found.cells if cell.size == size for result in cell.runs)
-    ]
-    if not sizes:
-        return ""
-    with plot(8.6, 2.8 * math.ceil(len(sizes) / 4)) as figure:
-        panels = figure.subplots(math.ceil(len(sizes) / 4), min(len(sizes), 4), sharey=True, squeeze=False).flat
-        for axes, size in zip(panels, sizes, strict=False):
-            for position, variant in enumerate(found.study.variants):
-                cell = found.cell(variant.name, size)
-                for index, result in enumerate([] if cell is None else cell.runs):
-                    color = COLORS[position % len(COLORS)]
-                    epochs = [audited.epochs for audited in result.snapshots]
-                    shares = [audited.ratio for audited in result.snapshots]
-                    label = printable(variant.name) if index == 0 else None
-                    axes.plot(
-                        epochs, shares, color=color, linewidth=0.9, alpha=0.7, marker=".", markersize=3, label=label
-                    )
-                    if (end := result.level.epochs) is not None:
-                        axes.plot([end], [shares[epochs.index(end)]], "o", color=color, markersize=5, fillstyle="none")
-            axes.set_xscale("log")
-            low, high = axes.get_xlim()
-            ticks = [digit * 10**power for power in range(0, 8) for digit in (1, 2, 5)]
-            _plain_ticks(axes, (low, high), [tick for tick in ticks if low <= tick <= high])
-            axes.set_title(f"N = {size:,}", fontsize=9)
-            axes.set_xlabel("epochs", fontsize=8)
-        _finish(panels[0])
-        panels[0].set_ylabel("R_mem")
-        return svg(figure)
-
-
-def _curves(axes: Axes, found: Findings) -> None:
-    """R_mem over N, a curve per variant, and where each EMM lies."""
-    for position, variant in enumerate(found.study.variants):
-        cells = [cell for cell in found.cells if cell.variant.name == variant.name]
-        if not cells:
-            continue
-        color = COLORS[position % len(COLORS)]
-        _points(axes, [cell.size for cell in cells], cells, color, printable(variant.name))
-        if variant.name in found.emm:
-            size, (low, high) = found.emm[variant.name]
-            axes.plot([low, high], [-0.02 - 0.025 * position] * 2, color=color, linewidth=1.5, clip_on=False)
-            axes.plot([size], [-0.02 - 0.025 * position], "|", color=color, markersize=7, clip_on=False)
-    axes.axhline(0.9, color="#555", linestyle="--", linewidth=0.8, label="90 %, R_mem at EMM")
-    axes.set_xscale("log")
-    _plain_ticks(axes, found.sizes, found.sizes if len(found.sizes) <= 8 else None)
-    axes.set_xlabel("training images N (bars below: EMM, 95 %)")
-    _finish(axes)
-
-
-def _levels(axes: Axes, found: Findings) -> None:
-    """R_mem over the factor, a curve per size."""
-    places = {variant.name: position for position, variant in enumerate(found.study.variants)}
-    for position, size in enumerate(found.sizes):
-        cells = [cell for cell in found.cells if cell.size == size]
-        color = COLORS[position % len(COLORS)]
-        _points(axes, [places[cell.variant.name] for cell in cells], cells, color, f"N = {size:,}")
-    axes.set_xticks(
-        list(places.values()), [printable(name) for name in places], fontsize=8, rotation=20 if len(places) > 5 else 0
-    )
-    axes.set_xlabel(printable(found.study.factor))
-    _finish(axes)
-
-
-def _points(axes: Axes, x: Sequence[float], cells: Sequence[Any], color: str, label: str) -> None:
-    """Means with their intervals, and the single runs where there are several."""
-    middle = [cell.r_mem for cell in cells]
-    below = [max(0.0, cell.r_mem - cell.interval[0]) for cell in cells]
-    above = [max(0.0, cell.interval[1] - cell.r_mem) for cell in cells]
-    axes.errorbar(
-        x, middle, yerr=(below, above), color=color, marker="o", markersize=3.5, linewidth=1.2, elinewidth=0.8,
-        capsize=2, label=label,
-    )  # fmt: skip
-    runs = [(place, result.r_mem) for place, cell in zip(x, cells, strict=True) if len(cell.results) > 1
-            for result in cell.results]  # fmt: skip
-    if runs:
-        known = "single runs" in axes.get_legend_handles_labels()[1]
-        axes.plot(
-            *zip(*runs, strict=True), "_", color=color, markersize=7, alpha=0.6, label=None if known else "single runs"
-        )
-
-
-def _published_curves(axes: Axes, paper: Mapping[str, Any]) -> None:
-    for position, (name, points) in enumerate(paper["series"].items()):
-        numeric = all(key.replace(".", "", 1).isdigit() for key in points) and "kept" not in name
-        x = [float(key) for key in points] if numeric else list(points)
-        axes.plot(
-            x, [value / 100 for value in points.values()], marker="s", markersize=3.5, linewidth=1.2,
-            color=COLORS[position % len(COLORS)], label=name,
-        )  # fmt: skip
-    if paper["log"]:
-        axes.set_xscale("log")
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(paper["x"])
-    _finish(axes)
-
-
-def _finish(axes: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylim(min(axes.get_ylim()[0], -0.03), 1.05)
-    axes.legend(fontsize=8)
-
-
-def _plain_ticks(axes: Axes, sizes: Any, ticks: Sequence[float] | None = None) -> None:
-    """Sizes as people write them, not as powers of ten, at `ticks` or at round numbers."""
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
-
-    low, high = min(sizes), max(sizes)
-    steps = [digit * 10**power for power in range(0, 8) for digit in (1, 2, 3, 5, 7)]
-    if ticks is None:
-        ticks = [step for step in steps if low * 0.95 <= step <= high * 1.05]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def by_other_criteria(found: Sequence[Findings]) -> dict[str, list[Findings]]:

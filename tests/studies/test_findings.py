@@ -11,6 +11,7 @@ from studies.tiny import TINY
 from diffmem.integrity import sealed
 from diffmem.studies import EMM, Question, Result, Study, Trial, Variant
 from diffmem.studies.emm import observation
+from diffmem.studies.figures import draw_verdicts
 from diffmem.studies.findings import Answer, Cell, Spread, after, find_among, findings, spread_of
 from diffmem.studies.folder import find_all
 from diffmem.studies.measure import RESULT, SnapshotResult
@@ -193,3 +194,13 @@ def test_r_mem_is_read_at_one_length_and_the_highest_stands_beside_it():
     assert after(early, 150).r_mem == 1.0
     assert after(one, 150) is None
     assert after(one, 101).count == one.snapshots[1].count
+
+
+def test_verdicts_are_drawn_for_two_questions_or_more():
+    more = Question("width raises R_mem", "wide", "narrow")
+    asked = more, replace(more, text="width makes no difference", kind="equivalence")
+    shares = {"wide": (0.8, 0.86, 0.8), "narrow": (0.3, 0.4, 0.3)}
+    both, one = (find_among([subject], results_of(subject, shares), {}) for subject in (study(*asked), study(asked[0])))
+    drawing = draw_verdicts(both)
+    assert all(text in drawing for text in (*(question.text for question in asked), "holds", "contrary"))
+    assert draw_verdicts(one) == ""
