@@ -206,7 +206,7 @@ _SCALES = {
     ),
     "cifar16": _Scale(
         base=CIFAR16,
-        sizes=(50, 100, 200, 400),
+        sizes=(20, 50, 100, 200),
         around=(200,),
         curves=(200,),
         few=(200,),
