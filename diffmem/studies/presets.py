@@ -363,7 +363,11 @@ def _resolution(scale: _Scale) -> Study:
 
 
 def _classes(scale: _Scale) -> Study:
-    variants = [_variant(f"C = {count}", scale.base, {"data.classes": count}, count) for count in (1, 2, 5, 10)]
+    every = 10  # that there are: all of them is the reference
+    variants = [
+        _variant(f"C = {count}", scale.base, {} if count == every else {"data.classes": count}, count)
+        for count in (1, 2, 5, every)
+    ]
     return _study(
         "classes", scale, "Number of classes", "classes", variants, scale.curves, axis="factor", log_axis=True,
         questions=(Question("R_mem falls as there are more classes", kind=TREND, falls=True),),
