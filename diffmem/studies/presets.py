@@ -21,6 +21,7 @@ from diffmem.data import DatasetSpec
 from diffmem.errors import InputError
 from diffmem.studies.study import EQUIVALENCE, TREND, Question, Study, Variant, changed
 from diffmem.studies.trial import OCCUPIED, Setting
+from diffmem.text import counted
 from diffmem.training import images_of
 
 DIGITS_SOURCE, CIFAR10_SOURCE = "builtin:digits", "cifar10-train.zip"
@@ -406,7 +407,9 @@ def _width(scale: _Scale) -> Study:
 
 
 def _depth(scale: _Scale) -> Study:
-    variants = [_variant(f"{level} blocks", scale.base, {"network.num_blocks": level}, level) for level in scale.depths]
+    variants = [
+        _variant(counted(level, "block"), scale.base, {"network.num_blocks": level}, level) for level in scale.depths
+    ]
     return _study(
         "depth", scale, "Depth: residual blocks per resolution", "blocks", variants, axis="factor",
         questions=(Question("R_mem rises with the number of blocks", kind=TREND),),
@@ -417,7 +420,9 @@ def _depth(scale: _Scale) -> Study:
 def _embedding(scale: _Scale) -> Study:
     depths = scale.embedding_depths
     variants = [
-        _variant(f"{kind}, {blocks} blocks", scale.base, {"network.embedding": kind, "network.num_blocks": blocks})
+        _variant(
+            f"{kind}, {counted(blocks, 'block')}", scale.base, {"network.embedding": kind, "network.num_blocks": blocks}
+        )
         for kind in ("positional", "fourier")
         for blocks in depths
     ]
@@ -425,8 +430,8 @@ def _embedding(scale: _Scale) -> Study:
         "embedding", scale, "Embedding of the noise level", "embedding", variants, axis="factor",
         questions=tuple(
             Question(
-                f"the positional embedding memorizes more than the Fourier one, {blocks} blocks",
-                f"positional, {blocks} blocks", f"fourier, {blocks} blocks",
+                f"the positional embedding memorizes more than the Fourier one, {counted(blocks, 'block')}",
+                f"positional, {counted(blocks, 'block')}", f"fourier, {counted(blocks, 'block')}",
             )
             for blocks in depths
         ),
