@@ -22,6 +22,7 @@ from diffmem.studies.folder import is_run_folder, report_studies
 from diffmem.studies.report import PAGE, REPORT, STUDIES
 
 RESULTS, INDEX = "results.json", "index.html"
+_ESTIMATES = 4  # of a law, on the page; its report has all
 
 
 def is_results(folder: str | Path) -> bool:
@@ -103,7 +104,7 @@ def _report(folder: Path, name: str) -> dict[str, Any]:
                     }
                 )
             law = each.get("law") or {"tests": (), "estimates": ()}
-            figures = [(one["name"], one["value"], one["interval"]) for one in law["estimates"]]
+            figures = [(one["name"], one["value"], one["interval"]) for one in law["estimates"][:_ESTIMATES]]
             for place, test in enumerate(law["tests"]):
                 verdicts.append(
                     {

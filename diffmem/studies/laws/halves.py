@@ -79,7 +79,8 @@ def judge(results: Sequence[Result]) -> LawFinding:
         ):
             if (mean := _mean(found, size, name)) is not None:
                 basis = f"{mean.freedom + 1:.0f} repetitions"
-                estimates.append(Estimate(f"{words}, N = {size:,}", mean.estimate, mean.interval(), basis))
+                low, high = (min(1.0, max(-1.0, end)) for end in mean.interval())  # what a cosine can be
+                estimates.append(Estimate(f"{words}, N = {size:,}", mean.estimate, (low, high), basis))
     pairs = [
         {"repetition": repetition, "size": size, **asdict(each)}
         for repetition, by_size in found.items()
