@@ -159,6 +159,10 @@ def _curves(axes: Axes, found: Findings) -> None:
             continue
         color = COLORS[position % len(COLORS)]
         _points(axes, [cell.size for cell in cells], cells, color, printable(variant.name))
+        if found.study.read_at is not None:
+            label = "highest of each run" if position == 0 else None
+            highest = [cell.highest for cell in cells]
+            axes.plot([cell.size for cell in cells], highest, ":", color=color, linewidth=1.2, label=label)
         if variant.name in found.emm:
             size, (low, high) = found.emm[variant.name]
             axes.plot([low, high], [-0.02 - 0.025 * position] * 2, color=color, linewidth=1.5, clip_on=False)
@@ -176,7 +180,11 @@ def _levels(axes: Axes, found: Findings) -> None:
     for position, size in enumerate(found.sizes):
         cells = [cell for cell in found.cells if cell.size == size]
         color = COLORS[position % len(COLORS)]
-        _points(axes, [places[cell.variant.name] for cell in cells], cells, color, f"N = {size:,}")
+        across = [places[cell.variant.name] for cell in cells]
+        _points(axes, across, cells, color, f"N = {size:,}")
+        if found.study.read_at is not None:
+            label = "highest of each run" if position == 0 else None
+            axes.plot(across, [cell.highest for cell in cells], ":", color=color, linewidth=1.2, label=label)
     axes.set_xticks(
         list(places.values()), [printable(name) for name in places], fontsize=8, rotation=20 if len(places) > 5 else 0
     )

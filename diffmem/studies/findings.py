@@ -349,6 +349,6 @@ def _emm(cells: Sequence[Cell], name: str) -> tuple[float, tuple[float, float]] 
     own = [cell for cell in cells if cell.variant.name == name]
     if len(own) < 2:
         return None
-    seen = [observation(result) for cell in own for result in cell.results]
+    seen = [observation(run) for cell in own for run in cell.runs]  # at the end of training, as EMM is defined
     posterior = Posterior(seen, own[0].size, own[-1].size)
     return posterior.median, posterior.interval()

@@ -189,6 +189,7 @@ def test_r_mem_is_read_at_one_length_and_the_highest_stands_beside_it():
     assert found.answers[0].estimate.points.estimate == pytest.approx(0.6)
     (highest,) = by_other_criteria([found])[HIGHEST]
     assert highest.answers[0].estimate.points.estimate == pytest.approx(0)
+    assert found.emm == highest.emm
     one = next(iter(results.values()))
     early = replace(one, snapshots=(*one.snapshots[:1], replace(one.snapshots[1], count=1000)), epochs=100.0)
     assert after(early, 150).r_mem == 1.0
