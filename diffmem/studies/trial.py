@@ -84,6 +84,9 @@ class Setting:
             object.__setattr__(self, "data", replace(self.data, labels="none"))
         check_parts(self.length, self.training)
         images_of(1000, **dict[str, Any](self.length))  # raises unless it is exactly one
+        # 3000.0 epochs, as a command line gives them, are the 3000 of a preset: one trial with one key.
+        lengths = {name: int(value) if float(value).is_integer() else value for name, value in self.length.items()}
+        object.__setattr__(self, "length", lengths)
         for name in ("snapshots", "samples", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")

@@ -17,6 +17,12 @@ def test_keys_stay_what_they_are():
     assert Trial(TINY, 20, at_least=None).key == Trial(TINY, 20).key
 
 
+def test_a_length_is_the_same_however_it_is_written():
+    one, other = (Trial(replace(TINY, length={"epochs": epochs}), 20) for epochs in (3000, 3000.0))
+    assert one.key == other.key
+    assert Trial(replace(TINY, length={"epochs": 2.5}), 20).key != one.key
+
+
 def test_everything_that_decides_the_result_is_in_the_key():
     trials = [
         Trial(TINY, 20),
