@@ -82,7 +82,7 @@ def test_trends_are_straight_lines_over_levels_or_sizes():
     )
     falls = Question("", kind="trend", over="size", falls=True)
     assert falls.compared == "smallest N against largest, on the straight line through all of them"
-    assert Question("", kind="trend").compared == "last level against first"
+    assert Question("", kind="trend").compared == "last level against first, on the straight line through all of them"
     subject = replace(study(falls), sizes=(10, 20, 40))
     weights = subject.contrast(falls)
     assert weights == pytest.approx(
