@@ -112,12 +112,15 @@ def test_instruction_sets_against_plain_loops(core):
     assert done.stdout.startswith("levels: portable"), done.stdout
 
 
-def test_ops_under_sanitizers(core, libraries, tmp_path):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_ops_under_sanitizers(every, core, libraries, tmp_path):
+    """Every day arguments, what the core refuses, and codes of vectors; with --exhaustive the tests of all ops. What
+    the ops compute runs under the sanitizers in `test_instruction_sets_against_plain_loops`."""
     (tmp_path / "test_refusals.py").write_text(REFUSALS)
+    ops = [f"tests/ops/{name}" for name in (TESTS if every else ["test_arguments.py"])]
     status, said = run(
-        core, libraries, tmp_path / "report", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-        *(f"tests/ops/{name}" for name in TESTS), "tests/search/test_vectors.py::test_codes_on_every_path",
-        str(tmp_path / "test_refusals.py"),
+        core, libraries, tmp_path / "report", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *ops,
+        "tests/search/test_vectors.py::test_codes_on_every_path", str(tmp_path / "test_refusals.py"),
     )  # fmt: skip
     assert status == 0, said
     assert " passed" in said
