@@ -343,13 +343,12 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
 
 
 def _tell_report(page: Path) -> None:
-    """A line for every verdict of a report, and where it is."""
-    found = page.parent / "studies.json"
-    for each in json.loads(found.read_text(encoding="utf-8")) if found.is_file() else ():
-        for answer in each["questions"]:
-            click.echo(f"{each['study']['name']}: {answer['question']['text']}: {answer['verdict']}")
-        for test in each.get("law", {}).get("tests", ()):
-            click.echo(f"{each['study']['name']}: {test['text']}: {test['verdict']}")
+    """A line for every verdict of a report, or of a page over several, and where it is."""
+    from diffmem.studies.results import verdicts_at
+
+    for name, verdicts in verdicts_at(page).items():
+        for each in verdicts:
+            click.echo(f"{name and name + ': '}{each['study']}: {each['text']}: {each['verdict']}")
     click.echo(f"report: {page}")
 
 
@@ -414,19 +413,12 @@ def report_command(studies, runs, out, mixed_model, as_json) -> None:
         if studies or (len(runs) > 1 and out is None):
             raise click.UsageError("of several folders: give --out, and no names of studies")
         several = write_results(runs, out, mixed_model) if len(runs) > 1 else results_again(runs[0], out, mixed_model)
-        listed = several.with_name(RESULTS).read_text(encoding="utf-8")
-        if as_json:
-            click.echo(listed, nl=False)
-            return
-        for report in json.loads(listed):
-            for each in report["verdicts"]:
-                click.echo(f"{report['name']}: {each['study']}: {each['text']}: {each['verdict']}")
-        click.echo(f"report: {several}")
-        return
-    page = report_studies(runs[0], out, studies, mixed=mixed_model)
-    found = page.parent / "studies.json"
+        page, tables = several, [several.with_name(RESULTS)]
+    else:
+        page = report_studies(runs[0], out, studies, mixed=mixed_model)
+        tables = [page.with_name("studies.json"), page.with_name("emm.json")]
     if as_json:
-        click.echo((found if found.is_file() else page.parent / "emm.json").read_text(encoding="utf-8"), nl=False)
+        click.echo(next(table for table in tables if table.is_file()).read_text(encoding="utf-8"), nl=False)
         return
     _tell_report(page)
 

@@ -36,7 +36,7 @@ from diffmem.studies.emm import observation
 from diffmem.studies.laws import LawFinding
 from diffmem.studies.leveling import LEVELED_OFF, SHORT
 from diffmem.studies.measure import Result
-from diffmem.studies.study import TREND, Question, Study, Variant
+from diffmem.studies.study import TREND, Place, Question, Study, Variant
 
 _GUESS, _GUESS_WEIGHT = 0.4, 4.0
 
@@ -184,6 +184,11 @@ class Findings:
         return [run for cell in self.cells for run in cell.runs]
 
     @property
+    def by_place(self) -> dict[Place, dict[int, Result]]:
+        """The results of every cell, by repetition."""
+        return _by_place(self.cells)
+
+    @property
     def sizes(self) -> list[int]:
         """All sizes that were measured."""
         return sorted({cell.size for cell in self.cells})
@@ -211,13 +216,11 @@ def find_among(studies: Sequence[Study], results: Mapping[str, Result], errors: 
     """What `results` (by trial key) and `errors` say of studies that share a spread between runs; their questions are
     one family."""
     # Runs that end with their onset say nothing of how R_mem differs between runs of full length.
-    groups = {
-        (key, study.read_at): _read(each, study.read_at)
-        for study in studies
-        if study.law is None
-        for key, each in _groups(study, results).items()
-    }
-    spread = spread_of([list(group.values()) for group in groups.values() if group])
+    groups: dict[float | None, dict[str, dict[int, Result]]] = {}  # those of one setting and size once
+    for study in studies:
+        if study.law is None:
+            groups.setdefault(study.read_at, {}).update(_groups(study, results))
+    spread = spread_of([read for read_at, each in groups.items() for read in _read(each, read_at)])
     found = [findings(study, results, errors, spread) for study in studies]
     answers = corrected([answer for each in found for answer in each.answers])
     ends = list(accumulate((len(each.answers) for each in found), initial=0))
@@ -266,10 +269,16 @@ def after(run: Result, epochs: float | None) -> Result | None:
     return replace(run, count=at.count, total=at.total, best_images=at.images, snapshots=(), looks=1)
 
 
-def _read(runs: Mapping[int, Result], epochs: float | None) -> dict[int, Result]:
-    """`after` of runs by repetition, those that were audited there."""
-    read = {repetition: after(run, epochs) for repetition, run in runs.items()}
-    return {repetition: each for repetition, each in read.items() if each is not None}
+def _read(groups: Mapping[str, Mapping[int, Result]], epochs: float | None) -> list[list[Result]]:
+    """`after` of the runs of every group, those that were audited there."""
+    read = ([after(run, epochs) for run in runs.values()] for runs in groups.values())
+    found = ([each for each in runs if each is not None] for runs in read)
+    return [runs for runs in found if runs]
+
+
+def _by_place(cells: Sequence[Cell]) -> dict[Place, dict[int, Result]]:
+    """The results of every cell, by repetition."""
+    return {(cell.variant.name, cell.size): {result.repetition: result for result in cell.results} for cell in cells}
 
 
 def _groups(study: Study, results: Mapping[str, Result]) -> dict[str, dict[int, Result]]:
@@ -294,9 +303,8 @@ def findings(
             failures.append((variant.name, trial.size, trial.repetition, errors[trial.key]))
         elif trial.key not in results and trial.repetition < study.repetitions:
             missing += 1
-    groups = {key: each for key, each in _groups(study, results).items() if _read(each, study.read_at)}
-    read = {key: _read(each, study.read_at) for key, each in groups.items()}
-    spread = spread_of([list(each.values()) for each in read.values()]) if spread is None else spread
+    groups = _groups(study, results)
+    spread = spread_of(_read(groups, study.read_at)) if spread is None else spread
     order = [variant.name for variant in study.variants]
     places = {(variant.name, trial.size): (variant, trial) for variant, trial in replace(study, repetitions=1).cells()}
     cells = [
@@ -304,7 +312,8 @@ def findings(
         for variant, trial in places.values()
         if trial.key in groups
     ]
-    by_place = {(name, size): read[trial.key] for (name, size), (_, trial) in places.items() if trial.key in groups}
+    cells = [cell for cell in cells if cell.results]
+    by_place = _by_place(cells)
     cells.sort(key=lambda cell: (order.index(cell.variant.name), cell.size))
     return Findings(
         study,

@@ -103,9 +103,7 @@ def further_trials(found: Findings) -> list[Trial]:
     study, trials = found.study, {}
     if study.max_repetitions is None:
         return []
-    done = {
-        (cell.variant.name, cell.size): {result.repetition: result for result in cell.results} for cell in found.cells
-    }
+    done = found.by_place
     failed = {(name, size, repetition) for name, size, repetition, _ in found.failures}
     by_name = {variant.name: variant for variant in study.variants}
     for answer in found.answers:

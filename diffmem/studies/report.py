@@ -115,7 +115,7 @@ def _mixed(found: Findings) -> dict[str, Any]:
     """What the mixed model says of a study: its spread, and each question's difference; or why it cannot be fitted."""
     from diffmem.studies.mixed import mixed_model
 
-    cells = {(cell.variant.name, cell.size): {each.repetition: each for each in cell.results} for cell in found.cells}
+    cells = found.by_place
     try:
         model = mixed_model(cells)
     except InputError as error:
@@ -365,7 +365,7 @@ def _evidence(found: Findings, answer: Answer) -> list[dict[str, Any]]:
     its weight and its run; empty where no repetition has all of its cells."""
     if answer.estimate is None:
         return []
-    cells = {(cell.variant.name, cell.size): {each.repetition: each for each in cell.results} for cell in found.cells}
+    cells = found.by_place
     weights = informative(answer.question, found.study.contrast(answer.question, set(cells)), cells)[0]
     common = set.intersection(*(set(cells[place]) for place in weights)) if weights else set()
     rows = []

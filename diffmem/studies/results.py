@@ -81,14 +81,29 @@ def _write_index(folder: Path, names: Sequence[str]) -> Path:
     return folder / INDEX
 
 
+def verdicts_at(page: Path) -> dict[str, list[dict[str, Any]]]:
+    """The verdicts of a report's page, under "", or of a page over several, by the reports' names; of a page of a
+    search for EMM none."""
+    if page.name == INDEX:
+        return {report["name"]: report["verdicts"] for report in read_json(page.with_name(RESULTS))}
+    path = page.with_name(STUDIES)
+    return {"": _verdicts(path)} if path.is_file() else {}
+
+
 def _report(folder: Path, name: str) -> dict[str, Any]:
     """What the page says of a report."""
     path = folder / name / STUDIES
-    verdicts, runs = [], set()
+    with parsing(path, "the findings of studies"):
+        runs = {run for each in read_json(path) for cell in each["cells"] for run in cell["runs"]}
+    return {"name": name, "runs": len(runs), "verdicts": _verdicts(path)}
+
+
+def _verdicts(path: Path) -> list[dict[str, Any]]:
+    """The verdicts in a report's `studies.json`, on questions and laws."""
+    verdicts = []
     with parsing(path, "the findings of studies"):
         for each in read_json(path):
             study = each["study"]["name"]
-            runs |= {run for cell in each["cells"] for run in cell["runs"]}
             for place, answer in enumerate(each["questions"], 1):
                 points = answer["points"]
                 verdicts.append(
@@ -115,4 +130,4 @@ def _report(folder: Path, name: str) -> dict[str, Any]:
                         "link": f"{study}-runs",
                     }
                 )
-    return {"name": name, "runs": len(runs), "verdicts": verdicts}
+    return verdicts
