@@ -262,11 +262,11 @@ def after(run: Result, epochs: float | None) -> Result | None:
     if epochs is None:
         return run
     if run.epochs < epochs * 0.98 and run.level.state == LEVELED_OFF:
-        return replace(run, snapshots=(), looks=1)
+        return replace(run, snapshots=(), looks=1, tabled=None)
     at = next((each for each in run.snapshots if abs(each.epochs - epochs) <= 0.02 * epochs), None)
     if at is None:
         return None
-    return replace(run, count=at.count, total=at.total, best_images=at.images, snapshots=(), looks=1)
+    return replace(run, count=at.count, total=at.total, best_images=at.images, snapshots=(), looks=1, tabled=None)
 
 
 def _read(groups: Mapping[str, Mapping[int, Result]], epochs: float | None) -> list[list[Result]]:

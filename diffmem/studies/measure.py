@@ -131,6 +131,7 @@ class Result:
         arithmetic: How sums were formed: instruction sets of the CPU, or the GPU's name; None where the run is older
             than the field.
         code: The fingerprint of diffmem's Python files; None where the run is older than the field.
+        tabled: The interval that a table of runs states; the table lacks the verdicts by image, of which it was formed.
     """
 
     key: str
@@ -161,6 +162,7 @@ class Result:
     agreement: Agreement | None = None
     arithmetic: str | None = None
     code: str | None = None
+    tabled: tuple[float, float] | None = None
 
     @property
     def r_mem(self) -> float:
@@ -170,6 +172,8 @@ class Result:
     def interval(self) -> tuple[float, float]:
         """95 % interval of this run's R_mem, the highest over its snapshots: the noise of sampling, and that it is the
         highest of several estimates (`diffmem.memorization.highest_interval`); another run differs by more."""
+        if self.tabled is not None:
+            return self.tabled
         counts = [(audited.count, audited.total) for audited in self.snapshots] or [(self.count, self.total)]
         if self.at_least is None and self.snapshots and len(self.snapshots) < (self.looks or 0):
             # How many snapshots there are depends on what they showed: the run ended by it.
@@ -204,11 +208,12 @@ class Result:
         """The result that `to_json` gave; fields of later versions, which may share the folder, are left out."""
         known = set(Result.__dataclass_fields__)
         values = {name: value for name, value in values.items() if name in known}
-        alarms = values.get("alarms")
+        alarms, tabled = values.get("alarms"), values.get("tabled")
         fields = {
             "snapshots": tuple(map(_snapshot_result, values["snapshots"])),
             "checks": tuple(map(Check.from_json, values.get("checks", ()))),
             "alarms": None if alarms is None else tuple(alarms),
+            "tabled": None if tabled is None else tuple(tabled),
             "mixture": None if (mixture := values.get("mixture")) is None else MixtureResult(**mixture),
             "agreement": None
             if (found := values.get("agreement")) is None

@@ -274,6 +274,7 @@ def _result(row: Mapping[str, str], trial: Trial) -> Result:
         threads=int(row.get("threads") or 0) or None,
         checks=tuple(map(Check.from_text, (row.get("checks") or "").split())),
         arithmetic=row.get("arithmetic") or None, code=row.get("code") or None,
+        tabled=(float(row["low"]), float(row["high"])) if row.get("low") else None,
     )  # fmt: skip
 
 
@@ -311,7 +312,7 @@ def by_other_criteria(found: Sequence[Findings]) -> dict[str, list[Findings]]:
         others[HIGHEST] = find_among([replace(each.study, read_at=None) for each in found], results, {})
     for name in OTHER_CRITERIA:
         judged = {
-            key: replace(result, count=check.generated[0], total=check.generated[1], snapshots=(), looks=1)
+            key: replace(result, count=check.generated[0], total=check.generated[1], snapshots=(), looks=1, tabled=None)
             for key, result in results.items()
             for check in result.checks
             if check.criterion == name
@@ -354,7 +355,7 @@ def _section(
         "checked": _checked(found),
         "others": {name: each for name, each in others.items() if each.cells},
         "evidence": [_evidence(found, answer) for answer in found.answers],
-        "recipes": {v.name: json.dumps(v.setting.to_json(), indent=1) for v in found.study.variants},
+        "recipe": json.dumps(found.study.variants[0].setting.to_json(), indent=1),
         "seeds": {v.name: _seeds(v.setting) for v in found.study.variants},
         "differences": {v.name: _changes(found.study, v.setting.to_json()) for v in found.study.variants},
     }
@@ -434,13 +435,14 @@ def _rows(found: Findings) -> list[dict[str, Any]]:
 
 def _row(result: Result) -> dict[str, Any]:
     low, high = result.interval
-    numbers = {"r_mem": result.r_mem, "low": low, "high": high, "epochs": result.epochs}
-    seconds = {name: f"{getattr(result, name):.1f}" for name in ("training_seconds", "sampling_seconds")}
+    numbers = {name: f"{value:.6g}" for name, value in (("r_mem", result.r_mem), ("epochs", result.epochs))}
+    ends = {name: f"{value:.12g}" for name, value in (("low", low), ("high", high))}  # read again, so in full
+    seconds = {name: f"{getattr(result, name):.3f}" for name in ("training_seconds", "sampling_seconds")}
     versions = "; ".join(f"{name} {version}" for name, version in result.versions.items())
-    texts = {name: f"{value:.6g}" for name, value in numbers.items()}
     return {
         **vars(result),
-        **texts,
+        **numbers,
+        **ends,
         **seconds,
         "versions": versions,
         "leveled_off": "" if result.level.state == SHORT else str(result.level),

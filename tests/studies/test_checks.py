@@ -11,6 +11,7 @@ from studies.tiny import TINY
 from diffmem.studies import Question, Result, Study, Trial, Variant, report_studies, run_trial
 from diffmem.studies.checks import AT_ALARMS, OTHER_CRITERIA, Check, checks, held_out_images, planted_copies
 from diffmem.studies.findings import find_among
+from diffmem.studies.measure import SnapshotResult, pack
 from diffmem.studies.presets import build
 from diffmem.studies.report import write_studies
 
@@ -86,9 +87,13 @@ def test_a_report_answers_questions_by_other_criteria_too(tmp_path):
             for name, found in (("ratio", count), ("calibrated_l2", other))
         )
         values = {"images": 9, "epochs": 1.0, "best_images": 9, "parameters": 5, "training_set": "", "versions": {}}
+        snapshots = tuple(  # a table of runs has no verdicts by image, but the interval that comes of them
+            SnapshotResult(at, at / 20, 0.5, int(some.sum()), 200, 1.0, 1.0, copies=pack(some))
+            for at, some in ((5, np.arange(200) < count - 5), (9, np.arange(200) < count))
+        )
         results[trial.key] = Result(
             trial.key, 20, trial.repetition, count, 200, None, False, training_seconds=1.0, sampling_seconds=1.0,
-            snapshots=(), looks=1, checks=by, **values,
+            snapshots=snapshots, looks=2, checks=by, **values,
         )  # fmt: skip
     page = write_studies(find_among([study], results, {}), tmp_path, tmp_path / "report")
     (found,) = json.loads((tmp_path / "report" / "studies.json").read_text())
