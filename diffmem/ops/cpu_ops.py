@@ -45,3 +45,62 @@ def cpu_op(name: str, schema: str | None = None, differentiable: bool = False) -
 def register_gradient(name: str, backward: Callable[..., Any], save: Callable[..., None] | None = None) -> None:
     """Gives an op of `cpu_op` its gradient: backward(ctx, *gradients), after save(ctx, inputs, output)."""
     torch.library.register_autograd(f"diffmem::{name}", backward, setup_context=save, lib=_LIBRARY)
+
+
+def direct(
+    op: Any,
+    kernel: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """`op`, but `kernel` itself where nothing needs to see the op: no compiler, trace, profiler, mode or transform of
+    PyTorch, and no tensor of another class.
+
+    The dispatcher's way to an op in Python and to its gradient takes as long as normalizing a small map. Values and
+    gradients are the same.
+
+    Args:
+        op: Of `cpu_op`.
+        kernel: What it computes; takes its arguments as right.
+        backward: As for `register_gradient`; without it `op` is called where a gradient may be asked for.
+        save: As for `register_gradient`.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = kernel(*inputs)
+            if save is not None:
+                save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return None if backward is None else backward(ctx, *gradients)
+
+    with_gradient = op if backward is None else Direct.apply
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched():
+            return op(*inputs)
+        tensors = [each for each in inputs if isinstance(each, torch.Tensor)]
+        if any(type(each) not in _PLAIN for each in tensors):
+            return op(*inputs)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+            return with_gradient(*inputs)
+        return kernel(*inputs)
+
+    return call
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_watched() -> bool:
+    """Whether something other than autograd looks at the ops that are called."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
+    )

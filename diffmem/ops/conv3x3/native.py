@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from diffmem.ops.conv3x3.arguments import check_weight_gradient, check_winograd
-from diffmem.ops.cpu_ops import cpu_op, register_gradient
-from diffmem.ops.registry import available_core, native_kernel_unavailable
+from diffmem.ops.cpu_ops import cpu_op, direct, register_gradient
+from diffmem.ops.registry import available_core, native_kernel_unavailable, native_module
 
 # Below this many 4×4 tiles the transformed weights cost more than they save.
 _MIN_TILES = 32
@@ -55,7 +55,7 @@ def conv3x3(
         x = x.to(torch.float32)
     if residual is not None and residual.dtype != torch.float32:
         residual = residual.to(torch.float32)
-    return conv3x3_winograd(x, weight, bias, False, residual, scale)
+    return _winograd(x, weight, bias, False, residual, scale)
 
 
 @cpu_op("conv3x3_winograd", differentiable=True)
@@ -72,7 +72,12 @@ def conv3x3_winograd(
     `transposed`: with weight (C, O, 3, 3), flipped, which is the gradient of that convolution.
     """
     check_winograd(x, weight, bias, transposed, residual, scale)
-    core = available_core("conv3x3", unavailable("cpu"))
+    available_core("conv3x3", unavailable("cpu"))
+    return _convolved(x, weight, bias, transposed, residual, scale)
+
+
+def _convolved(x, weight, bias, transposed, residual=None, scale=1.0):
+    core = native_module()
     batch, channels, height, width = x.shape
     outputs = weight.shape[1 if transposed else 0]
     x = x.contiguous(memory_format=torch.channels_last)
@@ -116,15 +121,19 @@ def _(x, weight, bias, transposed, residual=None, scale=1.0):
 def conv3x3_weight_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """(O, C, 3, 3): the gradient of the weights, from x (B, C, H, W) and the gradient (B, O, H, W) of the result."""
     check_weight_gradient(x, gradient)
+    available_core("conv3x3", unavailable("cpu"))
+    return _of_weight(x, gradient)
+
+
+def _of_weight(x, gradient):
     batch, channels, height, width = x.shape
     outputs = gradient.shape[1]
     if x.numel() == 0:
         return torch.zeros(outputs, channels, 3, 3).to(memory_format=torch.channels_last)
-    core = available_core("conv3x3", unavailable("cpu"))
     x = x.contiguous(memory_format=torch.channels_last)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     found = torch.empty((outputs, channels, 3, 3), memory_format=torch.channels_last)
-    core.conv3x3_weight_gradient(
+    native_module().conv3x3_weight_gradient(
         [batch, height, width, channels, outputs], x.data_ptr(), gradient.data_ptr(), found.data_ptr(),
         list(found.stride()), torch.get_num_threads(),
     )  # fmt: skip
@@ -156,7 +165,7 @@ def _backward(ctx, gradient):
         gradient = gradient * ctx.scale
     if ctx.needs_input_grad[0]:
         if x.shape[1] % 16 == 0 and gradient.shape[1] % 8 == 0:
-            grad_x = conv3x3_winograd(gradient, weight, None, not ctx.transposed)
+            grad_x = _winograd(gradient, weight, None, not ctx.transposed, None, 1.0)
         elif ctx.transposed:
             grad_x = F.conv2d(gradient, weight, padding=1)
         else:
@@ -165,7 +174,7 @@ def _backward(ctx, gradient):
         # Exchanging what goes in and what comes out turns the one kernel's gradient into the other's.
         inputs, outputs = (gradient, x) if ctx.transposed else (x, gradient)
         if inputs.shape[1] % 8 == 0 and outputs.shape[1] % 16 == 0:
-            grad_weight = conv3x3_weight_gradient(inputs, outputs)
+            grad_weight = _direct_of_weight(inputs, outputs)
         else:
             _, grad_weight, _ = torch.ops.aten.convolution_backward(
                 outputs, inputs, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
@@ -176,3 +185,5 @@ def _backward(ctx, gradient):
 
 
 register_gradient("conv3x3_winograd", _backward, _save)
+_direct_of_weight = direct(conv3x3_weight_gradient, _of_weight)
+_winograd = direct(conv3x3_winograd, _convolved, _backward, _save)

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from diffmem.ops.cpu_ops import cpu_op, register_gradient
+from diffmem.ops.cpu_ops import cpu_op, direct, register_gradient
 from diffmem.ops.group_norm_silu import arguments
-from diffmem.ops.registry import available_core, native_kernel_unavailable
+from diffmem.ops.registry import available_core, native_kernel_unavailable, native_module
 
 _WIDEST = 1024  # channels that the core takes at once: whole groups and multiples of 8
 
@@ -41,7 +41,11 @@ def _unfit(x: torch.Tensor, num_groups: int) -> str | None:
 def group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     """The result, and the mean (float64) and 1/√(variance + eps) of each image's groups, (B, num_groups)."""
     _check(x, num_groups, weight, bias, eps, scale, shift, added)
-    core = available_core("group_norm_silu", unavailable("cpu"))
+    available_core("group_norm_silu", unavailable("cpu"))
+    return _forward(x, num_groups, weight, bias, eps, scale, shift, silu, added)
+
+
+def _forward(x, num_groups, weight, bias, eps, scale, shift, silu, added):
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x)
     mean = torch.empty((x.shape[0], num_groups), dtype=torch.float64)
@@ -49,7 +53,7 @@ def group_norm_silu_forward(x, num_groups, weight, bias, eps, scale, shift, silu
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     shape, kept, addresses, strides = _arguments(x, num_groups, weight, bias, scale, shift, added)
-    core.group_norm_silu_forward(
+    native_module().group_norm_silu_forward(
         shape, addresses, strides, eps, silu, x.data_ptr(), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -72,7 +76,11 @@ def _(x, num_groups, weight, bias, eps, scale, shift, silu, added):
 def group_norm_silu_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
     """dx, and sums (3, B, C): Σ g, Σ g·x̂ and Σ dx over each channel's pixels, g the gradient before SiLU."""
     _check_backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, added)
-    core = available_core("group_norm_silu", unavailable("cpu"))
+    available_core("group_norm_silu", unavailable("cpu"))
+    return _gradient(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added)
+
+
+def _gradient(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, added):
     x = x.contiguous(memory_format=torch.channels_last)
     mean, rstd = mean.contiguous(), rstd.contiguous()
     dy = dy.contiguous(memory_format=torch.channels_last)
@@ -81,7 +89,7 @@ def group_norm_silu_backward(dy, x, mean, rstd, num_groups, weight, bias, scale,
     if x.numel() == 0:
         return dx, sums.zero_()
     shape, kept, addresses, strides = _arguments(x, num_groups, weight, bias, scale, shift, added)
-    core.group_norm_silu_backward(
+    native_module().group_norm_silu_backward(
         shape, addresses, strides, silu, dy.data_ptr(), x.data_ptr(), mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(),
         sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -127,7 +135,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy, _dmean, _drstd):
     x, mean, rstd, weight, bias, scale, shift, added = ctx.saved_tensors
-    dx, sums = group_norm_silu_backward(dy, x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.silu, added)
+    dx, sums = _direct_backward(dy, x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.silu, added)
     of_g, of_product, of_dx = sums.unbind(0)
     dscale = dshift = dadded = None
     if scale is not None:
@@ -140,8 +148,10 @@ def _backward(ctx, dy, _dmean, _drstd):
 
 
 register_gradient("group_norm_silu_native", _backward, _save)
+_direct_backward = direct(group_norm_silu_backward, _gradient)
+_direct_forward = direct(group_norm_silu_forward, _forward, _backward, _save)
 
 
 def group_norm_silu(*all_arguments) -> torch.Tensor:
     """silu((x − mean)/√(var + eps)·weight + bias), with the arguments of `diffmem.ops.group_norm_silu`."""
-    return group_norm_silu_forward(*all_arguments)[0]
+    return _direct_forward(*all_arguments)[0]
