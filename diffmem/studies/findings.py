@@ -36,7 +36,7 @@ from diffmem.studies.emm import observation
 from diffmem.studies.laws import LawFinding
 from diffmem.studies.leveling import LEVELED_OFF, SHORT
 from diffmem.studies.measure import Result
-from diffmem.studies.study import TREND, Place, Question, Study, Variant
+from diffmem.studies.study import Place, Question, Study, Variant
 
 _GUESS, _GUESS_WEIGHT = 0.4, 4.0
 
@@ -152,9 +152,12 @@ class Answer:
         if effect is None:
             return None
         low, high = effect.interval(alpha)
-        if scale == "points" and self.question.kind != TREND:  # more than all copies and less than none is not possible
-            return max(-1.0, low), min(1.0, high)
-        return low, high
+        return _within(scale, low), _within(scale, high)
+
+    def difference(self, scale: str) -> float | None:
+        """What is estimated of it, in "logit" or "points"; None where nothing is yet."""
+        effect = None if self.estimate is None else getattr(self.estimate, scale)
+        return None if effect is None else _within(scale, effect.estimate)
 
     def simultaneous(self, scale: str) -> tuple[float, float] | None:
         """The interval that holds together with those of all other questions, at all looks."""
@@ -162,6 +165,11 @@ class Answer:
         seen = 0 if self.estimate is None else self.estimate.repetitions
         share = shares.get(seen, min([1.0, *shares.values()]))
         return self.interval(scale, ALPHA * share / self.family)
+
+
+def _within(scale: str, difference: float) -> float:
+    """In points no more than from none to all copies, which the line of a trend may exceed."""
+    return min(max(difference, -1.0), 1.0) if scale == "points" else difference
 
 
 @dataclass(frozen=True)

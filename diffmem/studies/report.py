@@ -459,7 +459,7 @@ def _answer_as_json(answer: Answer) -> dict[str, Any]:
     for scale in ("logit", "points"):
         effect = None if estimate is None else getattr(estimate, scale)
         scales[scale] = effect and {
-            "difference": effect.estimate,
+            "difference": answer.difference(scale),
             "error": effect.error,
             "freedom": effect.freedom,
             "interval": answer.interval(scale),

@@ -19,6 +19,7 @@ from diffmem.html_report import template, write_texts
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.studies.folder import is_run_folder, report_studies
+from diffmem.studies.laws.finding import figures
 from diffmem.studies.report import PAGE, REPORT, STUDIES
 
 RESULTS, INDEX = "results.json", "index.html"
@@ -72,8 +73,9 @@ def _name(root: Path) -> str:
 def _write_index(folder: Path, names: Sequence[str]) -> Path:
     reports = [_report(folder, name) for name in names]
     command = shlex.join(["diffmem", "study", "report", *(part for name in names for part in ("--runs", name))])
+    runs = sum(report["runs"] for report in reports)
     page = template("diffmem.studies", "results.html.j2").render(
-        reports=reports, page=PAGE, studies=STUDIES, command=command, runs=sum(report["runs"] for report in reports)
+        reports=reports, figures=figures, page=PAGE, studies=STUDIES, command=command, runs=runs
     )
     summary = json.dumps(reports, indent=1, ensure_ascii=False) + "\n"
     with atomic_set(folder) as stage:

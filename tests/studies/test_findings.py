@@ -205,3 +205,15 @@ def test_verdicts_are_drawn_for_two_questions_or_more():
     drawing = draw_verdicts(both)
     assert all(text in drawing for text in (*(question.text for question in asked), "holds", "contrary"))
     assert draw_verdicts(one) == ""
+
+
+def test_no_difference_is_beyond_a_hundred_points_though_the_line_of_a_trend_is():
+    question = Question("R_mem falls with N", kind="trend", over="size", falls=True)
+    subject = replace(study(question), sizes=(20, 30, 40, 50), variants=study().variants[:1])
+    shares = {20: 1000, 30: 1000, 40: 0, 50: 0}
+    results = {trial.key: result(trial, shares[trial.size]) for trial in subject.trials()}
+    (found,) = findings(subject, results, {}).answers
+    assert abs(found.estimate.points.estimate) > 1.1
+    assert abs(found.difference("points")) == 1.0
+    assert all(-1 <= end <= 1 for end in found.interval("points"))
+    assert found.difference("logit") == found.estimate.logit.estimate

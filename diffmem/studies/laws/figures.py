@@ -13,7 +13,7 @@ from diffmem.html_report import level as words
 from diffmem.plotting import plot, svg
 from diffmem.studies.laws.crossover import LAW, MARGIN, crossings, share_of
 from diffmem.studies.laws.early_warning import lead
-from diffmem.studies.laws.finding import LawFinding
+from diffmem.studies.laws.finding import LawFinding, figures
 from diffmem.studies.laws.halves import margins, value_of
 from diffmem.studies.laws.onset import LEVELS, generalizations, onsets
 from diffmem.studies.laws.regression import Time, exponent
@@ -131,8 +131,7 @@ def _times(axes: Axes, times: Sequence[Time], color: str, marker: str, label: st
     """The times of runs, those that are bounds as arrows, and their power law."""
     known = [time for time in times if time.known]
     if (fit := exponent(times)) is not None:
-        low, high = fit.interval()
-        label += f": exponent {fit.estimate:.2f} ({low:.2f} to {high:.2f})"
+        label += f": exponent {figures(fit.estimate, fit.interval())}"
         sizes = np.array(sorted({time.size for time in fit.times}), dtype=float)
         at = np.mean(list(fit.intercepts.values()))
         axes.plot(sizes, np.exp(at + fit.estimate * np.log(sizes)), color=color, linewidth=1.0)

@@ -38,6 +38,13 @@ class Test:
         return min(self.p_holds, self.p_contrary)
 
 
+def figures(value: float, interval: Sequence[float | None]) -> str:
+    """A number and its interval in words: of two decimal places up to a hundred, whole beyond."""
+    decimals = 0 if abs(value) >= 100 else 2
+    shown = ["–" if each is None else f"{each:,.{decimals}f}".replace("-", "−") for each in (value, *interval)]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number, its 95 % interval, and what it rests on."""
@@ -50,7 +57,7 @@ class Estimate:
     @property
     def figures(self) -> str:
         """The number and its interval."""
-        return f"{self.value:.2f} ({self.interval[0]:.2f} to {self.interval[1]:.2f})"
+        return figures(self.value, self.interval)
 
 
 @dataclass(frozen=True)
