@@ -10,7 +10,6 @@ images that are not copies, beside those that its users take. Writes results/det
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from benchmarks.detection.detectors import Detector, detectors
 from benchmarks.detection.disguises import PLANTED
 from benchmarks.detection.sets import Cifar, cifar, photographs
 from benchmarks.harness import RESULTS, Bench
+from benchmarks.rows import read_table, write_table
 from diffmem.data import load_images
 from diffmem.memorization.statistics import wilson_interval
 
@@ -115,17 +115,9 @@ def table(bench: Bench, suffix: str = "csv"):
 def write(rows: list[Row], bench: Bench) -> None:
     """The table; rows of detectors that were not run now stay."""
     path, now = table(bench), {row["detector"] for row in rows}
-    before: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as stream:
-            before = [row for row in csv.DictReader(stream) if row["detector"] not in now]
+    before = [row for row in read_table(path) if row["detector"] not in now]
     order = [detector.name for detector in detectors()]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(sorted([*rows, *before], key=lambda row: order.index(row["detector"])))
-    partial.replace(path)
+    write_table(path, sorted([*rows, *before], key=lambda row: order.index(row["detector"])), COLUMNS)
 
 
 def chart(bench: Bench) -> None:
@@ -138,8 +130,7 @@ def chart(bench: Bench) -> None:
 
     if bench.quick or not table(bench).exists():
         return
-    with table(bench).open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_table(table(bench))
     curves = {
         str(each["name"]): (np.sort(each["alarms"]), each["found"]) for each in map(np.load, CURVES.glob("*.npz"))
     }

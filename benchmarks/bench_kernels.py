@@ -24,7 +24,6 @@ To add an op, add a KernelSubject to SUBJECTS.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from unittest import mock
 import torch
 
 from benchmarks.harness import RESULTS, Bench
+from benchmarks.rows import read_table, write_table
 from benchmarks.triton_resources import ARCHITECTURES, Launch, bytes_by_depth, compile_launch, recorded, source_digest
 
 COLUMNS = (
@@ -183,10 +183,7 @@ def result(folder: Path = RESULTS) -> Path:
 
 def read_rows() -> dict[tuple[str, ...], dict[str, str]]:
     """The rows of this Triton's table by kernel, configuration and architecture, and op."""
-    if not result().exists():
-        return {}
-    with result().open(newline="") as stream:
-        return {key_of(row): row for row in csv.DictReader(stream)}
+    return {key_of(row): row for row in read_table(result())}
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -215,9 +212,4 @@ def run(bench: Bench) -> None:
 
 
 def _write(rows: dict[tuple[str, ...], dict[str, str]]) -> None:
-    partial = result().with_suffix(".partial")
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
-    partial.replace(result())
+    write_table(result(), (rows[key] for key in sorted(rows)), COLUMNS)

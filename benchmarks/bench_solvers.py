@@ -13,7 +13,6 @@ after a first look at seeds 0–399 of the model of 200 digits.
 from __future__ import annotations
 
 import copy
-import csv
 import math
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, Bench
+from benchmarks.rows import write_table
 from diffmem.data import ImageSet, load_images
 from diffmem.memorization import Audit, audit
 from diffmem.models import EDM, Denoiser, DenoiserConfig, UNetConfig, load, save
@@ -59,10 +59,7 @@ def run(bench: Bench) -> None:
     for count in TRAINING_IMAGES:
         training = load_images("builtin:digits", limit=count)
         rows += compare(memorizing_model(training, bench.quick), training, range(10 if bench.quick else SEEDS))
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, rows, COLUMNS)
 
 
 def compare(denoiser: Denoiser, training: ImageSet, seeds: range) -> Iterator[dict[str, str]]:

@@ -12,13 +12,13 @@ all of them together count. Standard errors are 1.1 points at 5 % and 2 points a
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import replace
 
 import numpy as np
 
 from benchmarks.harness import RESULTS, Bench
+from benchmarks.rows import write_table
 from diffmem.data import DatasetSpec
 from diffmem.studies import Question, Result, Setting, Study, Variant
 from diffmem.studies.analysis import CONTRARY, EQUIVALENT, HOLDS
@@ -44,10 +44,7 @@ KINDS = [
 def run(bench: Bench) -> None:
     rows = [row(*kind, studies=10 if bench.quick else STUDIES) for kind in KINDS]
     path = RESULTS / f"study-errors{'.quick' if bench.quick else ''}.csv"
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, rows, COLUMNS)
 
 
 def row(

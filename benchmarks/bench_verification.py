@@ -15,7 +15,6 @@ end for one copy is 0.18/Q then, and one is seen in 16 % of audits.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -24,6 +23,7 @@ from itertools import product
 import numpy as np
 
 from benchmarks.harness import RESULTS, Bench
+from benchmarks.rows import write_table
 from diffmem.memorization import verification
 from diffmem.memorization.statistics import exact_interval, wilson_interval
 from diffmem.memorization.verification import Key, Stratum, Verification, allocate
@@ -59,10 +59,7 @@ def run(bench: Bench) -> None:
         for setting in settings()
     ]
     path = RESULTS / f"verification{'.quick' if bench.quick else ''}.csv"
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, rows, COLUMNS)
     open_ones = [row for row in rows if row["audits"] != "0"]
     print(f"{len(rows)} settings", flush=True)
     for name in ("covered", "counted"):

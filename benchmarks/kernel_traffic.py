@@ -13,7 +13,6 @@ channels); they stay as they are, the others are made again.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
 import os
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS
+from benchmarks.rows import read_table, write_table
 
 RESULT = RESULTS / "kernel_traffic.csv"
 COLUMNS = (
@@ -176,23 +176,19 @@ def load_width(case: Case) -> str:
 
 def read_rows() -> list[dict[str, str]]:
     """The table as it lies there."""
-    with RESULT.open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return read_table(RESULT)
 
 
 def main(version: str = "now") -> None:
     command = [sys.executable, "-m", "benchmarks.kernel_traffic"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, check=True)
-    kept = [row for row in read_rows() if row["version"] != version] if RESULT.exists() else []
+    kept = [row for row in read_rows() if row["version"] != version]
     made = [
         {"version": version, "op": case.op, "workload": case.workload, "step": case.step, **counts,
          "load_width": load_width(case)}
         for case, counts in zip(cases(), json.loads(done.stdout), strict=True)
     ]  # fmt: skip
-    with RESULT.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *made])
+    write_table(RESULT, [*kept, *made], COLUMNS)
 
 
 if __name__ == "__main__":
