@@ -103,8 +103,8 @@ def _run(args: list[str] | None, ending: Ending) -> int:
         status = cli.main(args=args, prog_name="diffmem", standalone_mode=False) or 0
         _flush()
         return status
-    except (click.Abort, KeyboardInterrupt):
-        return _interrupted()
+    except (click.Abort, KeyboardInterrupt) as interrupt:
+        return _interrupted(str(interrupt))
     except click.UsageError as error:
         error.show()
         return USAGE
@@ -126,8 +126,9 @@ def _run(args: list[str] | None, ending: Ending) -> int:
         return _fail(f"unexpected {type(error).__name__}: {error} (run again with --debug to see where)", FAILURE)
 
 
-def _interrupted() -> int:
-    return _fail("interrupted; no partial output was left behind", INTERRUPTED)
+def _interrupted(left: str = "") -> int:
+    """left: what the command says of what it leaves behind."""
+    return _fail(f"interrupted; {left or 'no partial output was left behind'}", INTERRUPTED)
 
 
 def _flush() -> None:

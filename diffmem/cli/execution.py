@@ -90,12 +90,12 @@ def executor_of(workers: int | None, ray: str | None, gpus_per_run: float, devic
     return InProcess(device)
 
 
-def tell_outcome(outcome: Outcome) -> None:
-    """A line about a run that ended, on standard error."""
+def tell_outcome(outcome: Outcome, variant: str = "") -> None:
+    """A line about a run that ended, on standard error. variant: its name in a study."""
     from diffmem.html_report import percent, percent_range
 
     trial, result = outcome.trial, outcome.result
-    where = f"N = {trial.size:,}, repetition {trial.repetition}"
+    where = f"{variant and variant + ', '}N = {trial.size:,}, repetition {trial.repetition}"
     if result is None:
         click.echo(f"{where}: failed: {outcome.error}", err=True)
         return

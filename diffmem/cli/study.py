@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from diffmem.studies.findings import Findings
     from diffmem.studies.power import Planned
     from diffmem.studies.reproduction import Reproduction
+    from diffmem.studies.run import Outcome
 
 FAILURE = 1
 
@@ -299,10 +301,13 @@ def _print_plan(chosen: list[Study], planned: list[Planned]) -> None:
         "effect, spread: of the difference between paired runs, in logit R_mem; needs: repetitions, if there is that "
         "effect; if none: repetitions that show an equivalence; costs: hours of one device"
     )
+    once = {study.repetitions for study in chosen if study.max_repetitions is None and study.questions}
+    if once:
+        low, high = min(once), max(once)
+        number = counted(high, "repetition") if low == high else f"each study's {low} to {high} repetitions"
+        click.echo(f"the power is that of {number}; --repetitions and --max-repetitions change it")
     for study in chosen:
-        if study.max_repetitions is None:
-            click.echo(f"{study.name}: the power is that of {counted(study.repetitions, 'repetition')}")
-        else:
+        if study.max_repetitions is not None:
             mean = [each.expected for each in planned if each.study == study.name and each.expected is not None]
             between = f"{min(mean):.1f} to {max(mean):.1f}" if mean else "-"
             click.echo(
@@ -330,10 +335,21 @@ def run_command(out, retry, workers, ray, gpus_per_run, device, **choice) -> int
 
     torch.set_flush_denormal(True)
     chosen = _chosen(**choice)
-    with progress_bars() as progress, executing(workers, ray, gpus_per_run, device) as executor:
-        outcomes = run_studies(
-            chosen, out, executor, retry=retry, on_trial=tell_outcome, on_look=_tell_look, progress=progress
-        )
+    cells = [cell for study in chosen for cell in replace(study, repetitions=1).cells()]
+    names = {trial.key: variant.name for variant, trial in reversed(cells)}
+
+    def tell(outcome: Outcome) -> None:
+        tell_outcome(outcome, names.get(replace(outcome.trial, repetition=0).key, ""))
+
+    try:
+        with progress_bars() as progress, executing(workers, ray, gpus_per_run, device) as executor:
+            outcomes = run_studies(
+                chosen, out, executor, retry=retry, on_trial=tell, on_look=_tell_look, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"finished runs stay in {out}, and how far the others were: the same command resumes them"
+        ) from None
     failed = [outcome for outcome in outcomes if outcome.result is None]
     click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")
     for outcome in failed:
@@ -405,14 +421,21 @@ def report_command(studies, runs, out, mixed_model, as_json) -> None:
       diffmem study report --runs results
     """
     from diffmem.studies.folder import report_studies
-    from diffmem.studies.results import RESULTS, is_results, results_again, write_results
+    from diffmem.studies.report import RESULTS, is_results
+    from diffmem.studies.results import results_again, write_results
 
     if not runs:
         raise click.UsageError("--runs is missing: name the folder of the runs with it; --out is that of the report")
     if len(runs) > 1 or is_results(runs[0]):
         if studies or (len(runs) > 1 and out is None):
             raise click.UsageError("of several folders: give --out, and no names of studies")
-        several = write_results(runs, out, mixed_model) if len(runs) > 1 else results_again(runs[0], out, mixed_model)
+        try:
+            if len(runs) > 1:
+                several = write_results(runs, out, mixed_model)
+            else:
+                several = results_again(runs[0], out, mixed_model)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("each report is complete, but not all are new: run the command again") from None
         page, tables = several, [several.with_name(RESULTS)]
     else:
         page = report_studies(runs[0], out, studies, mixed=mixed_model)

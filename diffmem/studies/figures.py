@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 COLORS = ("#3866a8", "#a3261c", "#2b6b3f", "#8a5a00", "#6b3fa0", "#1f8a8a", "#b0457b", "#555555", "#9aa021", "#d0742a")
 _VERDICTS = {HOLDS: "#2b6b3f", CONTRARY: "#a3261c", EQUIVALENT: "#1f8a8a", UNDECIDED: "#777777"}
-_FARTHEST = 5.0  # in logit R_mem: what reaches further ends in an arrow
+_FARTHEST = 12.0  # in logit R_mem: what reaches further ends in an arrow
 
 
 def draw_verdicts(found: Sequence[Findings]) -> str:
-    """Every question's difference in logit R_mem with its 95 % interval, and the one that holds for all questions
-    together; the margin of equivalence is shaded. Empty where fewer than two questions have one."""
+    """Every question's difference in logit R_mem with its 95 % interval and the simultaneous one; the margin of
+    equivalence is shaded. Empty where fewer than two questions have one."""
     rows = [
         (answer, answer.estimate.logit, answer.interval("logit"), answer.simultaneous("logit"))
         for each in found
@@ -64,7 +64,7 @@ def draw_verdicts(found: Sequence[Findings]) -> str:
         axes.set_yticks(range(len(rows)), names, fontsize=8)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(-1.04 * reach, 1.04 * reach)
-        axes.set_xlabel("difference in logit R_mem (95 %; thin: all together)")
+        axes.set_xlabel("difference in logit R_mem (95 %; thin: simultaneous, for all questions)")
         return svg(figure)
 
 

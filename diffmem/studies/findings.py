@@ -36,7 +36,7 @@ from diffmem.studies.emm import observation
 from diffmem.studies.laws import LawFinding
 from diffmem.studies.leveling import LEVELED_OFF, SHORT
 from diffmem.studies.measure import Result
-from diffmem.studies.study import Place, Question, Study, Variant
+from diffmem.studies.study import READ_WITHIN, Place, Question, Study, Variant
 
 _GUESS, _GUESS_WEIGHT = 0.4, 4.0
 
@@ -176,7 +176,7 @@ def _within(scale: str, difference: float) -> float:
 class Findings:
     """A study with what its runs found. failures: (variant's name, size, repetition, error); missing: trials without a
     result or an error; emm: (median, interval) for variants measured at two sizes or more; law: what the runs say of
-    the study's law."""
+    the study's law; unread: runs of cells of which none was audited where the study reads R_mem."""
 
     study: Study
     cells: tuple[Cell, ...]
@@ -185,6 +185,7 @@ class Findings:
     failures: tuple[tuple[str, int, int, str], ...]
     missing: int
     law: LawFinding | None = None
+    unread: tuple[Result, ...] = ()
 
     @property
     def runs(self) -> list[Result]:
@@ -258,7 +259,7 @@ def corrected(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def after(run: Result, epochs: float | None) -> Result | None:
-    """A run with R_mem as that of its snapshot after so many epochs, within 2 %.
+    """A run with R_mem as that of its snapshot after so many epochs, within `READ_WITHIN`.
 
     Args:
         run: The run.
@@ -269,9 +270,9 @@ def after(run: Result, epochs: float | None) -> Result | None:
     """
     if epochs is None:
         return run
-    if run.epochs < epochs * 0.98 and run.level.state == LEVELED_OFF:
+    if run.epochs < epochs * (1 - READ_WITHIN) and run.level.state == LEVELED_OFF:
         return replace(run, snapshots=(), looks=1, tabled=None)
-    at = next((each for each in run.snapshots if abs(each.epochs - epochs) <= 0.02 * epochs), None)
+    at = next((each for each in run.snapshots if abs(each.epochs - epochs) <= READ_WITHIN * epochs), None)
     if at is None:
         return None
     return replace(run, count=at.count, total=at.total, best_images=at.images, snapshots=(), looks=1, tabled=None)
@@ -320,6 +321,7 @@ def findings(
         for variant, trial in places.values()
         if trial.key in groups
     ]
+    unread = tuple(run for cell in cells if not cell.results for run in cell.runs)
     cells = [cell for cell in cells if cell.results]
     by_place = _by_place(cells)
     cells.sort(key=lambda cell: (order.index(cell.variant.name), cell.size))
@@ -331,6 +333,7 @@ def findings(
         tuple(failures),
         missing,
         None if study.law is None else laws.judge(study.law, _of_law(study, cells)),
+        unread,
     )
 
 

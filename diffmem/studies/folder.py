@@ -163,9 +163,10 @@ def is_run_folder(root: str | Path) -> bool:
 
 def find_in(studies: Sequence[Study], root: str | Path) -> list[Findings]:
     """What the runs in `root`, a folder of runs or a report, say of some studies."""
-    from diffmem.studies.report import is_report, read_report
+    from diffmem.studies.report import check_one_report, is_report, read_report
 
     root = Path(root)
+    check_one_report(root)
     if is_run_folder(root) or not is_report(root):
         return find_all(studies, root)
     results = {result.key: result for found in read_report(root) for result in found.runs}

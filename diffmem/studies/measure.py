@@ -297,17 +297,15 @@ def _run_trial(trial: Trial, folder: Path, device: str) -> Result:
     config = trial.setting.config(images, trial.repetition)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / TRIAL, trial.to_json())
-    steps = math.ceil(config.images / config.batch)
-    snapshots = trial.setting.snapshots
-    snapshot_steps = math.ceil(steps / (audit_steps(snapshots)[-1] if trial.setting.spread_audits else snapshots))
-    audits = _Audits(trial, images, folder, device, snapshot_steps * config.batch)
+    interval = trial.setting.audit_interval(config.images, config.batch)
+    audits = _Audits(trial, images, folder, device, interval)
     if audits.known_end():
         return _finished(trial, folder, audits, device)
     run = train(
         config,
         images,
         folder / RUN,
-        snapshot_images=snapshot_steps * config.batch,
+        snapshot_images=interval,
         device=device,
         # On CPUs compiling saves little, and whether it would is found by timing; compiled code rounds differently.
         compile="auto" if pick_device(device).type == "cuda" else False,

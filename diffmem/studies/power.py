@@ -7,8 +7,8 @@ t distribution (`power_of_direction`, `power_of_equivalence`). The error is shar
 correction decides a little more.
 
 σ_Δ is that of the question's own runs where there is a folder with two pairs or more; else the median over the
-questions of that folder; else `SPREAD`, the median over twelve questions asked of 113 runs of small digits (0.17 to
-0.81).
+questions of that folder; else `SPREAD`, the median over the 21 questions asked of 174 runs of small digits (0.16 to
+1.85; `benchmarks/results/studies/digits`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffmem.studies.analysis import ALPHA, spent, student
 from diffmem.studies.findings import Findings
 from diffmem.studies.study import EQUIVALENCE, TREND, Place, Question, Study
 
-SPREAD = 0.4
+SPREAD = 1.0
 POWER = 0.8  # to be reached
 MOST = 40  # repetitions
 _SIMULATED = 4000
@@ -182,7 +182,7 @@ def plan(
                     f"median of {len(known)} questions with runs",
                 )
             else:
-                spread, source = SPREAD, "assumed: as small digits"
+                spread, source = SPREAD, "assumed: the median of small digits"
             planned.append(
                 _planned(study, question, spread, source, effect, family, sum(seconds[study.name][p] for p in places))
             )

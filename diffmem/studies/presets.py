@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 from diffmem.data import DatasetSpec
@@ -290,7 +291,9 @@ def build(
         InputError: For unknown names, and for images where the study takes none.
     """
     if name not in _STUDIES:
-        raise InputError(f"no study {name!r}: there are {', '.join(NAMES)}, or give a file of your own")
+        near = get_close_matches(name, NAMES, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"no study {name!r}: {meant}There are {', '.join(NAMES)}, or give a file of your own")
     if name in WITHOUT_IMAGES and not (source is None and other is None and color is None):
         raise InputError(f"study {name} is about data of its own, not images: leave out data, other and color")
     if scale not in SCALES:
@@ -390,10 +393,11 @@ def _diversity(scale: _Scale) -> Study:
     ]
     kind = next(iter(scale.kinds))
     levels = tuple(f"{kind}, α = {share:g}" for share in scale.shares)
+    asked = f"R_mem of {kind} falls with intra-class diversity, the share α from another set"
     return _study(
         "diversity", scale, "Intra-class diversity: images of the class from another set", "share α", variants,
         axis="factor", notes=notes,
-        questions=(Question(f"R_mem of {kind} falls with the share α", kind=TREND, variants=levels, falls=True),),
+        questions=(Question(asked, kind=TREND, variants=levels, falls=True),),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from diffmem.inert.documents import read_json
 from diffmem.integrity import NoChecksumError, load_arrays
 from diffmem.memorization.criterion_detector import DEFAULT
 from diffmem.plotting import grid, picture_url
-from diffmem.studies.analysis import informative, logit_of
+from diffmem.studies.analysis import POOLED, informative, logit_of
 from diffmem.studies.checks import KINDS, OTHER_CRITERIA, Check
 from diffmem.studies.figures import draw_emm, draw_lengths, draw_study, draw_verdicts
 from diffmem.studies.findings import Answer, Findings, find_among
@@ -49,9 +49,14 @@ RUN_COLUMNS = (
     "best_images", "parameters", "training_seconds", "sampling_seconds", "device", "threads", "versions",
     "looks", "leveled_off", "snapshots", "checks", "training_set", "arithmetic", "code",
 )  # fmt: skip
+_NEEDED = {
+    "study", "variant", "size", "repetition", "key", "count", "total", "images", "epochs", "best_images", "parameters",
+    "training_seconds", "sampling_seconds",
+}  # fmt: skip
 HIGHEST = "highest R_mem"  # over a run's snapshots
 STUDIES, RUNS, EMM_FILE, PAGE = "studies.json", "runs.csv", "emm.json", "report.html"
 VERDICTS = "verdicts.svg"
+RESULTS = "results.json"  # of a page over several reports: their names in order, and their verdicts
 REPORT = "report"  # a report's folder in that of its runs
 
 
@@ -94,6 +99,7 @@ def write_studies(
         runs=len(results),
         seconds=sum(result.seconds for result in results),
         highest=HIGHEST,
+        pooled=POOLED,
         verdicts=verdicts,
         spread=found[0].cells[0].spread if found and found[0].cells else None,
         made_with=made_with(results),
@@ -155,6 +161,19 @@ def _as_text(emm: EMM) -> str:
     return json.dumps(emm.to_dict(), indent=1) + "\n"
 
 
+def is_results(folder: str | Path) -> bool:
+    """Whether `folder` holds a page over several reports."""
+    return (Path(folder) / RESULTS).is_file()
+
+
+def check_one_report(folder: Path) -> None:
+    """Raises InputError where `folder` holds a page over several reports, naming one of them."""
+    if is_results(folder):
+        with parsing(folder / RESULTS, "the list of reports"):
+            names = [str(each["name"]) for each in read_json(folder / RESULTS)]
+        raise InputError(f"{folder} has several reports: name one of them, such as {folder / names[0]}")
+
+
 def is_report(folder: Path) -> bool:
     """Whether `folder` holds a report from which `again` makes its pages."""
     return (folder / STUDIES).is_file() or (folder / EMM_FILE).is_file()
@@ -200,6 +219,7 @@ def import_report(source: Path, root: Path) -> tuple[int, int]:
     Raises:
         InputError: A file is missing or damaged; it is named.
     """
+    check_one_report(source)
     _, runs, _ = _read_runs(source)
     taken = 0
     with output_lock(root, shared=True):
@@ -213,6 +233,7 @@ def import_report(source: Path, root: Path) -> tuple[int, int]:
 
 def recorded_runs(source: Path) -> dict[str, tuple[Trial, Result]]:
     """The runs of a report, by key. Raises InputError, naming the file, where one is missing or damaged."""
+    check_one_report(source)
     if not (source / STUDIES).is_file():
         raise InputError(f"{source}: neither a folder of runs nor a report of studies (it has no {STUDIES})")
     return _read_runs(source)[1]
@@ -247,9 +268,20 @@ def _read_runs(source: Path) -> tuple[list[Study], dict[str, tuple[Trial, Result
                 errors[replace(trial, repetition=failed["repetition"]).key] = failed["error"]
     runs = {}
     with parsing(source / RUNS, "the runs of studies"), open(source / RUNS, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if lacking := _NEEDED - set(reader.fieldnames or ()):
+            raise InputError(f"it has no column {', '.join(sorted(lacking))}")
+        for row in reader:
+            if None in row.values():
+                raise InputError(f"line {reader.line_num} is too short")
             trial = replace(trials[row["study"], row["variant"], int(row["size"])], repetition=int(row["repetition"]))
             runs[trial.key] = trial, _result(row, trial)
+    listed = {key for each in described for cell in each["cells"] for key in cell.get("runs", ())}
+    if lost := listed - set(runs):
+        raise InputError(
+            f"{source / RUNS}: {counted(len(lost), 'run')} of {len(listed):,} that {STUDIES} lists are not in it, such "
+            f"as {min(lost)}: restore the table, or rebuild the report from the folder of runs"
+        )
     watched = with_watched({key: result for key, (_, result) in runs.items()}, source)
     return studies, {key: (trial, watched[key]) for key, (trial, _) in runs.items()}, errors
 
@@ -350,6 +382,8 @@ def _section(
         "found": found,
         "study": found.study,
         "plot": _drawing(found, numbers) if found.cells else "",  # of a law also a file of its own
+        "unplanned": bool(found.missing and found.runs and found.study.max_repetitions is None and found.answers),
+        "unread": _unread(found),
         "lengths": "" if found.law else draw_lengths(found),
         "gallery": gallery,
         "checked": _checked(found),
@@ -359,6 +393,18 @@ def _section(
         "seeds": {v.name: _seeds(v.setting) for v in found.study.variants},
         "differences": {v.name: _changes(found.study, v.setting.to_json()) for v in found.study.variants},
     }
+
+
+def _unread(found: Findings) -> str:
+    """What to do about runs that are done, but were not audited where the study reads R_mem."""
+    audits = sorted({round(each.epochs) for result in found.unread for each in result.snapshots})
+    if not audits:
+        return ""
+    return (
+        f"{counted(len(found.unread), 'run')} of this study {'is' if len(found.unread) == 1 else 'are'} done, but none "
+        f"was audited after {found.study.read_at:,g} epochs, where R_mem is to be read. Let the study read it at "
+        f"one of {', '.join(f'{each:,}' for each in audits)} (read_at): nothing is trained again for that."
+    )
 
 
 def _evidence(found: Findings, answer: Answer) -> list[dict[str, Any]]:

@@ -18,17 +18,11 @@ from diffmem.errors import InputError
 from diffmem.html_report import template, write_texts
 from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
+from diffmem.studies.analysis import POOLED
 from diffmem.studies.folder import is_run_folder, report_studies
-from diffmem.studies.laws.finding import figures
-from diffmem.studies.report import PAGE, REPORT, STUDIES
+from diffmem.studies.report import PAGE, REPORT, RESULTS, STUDIES
 
-RESULTS, INDEX = "results.json", "index.html"
-_ESTIMATES = 4  # of a law, on the page; its report has all
-
-
-def is_results(folder: str | Path) -> bool:
-    """Whether `folder` holds a page over several reports."""
-    return (Path(folder) / RESULTS).is_file()
+INDEX = "index.html"
 
 
 def write_results(roots: Sequence[str | Path], folder: str | Path, mixed: bool = False) -> Path:
@@ -75,7 +69,7 @@ def _write_index(folder: Path, names: Sequence[str]) -> Path:
     command = shlex.join(["diffmem", "study", "report", *(part for name in names for part in ("--runs", name))])
     runs = sum(report["runs"] for report in reports)
     page = template("diffmem.studies", "results.html.j2").render(
-        reports=reports, figures=figures, page=PAGE, studies=STUDIES, command=command, runs=runs
+        reports=reports, pooled=POOLED, page=PAGE, studies=STUDIES, command=command, runs=runs
     )
     summary = json.dumps(reports, indent=1, ensure_ascii=False) + "\n"
     with atomic_set(folder) as stage:
@@ -107,29 +101,38 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
         for each in read_json(path):
             study = each["study"]["name"]
             for place, answer in enumerate(each["questions"], 1):
-                points = answer["points"]
+                planned = each["study"]["repetitions"], each["study"].get("max_repetitions")
                 verdicts.append(
                     {
                         "study": study,
                         "text": answer["question"]["text"],
                         "verdict": answer["verdict"],
-                        "difference": None if points is None else points["difference"],
-                        "interval": None if points is None else points["interval"],
+                        "p": answer["p_adjusted"],
+                        **{scale: _scale(answer[scale]) for scale in ("logit", "points")},
+                        "decided_by": answer["scale"],
+                        "method": answer["method"],
                         "repetitions": answer["repetitions"],
+                        "planned": planned[1] or planned[0],
                         "sizes": answer["sizes"],
                         "link": f"{study}-{place}" if answer["repetitions"] else study,
                     }
                 )
             law = each.get("law") or {"tests": (), "estimates": ()}
-            figures = [(one["name"], one["value"], one["interval"]) for one in law["estimates"][:_ESTIMATES]]
-            for place, test in enumerate(law["tests"]):
-                verdicts.append(
-                    {
-                        "study": study,
-                        "text": test["text"],
-                        "verdict": test["verdict"],
-                        "figures": figures if place == 0 else [],
-                        "link": f"{study}-runs",
-                    }
-                )
+            verdicts += [
+                {
+                    "study": study,
+                    "text": test["text"],
+                    "verdict": test["verdict"],
+                    "p": test["adjusted"],
+                    "basis": test.get("basis", ""),
+                    "link": f"{study}-runs",
+                }
+                for test in law["tests"]
+            ]
     return verdicts
+
+
+def _scale(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of an effect on one scale what the page shows."""
+    names = ("difference", "interval", "simultaneous", "freedom")
+    return None if found is None else {name: found[name] for name in names}

@@ -23,6 +23,7 @@ from diffmem.studies.leveling import NOISE
 from diffmem.studies.trial import Setting, Trial
 
 DIRECTION, EQUIVALENCE, TREND = "direction", "equivalence", "trend"
+READ_WITHIN = 0.02  # of a length: an audit so near to it is one at it
 LAWS = ("onset", "early-warning", "spurious", "crossover", "halves")  # of which `diffmem.studies.laws` says more
 LEVEL_SNAPSHOTS = 9  # of a run that ends once it has leveled off: from a sixteenth of its length on
 
@@ -386,7 +387,22 @@ def at_sizes(
     if read_at is None and (epochs is None or (study.read_at or 0) == epochs):
         read_at = study.read_at
     study = replace(study, variants=variants, repetitions=repetitions or study.repetitions, read_at=read_at)
+    if read_at is not None:
+        _check_read_at(study, read_at)
     return study if max_repetitions is None else replace(study, max_repetitions=max_repetitions)
+
+
+def _check_read_at(study: Study, epochs: float) -> None:
+    """Raises InputError where runs of the study are not audited after so many epochs."""
+    for variant in study.variants:
+        for size in variant.sizes or study.sizes:
+            audits = variant.setting.audit_epochs(size)
+            if not any(abs(each - epochs) <= READ_WITHIN * epochs for each in audits):
+                listed = ", ".join(f"{each:,.0f}" for each in audits)
+                raise InputError(
+                    f"read_at is {epochs:,g} epochs, but runs of {variant.name}, N = {size:,}, are audited after "
+                    f"{listed}: choose one of these, or another length of the runs"
+                )
 
 
 def _tuple(values: Sequence[int] | None) -> tuple[int, ...] | None:

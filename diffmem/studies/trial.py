@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from diffmem.data.subsets import RANDOM_LABEL_SEED, parse_labels
 from diffmem.errors import InputError
 from diffmem.memorization import check_criterion
 from diffmem.sampling import SamplerConfig
+from diffmem.studies.leveling import audit_steps
 from diffmem.studies.mixture import Mixture
 from diffmem.studies.watch import Watch
 from diffmem.training import TrainingConfig, images_of, training_config
@@ -170,6 +172,21 @@ class Setting:
     def spread_audits(self) -> bool:
         """Whether audits stand at lengths a factor of √2 apart."""
         return self.level_off is not None or self.watch is not None
+
+    def audit_interval(self, images: int, batch: int) -> int:
+        """From one snapshot to the next, in images, of a run of so many; audits stand at multiples of it."""
+        steps = math.ceil(images / batch)
+        last = audit_steps(self.snapshots)[-1] if self.spread_audits else self.snapshots
+        return math.ceil(steps / last) * batch
+
+    def audit_epochs(self, size: int) -> list[float]:
+        """After how many epochs a run of N = `size` is audited, if nothing ends it before."""
+        batch = int(self.training.get("batch", TrainingConfig.__dataclass_fields__["batch"].default))
+        images = images_of(size, **dict[str, Any](self.length))
+        interval = self.audit_interval(images, batch)
+        places = audit_steps(self.snapshots) if self.spread_audits else range(1, self.snapshots + 1)
+        end = math.ceil(images / batch) * batch
+        return [place / size for place in sorted({min(place * interval, end) for place in places})]
 
     def limits(self) -> tuple[int, int]:
         """(number of classes, of which sizes should be multiples; the largest size that is one)."""

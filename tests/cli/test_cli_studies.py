@@ -94,6 +94,7 @@ def test_a_study_of_ones_own_from_run_to_report(run, own_study, tmp_path):
     assert status == 1  # some runs failed, and the others are there
     assert "4 of 6 runs are done" in stdout
     assert stderr.count("R_mem") == 4
+    assert "slow, N = 20, repetition 0: R_mem" in stderr
     assert "model_channels is 3" in stdout
     assert "Traceback" not in stderr
     page = (out / "report" / "report.html").read_text()
@@ -153,7 +154,12 @@ def test_a_home_folder_is_found_and_named_as_given(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["study", "run", "withd", "--out", "o"], 1, "no study 'withd'"),
+        (["study", "run", "widht", "--out", "o"], 1, "no study 'widht': did you mean width? There are"),
+        (
+            ["study", "run", "width", "--epochs", "70", "--read-at", "500", "--sizes", "20", "--out", "o"],
+            1,
+            "read_at is 500 epochs, but runs of 4 channels, N = 20, are audited after",
+        ),
         (["study", "report", "--runs", "."], 1, "no study was run there"),
         (["emm", *TINY_RUN, "--size-range", "20-50", "--out", "o"], 2, "not a range of sizes"),
         (["emm", *TINY_RUN, "--size-range", "20:5000", "--out", "o"], 1, "1,740 images in equal numbers"),

@@ -15,7 +15,7 @@ from diffmem.studies.figures import draw_verdicts
 from diffmem.studies.findings import Answer, Cell, Spread, after, find_among, findings, spread_of
 from diffmem.studies.folder import find_all
 from diffmem.studies.measure import RESULT, SnapshotResult
-from diffmem.studies.report import HIGHEST, by_other_criteria, made_with, write_emm
+from diffmem.studies.report import HIGHEST, by_other_criteria, made_with, write_emm, write_studies
 from diffmem.studies.run import trial_folder
 from diffmem.studies.schedule import Cost, costs, schedule
 from diffmem.studies.search import Search
@@ -195,6 +195,30 @@ def test_r_mem_is_read_at_one_length_and_the_highest_stands_beside_it():
     assert after(early, 150).r_mem == 1.0
     assert after(one, 150) is None
     assert after(one, 101).count == one.snapshots[1].count
+
+
+def test_runs_that_were_never_audited_where_r_mem_is_read_are_not_denied(tmp_path):
+    subject = study(Question("width raises R_mem", "wide", "narrow"))
+    results = {trial.key: result(trial, 900) for trial in subject.trials()}
+    audits = tuple(SnapshotResult(100 * at, 5.0 * at, 0.1, 900, 1000, 1.0, 1.0) for at in (1, 2))
+    results = {key: replace(run, snapshots=audits) for key, run in results.items()}
+    found = find_among([replace(subject, read_at=77)], results, {})
+    assert (found[0].cells, len(found[0].unread)) == ((), len(results))
+    page = " ".join(write_studies(found, tmp_path, tmp_path / "report").read_text().split())
+    assert "8 runs of this study are done, but none was audited after 77 epochs" in page
+    assert "Let the study read it at one of 5, 10 (read_at)" in page
+
+
+def test_a_page_says_that_a_verdict_is_a_look_ahead_of_plan(tmp_path):
+    subject = study(Question("width raises R_mem", "wide", "narrow"), repetitions=4)
+    trials = [trial for trial in subject.trials() if trial.repetition < 2]
+    results = {trial.key: result(trial, 100 if trial.setting is TINY else 900) for trial in trials}
+    page = write_studies(find_among([subject], results, {}), tmp_path, tmp_path / "report").read_text()
+    assert "8 of 16 planned runs are missing: verdicts here are a look ahead of plan" in page
+    assert "2 of 4" in page
+    whole = replace(subject, repetitions=2)
+    page = write_studies(find_among([whole], results, {}), tmp_path, tmp_path / "whole").read_text()
+    assert "ahead of plan" not in page
 
 
 def test_verdicts_are_drawn_for_two_questions_or_more():

@@ -72,7 +72,8 @@ def test_the_command_says_what_is_needed(capfd, one_thread, tmp_path):
     assert "2 questions, wrong together in 5 %; repetitions for a power of 80%" in printed
     planned = json.loads(printed.splitlines()[-1])
     assert [each["question"]["kind"] for each in planned] == ["direction", "equivalence"]
-    assert planned[0]["repetitions"] < planned[0]["equivalence"]
+    assert planned[0]["repetitions"] < 20
+    assert planned[0]["equivalence"] is None  # with runs that differ as they do, 40 repetitions show no equivalence
     assert 2 <= planned[0]["expected"] <= 9
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--until", "decided"])

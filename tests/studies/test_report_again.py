@@ -110,6 +110,13 @@ def test_pages_show_pictures_and_say_on_what_runs_were_made(made):
     [
         ("runs.csv", lambda text: text.replace("1ab14034e048780d", "1ab14034e048780e"), r"runs.csv.*1ab14034e048780e"),
         ("runs.csv", lambda text: text.replace(",500,", ",many,"), r"runs.csv: not the runs of studies"),
+        ("runs.csv", lambda text: text.replace(",size,", ",sizes,", 1), r"runs.csv: it has no column size"),
+        ("runs.csv", lambda text: text[: text.rindex(",", 0, -99)], r"runs.csv: line \d+ is too short"),
+        (
+            "runs.csv",
+            lambda text: "".join(text.splitlines(keepends=True)[:9]),
+            r"73 runs of 81 that studies.json lists are not in it",
+        ),
         ("studies.json", lambda text: text[:-9], r"studies.json: not JSON"),
         ("emm.json", lambda text: text.replace('"search"', '"sought"'), r"emm.json: not the result of a search"),
     ],
@@ -120,3 +127,22 @@ def test_a_damaged_report_is_one_line(file, change, words, tmp_path):
     (tmp_path / file).write_text(change((tmp_path / file).read_text()))
     with pytest.raises(InputError, match=words):
         report_studies(tmp_path)
+
+
+def test_a_page_over_several_reports_is_not_one_report(tmp_path):
+    """Its plan and its import name one of them; its verdicts say how they were decided."""
+    for arguments in (
+        ["import", str(RESULTS), "--out", str(tmp_path / "o")],
+        ["plan", "width", "--runs", str(RESULTS)],
+    ):
+        with pytest.raises(InputError, match=r"has several reports: name one of them, such as .*digits"):
+            CliRunner().invoke(study_command, arguments, standalone_mode=False, catch_exceptions=False)
+    found = {report["name"]: report["verdicts"] for report in json.loads((RESULTS / "results.json").read_text())}
+    decided = [each for each in found["digits"] if each["verdict"] in ("holds", "contrary")]
+    assert decided
+    for each in decided:
+        assert each["p"] <= 0.05
+        assert each["method"] in ("pairs", "pooled spread")
+        assert each[each["decided_by"]]["freedom"] >= 1
+        assert each["repetitions"] <= each["planned"]
+    assert all("asked: " in each["basis"] for each in found["laws"])

@@ -74,6 +74,7 @@ def test_an_interrupted_trial_waits_and_continues_to_the_same_result(tmp_path):
     assert read_result(trial_folder(tmp_path / "root", trial)) is None
     outcome = run_trials([trial], tmp_path / "root")[0]
     assert numbers(outcome.result) == numbers(whole)
+    assert [each.epochs for each in whole.snapshots] == trial.setting.audit_epochs(20)
 
 
 def test_another_criterion_counts_the_images_of_the_same_run(tmp_path):

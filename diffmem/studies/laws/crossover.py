@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from diffmem.studies.analysis import Effect
-from diffmem.studies.laws.finding import Estimate, LawFinding, Test, mean_of, tested
+from diffmem.studies.laws.finding import Estimate, LawFinding, Test, figures, mean_of, tested
 from diffmem.studies.measure import Result
 from diffmem.studies.mixture import LEVELS
 
@@ -167,7 +167,9 @@ def _test(text: str, found: Effect | None) -> Test:
     if found is None:
         return Test(text)
     off = Effect(found.estimate - LAW, found.error, found.freedom)
-    return tested(text, off.p_equivalence(MARGIN), off.p_beyond(MARGIN))
+    asked = f"asked: {LAW - MARGIN:.2g} to {LAW + MARGIN:.2g}"
+    basis = f"M/N, mean of all N: {figures(found.estimate, found.interval())}; {asked}"
+    return tested(text, off.p_equivalence(MARGIN), off.p_beyond(MARGIN), basis)
 
 
 def _estimate(name: str, found: Effect | None) -> Estimate | None:

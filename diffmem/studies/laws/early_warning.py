@@ -110,10 +110,11 @@ def judge(results: Sequence[Result]) -> LawFinding:
     notes, estimates, test = [], [], Test(TEXT)
     if len(logs) > 1:
         mean = mean_of(logs, _STEP / math.sqrt(12))
-        test = tested(TEXT, *(min(1.0, 2 * p) for p in (mean.p_above, 1 - mean.p_above)))
         low, high = map(math.exp, mean.interval())
         name = "lead of the gap, as a factor of training time"
         estimates.append(Estimate(name, math.exp(mean.estimate), (low, high), f"{len(logs)} runs"))
+        later, earlier = min(1.0, 2 * mean.p_above), min(1.0, 2 * (1 - mean.p_above))
+        test = tested(TEXT, later, earlier, f"{name}: {estimates[0].figures}; asked: above 1")
     warned = [each for each in leads if each.gap is not None]
     if warned:
         share = sum(each.r_mem or 0.0 for each in warned) / len(warned)

@@ -106,7 +106,7 @@ def _onset(figure: Figure, found: LawFinding, results: Sequence[Result]) -> None
         (f"onset, R_mem {words(level)}", color, marker, onsets(results, level))
         for level, color, marker in zip(LEVELS, (_RED, _BLUE), "os", strict=True)
     ]
-    drawn.append(("unseen images denoised well", _GREEN, "D", generalizations(results)))
+    drawn.append(("denoised well", _GREEN, "D", generalizations(results)))
     for label, color, marker, times in drawn:
         _times(right, times, color, marker, label)
     if (fit := exponent(drawn[0][3])) is not None:
@@ -124,7 +124,8 @@ def _onset(figure: Figure, found: LawFinding, results: Sequence[Result]) -> None
     _size_axis(right, sizes)
     _time_axis(right, "y")
     right.set_ylabel("images seen")
-    right.legend(fontsize=7.5)
+    right.set_ylim(top=8 * right.get_ylim()[1])  # of a logarithmic axis: above all times, for the legend
+    right.legend(fontsize=7.5, loc="upper left")
 
 
 def _times(axes: Axes, times: Sequence[Time], color: str, marker: str, label: str) -> None:

@@ -23,6 +23,7 @@ class Test:
         verdict: HOLDS, CONTRARY, UNDECIDED or UNMEASURED.
         adjusted: The p-value on which the verdict rests, corrected for the number of tests.
         family: How many these are.
+        basis: The estimate that it rests on, and what is asked of it, in words.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Test:
     verdict: str = UNMEASURED
     adjusted: float = 1.0
     family: int = 1
+    basis: str = ""
 
     @property
     def p(self) -> float:
@@ -107,9 +109,9 @@ def corrected(findings: Sequence[LawFinding | None]) -> list[LawFinding | None]:
     return [None if each is None else replace(each, tests=tuple(map(judged, each.tests))) for each in findings]
 
 
-def tested(text: str, p_holds: float, p_contrary: float) -> Test:
+def tested(text: str, p_holds: float, p_contrary: float, basis: str) -> Test:
     """A test by itself, at 5 %."""
-    test = Test(text, p_holds, p_contrary)
+    test = Test(text, p_holds, p_contrary, basis=basis)
     return _judged(test, test.p, 1)
 
 

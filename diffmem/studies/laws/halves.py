@@ -24,7 +24,7 @@ from dataclasses import asdict
 from diffmem.evaluation import Agreement
 from diffmem.studies.analysis import Effect
 from diffmem.studies.laws.crossover import over_repetitions, rises_through_zero
-from diffmem.studies.laws.finding import Estimate, LawFinding, Test, tested
+from diffmem.studies.laws.finding import Estimate, LawFinding, Test, figures, tested
 from diffmem.studies.measure import Result
 
 SOURCE = "Kadkhodaie et al. 2024 (arXiv 2310.02557)"
@@ -62,8 +62,8 @@ def judge(results: Sequence[Result]) -> LawFinding:
     tests = [Test(TEXT), Test(TEXT_COPY)]
     if len(sizes) > 1:
         tests = [
-            _test(TEXT, _mean(found, sizes[-1], "margin"), 1.0),
-            _test(TEXT_COPY, _mean(found, sizes[0], "margin"), -1.0),
+            _test(TEXT, found, sizes[-1], 1.0),
+            _test(TEXT_COPY, found, sizes[0], -1.0),
         ]
         complete = [overtaking(by_size) for by_size in found.values() if len(by_size) == len(sizes)]
         if (at := over_repetitions(complete)) is not None:
@@ -99,8 +99,12 @@ def _mean(found: dict[int, dict[int, Agreement]], size: int, name: str) -> Effec
     return over_repetitions([value_of(by_size[size], name) for by_size in found.values() if size in by_size])
 
 
-def _test(text: str, mean: Effect | None, sign: float) -> Test:
+def _test(text: str, found: dict[int, dict[int, Agreement]], size: int, sign: float) -> Test:
+    """That at a size networks agree more with each other (sign 1) or with their own images (−1)."""
+    mean = _mean(found, size, "margin")
     if mean is None:
         return Test(text)
     holds = sign * mean.estimate > 0
-    return tested(text, mean.p_difference if holds else 1.0, 1.0 if holds else mean.p_difference)
+    difference = f"difference of the cosines at N = {size:,}: {figures(mean.estimate, mean.interval())}"
+    basis = f"{difference}; asked: {'above' if sign > 0 else 'below'} 0"
+    return tested(text, mean.p_difference if holds else 1.0, 1.0 if holds else mean.p_difference, basis)

@@ -178,7 +178,8 @@ def judge(results: Sequence[Result]) -> LawFinding:
                 estimates.append(Estimate(name, math.exp(mean.estimate), factor, f"{basis}, a factor of N"))
         elsewhere = min(1.0, 2 * min(1 - above[_OVER], 1 - above[_UNDER]))
         some = mean_of([each.swing for each in known], noise).p_above
-        test = tested(TEXT, max(above.values()), max(elsewhere, some))
+        shown = "; ".join(f"{each.name}: {each.figures}" for each in estimates)
+        test = tested(TEXT, max(above.values()), max(elsewhere, some), f"{shown}; asked: above 1, 1 and 0")
     elif results:
         notes.append("A verdict takes two repetitions with three sizes each.")
     details = {
