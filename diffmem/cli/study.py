@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -200,6 +202,7 @@ def show_command(runs, workers, device, as_json, **choice) -> None:
     trials = all_trials(chosen)
     click.echo(f"{len(trials)} distinct runs")
     if workers:
+        _tell_busy()
         with progress_bars() as progress:
             estimates = costs(trials, runs, device, progress)
         done = sum(cost.done for cost in estimates)
@@ -244,6 +247,7 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
 
     torch.set_flush_denormal(True)
     chosen = _chosen(**choice)
+    tell_busy = cache(_tell_busy)  # once
     found = [] if runs is None else find_in(chosen, runs)
     seconds: dict[str, dict[Place, float]] = {study.name: {} for study in chosen}
     for each in found:
@@ -256,6 +260,8 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
             settings = {variant.name: variant.setting for variant in study.variants}
             open_places = [place for place in study.places() if place in asked and place not in seconds[study.name]]
             trials = [Trial(settings[name], size) for name, size in open_places]
+            if trials:
+                tell_busy()
             for place, cost in zip(open_places, costs(trials, None, device, progress), strict=True):
                 seconds[study.name][place] = cost.training + cost.sampling
     planned = plan(chosen, seconds, found, effect)
@@ -278,6 +284,14 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
         _print_plan(chosen, planned)
     elif all(study.law is None for study in chosen):
         click.echo("these studies ask no question")
+
+
+def _tell_busy() -> None:
+    """A line where other work takes the cores on which costs are about to be measured."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores / 2:
+        what = f"other work is going on ({load:.1f} processes on {cores} cores)"
+        click.echo(f"{what}: costs that are measured on the CPU now are too high", err=True)
 
 
 def _print_plan(chosen: list[Study], planned: list[Planned]) -> None:

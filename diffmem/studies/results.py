@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,9 @@ def _write_index(folder: Path, names: Sequence[str]) -> Path:
     reports = [_report(folder, name) for name in names]
     command = shlex.join(["diffmem", "study", "report", *(part for name in names for part in ("--runs", name))])
     runs = sum(report["runs"] for report in reports)
+    tally = Counter(each["verdict"] for report in reports for each in report["verdicts"]).most_common()
     page = template("diffmem.studies", "results.html.j2").render(
-        reports=reports, pooled=POOLED, page=PAGE, studies=STUDIES, command=command, runs=runs
+        reports=reports, tally=tally, pooled=POOLED, page=PAGE, studies=STUDIES, command=command, runs=runs
     )
     summary = json.dumps(reports, indent=1, ensure_ascii=False) + "\n"
     with atomic_set(folder) as stage:
