@@ -19,6 +19,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def running_processes() -> float | None:
+    """How many processes of the machine ran or waited for a core over the last minute, on average; None: unknown."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
     """Up to `size` bytes of an open file from `offset` on, fewer at its end; its position stays what it was."""
     if hasattr(os, "pread"):

@@ -32,7 +32,7 @@ POSIX = {
 }  # fmt: skip
 # Each asks before (hasattr, an import that may fail, the platform), or is of one system.
 GUARDED = {
-    "diffmem/system.py": {"os.pread", "os.sched_getaffinity", "os.setpgid", "os.sysconf"},
+    "diffmem/system.py": {"os.getloadavg", "os.pread", "os.sched_getaffinity", "os.setpgid", "os.sysconf"},
     "diffmem/atomic_io.py": {"fcntl", "os.geteuid"},
     "diffmem/data/storage.py": {"os.posix_fallocate"},
     "diffmem/data/decode_forks.py": {"os.fork", "signal.SIGHUP", "signal.SIGKILL"},  # can_fork: Linux

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -288,7 +287,9 @@ def plan_command(runs, effect, device, as_json, **choice) -> None:
 
 def _tell_busy() -> None:
     """A line where other work takes the cores on which costs are about to be measured."""
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    from diffmem.system import running_processes, usable_cores
+
+    load, cores = running_processes() or 0.0, usable_cores()
     if load > cores / 2:
         what = f"other work is going on ({load:.1f} processes on {cores} cores)"
         click.echo(f"{what}: costs that are measured on the CPU now are too high", err=True)

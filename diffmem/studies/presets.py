@@ -465,19 +465,35 @@ def _skips(scale: _Scale) -> Study:
     )  # fmt: skip
 
 
-def _batch(scale: _Scale) -> Study:
+def _batches(scale: _Scale, same_steps: bool = False) -> list[Variant]:
+    """Batches with their learning rates. same_steps: the larger the batch, the longer the run, up to the scale's."""
     reference, lr = scale.base.training["batch"], scale.base.training["lr"]
-    variants = [
-        _variant(
-            f"batch {level}", scale.base, {"training.batch": level, "training.lr": lr * level / reference}, level
-        )
-        for level in scale.batches
-    ]  # fmt: skip
+    ((unit, longest),) = scale.base.length.items()
+    variants = []
+    for level in scale.batches:
+        changes: dict[str, Any] = {"training.batch": level, "training.lr": lr * level / reference}
+        if same_steps and level < max(scale.batches):
+            changes["length"] = {unit: longest * level / max(scale.batches)}
+        variants.append(_variant(f"batch {level}", scale.base, changes, level))
+    return variants
+
+
+def _batch(scale: _Scale) -> Study:
     return _study(
-        "batch", scale, "Batch size, with the learning rate scaled accordingly", "batch", variants, axis="factor",
-        log_axis=True,
+        "batch", scale, "Batch size, with the learning rate scaled accordingly", "batch", _batches(scale),
+        axis="factor", log_axis=True,
         questions=(Question("R_mem rises with batch size and learning rate", kind=TREND),),
     )  # fmt: skip
+
+
+def _batch_steps(scale: _Scale) -> Study:
+    study = _study(
+        "batch-steps", scale, "Batch size at the same number of steps, with the learning rate scaled accordingly",
+        "batch", _batches(scale, same_steps=True), axis="factor", log_axis=True,
+        notes=("Lengths in epochs are in proportion to the batch, so that all runs have as many steps.",),
+        questions=(Question("at the same number of steps R_mem rises with batch size and learning rate", kind=TREND),),
+    )  # fmt: skip
+    return replace(study, read_at=None)  # the end of each run
 
 
 def _weight_decay(scale: _Scale) -> Study:
@@ -610,6 +626,7 @@ _STUDIES: dict[str, Callable[[_Scale], Study]] = {
     "embedding": _embedding,
     "skips": _skips,
     "batch": _batch,
+    "batch-steps": _batch_steps,
     "weight-decay": _weight_decay,
     "ema": _ema,
     "conditioning": _conditioning,

@@ -14,7 +14,7 @@ from diffmem.studies import Study, load_study
 from diffmem.studies.presets import CIFAR10, NAMES, SCALES, WITHOUT_IMAGES, build, core_seconds
 from diffmem.studies.report import published
 from diffmem.studies.study import at_sizes
-from diffmem.training import EMA
+from diffmem.training import EMA, images_of
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -92,6 +92,11 @@ def test_factors_change_what_they_are_named_after():
     assert [v.setting.training["batch"] for v in batches] == list(range(128, 897, 128))
     assert batches[3].setting == CIFAR10
     assert batches[0].setting.training["lr"] == pytest.approx(5e-5)
+    for scale in SCALES:
+        runs = [variant.setting for variant in build("batch-steps", scale).variants]
+        steps = {round(images_of(50, **each.length) / each.training["batch"]) for each in runs}
+        assert len(steps) == 1
+        assert runs[-1] == build("batch", scale).variants[-1].setting
     unique = build("unique-labels", "cifar10").variants[1].setting
     assert (unique.data.labels, unique.length, unique.network["num_blocks"]) == ("unique", {"duration": 600}, 4)
     skips = {variant.name: variant.setting.network.get("skips") for variant in build("skips", "cifar10").variants}
