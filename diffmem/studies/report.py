@@ -483,7 +483,7 @@ def _row(result: Result) -> dict[str, Any]:
     low, high = result.interval
     numbers = {name: f"{value:.6g}" for name, value in (("r_mem", result.r_mem), ("epochs", result.epochs))}
     ends = {"low": repr(float(low)), "high": repr(float(high))}  # read again, so in full
-    seconds = {name: f"{getattr(result, name):.3f}" for name in ("training_seconds", "sampling_seconds")}
+    seconds = {name: repr(float(getattr(result, name))) for name in ("training_seconds", "sampling_seconds")}
     versions = "; ".join(f"{name} {version}" for name, version in result.versions.items())
     return {
         **vars(result),
