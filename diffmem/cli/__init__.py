@@ -104,7 +104,7 @@ def _run(args: list[str] | None, ending: Ending) -> int:
         _flush()
         return status
     except (click.Abort, KeyboardInterrupt) as interrupt:
-        return _interrupted(str(interrupt))
+        return _interrupted(str(interrupt.__cause__ or interrupt))  # what click made an Abort of
     except click.UsageError as error:
         error.show()
         return USAGE

@@ -7,7 +7,8 @@ import re
 import pytest
 from studies.tiny import TINY
 
-from diffmem.cli import main
+from diffmem.cli import _run, main
+from diffmem.cli.terminal import signals
 from diffmem.data import load_images, write_npz
 from diffmem.studies import Setting
 from diffmem.studies.presets import SCALES
@@ -113,6 +114,19 @@ def test_a_study_of_ones_own_from_run_to_report(run, own_study, tmp_path):
     assert [(cell["variant"], cell["size"]) for cell in found["cells"]] == [("slow", 20), ("fast", 20)]
     assert found["failures"][0]["variant"] == "wrong"
     assert (tmp_path / "elsewhere" / "report.html").exists()
+
+
+def test_an_interrupted_study_says_what_is_left(own_study, tmp_path, monkeypatch, capfd):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffmem.studies.folder.run_studies", interrupted)
+    with signals() as ending:  # `main` would end this process
+        status = _run(["study", "run", str(own_study), "--out", str(tmp_path / "out")], ending)
+    stderr = " ".join(capfd.readouterr().err.split())
+    assert status == 130
+    assert f"interrupted; finished runs stay in {tmp_path / 'out'}, and how far the others were" in stderr
+    assert "the same command resumes them" in stderr
 
 
 def test_list_and_show(run, own_study):
