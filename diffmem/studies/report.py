@@ -166,12 +166,16 @@ def is_results(folder: str | Path) -> bool:
     return (Path(folder) / RESULTS).is_file()
 
 
+def report_names(folder: Path) -> list[str]:
+    """The names of the reports that a page over several is about, in order."""
+    with parsing(folder / RESULTS, "the list of reports"):
+        return [str(each["name"]) for each in read_json(folder / RESULTS)]
+
+
 def check_one_report(folder: Path) -> None:
     """Raises InputError where `folder` holds a page over several reports, naming one of them."""
     if is_results(folder):
-        with parsing(folder / RESULTS, "the list of reports"):
-            names = [str(each["name"]) for each in read_json(folder / RESULTS)]
-        raise InputError(f"{folder} has several reports: name one of them, such as {folder / names[0]}")
+        raise InputError(f"{folder} has several reports: name one of them, such as {folder / report_names(folder)[0]}")
 
 
 def is_report(folder: Path) -> bool:

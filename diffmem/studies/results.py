@@ -21,7 +21,7 @@ from diffmem.inert.boundary import parsing
 from diffmem.inert.documents import read_json
 from diffmem.studies.analysis import POOLED
 from diffmem.studies.folder import is_run_folder, report_studies
-from diffmem.studies.report import PAGE, REPORT, RESULTS, STUDIES
+from diffmem.studies.report import PAGE, REPORT, RESULTS, STUDIES, report_names
 
 INDEX = "index.html"
 
@@ -52,8 +52,7 @@ def write_results(roots: Sequence[str | Path], folder: str | Path, mixed: bool =
 def results_again(source: str | Path, folder: str | Path | None = None, mixed: bool = False) -> Path:
     """Makes the reports and the page over them again from their own tables; arguments as for `write_results`."""
     source = Path(source)
-    with parsing(source / RESULTS, "the list of reports"):
-        names = [str(each["name"]) for each in read_json(source / RESULTS)]
+    names = report_names(source)
     if missing := [name for name in names if not (source / name / STUDIES).is_file()]:
         raise InputError(f"{source / missing[0]}: {RESULTS} lists this report, but it has no {STUDIES}")
     return write_results([source / name for name in names], source if folder is None else folder, mixed)
@@ -119,7 +118,6 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
                         "link": f"{study}-{place}" if answer["repetitions"] else study,
                     }
                 )
-            law = each.get("law") or {"tests": (), "estimates": ()}
             verdicts += [
                 {
                     "study": study,
@@ -129,7 +127,7 @@ def _verdicts(path: Path) -> list[dict[str, Any]]:
                     "basis": test.get("basis", ""),
                     "link": f"{study}-runs",
                 }
-                for test in law["tests"]
+                for test in each.get("law", {}).get("tests", ())
             ]
     return verdicts
 

@@ -181,7 +181,7 @@ class Setting:
 
     def audit_epochs(self, size: int) -> list[float]:
         """After how many epochs a run of N = `size` is audited, if nothing ends it before."""
-        batch = int(self.training.get("batch", TrainingConfig.__dataclass_fields__["batch"].default))
+        batch = int(self.training.get("batch", TrainingConfig.batch))
         images = images_of(size, **dict[str, Any](self.length))
         interval = self.audit_interval(images, batch)
         places = audit_steps(self.snapshots) if self.spread_audits else range(1, self.snapshots + 1)

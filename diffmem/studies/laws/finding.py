@@ -40,11 +40,11 @@ class Test:
         return min(self.p_holds, self.p_contrary)
 
 
-def figures(value: float, interval: Sequence[float | None]) -> str:
+def figures(value: float, interval: tuple[float, float]) -> str:
     """A number and its interval in words: of two decimal places up to a hundred, whole beyond."""
     decimals = 0 if abs(value) >= 100 else 2
-    shown = ["–" if each is None else f"{each:,.{decimals}f}".replace("-", "−") for each in (value, *interval)]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+    low, high = interval
+    return f"{value:,.{decimals}f} ({low:,.{decimals}f} to {high:,.{decimals}f})".replace("-", "−")
 
 
 @dataclass(frozen=True)
